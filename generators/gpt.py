@@ -1,0 +1,236 @@
+"""GPT over image tokens, class-conditional: LlamaGen (arXiv 2406.06525) and FlexTok's generator.
+
+A decoder-only transformer reads one condition slot (the class's embedding) and then the tokens, and
+predicts at each position the token that follows. Classes are dropped now and then while training,
+so that sampling can be guided away from the "no class" row, the last of the table. Token sequences
+are either ordered (learned positions; FlexTok) or a raster (two-dimensional rotary; LlamaGen).
+Training and sampling run the same `hidden` path; sampling hands it a key/value cache.
+
+Shapes: B batch, L tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generators.sampling import draw, filter_logits, guide
+from imgtok import randomness
+from imgtok.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range, check
+from imgtok.hub import Pretrained
+from imgtok.layers.attention import Attention
+from imgtok.layers.cache import KVCache, LayerCache
+from imgtok.layers.feed_forward import SwiGLU
+from imgtok.layers.norms import RMSNorm
+from imgtok.layers.positions import rotary_2d, rotate
+from imgtok.tokenizer import Losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """A GPT; the defaults are LlamaGen-B in size."""
+
+    kind: Literal["gpt"] = "gpt"
+    vocab_size: PositiveInt = 16384
+    """Token ids; training fills it in from the token cache."""
+    num_tokens: PositiveInt = 256
+    """Tokens of an image; training fills it in from the token cache."""
+    num_classes: PositiveInt = 1000
+    """Classes; training fills it in from the token cache."""
+    width: PositiveInt = 768
+    """Channels; a multiple of num_heads."""
+    depth: PositiveInt = 12
+    """Blocks."""
+    num_heads: PositiveInt = 12
+    """Attention heads."""
+    mlp_multiple: PositiveInt = 256
+    """The feed-forward width is 8/3 of `width`, rounded up to a multiple of this."""
+    positions: Literal["learned", "rotary_2d"] = "learned"
+    """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
+    dropout: Fraction = 0.1
+    """Dropout of embeddings, attention and feed-forward outputs."""
+    class_dropout: Fraction = 0.1
+    """Share of training samples whose class is replaced by "no class"."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.width % self.num_heads:
+            raise ValueError(f"width: {self.width} is not a multiple of num_heads = {self.num_heads}")
+        if self.positions == "rotary_2d" and round(self.num_tokens**0.5) ** 2 != self.num_tokens:
+            raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return -(-(8 * self.width // 3) // self.mlp_multiple) * self.mlp_multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+    top_k: NonNegativeInt = 0
+    """Keeps the k most likely tokens; 0 keeps all."""
+    top_p: Annotated[float, Range(0.0, 1.0, exclusive_low=True)] = 1.0
+    """Keeps the most likely tokens that together hold this probability."""
+    guidance: Annotated[float, Range(0.0, None)] = 1.5
+    """Classifier-free guidance scale of the logits; 1 is none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated feed-forward, no biases."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config.width, config.num_heads, dropout=config.dropout)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = SwiGLU(config.width, config.mlp_hidden, dropout=config.dropout)
+
+    def forward(self, x: Tensor, table: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """`table` holds the rotary rows of x's positions; a first call with a cache is the prefill."""
+        turn = None if table is None else (lambda y: rotate(y, table))
+        causal = x.shape[1] > 1
+        x = x + self.attention(self.attention_norm(x), causal=causal, rotate=turn, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module, Pretrained):
+    """Class-conditional GPT. Calling it gives the training loss; `generate` samples."""
+
+    config_class: ClassVar[type] = GPTConfig
+    rotary: Tensor | None
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        rotary = None
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
+        else:
+            rotary = rotary_2d(config.head_dim, round(config.num_tokens**0.5), prefix=1)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """N(0, 0.02) everywhere, except norms at one and the head at zero."""
+        for parameter in self.parameters():
+            if parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class"."""
+        return self.config.num_classes
+
+    # ------------------------------------------------ one path for training and sampling
+
+    def hidden(self, labels_B: Tensor | None, ids_BL: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[class slot | tokens] -> normed states (B, L or L + 1, D); state i predicts token i.
+
+        Without `labels_B` the class slot is already in the cache, and ids continue behind what it holds.
+        """
+        start = cache.length if cache is not None else 0
+        x = self.token_embedding(ids_BL)
+        if labels_B is not None:
+            x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
+        stop = start + x.shape[1]
+        if self.config.positions == "learned":
+            x = x + self.positions[start:stop]
+        x = self.dropout(x)
+        table = None if self.rotary is None else self.rotary[start:stop]
+        for index, block in enumerate(self.blocks):
+            x = block(x, table, cache.layers[index] if cache is not None else None)
+        return self.norm(x)
+
+    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """Logits (B, L, V) in float32 of all L tokens given the class and the tokens before each."""
+        return self.head(self.hidden(labels_B, ids_BL[:, :-1])).float()
+
+    def forward(self, ids: Tensor, labels: Tensor, *, generator: torch.Generator) -> Losses:
+        """Mean cross-entropy of all tokens; ids (B, L), labels (B,), classes dropped at random."""
+        dropped = torch.rand(len(labels), generator=generator, device=generator.device) < self.config.class_dropout
+        labels = torch.where(dropped.to(labels.device), self.null_class, labels)
+        logits = self.logits(labels, ids)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        return Losses(loss, {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])})
+
+    # ------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int,
+        indices: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        num_tokens: int | None = None,
+        cached: bool = True,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Ids (B, num_tokens) for labels (B,); row b uses the uniforms of (`seed`, `indices[b]`) alone.
+
+        `cached=False` recomputes the whole prefix at each step: slow, kept as the oracle of the cache.
+        Raises ValueError for a label outside the table or more tokens than the model knows.
+        """
+        sampling = sampling or SamplingConfig()
+        count = self.config.num_tokens if num_tokens is None else num_tokens
+        self._check_request(labels, count)
+        uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens").to(labels.device)
+        guided = sampling.guidance != 1
+        streams = torch.cat([labels, torch.full_like(labels, self.null_class)]) if guided else labels
+        ids = labels.new_empty(len(labels), 0)
+        cache = self._new_cache(len(streams), count) if cached else None
+        for step in range(count):
+            logits = self._next_logits(streams, ids.repeat(2, 1) if guided else ids, cache)
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = guide(conditional, unconditional, sampling.guidance)
+            logits = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+            ids = torch.cat([ids, draw(logits, uniforms[:, step])[:, None]], dim=1)
+            if on_token is not None:
+                on_token(step + 1)
+        return ids
+
+    def _next_logits(self, labels: Tensor, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """Logits (B, V) in float32 of the token behind `ids`."""
+        if cache is None or cache.length == 0:
+            states = self.hidden(labels, ids, cache)
+        else:
+            states = self.hidden(None, ids[:, -1:], cache)
+        return self.head(states[:, -1]).float()
+
+    def _new_cache(self, batch: int, capacity: int) -> KVCache:
+        config = self.config
+        return KVCache(config.depth, batch, config.num_heads, capacity, config.head_dim, self.head.weight)
+
+    def _check_request(self, labels: Tensor, count: int) -> None:
+        if not 1 <= count <= self.config.num_tokens:
+            raise ValueError(f"num_tokens: this model draws 1 to {self.config.num_tokens} tokens, asked for {count}")
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) <= self.null_class):
+            raise ValueError(
+                f"labels must lie in 0 to {self.config.num_classes - 1} (or {self.null_class} for no class), "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )

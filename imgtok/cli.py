@@ -1,0 +1,323 @@
+"""The command line: `imgtok JOB [CONFIG.yaml] [key=value ...] [--key value ...]`.
+
+Jobs are modules with a `Config` and a `main(config)`; they are named here as strings and imported when
+asked for, so that `imgtok --help` needs no torch. The same modules run as `python -m train.tokenizer ...`
+and under `torchrun` or `accelerate launch -m`, through `run_job`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import imgtok
+from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
+
+JOBS: Mapping[str, tuple[str, str]] = {
+    "train tokenizer": ("train.tokenizer", "train a tokenizer on images"),
+    "train generator": ("train.generator", "train a generator on the tokens of a tokenizer"),
+    "cache": ("train.cache_tokens", "write the tokens of a data set to files, for faster training"),
+    "sample": ("sample.images", "make new images with a trained generator"),
+    "reconstruct": ("sample.reconstruct", "show images beside their reconstructions at several token counts"),
+    "evaluate": ("sample.evaluate", "score images or a model"),
+    "quickstart": (
+        "sample.quickstart",
+        "train, sample and score on the built-in shapes, in minutes on a CPU",
+    ),
+}
+"""Command -> (module, what it does). With a dash for the space, also the values of `job:` in YAML."""
+
+TOOLS = {
+    "config": "CONFIG.yaml [JOB] [key=value ...]: check a configuration and print it with all its defaults",
+    "info": "MODEL: print the kind, the parameter counts and the configuration of a model folder",
+}
+
+USAGE = "[CONFIG.yaml] [key=value ...] [--key value ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `imgtok` command; returns the exit status (0, 2 for a user's mistake, 130 for Ctrl-C)."""
+    return _report_errors(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run_job(module: ModuleType) -> None:
+    """Run a job module as a program (`python -m train.tokenizer ...`) with the arguments of this process."""
+    program = module.__spec__.name if module.__spec__ else str(module.__name__)
+    sys.exit(_report_errors(lambda: _run(module, sys.argv[1:], f"python -m {program}")))
+
+
+def parse(config_class: type, argv: Sequence[str], positional: str | None = None) -> Any:
+    """The `config_class` that the arguments describe: a YAML file, `key=value`, `--key value`, `--flag`.
+
+    The first other word fills the field `positional`. Dashes in names stand for underscores. Raises
+    ConfigError for an unknown name (with the known ones) or a value that does not fit.
+    """
+    known = {line.name: line for line in describe(config_class)}
+    path: Path | None = None
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            overrides.append(_option(word, words, known))
+        elif match := re.match(r"([A-Za-z_][\w.-]*)=", word):
+            overrides.append(match[1].replace("-", "_") + word[match.end() - 1 :])
+        elif path is None and word.endswith((".yaml", ".yml")):
+            path = Path(word)
+        elif positional is not None:
+            overrides.append(f"{positional}={word}")
+            positional = None
+        else:
+            raise ConfigError(f"command line: {word!r} is neither a .yaml file nor key=value nor --key value")
+    return load(config_class, path, overrides)
+
+
+def job_help(config_class: type, program: str) -> str:
+    """The help of a job: usage, the doc string of its Config, and every field with range, default and doc."""
+    width = min(110, shutil.get_terminal_size().columns)
+    about = textwrap.fill(" ".join((config_class.__doc__ or "").split()), width)
+    lines = [f"usage: {program} {USAGE}", "", about, "", "Fields: what each must be [default]"]
+    section = ""
+    for line in describe(config_class):
+        if line.when != section:
+            section = line.when
+            lines += ["", f"  with {section}:"] if section else [""]
+        if line.name != "job":  # the same for every run of this job
+            lines.append(_field_help(line, width))
+    return "\n".join(lines)
+
+
+def check_launch_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse an inconsistent RANK, WORLD_SIZE, MASTER_ADDR, ... before torch.distributed waits on it.
+
+    Raises ValueError that names the variable. Does nothing outside a distributed launch.
+    """
+    if not any(name in environment for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        return
+    world = _integer(environment, "WORLD_SIZE", 1, None)
+    if world == 1:
+        return
+    rank = _integer(environment, "RANK", 0, world - 1)
+    local_world = _integer(environment, "LOCAL_WORLD_SIZE", 1, world) if "LOCAL_WORLD_SIZE" in environment else world
+    _integer(environment, "LOCAL_RANK", 0, local_world - 1)
+    port = _integer(environment, "MASTER_PORT", 1, 65535)
+    host = environment.get("MASTER_ADDR")
+    if not host:
+        raise ValueError("launch: MASTER_ADDR is not set; it must be the host of rank 0, such as 127.0.0.1")
+    hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun itself listens
+    _check_address(host, port, listen=rank == 0 and not hosted)
+
+
+def check_packages() -> None:
+    """Refuse to run when another `train`, `sample` or `generators` hides ours on the import path."""
+    root = Path(imgtok.__file__).resolve().parent.parent
+    for name in ("generators", "train", "sample"):
+        spec = importlib.util.find_spec(name)
+        found = spec.origin if spec is not None else None
+        expected = root / name / "__init__.py"
+        if found is None or Path(found).resolve() != expected:
+            raise ValueError(
+                f"the package {name!r} is {found or 'not found'}, which hides imgtok's own {expected}; "
+                "rename it, or run the `imgtok` command from another folder"
+            )
+
+
+# ------------------------------------------------------------------------------------------- internals
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if argv[0] == "--version":
+        print(f"imgtok {imgtok.__version__}")
+        return
+    if argv[0] == "config":
+        _print_config(argv[1:])
+    elif argv[0] == "info":
+        _print_info(argv[1:])
+    else:
+        command, rest = _find_job(argv)
+        check_packages()
+        _run(importlib.import_module(JOBS[command][0]), rest, f"imgtok {command}")
+
+
+def _find_job(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The longest command that `argv` begins with, and the arguments after it."""
+    for length in (2, 1):
+        if " ".join(argv[:length]) in JOBS:
+            return " ".join(argv[:length]), list(argv[length:])
+    deeper = [command.split()[1] for command in JOBS if command.startswith(argv[0] + " ")]
+    if deeper:
+        given = f"unknown command {' '.join(argv[:2])!r}" if argv[1:] else f"{argv[0]!r} needs a second word"
+        raise ValueError(f"{given}; imgtok {argv[0]} can be followed by: {', '.join(deeper)}")
+    commands = list(dict.fromkeys([*(command.split()[0] for command in JOBS), *TOOLS]))
+    raise ValueError(f"unknown command {argv[0]!r}{_suggest(argv[0], commands)} Commands: {', '.join(commands)}")
+
+
+def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:
+    """Parse the arguments and run the job; both ways to start a job meet here."""
+    if "--help" in argv or "-h" in argv:
+        print(job_help(module.Config, program))
+        return
+    check_launch_environment()
+    _show_log()
+    module.main(parse(module.Config, argv, getattr(module, "POSITIONAL", None)))
+
+
+def _print_config(argv: list[str]) -> None:
+    names = [command.replace(" ", "-") for command in JOBS]
+    job = next((word for word in argv if word in names), None)
+    path = next((word for word in argv if word.endswith((".yaml", ".yml"))), None)
+    if "--help" in argv or "-h" in argv or not argv:
+        print(f"usage: imgtok config {TOOLS['config']}\n\nJobs: {', '.join(names)}")
+        return
+    if job is None and path is not None:
+        job = read_yaml(Path(path)).get("job")
+    if job not in names:
+        missing = f"unknown job {job!r}" if job else "give a job, or a YAML file with a top-level `job:`"
+        raise ConfigError(f"{path or 'command line'}: {missing}; jobs: {', '.join(names)}")
+    check_packages()
+    module = importlib.import_module(JOBS[str(job).replace("-", " ")][0])
+    rest = [word for word in argv if word != job]
+    print(to_yaml(parse(module.Config, rest, getattr(module, "POSITIONAL", None))), end="")
+
+
+def _print_info(argv: list[str]) -> None:
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        print(f"usage: imgtok info {TOOLS['info']}")
+        return
+    check_packages()
+    from imgtok import hub
+
+    model = hub.load(argv[0])
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    counts["(direct)"] = sum(p.numel() for p in model.parameters(recurse=False))
+    print(f"kind: {model.config.kind} ({type(model).__name__})\nparameters: {_total(model):,}")
+    print("\n".join(f"  {name}: {count:,}" for name, count in counts.items() if count))
+    print("config:\n" + textwrap.indent(to_yaml(model.config), "  "), end="")
+
+
+def _total(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _overview() -> str:
+    width = max(len(command) for command in JOBS)
+    jobs = [f"  {command:{width}}  {about}" for command, (_, about) in JOBS.items()]
+    tools = [f"  {tool:{width}}  {about}" for tool, about in TOOLS.items()]
+    return "\n".join(
+        [
+            "imgtok: image tokenizers, and generators on their tokens",
+            "",
+            f"usage: imgtok JOB {USAGE}",
+            "       imgtok JOB --help      lists every field of a job",
+            "       imgtok --version",
+            "",
+            "jobs:",
+            *jobs,
+            "",
+            "tools:",
+            *tools,
+        ]
+    )
+
+
+def _field_help(line: FieldHelp, width: int) -> str:
+    head = f"  {line.name}: {line.type} [{line.default}]"
+    return "\n".join([head, *textwrap.wrap(line.doc, width, initial_indent="      ", subsequent_indent="      ")])
+
+
+def _option(word: str, rest: list[str], known: Mapping[str, FieldHelp]) -> str:
+    """`--key=value`, `--key value` or a bare `--flag` as `key=value`; takes the value off `rest`."""
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    if not equals and name in known:
+        is_flag = known[name].type == "true or false"
+        if is_flag:
+            value = rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
+        elif not rest or rest[0].startswith("--"):
+            raise ConfigError(f"command line: {word} needs a value, {known[name].type}")
+        else:
+            value = rest.pop(0)
+    elif not equals and rest and not rest[0].startswith("--"):
+        value = rest.pop(0)  # a section, or a mistake that the loader names
+    return f"{name}={value}"
+
+
+def _integer(environment: Mapping[str, str], name: str, low: int, high: int | None) -> int:
+    allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    text = environment.get(name)
+    if text is None:
+        raise ValueError(f"launch: {name} is not set, must be {allowed}; torchrun and accelerate launch set it")
+    if not re.fullmatch(r"-?\d+", text) or int(text) < low or (high is not None and int(text) > high):
+        raise ValueError(f"launch: {name} is {text!r}, must be {allowed}")
+    return int(text)
+
+
+def _check_address(host: str, port: int, listen: bool) -> None:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"launch: MASTER_ADDR is {host!r}, which is no known host ({error})") from error
+    if not listen:
+        return
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise ValueError(
+                f"launch: rank 0 cannot listen on MASTER_ADDR={host} MASTER_PORT={port} ({error.strerror}); "
+                "choose a free port, and the address of the machine that runs rank 0"
+            ) from error
+
+
+def _show_log() -> None:
+    """Our log lines on stderr (from the first process only; warnings from all), other libraries' warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    for name in ("__main__", "imgtok", "generators", "train", "sample"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _report_errors(action: Callable[[], None]) -> int:
+    """Run `action`; turn a user's mistake into a message and an exit status (IMGTOK_DEBUG=1: raise)."""
+    try:
+        action()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `imgtok ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("imgtok: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("IMGTOK_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"imgtok: {_message(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

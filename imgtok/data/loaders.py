@@ -1,0 +1,177 @@
+"""Batches for training and evaluation.
+
+The order of training is a function: batch k of process r of w processes depends on (seed, k, r, w) alone,
+never on what was drawn before or on global random state, so a run resumes at any step. Worker processes
+only decode.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from imgtok.data.images import (
+    Batch,
+    DataError,
+    ImageSource,
+    Position,
+    max_unreadable,
+    too_many_unreadable,
+)
+from imgtok.data.tokens import TokenBatch, TokenDataset
+from imgtok.randomness import permutation
+
+__all__ = [
+    "Batch",
+    "BatchSampler",
+    "TokenBatch",
+    "UnreadableImages",
+    "eval_loader",
+    "token_loader",
+    "train_loader",
+]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class BatchSampler(Sampler[list[Position]]):
+    """The endless order of training: epoch after epoch, each in its own random order, cut into batches.
+
+    Step k of all processes together takes the places k * B * world to (k + 1) * B * world of that order, of
+    which process `rank` takes the rank-th part. No image is dropped at an epoch's end; a batch may hold
+    images of two epochs.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        if length < 1 or batch_size < 1 or start_step < 0 or not 0 <= rank < world:
+            given = f"{length} images, batch_size {batch_size}, start_step {start_step}, rank {rank} of {world}"
+            raise ValueError(f"no batches from {given}")
+        self._length = length
+        self._batch_size = batch_size
+        self._start_step = start_step
+        self._rank, self._world = rank, world
+        self._epoch_order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, length))
+
+    def batch(self, step: int) -> list[Position]:
+        """The images of one step."""
+        start = (step * self._world + self._rank) * self._batch_size
+        places = (divmod(place, self._length) for place in range(start, start + self._batch_size))
+        return [Position(epoch, int(self._epoch_order(epoch)[place])) for epoch, place in places]
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        return map(self.batch, count(self._start_step))
+
+
+class UnreadableImages:
+    """Counts unreadable images, each once; logs them, and raises DataError when there are more than 1 %."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.messages: dict[str, None] = {}
+
+    def add(self, messages: Sequence[str]) -> None:
+        """Count the unreadable images of a batch."""
+        for message in messages:
+            if message not in self.messages:
+                self.messages[message] = None
+                logger.warning("skipped unreadable image %d: %s", len(self.messages), message)
+        if len(self.messages) > max_unreadable(self._length):
+            raise too_many_unreadable(list(self.messages), self._length)
+
+
+def train_loader(
+    source: ImageSource,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Augmented batches of `batch_size` images for one process, without end, from `start_step` on."""
+    order = BatchSampler(len(source), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
+    load = functools.partial(source.training_batch, seed=seed)
+    yield from _checked(_load_batches(load, order, num_workers), UnreadableImages(len(source)))
+
+
+def eval_loader(
+    source: ImageSource,
+    batch_size: int,
+    *,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    unreadable: UnreadableImages | None = None,
+) -> Iterator[Batch]:
+    """Every image once, in order, not augmented; `indices` chooses some (`range(rank, len(source), world)`,
+    say).
+
+    Unreadable images are left out; `Batch.indices` tells which images are there. Pass one `unreadable` to
+    several calls to count them together.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    chosen = range(len(source)) if indices is None else indices
+    order = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    batches = _load_batches(source.batch, order, num_workers)
+    checked = _checked(batches, unreadable or UnreadableImages(len(source)))
+    yield from (batch for batch in checked if len(batch.names))
+
+
+def token_loader(
+    tokens: TokenDataset, batch_size: int, *, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[TokenBatch]:
+    """Batches of cached tokens for one process, without end, in the same kind of order as `train_loader`."""
+    order = BatchSampler(len(tokens), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
+    for positions in order:
+        yield tokens.batch([position.index for position in positions])
+
+
+def _checked(batches: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:
+    for batch in batches:
+        unreadable.add(batch.unreadable)
+        yield batch
+
+
+class _Batches(Dataset[Batch | DataError]):
+    """What a worker runs. A DataError travels as a value: raised there, its message would be buried in a
+    traceback.
+    """
+
+    def __init__(self, load: Callable[[Any], Batch]) -> None:
+        self._load = load
+
+    def __getitem__(self, key: Any) -> Batch | DataError:
+        try:
+            return self._load(key)
+        except DataError as error:
+            return error
+
+
+def _load_batches(load: Callable[[T], Batch], order: Sequence[T] | Sampler[T], num_workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        _Batches(load),
+        batch_size=None,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # otherwise starting the workers draws from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: T) -> T:
+    return batch

@@ -1,0 +1,272 @@
+"""Model folders: `config.json` + `model.safetensors`, on disk and on the Hugging Face Hub.
+
+A model mixes in `Pretrained`, is built by `Class(config)` and keeps that frozen dataclass as `config`; this
+gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. `load` finds the class by the `kind` in
+`config.json`. Loading is strict (every tensor, every field), never unpickles, and imports only the modules
+in `KINDS`; saving replaces files in one step, so a full disk leaves the previous model readable.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import imgtok
+from imgtok.config import ConfigError, from_dict, to_dict
+from imgtok.files import replacing
+
+KINDS: Mapping[str, str] = {
+    "vae": "imgtok.vae:VAE",
+    "flextok": "imgtok.flextok:FlexTok",
+    "gpt": "generators.gpt:GPT",
+}
+"""`kind` in config.json -> class. Strings, so that imgtok imports no generator before one is asked for."""
+
+FORMAT = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# A `{{ kind }}` model of imgtok
+
+```python
+import imgtok
+
+model = imgtok.load("{{ repo_id }}")
+```
+
+Its configuration is in `config.json`.
+"""
+
+
+class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_template=MODEL_CARD):
+    """Gives a model `save_pretrained`, `from_pretrained` and `push_to_hub`.
+
+    Use as `class VAE(nn.Module, Pretrained)` with `config_class = VAEConfig` (a dataclass with a `kind`)
+    and `__init__(self, config: VAEConfig)` that sets `self.config`.
+    """
+
+    config_class: ClassVar[Any]
+    config: Any
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        config: None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write config.json, model.safetensors and, where there is none, a model card.
+
+        Other files of the folder stay. Raises OSError (such as a full disk) with the folder as it was.
+        The card's example loads `repo_id`; `config` and `model_card_kwargs` are how the mixin calls us.
+        """
+        folder = Path(save_directory)
+        header = {"format": FORMAT, "imgtok_version": imgtok.__version__}
+        text = json.dumps(header | to_dict(self.config), indent=2, allow_nan=False) + "\n"
+        with replacing(folder / CONFIG_NAME) as header_file, replacing(folder / WEIGHTS_NAME) as weights:
+            header_file.write_text(text, encoding="utf-8")
+            _write_tensors(_state(self), weights)
+        if not (folder / "README.md").exists():
+            names = {"kind": self.config.kind, "repo_id": repo_id or folder.name, **(model_card_kwargs or {})}
+            page = str(self.generate_model_card(**names))
+            with replacing(folder / "README.md") as readme:
+                readme.write_text(page, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
+    ) -> Self:
+        """The model in a folder or a Hub repository "owner/name", in evaluation mode.
+
+        Raises FileNotFoundError, ConfigError (config.json) or ValueError (weights, another kind of model).
+        """
+        folder = find_folder(name_or_path, revision)
+        kind = read_config(folder)["kind"]
+        if kind != cls.config_class.kind:
+            raise ValueError(
+                f"{folder} holds a model of kind {kind!r}, but {cls.__name__} is of kind "
+                f"{cls.config_class.kind!r}; imgtok.load({str(folder)!r}) picks the right class"
+            )
+        model: Self = _build(cls, folder, map_location)
+        return model
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model folder to the Hub repository "owner/name"; returns the address of the commit.
+
+        `options` are those of huggingface_hub (`private`, `token`, `commit_message`, ...). Raises
+        ConnectionError when the Hub cannot be reached or refuses.
+        """
+        options["model_card_kwargs"] = {"repo_id": repo_id}
+        try:
+            return str(super().push_to_hub(repo_id, **options))
+        except Exception as error:  # the HTTP library, and with it the exception, varies between releases
+            raise ConnectionError(f"could not push to {repo_id!r} on the Hugging Face Hub: {_brief(error)}") from error
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    expect: type[Any] | None = None,
+    revision: str | None = None,
+    map_location: str | torch.device = "cpu",
+) -> Any:
+    """The model in a folder or a Hub repository, of the class that its `kind` names, in evaluation mode.
+
+    `expect` is the class (or base class) that the caller can use; another one raises ValueError, as do
+    damaged or unsuitable weights. Raises FileNotFoundError for a missing folder or file.
+    """
+    folder = find_folder(name_or_path, revision)
+    kind = read_config(folder)["kind"]
+    if kind not in KINDS:
+        raise ConfigError(f"{folder / CONFIG_NAME}: kind: given {kind!r}, must be one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].partition(":")
+    model_class = getattr(importlib.import_module(module), name)
+    if expect is not None and not issubclass(model_class, expect):
+        raise ValueError(f"{folder} holds a {name} (kind {kind!r}), but a {expect.__name__} is needed here")
+    return _build(model_class, folder, map_location)
+
+
+def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: the path itself, or the downloaded snapshot of a Hub repository."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    name = str(name_or_path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise FileNotFoundError(f"there is no model folder {name!r} (and a Hub name looks like 'owner/name')")
+    return _download(name, revision)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says, less the format header; always has a `kind`."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG_NAME} (found: {found})")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); copy or download the folder again") from error
+    if not isinstance(data, dict) or "kind" not in data or "format" not in data:
+        raise ConfigError(f"{path}: not written by imgtok: it lacks the fields 'format' and 'kind'")
+    version, written_by = data.pop("format"), data.pop("imgtok_version", "unknown")
+    if version != FORMAT:
+        raise ConfigError(
+            f"{path}: format {version!r}, written by imgtok {written_by}; imgtok {imgtok.__version__} reads "
+            f"format {FORMAT}. Install a matching release"
+        )
+    return data
+
+
+# ------------------------------------------------------------------------------------------- internals
+
+
+def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> Any:
+    config = from_dict(model_class.config_class, read_config(folder), str(folder / CONFIG_NAME))
+    with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
+        model = model_class(config)
+    path = folder / WEIGHTS_NAME
+    tensors = _read_tensors(path, map_location)
+    _check_tensors(tensors, model.state_dict(), path, model_class.__name__)
+    model.load_state_dict(tensors, strict=True)
+    return model.to(map_location).eval()
+
+
+def _read_tensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has a {CONFIG_NAME} but no {WEIGHTS_NAME}; copy or download it")
+    try:
+        return load_file(path, device=str(map_location))
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({size} bytes; {error}). It was probably cut short while "
+            "being written or copied: copy or download it again, or use an earlier checkpoint"
+        ) from error
+
+
+def _check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, model: str) -> None:
+    """Raise ValueError that lists every tensor that is missing, not expected, or of another shape."""
+    lines = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in found]
+    lines += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in wanted]
+    for name in found.keys() & wanted.keys():
+        file_shape, model_shape = tuple(found[name].shape), tuple(wanted[name].shape)
+        if file_shape != model_shape:
+            lines.append(f"another shape: {name} is {file_shape} in the file, {model_shape} in the model")
+    if lines:
+        title = f"{path}: the weights do not fit the {model} that {CONFIG_NAME} describes:"
+        raise ValueError("\n  ".join([title, *lines]))
+
+
+def _state(model: Any) -> dict[str, Tensor]:
+    """The state as safetensors takes it: contiguous, tied tensors as copies, so that each name is there."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        contiguous = tensor.detach().contiguous()
+        tied = contiguous.untyped_storage().data_ptr() in seen
+        seen.add(contiguous.untyped_storage().data_ptr())
+        state[name] = contiguous.clone() if tied else contiguous
+    return state
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # "... (os error 28)" is how safetensors reports a full disk
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path.with_name(WEIGHTS_NAME))) from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """A snapshot of the Hub repository `name`; from the local cache when the Hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "README.md"]
+    try:  # one short question first: without a network, a download retries for most of a minute
+        commit = HfApi().model_info(name, revision=revision, timeout=10).sha
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no model folder {name!r} here, and no such repository on the Hugging Face Hub "
+            "(for a private one, log in with `hf auth login`)"
+        ) from error
+    except Exception as error:  # no network, in the words of whichever HTTP library is installed
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise FileNotFoundError(
+                f"there is no model folder {name!r} here, it is not in the local Hugging Face cache, "
+                f"and the Hub cannot be reached: {_brief(error)}"
+            ) from error
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an exception's text, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

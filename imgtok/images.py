@@ -1,0 +1,227 @@
+"""Pictures: value ranges, decoding, the ADM centre crop, PNG files and grids.
+
+Models see float images in [-1, 1]. `to_uint8` is the only way from there to bytes in the whole suite, so
+that a score never depends on who did the rounding. `decode_image` is the only way from a file's bytes to
+RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from imgtok.files import replacing
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""File name endings that count as images, compared in lower case."""
+
+
+class UnreadableImage(ValueError):  # noqa: N818 - it is the image, not our code, that erred
+    """An image that cannot be decoded; the message begins with the name of its file."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        # Both go to ValueError so that the exception survives pickling between processes.
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+# Value ranges
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] of any shape -> uint8 in 0..255: clamp, scale, round to nearest (ties to
+    even).
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"to_uint8 takes float images in [-1, 1], not {images.dtype}")
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images in 0..255 of any shape -> float32 in [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"from_uint8 takes uint8 images, not {images.dtype}")
+    return images.float() / 127.5 - 1
+
+
+# Decoding
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The bytes of an image file -> an upright 8-bit RGB picture; transparent parts become white.
+
+    16-bit grey is scaled to 8 bits. Raises UnreadableImage, which names the file, for anything that is not
+    a whole image.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return _to_rgb(_upright(picture))
+    except MemoryError:
+        raise
+    except UnreadableImage as error:
+        raise UnreadableImage(name, error.reason) from None
+    except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
+        raise UnreadableImage(name, _reason(data, error)) from error
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image (it begins with {data[:12]!r})"
+    return f"damaged or truncated image ({error})"
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception:  # broken EXIF says nothing about the pixels
+        logger.debug("ignored broken EXIF data", exc_info=True)
+    return picture
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = _to_8_bit(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _to_8_bit(picture: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips 16-bit values at 255, which turns nearly every such image white.
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise UnreadableImage("", "pixels of more than 16 bits have no agreed range; save it with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
+
+
+# Crops
+
+
+def center_crop_adm(picture: Image.Image, size: int) -> Image.Image:
+    """The central size x size square after scaling the shorter side to size, as in the ADM evaluation
+    suite.
+
+    Every published ImageNet FID uses this crop: box-filter halvings down to less than twice the size, then
+    bicubic.
+    """
+    scaled = _scale_shorter_side(picture, size)
+    left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
+    return scaled.crop((left, top, left + size, top + size))
+
+
+def random_crop(picture: Image.Image, size: int, draws: Sequence[float], zoom: float = 1.25) -> Image.Image:
+    """A size x size square at a random scale and place.
+
+    draws: three numbers in [0, 1) for the scale (shorter side between size and zoom * size), left edge and
+    top edge.
+    """
+    scaled = _scale_shorter_side(picture, size + int(draws[0] * (round(zoom * size) - size + 1)))
+    left = int(draws[1] * (scaled.width - size + 1))
+    top = int(draws[2] * (scaled.height - size + 1))
+    return scaled.crop((left, top, left + size, top + size))
+
+
+def _scale_shorter_side(picture: Image.Image, side: int) -> Image.Image:
+    if side < 1:
+        raise ValueError(f"image size is {side}; it must be 1 or more")
+    while min(picture.size) >= 2 * side:
+        half = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    width, height = (max(side, round(length * scale)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+# Files and grids
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write one uint8 image, (3, H, W) or (H, W, 3), to a PNG file; the file appears whole or not at all.
+
+    Equal pixels give equal bytes. A shape that could be read either way is taken as (3, H, W).
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
+        raise ValueError(f"save_png takes uint8 (3, H, W) or (H, W, 3), not {image.dtype} {tuple(image.shape)}")
+    if image.shape[0] == 3:
+        image = image.permute(1, 2, 0)
+    with replacing(path) as temporary:
+        Image.fromarray(image.cpu().contiguous().numpy()).save(temporary, "png", compress_level=6)
+
+
+def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """Images (N, 3, H, W), float in [-1, 1] or uint8 -> one uint8 picture (3, height, width), row by row on
+    white.
+    """
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 3 or columns < 1:
+        given = f"{tuple(images.shape)} and {columns} columns"
+        raise ValueError(f"a grid takes images (N, 3, H, W), N >= 1, and at least 1 column, not {given}")
+    pixels = images.cpu() if images.dtype == torch.uint8 else to_uint8(images.cpu())
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    outer = (rows * (height + padding) - padding, columns * (width + padding) - padding)
+    grid = torch.full((3, *outer), 255, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // columns) * (height + padding), (i % columns) * (width + padding)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def grid_with_titles(
+    images: Tensor,
+    columns: int,
+    *,
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    padding: int = 2,
+    enlarge: int = 1,
+    font_size: int = 13,
+) -> Tensor:
+    """`make_grid` with titles left of the rows and above the columns, for documents -> uint8 (3, height,
+    width).
+
+    enlarge: whole number by which every pixel is repeated, so that small images can be read.
+    """
+    _check_titles("row", row_titles, -(-len(images) // columns))
+    _check_titles("column", column_titles, columns)
+    pixels = images.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    grid = make_grid(pixels, columns, padding)
+    font = ImageFont.load_default(font_size)
+    margin = max((int(font.getlength(title)) + 8 for title in row_titles), default=0)
+    top = max((_lines(title) for title in column_titles), default=0) * (font_size + 3)
+    page = Image.new("RGB", (margin + grid.shape[2], top + grid.shape[1]), "white")
+    page.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, top))
+    draw = ImageDraw.Draw(page)
+    height, width = pixels.shape[2] + padding, pixels.shape[3] + padding
+    for i, title in enumerate(row_titles):
+        draw.text((margin - 5, top + i * height + height // 2), title, fill="black", font=font, anchor="rm")
+    for i, title in enumerate(column_titles):
+        place = (margin + i * width + width // 2, 1)
+        draw.multiline_text(place, title, fill="black", font=font, anchor="ma", align="center")
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
+def _lines(title: str) -> int:
+    return title.count("\n") + 1
+
+
+def _check_titles(what: str, titles: Sequence[str], allowed: int) -> None:
+    if len(titles) not in (0, allowed):
+        raise ValueError(f"{len(titles)} {what} titles for {allowed} {what}s; give one each, or none")

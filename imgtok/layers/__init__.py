@@ -1,0 +1,1 @@
+"""Network blocks that tokenizers and generators share."""

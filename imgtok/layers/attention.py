@@ -1,0 +1,64 @@
+"""Multi-head attention through `scaled_dot_product_attention`, once for every model of the suite.
+
+What varies between published models is passed in: query/key normalisation (FlexTok), the softmax
+scale (8 / head width under muP), rotary positions (LlamaGen), a mask, and a key/value cache.
+
+Shapes: B batch, L sequence, D width, H heads, E head width, S cached plus new keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from imgtok.layers.cache import LayerCache
+from imgtok.layers.norms import layer_norm
+
+Rotation = Callable[[Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection whose rows are q, k, v in that order."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk_norm = qk_norm
+        self.scale = scale
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotate: Rotation | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """`mask` is boolean (True = may look) or additive, and broadcasts to (B, H, L, S).
+
+        With a `cache`, keys and values of earlier calls are prepended, and the new ones kept.
+        """
+        q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
+        if self.qk_norm:
+            q, k = layer_norm(q), layer_norm(k)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))

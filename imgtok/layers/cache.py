@@ -1,0 +1,45 @@
+"""Key/value cache of an autoregressive model: an explicit argument, never state of a module.
+
+Memory for the whole sequence is taken once, so that a step writes in place and copies nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Keys and values of one attention layer, (B, H, capacity, E) each, filled from the left."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, L, E) keys and values behind the stored ones and returns all of them."""
+        end = self.length + k.shape[2]
+        assert end <= self.keys.shape[2], "the cache was made for a shorter sequence"
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """One `LayerCache` a layer. `length` is the number of positions already computed."""
+
+    def __init__(self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, like: Tensor):
+        shape = (batch, num_heads, capacity, head_dim)
+        self.layers = [
+            LayerCache(
+                torch.empty(shape, dtype=like.dtype, device=like.device),
+                torch.empty(shape, dtype=like.dtype, device=like.device),
+            )
+            for _ in range(num_layers)
+        ]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length

@@ -1,0 +1,61 @@
+"""Positions: FlexTok's fixed 2D sine-cosine table, the flow models' time features, rotary tables.
+
+Each table is a plain function of its sizes: nothing is learned here and nothing is random.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sincos_2d(width: int, rows: int, columns: int) -> Tensor:
+    """FlexTok's fixed position table, (rows, columns, width), float32; `width` divides by 4.
+
+    The published table runs over x slowly and y fast and is then *reshaped* as if row-major, so
+    on a square grid the first half of the channels holds the row (spec section 3). Only square
+    tables are well behaved, and only they are released; a smaller grid is its top-left corner.
+    """
+    if width % 4:
+        raise ValueError(f"width {width} must be a multiple of 4 for a two-dimensional sine-cosine table")
+    quarter = width // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    x = torch.arange(columns, dtype=torch.float64).repeat_interleave(rows)[:, None] * omega
+    y = torch.arange(rows, dtype=torch.float64).repeat(columns)[:, None] * omega
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float().reshape(rows, columns, width)
+
+
+def time_features(t_B: Tensor, width: int = 256, *, max_period: float = 256.0, scale: float = 1.0) -> Tensor:
+    """[cos(t f), sin(t f)] with f_i = scale * max_period^(-i / (width / 2)); t (B,) -> (B, width)."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
+    angles = t_B.float()[:, None] * (scale * torch.exp(-math.log(max_period) * exponents))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_2d(head_dim: int, side: int, prefix: int, base: float = 10000.0) -> Tensor:
+    """LlamaGen's rotary table for a raster of side x side tokens behind `prefix` condition slots.
+
+    Returns (prefix + side * side, head_dim / 2, 2) with [cos, sin]; the first half of the pairs
+    turns with the row, the second with the column. The prefix rows are **zeros**, not the
+    identity: published weights were trained with queries and keys of the prefix set to nought.
+    """
+    if head_dim % 4:
+        raise ValueError(f"a head width of {head_dim} cannot be rotated in two dimensions: it must be a multiple of 4")
+    half = head_dim // 2
+    frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
+    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies
+    rows = angles[:, None, :].expand(side, side, -1)
+    columns = angles[None, :, :].expand(side, side, -1)
+    grid = torch.cat([rows, columns], dim=-1).reshape(side * side, half)
+    table = torch.stack([grid.cos(), grid.sin()], dim=-1)
+    return torch.cat([table.new_zeros(prefix, half, 2), table])
+
+
+def rotate(x: Tensor, table_LP2: Tensor) -> Tensor:
+    """Turns adjacent channel pairs of x (B, H, L, E) by the table's angles, in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table_LP2.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)

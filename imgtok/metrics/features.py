@@ -1,0 +1,172 @@
+"""Networks that turn images into features, and the search for their weights.
+
+The Inception network is torch-fidelity's port of the one from the original FID code. Its weights are not part of any
+package: `find_inception_weights` looks for them, downloads them if it may, and checks that they are what they claim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from imgtok.files import replacing
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "6726825d"
+"""How the file's SHA-256 begins, by the naming rule of torch.hub."""
+INCEPTION_NAME = "inception-v3-compat"
+
+_TIMEOUT = 10  # seconds without a byte after which a download counts as failed
+_SPATIAL_CHANNELS = 7  # of the 192 of that layer: 7 x 17 x 17 = 2023 values, as in ADM's evaluator
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network says of B images: `pool` (B, D); `spatial` (B, S) and `logits` (B, C) where it has them."""
+
+    pool: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+
+class FeatureExtractor(Protocol):
+    """`name` stands in the names of scores. Called with uint8 images (B, 3, H, W)."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> Features: ...
+
+
+class Inception:
+    """torch-fidelity's Inception v3 with TensorFlow's resizing; float32 whatever the surrounding precision."""
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Raises ValueError when the file does not hold this network."""
+        self.name = inception_name(file_sha256(weights))
+        self.device = device
+        self._spatial: Tensor = torch.empty(0)
+        self.net = _build_inception(weights).to(device)
+        self.net.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        with _full_precision(self.device):
+            pool, logits = self.net(images.to(self.device))
+        # Channels last, so that the values come in TensorFlow's order.
+        spatial = self._spatial[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return Features(pool, spatial, logits)
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._spatial = output
+
+
+def _build_inception(weights: Path) -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # costs seconds to import
+
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        # The class unpickles without restraint whatever it is given, so it gets what the safe reader has read.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        layers = ["2048", "logits_unbiased"]
+        net = FeatureExtractorInceptionV3(INCEPTION_NAME, layers, feature_extractor_weights_path=buffer)
+    except Exception as error:  # pickle, zip and key errors: all of them mean another file
+        raise ValueError(f"{weights} does not hold the weights of {INCEPTION_NAME}: {str(error)[:200]}") from error
+    return net.eval()
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32: scores differ in the second decimal otherwise."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul.allow_tf32
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+# Weights
+
+
+def inception_name(sha256: str) -> str:
+    """The network's name in scores; weights that are not the published file put their hash into it."""
+    return INCEPTION_NAME if sha256.startswith(INCEPTION_SHA256) else f"{INCEPTION_NAME}:{sha256[:8]}"
+
+
+def find_inception_weights(metrics: str, given: Path | None = None, *, trust: bool = False) -> Path:
+    """The checked weights file: the one given, else torch.hub's cache, else a download into that cache.
+
+    `metrics` are the scores that need it, for the message. `trust` accepts a file with another hash, which then
+    stands in the scores' names. Raises FileNotFoundError or ValueError (another hash).
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = given or cached
+    if not path.is_file():
+        if given is not None:
+            raise FileNotFoundError(_missing(metrics, str(given), "is not a file"))
+        _download(cached, metrics)
+    if not trust:
+        _check_hash(path)
+    return path
+
+
+def _download(path: Path, metrics: str) -> None:
+    offline = next((name for name in ("IMGTOK_OFFLINE", "HF_HUB_OFFLINE") if _is_set(name)), None)
+    if offline:
+        raise FileNotFoundError(_missing(metrics, str(path), f"not downloaded because {offline} is set"))
+    try:
+        with (
+            replacing(path) as temporary,
+            urllib.request.urlopen(INCEPTION_URL, timeout=_TIMEOUT) as source,
+            temporary.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+            target.flush()
+            _check_hash(temporary)
+    except OSError as error:
+        raise FileNotFoundError(_missing(metrics, str(path), f"download failed: {error}")) from error
+
+
+def _missing(metrics: str, path: str, reason: str) -> str:
+    return (
+        f"{metrics}: the Inception weights ({INCEPTION_FILE}, 91 MB) are missing: looked for {path} ({reason}).\n"
+        f"Get {INCEPTION_URL} and put it there, or give inception_weights=PATH; "
+        "without it: metrics=[oracle,fd_shapes] for the built-in shapes, [psnr,ssim,mae] for reconstructions."
+    )
+
+
+def _check_hash(path: Path) -> None:
+    found = file_sha256(path)
+    if not found.startswith(INCEPTION_SHA256):
+        raise ValueError(
+            f"{path}: not the published Inception weights: SHA-256 begins {found[:8]}, expected {INCEPTION_SHA256}.\n"
+            "Delete it and get it again, or set trust_weights=true to use it; the scores' names will carry its hash."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")

@@ -1,0 +1,181 @@
+"""What generated images are compared with: statistics of a network's features over real images.
+
+Our own files are .safetensors with their origin in the metadata. Published .npz files (`mu`, `sigma`, perhaps `mu_s`
+and `sigma_s`) do not say which network made them, so the user has to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import imgtok
+from imgtok.files import replacing
+from imgtok.metrics.accumulate import Moments, Reducer, Rows
+from imgtok.metrics.features import Features
+from imgtok.metrics.frechet import frechet_distance
+from imgtok.metrics.saved_images import open_npz
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D) in float64 over `count` images; a count of 0 is unknown."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, moments: Moments) -> Statistics:
+        return cls(moments.mean, moments.covariance, int(moments.count))
+
+    def distance(self, other: Statistics) -> float:
+        """Frechet distance; raises ValueError when the numbers of features differ."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images under one network."""
+
+    name: str
+    """As it stands in the names of scores."""
+    extractor: str
+    """Name of the network, `FeatureExtractor.name`."""
+    pool: Statistics
+    spatial: Statistics | None = None
+    """For sFID."""
+    features: Tensor | None = None
+    """(N, D) float32, for precision and recall; not saved."""
+
+
+class FeatureSums:
+    """Everything that the scores on a network's features need of one set of `num` images, streamed."""
+
+    def __init__(self, num: int, *, spatial: bool, keep: bool) -> None:
+        """`keep` holds on to the pool features themselves."""
+        self.num, self._spatial, self._keep = num, spatial, keep
+        self.pool: Moments | None = None
+        self.spatial: Moments | None = None
+        self.rows: Rows | None = None
+
+    def update(self, indices: Sequence[int], features: Features) -> None:
+        if self.pool is None:
+            self._begin(features.pool.shape[1], features.spatial.shape[1])
+        assert self.pool is not None
+        self.pool.update(features.pool)
+        if self.spatial is not None:
+            self.spatial.update(features.spatial)
+        if self.rows is not None:
+            self.rows.update(indices, features.pool)
+
+    def _begin(self, pool: int, spatial: int) -> None:
+        self.pool = Moments(pool)
+        self.spatial = Moments(spatial) if self._spatial else None
+        self.rows = Rows(self.num, pool, torch.float32) if self._keep else None
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        """Raises ValueError when this process got no image: more processes than images."""
+        if self.pool is None:
+            raise ValueError(f"fewer images ({self.num}) than processes; use fewer processes")
+        for part in (self.pool, self.spatial, self.rows):
+            if part is not None:
+                part.reduce(reducer)
+
+    def reference(self, name: str, extractor: str) -> Reference:
+        assert self.pool is not None
+        return Reference(
+            name=name,
+            extractor=extractor,
+            pool=Statistics.of(self.pool),
+            spatial=Statistics.of(self.spatial) if self.spatial else None,
+            features=self.rows.scored if self.rows else None,
+        )
+
+
+def save(reference: Reference, path: Path) -> None:
+    """Write the statistics (not the features) as .safetensors, in one step."""
+    tensors = {"mu": reference.pool.mean, "sigma": reference.pool.covariance}
+    if reference.spatial:
+        tensors |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    metadata = {
+        "format": FORMAT,
+        "name": reference.name,
+        "extractor": reference.extractor,
+        "count": reference.pool.count,
+        "imgtok_version": imgtok.__version__,
+    }
+    with replacing(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"imgtok": json.dumps(metadata)})
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a reference path is a file of statistics rather than of images."""
+    if path.suffix == ".safetensors":
+        return True
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    with open_npz(path) as arrays:
+        return "mu" in arrays
+
+
+def load(path: Path, extractor: str, assume: str | None = None) -> Reference:
+    """Statistics for `extractor` from our .safetensors or a published .npz.
+
+    `assume` names the network of an .npz. Raises ValueError when the file's network is another one, is not known, or
+    the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such reference file")
+    made_by: str | None
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        name, made_by, count = metadata["name"], metadata["extractor"], int(metadata["count"])
+    else:
+        tensors, name, made_by, count = _read_npz(path), path.stem, assume, 0
+    if made_by is None:
+        raise ValueError(
+            f"{path}: does not say which network its statistics come from; "
+            f"if it was {extractor}, set assume_extractor={extractor}"
+        )
+    if made_by != extractor:
+        raise ValueError(f"{path}: statistics of the network {made_by} cannot be compared with features of {extractor}")
+    spatial = _statistics(path, tensors, "_s", count) if "mu_s" in tensors else None
+    return Reference(name=name, extractor=extractor, pool=_statistics(path, tensors, "", count), spatial=spatial)
+
+
+def _statistics(path: Path, tensors: dict[str, Tensor], suffix: str, count: int) -> Statistics:
+    try:
+        mean, covariance = tensors["mu" + suffix].double(), tensors["sigma" + suffix].double()
+    except KeyError as error:
+        raise ValueError(f"{path}: holds {sorted(tensors)}, but not {error}") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        shapes = f"mu{suffix} is {tuple(mean.shape)} and sigma{suffix} {tuple(covariance.shape)}"
+        raise ValueError(f"{path}: {shapes}, expected (D,) and (D, D)")
+    return Statistics(mean, covariance, count)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, the file is no dict
+            text = (file.metadata() or {}).get("imgtok")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+    if text is None:
+        raise ValueError(f"{path}: not a reference made by imgtok (no metadata)")
+    return tensors, json.loads(text)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with open_npz(path) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays}

@@ -1,0 +1,103 @@
+"""Images on disk as they are scored: a folder of files, or an .npz as the ADM evaluator writes and reads it.
+
+A folder that `imgtok sample` made holds `samples.json` with the label of each numbered image; an .npz holds `arr_0`
+(n, H, W, 3) uint8 and possibly the labels `arr_1` (n,).
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imgtok.images import SUFFIXES, decode_image
+
+RECORD = "samples.json"
+
+
+class SavedImages:
+    """Images with random access, all of one size; `labels` is None where none were saved."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError or ValueError for a path that holds no images, or only a part of them."""
+        self.path = path
+        self._files: list[Path] = []
+        self._array: np.ndarray | None = None
+        self.labels: Tensor | None = None
+        if path.is_dir():
+            self._open_folder()
+        elif path.suffix == ".npz" and path.is_file():
+            self._open_npz()
+        else:
+            raise FileNotFoundError(f"{path}: expected a folder of images or an .npz file")
+        if len(self) == 0:
+            raise ValueError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
+        self.size: tuple[int, int] = self._raw(0).shape[:2]
+
+    def __len__(self) -> int:
+        return len(self._files) if self._array is None else len(self._array)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (B, 3, H, W). Raises ValueError naming a file that cannot be read or has another size."""
+        images = []
+        for index in indices:
+            image = self._raw(index)
+            if image.shape[:2] != self.size:
+                given, first = (f"{width}x{height}" for height, width in (image.shape[:2], self.size))
+                raise ValueError(f"{self._files[index]}: is {given}, but the first image of the folder is {first}")
+            images.append(torch.from_numpy(image))
+        return torch.stack(images).permute(0, 3, 1, 2).contiguous()
+
+    def _raw(self, index: int) -> np.ndarray:
+        if self._array is not None:
+            return self._array[index]
+        path = self._files[index]
+        return np.array(decode_image(path.read_bytes(), str(path)))
+
+    def _open_folder(self) -> None:
+        record = self.path / RECORD
+        if not record.exists():
+            self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            return
+        # Beside the numbered images the sampler leaves its overview grid, which is no sample.
+        self._files = sorted(p for p in self.path.glob("*.png") if p.stem.isdigit())
+        labels = json.loads(record.read_text(encoding="utf-8"))["labels"]
+        missing = sorted(set(range(len(labels))) - {int(p.stem) for p in self._files})
+        if missing:
+            raise ValueError(
+                f"{self.path}: {len(missing)} of the {len(labels)} images of {RECORD} are missing, the first is "
+                f"{missing[0]:06d}.png; run the same `imgtok sample` again to finish them"
+            )
+        self._files = self._files[: len(labels)]
+        self.labels = torch.tensor(labels, dtype=torch.long)
+
+    def _open_npz(self) -> None:
+        with open_npz(self.path) as arrays:
+            if "arr_0" not in arrays:
+                raise ValueError(f"{self.path}: holds {sorted(arrays)}, no images arr_0")
+            array = arrays["arr_0"]
+            labels = arrays.get("arr_1")
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise ValueError(f"{self.path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (n, H, W, 3)")
+        self._array = array
+        if labels is not None:
+            if labels.shape != (len(array),) or not np.issubdtype(labels.dtype, np.integer):
+                found = f"arr_1 is {labels.dtype} {labels.shape}"
+                raise ValueError(f"{self.path}: {found}, expected {len(array)} integer labels")
+            self.labels = torch.from_numpy(labels.astype(np.int64))
+
+
+def open_npz(path: Path) -> np.lib.npyio.NpzFile:
+    """The file, without unpickling anything. Raises ValueError when it is damaged."""
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable .npz file ({error})") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path}: holds a single array, not an .npz archive")
+    return arrays

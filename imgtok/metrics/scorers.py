@@ -1,0 +1,244 @@
+"""One class for each family of scores. All are fed batches of images by index, and say their scores at the end.
+
+The name of a score holds its protocol (`FID-50k[inception-v3-compat, imagenet256-train]`): how many images, judged by
+what, against what. Scores with different names are not comparable.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from imgtok.data.oracle import class_readings
+from imgtok.data.shapes import COLOURS, VERSION, ShapesConfig, ShapesDataset
+from imgtok.images import from_uint8, to_uint8
+from imgtok.metrics import reconstruction
+from imgtok.metrics.accumulate import InceptionScore, Moments, Reducer, Rows
+from imgtok.metrics.features import FeatureExtractor
+from imgtok.metrics.precision_recall import NEIGHBOURS, precision_recall
+from imgtok.metrics.reference import FeatureSums, Reference, Statistics
+from imgtok.metrics.shapesnet import Recipe, ShapesNet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Images to score; uint8, on the CPU."""
+
+    indices: Sequence[int]
+    images: Tensor
+    """(B, 3, H, W)."""
+    labels: Tensor | None = None
+    """Class that each image should show, (B,)."""
+    originals: Tensor | None = None
+    """What the images reconstruct."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: a short key for programs, a name with the protocol for people."""
+
+    key: str
+    name: str
+    value: float
+
+
+class Scorer(Protocol):
+    """Fed by every process with its share of the indices; `scores` is asked after `reduce`."""
+
+    def update(self, batch: ScoredBatch) -> None: ...
+    def reduce(self, reducer: Reducer | None) -> None: ...
+    def scores(self) -> list[Score]: ...
+
+
+def short(count: int) -> str:
+    """A number of images as it stands in names: 50000 -> "50k", 256 -> "256"."""
+    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+
+
+class InceptionScorer:
+    """fid, sfid, is, precision and recall, whichever of them are in `metrics`."""
+
+    def __init__(
+        self,
+        metrics: Collection[str],
+        extractor: FeatureExtractor,
+        num: int,
+        reference: Reference | None,
+        splits: int = 10,
+    ) -> None:
+        """`reference` may be None for `is` alone."""
+        self._metrics, self._extractor, self._num, self._splits = set(metrics), extractor, num, splits
+        self._reference = reference
+        _check_reference(self._metrics, reference)
+        self._sums = FeatureSums(num, spatial="sfid" in metrics, keep="precision_recall" in metrics)
+        self._inception_score: InceptionScore | None = None
+
+    def update(self, batch: ScoredBatch) -> None:
+        features = self._extractor(batch.images)
+        self._sums.update(batch.indices, features)
+        if "is" in self._metrics:
+            if self._inception_score is None:
+                self._inception_score = InceptionScore(features.logits.shape[1], self._num, self._splits)
+            self._inception_score.update(batch.indices, features.logits)
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self._sums.reduce(reducer)
+        if self._inception_score is not None:
+            self._inception_score.reduce(reducer)
+
+    def scores(self) -> list[Score]:
+        found = self._sums.reference("", self._extractor.name)
+        size = short(found.pool.count)
+        scores = []
+        if self._reference is not None:
+            scores += self._against(found, self._reference, size)
+        if self._inception_score is not None:
+            value = float(self._inception_score.scores().mean())
+            scores.append(Score("is", f"IS-{self._splits}-{size}[{self._extractor.name}]", value))
+        return scores
+
+    def _against(self, found: Reference, reference: Reference, size: str) -> list[Score]:
+        scores, protocol = [], f"[{self._extractor.name}, {reference.name}]"
+        if "fid" in self._metrics:
+            if found.pool.count <= len(found.pool.mean):
+                counts = (found.pool.count, len(found.pool.mean))
+                logger.warning("FID of %d images in %d dimensions: the covariance is rank-deficient", *counts)
+            scores.append(Score("fid", f"FID-{size}{protocol}", found.pool.distance(reference.pool)))
+        if found.spatial and reference.spatial:
+            scores.append(Score("sfid", f"sFID-{size}{protocol}", found.spatial.distance(reference.spatial)))
+        if found.features is not None and reference.features is not None:
+            pair = precision_recall(found.features, reference.features)
+            protocol = f"{protocol[:-1]} {short(len(reference.features))}, k={NEIGHBOURS}]"
+            scores.append(Score("precision", f"precision-{size}{protocol}", pair.precision))
+            scores.append(Score("recall", f"recall-{size}{protocol}", pair.recall))
+        return scores
+
+
+def _check_reference(metrics: Collection[str], reference: Reference | None) -> None:
+    needed = [metric for metric in ("fid", "sfid", "precision_recall") if metric in metrics]
+    if needed and reference is None:
+        raise ValueError(f"{', '.join(needed)} compare with real images: give reference=PATH or a data source")
+    if reference is not None and "sfid" in needed and reference.spatial is None:
+        raise ValueError(f"the reference {reference.name} has no spatial statistics (mu_s, sigma_s) for sfid")
+    if reference is not None and "precision_recall" in needed and reference.features is None:
+        raise ValueError(f"precision_recall needs the real images themselves; {reference.name} holds only statistics")
+
+
+class ShapesDistance:
+    """fd_shapes: Frechet distance to fresh renders of the same profile in the features of the small shapes network.
+
+    Beside it stands `fd_shapes_clean`, the same number for as many other renders: what a perfect model would get.
+    """
+
+    # Scenes far from those that data sets use; a multiple of 64, so the classes stay in step with the index.
+    FIRST_SCENE = 1 << 30
+
+    def __init__(
+        self, net: ShapesNet, profile: ShapesConfig, num: int, device: torch.device, label: str | None = None
+    ) -> None:
+        """`num` is the number of images in the whole evaluation, and of renders in each set of them."""
+        self._net, self._device, self._label = net.to(device), device, label or Recipe().label
+        split = "val" if profile.split == "train" else profile.split
+        self._profile = replace(profile, split=split, num_images=self.FIRST_SCENE + 2 * num)
+        self._num = num
+        dimension = len(net.mean)
+        self._found, self._real, self._clean = (Moments(dimension) for _ in range(3))
+        self._renders: ShapesDataset | None = None
+
+    def update(self, batch: ScoredBatch) -> None:
+        """Renders the references of the same indices along with the images."""
+        self._found.update(self._features(batch.images))
+        size = min(batch.images.shape[-2:])
+        if self._renders is None:
+            self._renders = ShapesDataset(self._profile, size)
+        for moments, offset in ((self._real, 0), (self._clean, self._num)):
+            scenes = [self.FIRST_SCENE + offset + index for index in batch.indices]
+            moments.update(self._features(to_uint8(self._renders.batch(scenes)[0])))
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self._net.features(from_uint8(images.to(self._device)))
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        for moments in (self._found, self._real, self._clean):
+            moments.reduce(reducer)
+
+    def scores(self) -> list[Score]:
+        found, real, clean = (Statistics.of(moments) for moments in (self._found, self._real, self._clean))
+        name = f"fd_shapes-{short(found.count)}[{self._label}]"
+        return [
+            Score("fd_shapes", name, found.distance(real)),
+            Score("fd_shapes_clean", f"{name} of other real renders", clean.distance(real)),
+        ]
+
+
+class OracleScorer:
+    """What the exact oracle of the built-in shapes reads, against the label 8 * shape + colour of each image.
+
+    `oracle_top1` asks for exactly one object, of the right shape and colour. The others look at the largest object:
+    its shape, its colour; objects beyond one on average; images in which none can be read.
+    """
+
+    KEYS = ("oracle_top1", "oracle_shape", "oracle_colour", "oracle_extra", "oracle_unread")
+
+    def __init__(self, num: int) -> None:
+        self._rows = Rows(num, len(self.KEYS))
+
+    def update(self, batch: ScoredBatch) -> None:
+        """Raises ValueError without labels."""
+        if batch.labels is None:
+            raise ValueError(
+                "the oracle compares with labels, and these images have none; "
+                "labels=balanced takes index modulo 64, the sampler's order"
+            )
+        read = class_readings(batch.images.cpu().float() / 255)
+        known, truth, per_shape = read.labels >= 0, batch.labels.cpu(), len(COLOURS)
+        columns = (
+            (read.labels == truth) & (read.counts == 1),
+            known & (read.labels // per_shape == truth // per_shape),
+            known & (read.labels % per_shape == truth % per_shape),
+            (read.counts - 1).clamp(min=0),
+            ~known,
+        )
+        self._rows.update(batch.indices, torch.stack([column.double() for column in columns], dim=1))
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self._rows.reduce(reducer)
+
+    def scores(self) -> list[Score]:
+        rows = self._rows.scored
+        protocol = f"-{short(len(rows))}[{VERSION}]"
+        means = zip(self.KEYS, rows.mean(dim=0), strict=True)
+        return [Score(key, key + protocol, float(value)) for key, value in means]
+
+
+class ReconstructionScorer:
+    """psnr, ssim and mae against the originals: means of the images' own scores."""
+
+    FUNCTIONS: ClassVar = {"psnr": reconstruction.psnr, "ssim": reconstruction.ssim, "mae": reconstruction.mae}
+
+    def __init__(self, metrics: Collection[str], num: int) -> None:
+        self._metrics = [metric for metric in self.FUNCTIONS if metric in metrics]
+        self._rows = Rows(num, len(self._metrics))
+
+    def update(self, batch: ScoredBatch) -> None:
+        """Raises ValueError without originals."""
+        if batch.originals is None:
+            raise ValueError(f"{', '.join(self._metrics)} compare with originals, and these images have none")
+        values = [self.FUNCTIONS[metric](batch.images, batch.originals) for metric in self._metrics]
+        self._rows.update(batch.indices, torch.stack(values, dim=1))
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self._rows.reduce(reducer)
+
+    def scores(self) -> list[Score]:
+        rows = self._rows.scored
+        protocol = f"-{short(len(rows))}[uint8, mean over images]"
+        means = zip(self._metrics, rows.mean(dim=0), strict=True)
+        return [Score(metric, metric.upper() + protocol, float(value)) for metric, value in means]

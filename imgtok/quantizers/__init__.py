@@ -1,0 +1,1 @@
+"""From continuous vectors to token ids and back."""

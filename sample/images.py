@@ -1,0 +1,193 @@
+"""`imgtok sample`: new images from a trained generator, as numbered PNGs and a grid, or as one .npz.
+
+The work is divided by index over the processes of the launch. Each finished image is a file, written in
+one step: a job that was interrupted goes on where it stopped, and with any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from generators.gpt import SamplingConfig
+from imgtok import images as pictures
+from imgtok.cli import run_job
+from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, check, to_dict
+from imgtok.files import replacing
+from sample.pipeline import DecodeSettings, Pipeline, batches_of, best_device
+
+logger = logging.getLogger(__name__)
+
+POSITIONAL = "model"
+RECORD = "samples.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Draws images from a generator: PNGs named by their index, `grid.png`, and `samples.json` with their labels."""
+
+    job: Literal["sample"] = "sample"
+    """Which program this file is for."""
+    model: str
+    """Model folder or Hub name of the generator."""
+    tokenizer: str | None = None
+    """Model folder or Hub name of the tokenizer; null takes the one inside the generator's folder."""
+    out: Path = Path("outputs/samples")
+    """Folder of the images."""
+    num: PositiveInt = 64
+    """Images to draw; image i is of class classes[i % number of classes]."""
+    classes: tuple[int, ...] = ()
+    """Classes to draw; empty draws all in turn."""
+    per_class: PositiveInt | None = None
+    """Images of each class; takes the place of `num`."""
+    seed: NonNegativeInt = 0
+    """Image i of a seed is the same whatever the batch size or number of processes."""
+    batch_size: PositiveInt = 64
+    """Images drawn at once by one process."""
+    format: Literal["png", "npz"] = "png"
+    """Numbered PNGs, or one `samples.npz` as the ADM evaluator reads it."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How tokens are drawn."""
+    num_tokens: PositiveInt | None = None
+    """Tokens drawn for each image; null draws all that the generator knows."""
+    decode_steps: PositiveInt | None = None
+    """Flow steps of the tokenizer's decoder; null takes its own setting."""
+    decode_guidance: PositiveFloat | None = None
+    """Guidance scale of the tokenizer's decoder; null takes its own setting."""
+    grid: NonNegativeInt = 64
+    """Images in `grid.png`; 0 writes none."""
+    threads: PositiveInt | None = None
+    """CPU threads per process; null leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def decode(self) -> DecodeSettings:
+        return DecodeSettings(self.num_tokens, self.decode_steps, self.decode_guidance)
+
+
+def main(config: Config) -> None:
+    """Draws what is missing of the job, then writes the grid and the record."""
+    from accelerate import PartialState
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    state = PartialState()
+    pipeline = Pipeline.load(config.model, config.tokenizer, best_device(state.local_process_index))
+    labels = plan_labels(config, pipeline.num_classes)
+    folder = config.out / ".parts" if config.format == "npz" else config.out
+    if state.is_main_process:
+        claim_folder(config, labels)
+        folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    mine = range(state.process_index, len(labels), state.num_processes)
+    missing = [i for i in mine if not image_path(folder, i).exists()]
+    draw_images(config, pipeline, labels, missing, folder, show_progress=state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(config, labels, folder)
+
+
+def plan_labels(config: Config, num_classes: int) -> list[int]:
+    """The label of every index, interleaved over the classes. Raises ValueError for a class outside the model's."""
+    classes = config.classes or tuple(range(num_classes))
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"classes: {label} is not a class of {config.model}; it has classes 0 to {num_classes - 1}"
+            )
+    count = config.per_class * len(classes) if config.per_class else config.num
+    return [classes[i % len(classes)] for i in range(count)]
+
+
+def claim_folder(config: Config, labels: Sequence[int]) -> None:
+    """Records the request in the folder; refuses one that holds images of another request.
+
+    A larger or smaller number of images is the same request: what is there already is kept.
+    """
+    request = to_dict(config)
+    for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
+        del request[field]
+    path = config.out / RECORD
+    if path.exists():
+        previous = json.loads(path.read_text(encoding="utf-8")).get("request")
+        if previous != request:
+            changed = [key for key in request if not isinstance(previous, dict) or previous.get(key) != request[key]]
+            raise ValueError(
+                f"{config.out} holds images of another request (different: {', '.join(changed)}); "
+                "choose another folder with out=FOLDER, or delete it"
+            )
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"request": request, "labels": list(labels)}) + "\n", encoding="utf-8")
+
+
+def draw_images(
+    config: Config,
+    pipeline: Pipeline,
+    labels: Sequence[int],
+    missing: Sequence[int],
+    folder: Path,
+    *,
+    show_progress: bool,
+) -> None:
+    """Draws the images of the missing indices and writes each to its own file."""
+    with tqdm(total=len(missing), unit="image", desc="sample", disable=not show_progress) as progress:
+        for indices, images in generate(config, pipeline, labels, missing):
+            for index, image in zip(indices, images, strict=True):
+                pictures.save_png(image, image_path(folder, index))
+            progress.update(len(indices))
+
+
+def generate(
+    config: Config, pipeline: Pipeline, labels: Sequence[int], indices: Sequence[int]
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Batches of (indices, uint8 images (B, 3, H, W)); `labels` is that of the whole job, by index."""
+    for chunk in batches_of(indices, config.batch_size):
+        chunk_labels = [labels[i] for i in chunk]
+        images = pipeline.images(chunk, chunk_labels, seed=config.seed, sampling=config.sampling, decode=config.decode)
+        yield chunk, images
+
+
+def image_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def read_image(path: Path) -> Tensor:
+    """uint8 (3, H, W) from one of our own PNGs."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def finish(config: Config, labels: Sequence[int], folder: Path) -> None:
+    """Writes the grid, and packs the .npz."""
+    if config.grid:
+        shown = [read_image(image_path(folder, i)) for i in range(min(config.grid, len(labels)))]
+        pictures.save_png(pictures.make_grid(torch.stack(shown), columns=8), config.out / "grid.png")
+    if config.format == "npz":
+        pack_npz(folder, labels, config.out / "samples.npz")
+    logger.info("%d images in %s", len(labels), config.out)
+
+
+def pack_npz(folder: Path, labels: Sequence[int], path: Path) -> None:
+    """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: interleaved over the classes, as IS needs it."""
+    images = np.stack([read_image(image_path(folder, i)).permute(1, 2, 0).numpy() for i in range(len(labels))])
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, images, np.array(labels))
+    for part in folder.glob("*.png"):
+        part.unlink()
+    folder.rmdir()
+
+
+if __name__ == "__main__":
+    run_job(sys.modules[__name__])

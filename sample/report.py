@@ -1,0 +1,190 @@
+"""The quickstart's page: pictures, curves and figures of one run, the untrained control beside each of them.
+
+`write_page` makes one self-contained HTML file; nothing in it is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imgtok.data.oracle import read_classes
+from imgtok.data.shapes import COLOURS, SHAPES
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
+h1{margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #ddd} p.lead{color:#555;margin-top:0}
+table{border-collapse:collapse;margin:1rem 0} td,th{border:1px solid #ddd;padding:.3rem .8rem;text-align:right}
+td:first-child,th:first-child{text-align:left} th{background:#f6f6f6} code,pre{background:#f6f6f6;padding:.1rem .3rem}
+pre{padding:.8rem;overflow:auto} img{max-width:100%;image-rendering:pixelated} img.plot{image-rendering:auto}
+.samples{display:grid;grid-template-columns:repeat(8,1fr);gap:.5rem;font-size:.72rem;text-align:center;line-height:1.2}
+.samples img{width:100%} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
+""".strip()
+
+
+@dataclass
+class Run:
+    """What the quickstart has measured, filled in as its stages end."""
+
+    seed: int
+    data: str
+    """The images in words: shapes, size, textures."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """report.json: the trained model's figures, and under `untrained` the same ones at step 0."""
+    stages: list[tuple[str, str, float]] = field(default_factory=list)
+    """(title, command, seconds) of each stage."""
+
+
+def write_page(run: Run, out: Path) -> Path:
+    """Writes `index.html` and `report.json` into the run's folder."""
+    (out / "report.json").write_text(json.dumps(run.figures, indent=2) + "\n", encoding="utf-8")
+    sections = [
+        headline(run),
+        section("Reconstructions at each token count", RECONSTRUCTION_TEXT + reconstruction_pictures(out)),
+        section("New images", SAMPLES_TEXT + sample_cells(out / "samples")),
+        section(
+            "The same generator before its first step", UNTRAINED_TEXT + sample_cells(out / "samples-untrained", 16)
+        ),
+        section("Curves", curves(run, out)),
+        section("What was run", commands(run.stages)),
+    ]
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>imgtok quickstart</title><style>{STYLE}</style>"
+    path = out / "index.html"
+    path.write_text(page + "".join(sections) + "</html>\n", encoding="utf-8")
+    return path
+
+
+RECONSTRUCTION_TEXT = """<p>Held-out images above, and what the tokenizer makes of their first 1, 2, 4, ... tokens.
+Few tokens say where and what colour; more say which shape. Second picture: the same tokenizer before training.</p>"""
+SAMPLES_TEXT = """<p>Class-conditional samples. Under each: the class asked for, and, where it differs, what the oracle
+read. The oracle compares an image with renders of every shape and colour; no network is involved.</p>"""
+UNTRAINED_TEXT = (
+    "<p>Random tokens through the trained tokenizer: what of the above the generator did not have to learn.</p>"
+)
+
+
+def section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{body}"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def headline(run: Run) -> str:
+    """The table of figures, each beside its value without training."""
+    trained, untrained = run.figures, run.figures["untrained"]
+    rows = [
+        ("Samples read as the class asked for (oracle top-1; chance 1.6 %)", "oracle_top1", percent),
+        ("Reconstructions read as their original (oracle)", "oracle_reconstruction", percent),
+        ("Fréchet distance on shape features (fd_shapes; not FID)", "fd_shapes", "{:.2f}".format),
+    ]
+    cells = [(title, show(trained[key]), show(untrained[key])) for title, key, show in rows]
+    for count, score in trained["psnr_by_tokens"].items():
+        cells.append(
+            (f"PSNR at {count} token{'s' if int(count) > 1 else ''}, dB", f"{score:.1f}",
+             f"{untrained['psnr_by_tokens'][count]:.1f}")
+        )  # fmt: skip
+    body = "".join(f"<tr><td>{html.escape(a)}<td>{b}<td>{c}" for a, b, c in cells)
+    minutes = trained["seconds"] / 60
+    return f"""<h1>imgtok quickstart</h1><p class=lead>{html.escape(run.data)}. Seed {run.seed}, {minutes:.1f} minutes,
+peak memory {trained["peak_rss_mib"] / 1024:.1f} GiB.</p>
+<table><tr><th>figure<th>trained<th>untrained (step 0){body}</table>"""
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def commands(stages: Sequence[tuple[str, str, float]]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(title)}<td style='text-align:left'><code>{html.escape(command)}</code><td>{seconds:.0f} s"
+        for title, command, seconds in stages
+    )
+    return f"<table><tr><th>stage<th>command<th>time{rows}</table>"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def inline_png(image: Tensor) -> str:
+    """A uint8 image (3, H, W) as an <img> element."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "png")
+    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}' alt=''>"
+
+
+def inline_file(path: Path) -> str:
+    return f"<p><img src='data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}' alt='{path.stem}'></p>"
+
+
+def reconstruction_pictures(out: Path) -> str:
+    return inline_file(out / "reconstructions/grid.png") + inline_file(out / "reconstructions-untrained/grid.png")
+
+
+def sample_cells(folder: Path, count: int = 64) -> str:
+    """The first samples of a folder with what was asked for and what the oracle read."""
+    from sample.images import RECORD, image_path, read_image
+
+    labels = json.loads((folder / RECORD).read_text(encoding="utf-8"))["labels"][:count]
+    images = torch.stack([read_image(image_path(folder, i)) for i in range(len(labels))])
+    readings = read_classes(images.float() / 255)[0].tolist()
+    cells = [
+        f"<div>{inline_png(image)}{caption(label, reading)}</div>"
+        for image, label, reading in zip(images, labels, readings, strict=True)
+    ]
+    return f"<div class=samples>{''.join(cells)}</div>"
+
+
+def caption(label: int, reading: int) -> str:
+    if reading == label:
+        return f"<span class=right>{class_name(label)}</span>"
+    return f"{class_name(label)}<br><span class=wrong>read: {class_name(reading)}</span>"
+
+
+def class_name(label: int) -> str:
+    """ "red circle" for class 8 * shape + colour; -1 is no single shape."""
+    return "nothing" if label < 0 else f"{COLOURS[label % 8]} {SHAPES[label // 8]}"
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curves(run: Run, out: Path) -> str:
+    """PSNR against token count, and both training losses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    psnr, tokenizer, generator = figure.subplots(1, 3)
+    for name, scores in (("trained", run.figures), ("untrained", run.figures["untrained"])):
+        by_tokens: Mapping[str, float] = scores["psnr_by_tokens"]
+        psnr.plot([int(count) for count in by_tokens], list(by_tokens.values()), marker="o", label=name)
+    psnr.set(xscale="log", xlabel="tokens", ylabel="PSNR, dB", title="Reconstruction")
+    psnr.legend()
+    for axis, title, folder in ((tokenizer, "Tokenizer loss", "tokenizer"), (generator, "Generator loss", "generator")):
+        steps, losses = read_log(out / folder / "log.jsonl")
+        axis.plot(steps, losses)
+        axis.set(xlabel="step", title=title)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def read_log(path: Path) -> tuple[list[int], list[float]]:
+    """Steps and losses of a run's log."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line["step"] for line in lines], [line["loss"] for line in lines]

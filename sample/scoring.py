@@ -1,0 +1,213 @@
+"""The work of `imgtok evaluate`: opens what a configuration names, and feeds the images to the scorers.
+
+The order matters: weights that a score lacks are found out before a model is loaded, and a model's images are drawn
+last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tqdm import tqdm
+
+from imgtok.data.images import ImageSource, open_images
+from imgtok.data.shapes import NUM_CLASSES, ShapesConfig
+from imgtok.flextok import FlexTok
+from imgtok.hub import WEIGHTS_NAME, find_folder, load
+from imgtok.metrics import reference as references
+from imgtok.metrics import shapesnet
+from imgtok.metrics.features import FeatureExtractor, Inception, file_sha256, find_inception_weights
+from imgtok.metrics.reference import FeatureSums, Reference
+from imgtok.metrics.saved_images import SavedImages
+from imgtok.metrics.scorers import (
+    InceptionScorer,
+    OracleScorer,
+    ReconstructionScorer,
+    Score,
+    Scorer,
+    ShapesDistance,
+)
+from sample.pipeline import DecodeSettings, Pipeline
+from sample.scored_images import (
+    FileSource,
+    GeneratorSource,
+    ReconstructionSource,
+    Source,
+    Versions,
+    image_batches,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sample.evaluate import Config
+
+Metric = Literal["fid", "sfid", "is", "precision_recall", "oracle", "fd_shapes", "psnr", "ssim", "mae"]
+INCEPTION = ("fid", "sfid", "is", "precision_recall")
+WITH_REFERENCE = ("fid", "sfid", "precision_recall")
+RECONSTRUCTION = ("psnr", "ssim", "mae")
+
+SAMPLES_OF_A_MODEL = 5000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A score, and the number of tokens per image that it was measured at (None: not a reconstruction)."""
+
+    score: Score
+    num_tokens: int | None
+
+
+def evaluate(config: Config, accelerator: Accelerator) -> tuple[list[Row], dict[str, str]]:
+    """The scores, and the hashes of all weights that they depend on."""
+    weights: dict[str, str] = {}
+    extractor = _open_extractor(config, accelerator, weights)
+    source = _open_source(config, accelerator.device, weights)
+    real = _open_reference(config, source, extractor, accelerator)
+    scorers = _open_scorers(config, source, extractor, real, accelerator, weights)
+    share = _share(source.num, accelerator)
+    with tqdm(total=len(share), unit="image", desc="evaluate", disable=not accelerator.is_main_process) as progress:
+        for versions in source.batches(share, config.batch_size):
+            progress.update(_feed(scorers, versions))
+    rows = []
+    for count, family in scorers.items():
+        for scorer in family:
+            scorer.reduce(accelerator)
+            rows += [Row(score, count) for score in scorer.scores()]
+    return rows, weights
+
+
+def _feed(scorers: dict[int | None, list[Scorer]], versions: Versions) -> int:
+    """Hands a batch's versions to their scorers; the number of images."""
+    number = 0
+    for count, batch in versions.items():
+        for scorer in scorers[count]:
+            scorer.update(batch)
+        number = len(batch.indices)
+    return number
+
+
+def _share(num: int, accelerator: Accelerator) -> range:
+    """The indices of this process."""
+    return range(accelerator.process_index, num, accelerator.num_processes)
+
+
+# Networks that judge
+
+
+def _open_extractor(config: Config, accelerator: Accelerator, weights: dict[str, str]) -> FeatureExtractor | None:
+    needed = [metric for metric in INCEPTION if metric in config.chosen_metrics]
+    if not needed:
+        return None
+    with accelerator.main_process_first():  # one process downloads
+        path = find_inception_weights(", ".join(needed), config.inception_weights, trust=config.trust_weights)
+    weights["inception"] = file_sha256(path)
+    return Inception(path, accelerator.device)
+
+
+def _open_scorers(
+    config: Config,
+    source: Source,
+    extractor: FeatureExtractor | None,
+    real: Reference | None,
+    accelerator: Accelerator,
+    weights: dict[str, str],
+) -> dict[int | None, list[Scorer]]:
+    """Fresh scorers for each number of tokens."""
+    net = None
+    if "fd_shapes" in config.chosen_metrics:
+        with accelerator.main_process_first():  # one process trains, the others find the result
+            net = shapesnet.load_or_train()
+        weights["fd_shapes"] = shapesnet.fingerprint(net)
+    profile = config.data if isinstance(config.data, ShapesConfig) else ShapesConfig()
+    families: dict[int | None, list[Scorer]] = {}
+    for count in source.token_counts:
+        family: list[Scorer] = []
+        if "oracle" in config.chosen_metrics:
+            family.append(OracleScorer(source.num))
+        if set(RECONSTRUCTION) & set(config.chosen_metrics):
+            family.append(ReconstructionScorer(config.chosen_metrics, source.num))
+        if extractor is not None:
+            family.append(InceptionScorer(config.chosen_metrics, extractor, source.num, real))
+        if net is not None:
+            family.append(ShapesDistance(net, profile, source.num, accelerator.device))
+        families[count] = family
+    return families
+
+
+# Images
+
+
+def _open_source(config: Config, device: torch.device, weights: dict[str, str]) -> Source:
+    if config.images is not None:
+        return FileSource(config.images, config.num, config.labels, NUM_CLASSES)
+    if config.model is not None:
+        weights["model"] = file_sha256(find_folder(config.model) / WEIGHTS_NAME)
+        return GeneratorSource(
+            Pipeline.load(config.model, config.tokenizer, device),
+            config.num or SAMPLES_OF_A_MODEL,
+            config.classes,
+            seed=config.seed,
+            sampling=config.sampling,
+            decode=DecodeSettings(next(iter(config.num_tokens), None), config.decode_steps, config.decode_guidance),
+        )
+    assert config.tokenizer is not None
+    weights["tokenizer"] = file_sha256(find_folder(config.tokenizer) / WEIGHTS_NAME)
+    tokenizer = load(config.tokenizer, expect=FlexTok).to(device).eval()
+    decode = DecodeSettings(None, config.decode_steps, config.decode_guidance)
+    images = _open_data(config, tokenizer.image_size)
+    return ReconstructionSource(tokenizer, images, config.num, config.num_tokens, seed=config.seed, decode=decode)
+
+
+def _open_data(config: Config, size: int) -> ImageSource:
+    """Images to reconstruct: the held-out part. Real images to compare with: all, as in the published protocol."""
+    assert config.data is not None
+    if config.reconstructs:
+        return open_images(config.data, size, split="held_out", held_out_fraction=config.held_out)
+    return open_images(config.data, size, split="train", held_out_fraction=0.0)
+
+
+def _open_reference(
+    config: Config, source: Source, extractor: FeatureExtractor | None, accelerator: Accelerator
+) -> Reference | None:
+    """Statistics of real images: read from a file, or taken from images now."""
+    if extractor is None or not set(WITH_REFERENCE) & set(config.chosen_metrics):
+        return None
+    if config.reference is not None and references.holds_statistics(config.reference):
+        return references.load(config.reference, extractor.name, config.assume_extractor)
+    if config.reference is not None:
+        saved = SavedImages(config.reference)
+        if saved.size != source.size:
+            raise ValueError(
+                f"{config.reference}: images of {saved.size[1]}x{saved.size[0]}, but those to score are "
+                f"{source.size[1]}x{source.size[0]}; data.kind=folder data.path=... crops them to that size"
+            )
+        return _measure(saved, range(len(saved)), config.reference.stem, config, extractor, accelerator)
+    assert config.data is not None
+    images = _open_data(config, min(source.size))
+    num = source.num if config.reconstructs else len(images)
+    name = f"{config.data.kind}-held-out" if config.reconstructs else f"{config.data.kind}-train"
+    return _measure(images, range(num), name, config, extractor, accelerator)
+
+
+def _measure(
+    images: ImageSource | SavedImages,
+    indices: Sequence[int],
+    name: str,
+    config: Config,
+    extractor: FeatureExtractor,
+    accelerator: Accelerator,
+) -> Reference:
+    """Statistics of the given images over all processes."""
+    metrics = config.chosen_metrics
+    sums = FeatureSums(len(indices), spatial="sfid" in metrics, keep="precision_recall" in metrics)
+    for chunk, pixels in image_batches(images, _share(len(indices), accelerator), config.batch_size):
+        sums.update(chunk, extractor(pixels))
+    sums.reduce(accelerator)
+    reference = sums.reference(name, extractor.name)
+    if config.save_reference is not None and accelerator.is_main_process:
+        references.save(reference, config.save_reference)
+    return reference

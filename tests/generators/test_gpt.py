@@ -1,0 +1,261 @@
+"""Behaviour of a tiny GPT; its numbers are compared with the published code in tests/parity."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import imgtok
+from generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok.layers.cache import KVCache
+
+TINY = GPTConfig(vocab_size=24, num_tokens=9, num_classes=5, width=32, depth=2, num_heads=2, mlp_multiple=32)
+POSITIONS = ["learned", "rotary_2d"]
+
+
+def build(*, awake: bool = True, **changes) -> GPT:
+    """A tiny model; `awake` replaces the zero head and the small weights, so that its laws are not flat."""
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, **changes)).eval()
+    if awake:
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+LABELS = torch.tensor([0, 3, 4])
+
+
+def test_published_sizes_have_the_published_parameter_counts():
+    """Table 1 of the specification: LlamaGen-B, class-conditional."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(positions="rotary_2d"))
+    assert sum(p.numel() for p in model.parameters()) == 110_888_448
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (1024, 2816), (1280, 3584), (1536, 4096), (3200, 8704)])
+def test_published_feed_forward_widths(width, hidden):
+    assert GPTConfig(width=width, num_heads=4).mlp_hidden == hidden
+
+
+def test_an_untrained_model_is_uniform():
+    model = build(awake=False)
+    ids = torch.randint(24, (3, 9), generator=generator())
+    assert model(ids, LABELS, generator=generator()).total.item() == pytest.approx(torch.tensor(24.0).log().item())
+
+
+# ---------------------------------------------------------------- one path, causal, cached
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_token_sees_the_class_and_the_tokens_before_it(positions):
+    model = build(positions=positions)
+    ids = torch.randint(24, (1, 9), generator=generator())
+    with torch.no_grad():
+        logits = model.logits(LABELS[:1], ids)
+        assert logits.shape == (1, 9, 24)
+        assert not torch.allclose(model.logits(LABELS[1:2], ids)[:, 0], logits[:, 0])
+        for position in range(9):
+            changed = ids.clone()
+            changed[0, position] = (changed[0, position] + 1) % 24
+            differs = (model.logits(LABELS[:1], changed) != logits).any(dim=-1)[0]
+            assert not differs[: position + 1].any()
+            assert differs[position + 1 :].any() == (position < 8)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_cached_states_equal_recomputed_ones(positions):
+    model = build(positions=positions)
+    ids = torch.randint(24, (3, 8), generator=generator())
+    with torch.no_grad():
+        whole = model.hidden(LABELS, ids)
+        cache = KVCache(2, 3, 2, 9, 16, like=whole)
+        parts = [model.hidden(LABELS, ids[:, :0], cache)]
+        parts += [model.hidden(None, ids[:, i : i + 1], cache) for i in range(8)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+        long_prefill = KVCache(2, 3, 2, 9, 16, like=whole)
+        model.hidden(LABELS, ids[:, :5], long_prefill)
+        last = model.hidden(None, ids[:, 5:6], long_prefill)
+        torch.testing.assert_close(last, whole[:, 6:7], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_cache_changes_no_token(monkeypatch, positions, guidance):
+    model = build(positions=positions)
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    ids = {}
+    next_logits = GPT._next_logits
+    for cached in (True, False):
+
+        def record(self, *args, kind=cached):
+            seen[kind].append(next_logits(self, *args))
+            return seen[kind][-1]
+
+        monkeypatch.setattr(GPT, "_next_logits", record)
+        sampling = SamplingConfig(guidance=guidance, top_k=12, top_p=0.95, temperature=1.1)
+        ids[cached] = model.generate(LABELS, seed=1, indices=[5, 6, 7], sampling=sampling, cached=cached)
+    assert torch.equal(ids[True], ids[False])
+    assert len(seen[True]) == 9
+    for with_cache, without in zip(seen[True], seen[False], strict=True):
+        torch.testing.assert_close(with_cache, without, atol=1e-5, rtol=1e-5)
+
+
+def test_generated_tokens_follow_the_training_path():
+    """Greedy generation must be the arg-max of `logits`, which training uses, at every position."""
+    model = build()
+    ids = model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0, top_k=1))
+    with torch.no_grad():
+        assert torch.equal(model.logits(LABELS, ids).argmax(dim=-1), ids)
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def test_guidance_of_one_runs_one_stream(monkeypatch):
+    model = build()
+    widths = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, labels, ids, cache=None: widths.append(len(ids)) or hidden(self, labels, ids, cache)
+    )
+    for guidance in (1.0, 2.0):
+        model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=guidance), num_tokens=2)
+    assert widths == [3, 3, 6, 6]
+
+
+def test_guidance_of_zero_is_the_null_class():
+    model = build()
+    ignored = model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=0.0))
+    null = torch.full((3,), model.null_class)
+    unlabelled = model.generate(null, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0))
+    assert torch.equal(ignored, unlabelled)
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def test_a_sample_depends_on_seed_and_index_alone():
+    model = build()
+    options = {"sampling": SamplingConfig(guidance=2.0)}
+    batch = model.generate(LABELS, seed=9, indices=[10, 11, 12], **options)
+    alone = [model.generate(LABELS[i : i + 1], seed=9, indices=[10 + i], **options) for i in range(3)]
+    assert torch.equal(batch, torch.cat(alone))
+    backwards = model.generate(LABELS.flip(0), seed=9, indices=[12, 11, 10], **options)
+    assert torch.equal(batch, backwards.flip(0))
+    assert not torch.equal(batch, model.generate(LABELS, seed=8, indices=[10, 11, 12], **options))
+    assert not torch.equal(batch, model.generate(LABELS, seed=9, indices=[0, 1, 2], **options))
+
+
+def test_fewer_tokens_are_the_beginning_of_more():
+    model = build()
+    whole = model.generate(LABELS, seed=0, indices=range(3))
+    assert whole.shape == (3, 9)
+    assert torch.equal(model.generate(LABELS, seed=0, indices=range(3), num_tokens=4), whole[:, :4])
+
+
+def test_generate_leaves_the_global_generator_alone_and_reports_progress():
+    state, steps = torch.get_rng_state(), []
+    build_state = build()
+    torch.set_rng_state(state)
+    build_state.generate(LABELS, seed=0, indices=range(3), on_token=steps.append)
+    assert steps == list(range(1, 10))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_samples_have_the_distribution_of_the_logits():
+    """First tokens of 4000 images of one class: chi-square at 0.1 %, 23 degrees of freedom: 49.7."""
+    model = build(vocab_size=24)
+    labels = torch.full((4000,), 2)
+    sampling = SamplingConfig(guidance=1.0, temperature=1.5)
+    first = model.generate(labels, seed=0, indices=range(4000), sampling=sampling, num_tokens=1)
+    with torch.no_grad():
+        law = (model.logits(labels[:1], first[:1])[0, 0] / 1.5).double().softmax(0)
+    counts = torch.bincount(first[:, 0], minlength=24)
+    assert ((counts - 4000 * law) ** 2 / (4000 * law)).sum() < 49.7
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_class_dropout_shows_the_null_class():
+    ids = torch.randint(24, (3, 9), generator=generator())
+    model = build(class_dropout=1.0)
+    with torch.no_grad():
+        null_logits = model.logits(torch.full((3,), model.null_class), ids)
+    expected = F.cross_entropy(null_logits.flatten(0, 1), ids.flatten())
+    assert model(ids, LABELS, generator=generator()).total.item() == pytest.approx(expected.item(), rel=1e-6)
+    losses = {model_loss(class_dropout=0.5, seed=seed) for seed in (0, 0, 1, 2, 3)}
+    assert 1 < len(losses) <= 4
+
+
+def model_loss(class_dropout: float, seed: int) -> float:
+    ids = torch.randint(24, (3, 9), generator=generator())
+    return build(class_dropout=class_dropout)(ids, LABELS, generator=generator(seed)).total.item()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_overfits_four_sequences_and_samples_them_by_class(positions):
+    model = build(awake=False, positions=positions, dropout=0.0, class_dropout=0.0).train()
+    ids = torch.randint(24, (4, 9), generator=generator(1))
+    labels = torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(60):
+        loss = model(ids, labels, generator=generator(step)).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    drawn = model.eval().generate(labels, seed=0, indices=range(4), sampling=SamplingConfig(guidance=1.0, top_k=1))
+    assert torch.equal(drawn, ids)
+
+
+# ---------------------------------------------------------------- errors, files
+
+
+@pytest.mark.parametrize("bad", [-1, 6])
+def test_labels_outside_the_table(bad):
+    with pytest.raises(ValueError, match=r"labels must lie in 0 to 4 \(or 5 for no class\)"):
+        build().generate(torch.tensor([0, bad]), seed=0, indices=[0, 1])
+
+
+@pytest.mark.parametrize("count", [-1, 0, 10])
+def test_more_tokens_than_the_model_knows(count):
+    with pytest.raises(ValueError, match=f"1 to 9 tokens, asked for {count}"):
+        build().generate(LABELS, seed=0, indices=range(3), num_tokens=count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"width": 33}, "width"), ({"positions": "rotary_2d", "num_tokens": 8}, "square"), ({"dropout": 1.5}, "dropout")],
+)
+def test_configurations_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"guidance": -1.0}]
+)
+def test_sampling_that_cannot_be(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_saving_and_loading(tmp_path, positions):
+    model = build(positions=positions)
+    model.save_pretrained(tmp_path)
+    loaded = imgtok.load(tmp_path, expect=GPT)
+    assert loaded.config == model.config
+    assert torch.equal(
+        loaded.generate(LABELS, seed=0, indices=range(3)), model.generate(LABELS, seed=0, indices=range(3))
+    )

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from generators.sampling import draw, filter_logits, guide
+
+
+def kept(logits: torch.Tensor, **filters: float) -> list[list[int]]:
+    """Indices that survive, row by row."""
+    return [row.isfinite().nonzero().flatten().tolist() for row in filter_logits(logits, **filters)]
+
+
+def logs(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows).log()
+
+
+# ---------------------------------------------------------------- filters
+
+
+def test_the_defaults_keep_everything():
+    logits = torch.randn(3, 7)
+    assert torch.equal(filter_logits(logits), logits)
+
+
+def test_temperature_divides():
+    assert torch.equal(filter_logits(torch.tensor([[1.0, -2.0]]), temperature=0.5), torch.tensor([[2.0, -4.0]]))
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(1, [2]), (2, [1, 2]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+def test_top_k(top_k, expected):
+    assert kept(logs([0.1, 0.3, 0.4, 0.2]), top_k=top_k) == [expected]
+
+
+def test_top_k_keeps_ties():
+    assert kept(logs([0.2, 0.3, 0.3, 0.2]), top_k=1) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(1e-9, [2]), (0.39, [2]), (0.41, [1, 2]), (0.69, [1, 2]), (0.71, [1, 2, 3]), (0.91, [0, 1, 2, 3])],
+)
+def test_top_p_keeps_the_token_that_crosses(top_p, expected):
+    assert kept(logs([0.1, 0.3, 0.4, 0.2]), top_p=top_p) == [expected]
+
+
+def test_top_p_is_per_row():
+    rows = logs([0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25], [0.01, 0.01, 0.01, 0.97])
+    assert kept(rows, top_p=0.9) == [[0], [0, 1, 2, 3], [3]]
+
+
+def test_a_tiny_top_p_keeps_one_token_even_among_equals():
+    assert [len(row) for row in kept(torch.zeros(2, 50), top_p=1e-12)] == [1, 1]
+
+
+def test_top_p_comes_after_top_k_and_temperature():
+    """The two that top-k keeps are 4/7 and 3/7, so 0.5 keeps one; of all four it would be two (0.4 + 0.3)."""
+    logits = logs([0.1, 0.3, 0.4, 0.2])
+    assert kept(logits, top_p=0.5) == [[1, 2]]
+    assert kept(logits, top_k=2, top_p=0.5) == [[2]]
+    assert kept(logits, temperature=0.1, top_p=0.9) == [[2]]
+
+
+def test_filters_leave_their_input_alone():
+    logits = torch.randn(2, 6)
+    before = logits.clone()
+    filter_logits(logits, temperature=0.7, top_k=3, top_p=0.5)
+    assert torch.equal(logits, before)
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_draws_have_the_exact_distribution():
+    """Chi-square against the softmax, 9 degrees of freedom: 27.9 at 0.1 %."""
+    count = 40_000
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(3))
+    uniforms = torch.rand(count, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    drawn = torch.bincount(draw(logits.expand(count, -1), uniforms), minlength=10)
+    expected = logits[0].double().softmax(0) * count
+    assert ((drawn - expected) ** 2 / expected).sum() < 27.9
+    assert draw(logits.expand(count, -1), uniforms).dtype == torch.long
+
+
+def test_a_draw_inverts_the_cumulative_distribution():
+    logits = logs([0.25, 0.5, 0.25])
+    uniforms = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw(logits.expand(6, -1), uniforms).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+def test_a_token_of_probability_zero_is_never_drawn(uniform):
+    inf = torch.inf
+    logits = torch.tensor([[-inf, -inf, 0.0, -inf, 1.3, 0.1, -inf, -inf]])
+    assert draw(logits, torch.tensor([uniform], dtype=torch.float64)).item() in (2, 4, 5)
+
+
+def test_no_zero_tokens_among_many_hard_cases():
+    """Random supports, uniforms at both ends of their range: rounding must not leave the support."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(4000, 33, generator=generator)
+    hidden = torch.rand(4000, 33, generator=generator) < 0.7
+    hidden[:, 16] = False
+    logits = logits.masked_fill(hidden, -torch.inf)
+    for uniform in (0.0, 2.0**-53, 1 - 2.0**-53):
+        ids = draw(logits, torch.full((4000,), uniform, dtype=torch.float64))
+        assert logits.gather(1, ids[:, None]).isfinite().all()
+
+
+def test_rows_are_drawn_alone():
+    logits = torch.randn(5, 12)
+    uniforms = torch.rand(5, dtype=torch.float64)
+    single = [draw(logits[i : i + 1], uniforms[i : i + 1]).item() for i in range(5)]
+    assert draw(logits, uniforms).tolist() == single
+
+
+def test_guide():
+    cond, null = torch.randn(2, 3, 4).unbind()
+    assert torch.equal(guide(cond, null, 0.0), null)
+    torch.testing.assert_close(guide(cond, null, 1.0), cond)
+    torch.testing.assert_close(guide(cond, null, 2.0), 2 * cond - null)

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from imgtok import config
+from imgtok.config import ConfigError, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    """A circle."""
+
+    kind: Literal["circle"] = "circle"
+    """Chooses this section."""
+    radius: PositiveFloat = 1.0
+    """Radius in
+    pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    kind: Literal["box"] = "box"
+    width: PositiveInt = 2
+    height: PositiveInt = 2
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        if self.height > self.width:
+            raise ValueError(f"height: given {self.height}, must be at most width ({self.width})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    steps: NonNegativeInt = 10
+    rate: PositiveFloat = 1e-3
+    final: Fraction = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job."""
+
+    out: Path
+    """Where results go."""
+    shape: Circle | Box = Box(width=8)
+    training: Training = Training()
+    parts: tuple[Circle | Box, ...] = ()
+    base: Circle | None = None
+    counts: tuple[int, ...] = (1, 2)
+    names: tuple[str, ...] = ()
+    limit: PositiveInt | None = None
+    mode: Literal["fast", "on", 3] = "fast"
+    title: str = ""
+    flag: bool = False
+    size: int | str = 1
+    extra: Any = None
+
+
+def build(*overrides: str) -> Job:
+    return config.load(Job, None, ["out=here", *overrides])
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_defaults_need_only_what_has_none() -> None:
+    assert build() == Job(out=Path("here"))
+
+
+def test_a_file_and_overrides_on_top(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "job.yaml",
+        "out: a\nshape: {kind: circle, radius: 3}\ntraining: {rate: 1e-4, steps: 5}\nparts: [{kind: box}]\n",
+    )
+    job = config.load(Job, path, ["training.steps=7", "base.radius=2"])
+    assert job.shape == Circle(radius=3.0)
+    assert isinstance(job.shape.radius, float)
+    assert job.training == Training(rate=1e-4, steps=7)  # PyYAML reads 1e-4 as text
+    assert job.parts == (Box(),)
+    assert job.base == Circle(radius=2.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("out=007", "out", Path("007")),
+        ("out=data/*.tar", "out", Path("data/*.tar")),
+        ("title=null", "title", "null"),
+        ("title='quoted'", "title", "quoted"),
+        ("title=", "title", ""),
+        ("title=a=b: c", "title", "a=b: c"),
+        ("title=[unclosed", "title", "[unclosed"),
+        ("limit=null", "limit", None),
+        ("limit=4", "limit", 4),
+        ("counts=1,2,4", "counts", (1, 2, 4)),
+        ("counts=[1, 2, 4]", "counts", (1, 2, 4)),
+        ("counts=5", "counts", (5,)),
+        ("counts=", "counts", ()),
+        ("names=a,007", "names", ("a", "007")),
+        ("mode=on", "mode", "on"),
+        ("mode=3", "mode", 3),
+        ("flag=true", "flag", True),
+        ("size=large", "size", "large"),
+        ("size=3", "size", 3),
+        ("extra=[1]", "extra", [1]),
+        ("training.rate=3e-4", "training", Training(rate=3e-4)),
+        ("shape.kind=circle", "shape", Circle()),
+        ("shape={kind: box, width: 9}", "shape", Box(width=9)),
+        ("base={}", "base", Circle()),
+    ],
+)
+def test_overrides_are_read_by_the_type_of_the_field(override: str, field: str, value: object) -> None:
+    read = getattr(build(override), field)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_a_partial_section_keeps_the_other_values_of_the_default() -> None:
+    assert build("shape.height=5").shape == Box(width=8, height=5)
+
+
+def test_overrides_of_one_section_add_up() -> None:
+    assert build("shape={kind: circle}", "shape.radius=4").shape == Circle(radius=4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("shape.width=-4", "shape.width: given -4, must be an integer of at least 1"),
+        ("shape.width=2.0", "shape.width: given 2.0, must be an integer"),
+        ("shape.width=true", "shape.width: given true, must be an integer"),
+        ("shape.widht=3", "shape has no field 'widht'; did you mean 'width'? It has: kind, width, height"),
+        ("radius=3", "the configuration has no field 'radius'; did you mean 'shape.radius'?"),
+        ("zzz=3", "the configuration has no field 'zzz'. It has: out, shape, training"),
+        ("shape.kind=bok", "shape.kind: given 'bok', must be one of 'circle', 'box'; did you mean 'box'?"),
+        ("shape=3", "shape: given 3, must be a section with kind one of 'circle', 'box'"),
+        ("shape=null", "shape: given null, must be a section"),
+        ("base.kind=box", "base.kind: given 'box', must be 'circle'"),
+        ("training.final=1.5", "training.final: given 1.5, must be a number between 0 and 1"),
+        ("training.rate=0", "training.rate: given 0, must be a number above 0"),
+        ("training.rate=nan", "training.rate: given 'nan', must be a number above 0"),
+        ("training.rate=.inf", "training.rate: given inf, must be a number"),
+        ("training.rate=true", "training.rate: given true, must be a number"),
+        ("training.betas=0.9", "training.betas: given 0.9, must be a list of 2: a number, a number"),
+        ("training.betas=[0.9]", "training.betas: given [0.9], must be a list of 2"),
+        ("counts=1,x", "counts[1]: given 'x', must be an integer"),
+        ("parts=[{width: 3}]", "parts[0].kind: is required, must be one of 'circle', 'box'"),
+        ("limit=x", "limit: given 'x', must be an integer of at least 1"),
+        ("mode=slow", "mode: given 'slow', must be one of 'fast', 'on', 3"),
+        ("flag=1", "flag: given 1, must be true or false"),
+        ("out=", "out: given null, must be a path"),
+        ("title.x=1", "title: given {'x': '1'}, must be text"),
+        ("counts.x=1", "counts: given {'x': '1'}, must be a list, each item an integer"),
+        ("nonsense", "'nonsense' is not of the form key=value"),
+        ("a..b=1", "'a..b=1' is not of the form key=value"),
+    ],
+)
+def test_mistakes_name_the_field_and_what_is_allowed(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(override)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("command line: ")
+
+
+def test_a_required_field_is_named() -> None:
+    with pytest.raises(ConfigError, match="command line: out: is required, must be a path"):
+        config.load(Job, None)
+
+
+def test_messages_say_which_source_is_wrong(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", "out: a\nshape: {width: -4}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(Job, path, ["limit=3"])
+    assert str(caught.value) == f"{path}: shape.width: given -4, must be an integer of at least 1"
+    path.write_text("out: a\n")
+    with pytest.raises(ConfigError, match=r"^command line: limit: given -3"):
+        config.load(Job, path, ["limit=-3"])
+    with pytest.raises(ConfigError, match=r"^command line: the configuration has no field 'shpae'"):
+        config.load(Job, path, ["shpae.width=3"])
+
+
+def test_errors_of_post_init_get_file_and_section(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", "out: a\nshape: {kind: box, width: 2, height: 3}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(Job, path)
+    assert str(caught.value) == f"{path}: shape: height: given 3, must be at most width (2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("out: a\nout: b\n", "'out' appears twice"),
+        ("shape:\n  width: 1\n  width: 2\n", "'width' appears twice"),
+        ("out: [", "not valid YAML"),
+        ("- a\n- b\n", "must hold `field: value` lines"),
+        ("5: 3\n", "the configuration has no field 5"),
+        ("title: 5\nout: a\n", "title: given 5, must be text"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "job.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(Job, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such configuration file"):
+        config.load(Job, tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        config.load(Job, tmp_path)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "empty.yaml", "# nothing\n")
+    assert config.load(Training, path) == Training()
+
+
+def test_the_dictionary_and_the_file_round_trip(tmp_path: Path) -> None:
+    job = Job(
+        out=Path("a/b"),
+        shape=Circle(radius=1e-5),
+        parts=(Box(), Circle()),
+        counts=(),
+        names=("yes", "1e-4"),
+        limit=3,
+    )
+    assert config.from_dict(Job, config.to_dict(job)) == job
+    config.save(job, tmp_path / "deep" / "job.yaml")
+    assert config.load(Job, tmp_path / "deep" / "job.yaml") == job
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["job.yaml"]
+    fields = "out shape training parts base counts names limit mode title flag size extra"
+    assert list(config.to_dict(job)) == fields.split()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": -4}, "Box: width: given -4, must be an integer of at least 1"),
+        ({"width": "8"}, "Box: width: given '8', must be an integer"),
+        ({"width": True}, "Box: width: given true, must be an integer"),
+        ({"kind": "circle"}, "Box: kind: given 'circle', must be 'box'"),
+    ],
+)
+def test_check_refuses_what_python_code_gets_wrong(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Box(**values)
+    assert message in str(caught.value)
+
+
+def test_check_converts_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"Job: out: given 'a', must be a pathlib.Path"):
+        config.check(Job(out="a"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"Job: counts: given .*, must be a tuple, each item an integer"):
+        config.check(Job(out=Path("a"), counts=[1]))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="Training: rate: given '1e-4'"):
+        config.check(Training(rate="1e-4"))  # type: ignore[arg-type]
+    config.check(Job(out=Path("a"), parts=(Box(),), base=Circle(radius=1)))
+
+
+def test_describe_lists_every_field_with_its_doc() -> None:
+    lines = {(line.name, line.when): line for line in config.describe(Job)}
+    assert lines["out", ""].default == "required"
+    assert lines["out", ""].doc == "Where results go."
+    assert lines["shape", ""].default == "shape.kind=box"
+    assert lines["shape.radius", "shape.kind=circle"].doc == "Radius in pixels."
+    assert lines["shape.width", "shape.kind=box"].default == "8"  # the default instance, not the class's 2
+    assert lines["training.final", ""].type == "a number between 0 and 1"
+    assert lines["limit", ""].type == "an integer of at least 1 or null"
+    assert lines["base", ""].default == "null"
+    assert lines["base.radius", ""].default == "1.0"
+    assert lines["counts", ""].default == "[1, 2]"
+    assert "training" not in {line.name for line in config.describe(Job)}
+
+
+def test_ranges_read_as_words() -> None:
+    assert str(config.Range(high=3)) == "of at most 3"
+    assert str(config.Range(low=0, high=1, exclusive_low=True)) == "above 0 and of at most 1"
+    assert 3 in config.Range(high=3)
+    assert 3.1 not in config.Range(high=3)
+
+
+def test_types_that_cannot_be_loaded_are_a_mistake_of_ours() -> None:
+    @dataclass(frozen=True)
+    class Odd:
+        value: bytes = b""
+
+    with pytest.raises(TypeError, match="cannot load fields of type"):
+        config.from_dict(Odd, {"value": 3})
+
+
+def test_an_override_below_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'shape\.width=3': 'shape' is 5, not a section"):
+        build("shape=5", "shape.width=3")

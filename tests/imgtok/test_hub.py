@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import imgtok
+from imgtok import hub
+from imgtok.config import ConfigError, PositiveInt
+from imgtok.hub import Pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    kind: Literal["tiny"] = "tiny"
+    width: PositiveInt = 3
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherConfig:
+    kind: Literal["other"] = "other"
+
+
+class Tiny(nn.Module, Pretrained):
+    config_class = TinyConfig
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = nn.Linear(config.width, 2)
+        self.head = nn.Linear(config.width, 2, bias=False)
+        self.register_buffer("scale", torch.rand(2))
+
+
+class Tied(Tiny):
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__(config)
+        self.head.weight = self.layer.weight
+
+
+class Other(nn.Module, Pretrained):
+    config_class = OtherConfig
+
+    def __init__(self, config: OtherConfig) -> None:
+        super().__init__()
+        self.config = config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Tiny(TinyConfig(width=4, sizes=(5, 6))).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"tiny": f"{__name__}:Tiny", "other": f"{__name__}:Other"}
+    monkeypatch.setattr(hub, "KINDS", table)
+    modules = {__name__: type("Module", (), {"Tiny": Tiny, "Other": Other})}
+    monkeypatch.setattr(hub.importlib, "import_module", modules.__getitem__)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_saved_model_comes_back_whole(tmp_path: Path) -> None:
+    model = Tiny(TinyConfig(width=4, sizes=(5, 6)))
+    model.save_pretrained(tmp_path)
+    again = Tiny.from_pretrained(tmp_path)
+    assert again.config == model.config  # a tuple stays a tuple
+    assert states_equal(model, again)
+    assert not again.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_the_folder_is_readable_by_others(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    assert data == {
+        "format": 1,
+        "imgtok_version": imgtok.__version__,
+        "kind": "tiny",
+        "width": 4,
+        "sizes": [5, 6],
+    }
+    assert set(load_file(folder / "model.safetensors")) == {
+        "layer.weight",
+        "layer.bias",
+        "head.weight",
+        "scale",
+    }
+    assert 'imgtok.load("model")' in (folder / "README.md").read_text()
+
+
+def test_saving_keeps_the_other_files_of_the_folder(folder: Path) -> None:
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "config.json").write_text("{}")
+    (folder / "README.md").write_text("mine")
+    Tiny(TinyConfig()).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "tokenizer" / "config.json").read_text() == "{}"
+    assert Tiny.from_pretrained(folder).config.width == 3
+
+
+def test_tied_tensors_are_saved_under_both_names(tmp_path: Path) -> None:
+    model = Tied(TinyConfig())
+    model.save_pretrained(tmp_path)
+    assert {"layer.weight", "head.weight"} <= set(load_file(tmp_path / "model.safetensors"))
+    again = Tied.from_pretrained(tmp_path)
+    assert states_equal(model, again)
+    assert again.head.weight is again.layer.weight
+
+
+def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
+    before = torch.random.get_rng_state()
+    Tiny.from_pretrained(folder)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.usefixtures("kinds")
+def test_load_finds_the_class_by_its_kind(folder: Path) -> None:
+    assert type(hub.load(folder)) is Tiny
+    assert type(imgtok.load(str(folder), expect=nn.Module)) is Tiny
+    with pytest.raises(ValueError, match=r"holds a Tiny \(kind 'tiny'\), but a Other is needed here"):
+        hub.load(folder, expect=Other)
+
+
+def test_a_folder_of_another_kind(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"of kind 'tiny', but Other is of kind 'other'; imgtok\.load"):
+        Other.from_pretrained(folder)
+
+
+def test_an_unknown_kind_lists_the_known_ones(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: kind: given 'tiny', must be one of vae, flextok, gpt"):
+        hub.load(folder)
+
+
+def test_every_kind_of_the_table_names_a_module_of_ours() -> None:
+    for target in hub.KINDS.values():
+        assert target.split(".")[0] in ("imgtok", "generators")
+        assert target.count(":") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widht": 3}, "has no field 'widht'; did you mean 'width'?"),
+        ({"width": -4}, "width: given -4, must be an integer of at least 1"),
+        ({"format": 2, "imgtok_version": "9.0"}, "format 2, written by imgtok 9.0"),
+    ],
+)
+def test_bad_configurations_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:
+    edit_config(folder, **fields)
+    with pytest.raises(ConfigError) as caught:
+        Tiny.from_pretrained(folder)
+    assert message in str(caught.value)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[]", "not written by imgtok"), ('{"kind": "tiny"}', "not written by imgtok")],
+)
+def test_config_files_that_are_not_ours(folder: Path, text: str, message: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Tiny.from_pretrained(folder)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["extra"] = tensors.pop("layer.bias")
+    tensors["old.name"] = tensors.pop("head.weight")
+    tensors["layer.weight"] = torch.zeros(2, 9)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="do not fit the Tiny") as caught:
+        Tiny.from_pretrained(folder)
+    for line in (
+        "missing: layer.bias (2,)",
+        "missing: head.weight (2, 4)",
+        "unexpected: extra (2,)",
+        "unexpected: old.name (2, 4)",
+        "another shape: layer.weight is (2, 9) in the file, (2, 4) in the model",
+    ):
+        assert line in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file .*copy or download"):
+        Tiny.from_pretrained(folder)
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    torch.save(Tiny(TinyConfig(width=4)).state_dict(), folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Tiny.from_pretrained(folder)
+
+
+def test_missing_files_and_folders(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no model folder 'nowhere'"):
+        Tiny.from_pretrained("nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no model folder '/no/such/run'"):
+        hub.load("/no/such/run")
+    with pytest.raises(FileNotFoundError, match="is a file; give the folder"):
+        hub.load(folder / "config.json")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has a config\.json but no model\.safetensors"):
+        Tiny.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json \(found: model\)"):
+        Tiny.from_pretrained(tmp_path)
+
+
+def full_disk(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.write_bytes(b"half of it")
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def full_disk_as_safetensors_says_it(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.write_bytes(b"half of it")
+    raise hub.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("failure", [full_disk, full_disk_as_safetensors_says_it])
+def test_a_full_disk_leaves_the_previous_model(folder: Path, monkeypatch: pytest.MonkeyPatch, failure: Any) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(hub, "save_file", failure)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        Tiny(TinyConfig(width=7)).save_pretrained(folder)
+    assert caught.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert Tiny.from_pretrained(folder).config.width == 4
+
+
+class NoNetwork:
+    """Stands for huggingface_hub.HfApi on a machine without a network."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def model_info(self, *_: Any, **__: Any) -> Any:
+        raise ConnectionError("name or service not known\nmore lines")
+
+    create_repo = model_info
+
+
+def test_without_network_the_cache_is_used_or_the_error_is_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached(name: str, **options: Any) -> str:
+        assert options["local_files_only"]
+        if name == "me/cached":
+            return str(folder)
+        raise LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", NoNetwork)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cached)
+    assert Tiny.from_pretrained("me/cached").config.width == 4
+    with pytest.raises(FileNotFoundError) as caught:
+        Tiny.from_pretrained("me/absent")
+    assert str(caught.value) == (
+        "there is no model folder 'me/absent' here, it is not in the local Hugging Face cache, "
+        "and the Hub cannot be reached: name or service not known"
+    )
+
+
+def test_a_hub_name_is_downloaded_at_one_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Api:
+        def model_info(self, name: str, revision: str | None, timeout: float) -> Any:
+            return type("Info", (), {"sha": f"commit-of-{revision}"})
+
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("me/model", "commit-of-v1")
+        assert not any("bin" in pattern or "pt" in pattern for pattern in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert Tiny.from_pretrained("me/model", revision="v1").config.width == 4
+
+
+def test_pushing_uploads_the_same_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, bytes] = {}
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, folder_path: Path, **_: Any) -> str:
+            uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+            return "https://hub/commit"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    assert Tiny.from_pretrained(folder).push_to_hub("me/model") == "https://hub/commit"
+    assert b'imgtok.load("me/model")' in uploaded.pop("README.md")
+    assert uploaded == {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
+def test_pushing_without_network_fails_in_a_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", NoNetwork)
+    with pytest.raises(ConnectionError) as caught:
+        Tiny.from_pretrained(folder).push_to_hub("me/model")
+    message = "could not push to 'me/model' on the Hugging Face Hub: name or service not known"
+    assert str(caught.value) == message
+
+
+def test_the_package_exports_only_what_it_says() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        imgtok.lode  # noqa: B018

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import imgtok
+from imgtok.vae import VAE, VAEConfig, packaged_vae
+
+TINY = VAEConfig(latent_channels=3, block_channels=(8, 16), layers_per_block=1, norm_groups=4, scaling_factor=0.5)
+
+
+@pytest.fixture(scope="module")
+def model() -> VAE:
+    torch.manual_seed(0)
+    return VAE(TINY).eval()
+
+
+def images(count: int = 2, side: int = 8) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def test_shapes_and_scaling(model):
+    posterior = model.autoencoder.encode(images()).latent_dist
+    latents = model.encode(images())
+    assert latents.shape == (2, 3, 4, 4)
+    assert TINY.factor == 2
+    torch.testing.assert_close(latents, 0.5 * posterior.mean)
+    decoded = model.decode(latents)
+    assert decoded.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(decoded, model.autoencoder.decode(posterior.mean).sample)
+
+
+@torch.no_grad()
+def test_a_sample_needs_its_noise_from_outside(model):
+    noise = torch.randn(2, 3, 4, 4)
+    posterior = model.autoencoder.encode(images()).latent_dist
+    torch.testing.assert_close(model.encode(images(), noise), 0.5 * (posterior.mean + posterior.std * noise))
+    assert torch.equal(model.encode(images(), torch.zeros_like(noise)), model.encode(images()))
+
+
+def test_the_losses_are_those_of_their_formulas(model):
+    losses = model(images(), generator=torch.Generator().manual_seed(3))
+    posterior = model.autoencoder.encode(images()).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    decoded = model.autoencoder.decode(posterior.mean + posterior.std * noise).sample
+    variance = posterior.std.square()
+    kl = 0.5 * (posterior.mean.square() + variance - 1 - variance.log()).sum() / (2 * 3 * 8 * 8)
+    torch.testing.assert_close(losses.parts["l1"], (decoded - images()).abs().mean())
+    torch.testing.assert_close(losses.parts["mse"], (decoded - images()).square().mean())
+    torch.testing.assert_close(losses.parts["kl"], kl)
+    torch.testing.assert_close(losses.total, losses.parts["l1"] + losses.parts["mse"] + 1e-6 * kl)
+
+
+def test_training_reduces_the_loss_without_global_randomness():
+    torch.manual_seed(0)
+    model = VAE(TINY).train()
+    state = torch.get_rng_state()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for step in range(20):
+        loss = model(images(4), generator=torch.Generator().manual_seed(step)).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.8 * history[0]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_saving_and_loading(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    loaded = imgtok.load(tmp_path, expect=VAE)
+    assert loaded.config == TINY
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(images()), model.encode(images()))
+
+
+@pytest.mark.parametrize("channels", [(8, 6), (0,)])
+def test_widths_that_the_groups_do_not_divide(channels):
+    with pytest.raises(ValueError, match="block_channels"):
+        VAEConfig(block_channels=channels, norm_groups=4)
+
+
+def test_a_packaged_autoencoder_that_does_not_exist():
+    with pytest.raises(FileNotFoundError, match="no autoencoder named 'nosuch'"):
+        packaged_vae("nosuch")

@@ -1,0 +1,255 @@
+"""What each case asks of our code: functions from a case (and a run of it) to named outputs.
+
+The tests compare these with the recording; the checks of pitfalls run them on wrong code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from cases import Case
+from models import FLEXTOK_NAMES, GPT_NAMES, as_ours, place
+from torch import Tensor
+
+import generators.gpt
+from generators.gpt import GPT, SamplingConfig
+from imgtok import flow, randomness
+from imgtok.flextok import FlexTok, crop_positions, prefix_causal_mask
+from imgtok.layers.positions import sincos_2d, time_features
+from imgtok.quantizers.fsq import FSQ
+from imgtok.tokens import Tokens
+
+Outputs = dict[str, Tensor]
+
+# ---------------------------------------------------------------- FlexTok: parts
+
+
+def channels_first(table: Tensor) -> Tensor:
+    """(h, w, D) -> (1, D, h, w), as the cases store position tables."""
+    return table.permute(2, 0, 1)[None]
+
+
+def table(case: Case, run: Mapping[str, Any]) -> Outputs:
+    out = run["out"]
+    if run["what"] == "sincos":
+        return {out: channels_first(sincos_2d(run["width"], run["h"], run["w"]))}
+    if run["what"] == "sincos_crop":
+        rows, columns = run["size"]
+        corner = crop_positions(sincos_2d(run["width"], *run["max"]), torch.empty(1, 1, rows, columns), 1)
+        return {out: channels_first(corner.unflatten(0, (rows, columns)))}
+    if run["what"] == "time":
+        return {out: time_features(torch.tensor(run["t"]), run["freq_dim"], scale=1000 / run["max_timestep"])}
+    u, clean, noise = (case.input(run[name]) for name in ("u", "clean", "noise"))
+    if run["mode_scale"] == 0:
+        u = 1 - u  # at 0 the published code returns u, its formula and ours 1 - u: both are uniform
+    with patch.object(torch, "rand", return_value=u):
+        sigma = flow.mode_times(len(u), run["mode_scale"], torch.Generator())
+    return {f"{out}.sigma": sigma, f"{out}.noised": flow.interpolate(clean, noise, sigma)}
+
+
+def quantizer(case: Case, run: Mapping[str, Any]) -> Outputs:
+    fsq = FSQ(tuple(run["levels"]))
+    z = case.input(run["z"]).requires_grad_()
+    codes = fsq(z)
+    (gradient,) = torch.autograd.grad((codes * case.input(run["grad"])).sum(), z)
+    return {
+        f"{run['out']}.{name}": value
+        for name, value in {
+            "codes": codes,
+            "indices": fsq.codes_to_ids(codes),
+            "codes_of_ids": fsq.ids_to_codes(case.input(run["ids"])),
+            "codebook_size": torch.tensor(fsq.vocab_size),
+            "grad_z": gradient,
+        }.items()
+    }
+
+
+def guidance(case: Case, run: Mapping[str, Any]) -> Outputs:
+    if run["kind"] == "apg":
+        combine: Callable[..., Tensor] = flow.AdaptiveProjectedGuidance(
+            momentum=run["momentum"],
+            cap=run["norm_threshold"] or math.inf,  # the cases write "no cap" as 0
+            parallel=run["eta"],
+        )
+    else:
+        combine = flow.classifier_free_guidance
+    outputs = {}
+    for step in range(run["steps"]):
+        v_cond, v_null = case.input(run["cond"], step), case.input(run["uncond"], step)
+        outputs[f"{run['out']}.step{step}"] = combine(v_cond, v_null, run["scale"])
+    return outputs
+
+
+# ---------------------------------------------------------------- FlexTok: the model
+
+
+@torch.no_grad()
+def encode_square(model: FlexTok, case: Case) -> Outputs:
+    latents = case.input("latents")
+    trunk: list[Tensor] = []
+    hook = model.encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: trunk.append(output))
+    z = model.encoder(latents, model.num_tokens)
+    hook.remove()
+    rows, columns = (side // model.config.patch_size for side in latents.shape[-2:])
+    one = prefix_causal_mask(rows * columns, model.num_tokens, latents.device)
+    return {
+        **codes_of(model, z, "square"),
+        "square.patch_features": trunk[0][:, : rows * columns].unflatten(1, (rows, columns)),
+        # The reference packs the batch into one sequence: ours, once for each image, along the diagonal.
+        "square.mask": torch.block_diag(*[one] * len(latents)),
+        "enc_grid": channels_first(model.encoder.positions),
+    }
+
+
+@torch.no_grad()
+def encode_mixed(model: FlexTok, case: Case) -> Outputs:
+    """The reference packs the sizes into one sequence; ours takes one call for each, with equal results."""
+    z = torch.cat([model.encoder(case.input(name), model.num_tokens) for name in ("latents", "tall", "wide")])
+    return codes_of(model, z, "mixed")
+
+
+def codes_of(model: FlexTok, z: Tensor, out: str) -> Outputs:
+    codes = model.quantizer(z)
+    return {
+        f"{out}.latents_to_codes_input": z,
+        f"{out}.codes": codes,
+        f"{out}.indices": model.quantizer.codes_to_ids(codes),
+    }
+
+
+@torch.no_grad()
+def velocity(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
+    t = torch.tensor(run["t"])
+    codes = model.quantizer.ids_to_codes(case.input(run["ids"]))
+    null = torch.tensor(run["null"]) if "null" in run else None
+    registers = model.decoder.condition(codes, torch.tensor(run["keep"]), null)
+    outputs = {f"{run['out']}.velocity": model.decoder(case.input(run["noised"]), t, registers)}
+    if run.get("time"):
+        features = time_features(t, scale=model.decoder.time_scale)
+        outputs[f"{run['out']}.time_features"] = features
+        outputs[f"{run['out']}.time_embedding"] = model.decoder.time_mlp(features)
+    return outputs
+
+
+def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Latents and images through the public `decode`, started from the case's noise."""
+    states: list[Tensor] = []
+    with patch.object(randomness, "normal", return_value=noise):
+        images = model.decode(
+            Tokens(ids, torch.tensor(run["keep"])),
+            steps=run["steps"],
+            guidance=run["guidance"]["scale"],
+            on_step=lambda step, latents: states.append(latents),
+        )
+    return states[-1], images
+
+
+def decode_latents(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
+    ids, noise = case.input(run["ids"]), case.input(run["noise"])
+    return {f"{run['out']}.latents": decode(model, ids, noise, run)[0]}
+
+
+@torch.no_grad()
+def decode_scheduled(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
+    """Guidance as a function of t, which `decode` does not take; plain guidance keeps no state."""
+    low, high = run["guidance"]["scale"]
+    codes = model.quantizer.ids_to_codes(case.input(run["ids"]))
+    registers = model.decoder.condition(codes, torch.tensor(run["keep"]))
+
+    def guided(x: Tensor, t: float) -> Tensor:
+        return model._guided_velocity(registers, low + (high - low) * t)(x, t)
+
+    return {f"{run['out']}.latents": flow.euler(guided, case.input(run["noise"]), run["steps"])}
+
+
+def train_step(model: FlexTok, case: Case) -> Outputs:
+    """The model's own training step, with every draw replaced by the case's."""
+    (run,) = case.runs
+    latents = case.input(run["latents"])
+    with (
+        patch.object(model, "to_latents", lambda images: images),
+        patch.object(model, "draw_keep_counts", return_value=torch.tensor(run["keep"])),
+        patch.object(model, "draw_times", return_value=torch.tensor(run["sigma"])),
+        patch.object(torch, "rand", return_value=1 - torch.tensor(run["null"]).float()),  # 0 < null_dropout <= 1
+        patch.object(torch, "randn", return_value=case.input(run["noise"])),
+    ):
+        losses = model(latents, generator=torch.Generator())
+    losses.total.backward()
+    gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
+    places = {published: place(published, FLEXTOK_NAMES) for published in case.about["shapes"]}
+    outputs = {
+        "step.loss": losses.total,
+        "step.indices": model.quantizer.codes_to_ids(model.quantizer(model.encoder(latents, model.num_tokens))),
+        "step.grad_norms": torch.stack([spot.view(gradients).norm() for spot in places.values()]),
+    }
+    for published in run["grads"]:
+        recorded = case.recorded[f"step.grad.{published}"]
+        shaped = as_ours(published, recorded)
+        ours = places[published].view(gradients)
+        assert ours.shape == shaped.shape
+        if shaped.shape != recorded.shape:
+            ours = ours.T[None, None]
+        outputs[f"step.grad.{published}"] = ours
+    return outputs
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def image(model: FlexTok, case: Case) -> Outputs:
+    """Image -> latents -> tokens -> image, through `encode` and `decode`."""
+    (run,) = case.runs
+    images = case.input(run["image"])
+    ids = model.encode(images).ids
+    latents, decoded = decode(model, ids, case.input(run["noise"]), run)
+    with torch.no_grad():
+        unclamped = model.vae.decode(latents)
+    assert torch.equal(decoded, unclamped.clamp(-1, 1))
+    return {
+        "apg.vae_latents": model.to_latents(images),
+        "apg.indices": ids,
+        "apg.latents": latents,
+        "apg.image": unclamped,
+    }
+
+
+# ---------------------------------------------------------------- GPT
+
+
+def gpt_training(model: GPT, case: Case) -> Outputs:
+    tokens, labels = case.input("tokens"), case.input("labels")
+    losses = model(tokens, labels, generator=torch.Generator())
+    losses.total.backward()
+    gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
+    norms = [place(key, GPT_NAMES).view(gradients).norm() for key in case.about["grad_keys"]]
+    with torch.no_grad():
+        logits = model.logits(labels, tokens)
+        null_logits = model.logits(torch.full_like(labels, model.null_class), tokens)
+    return {
+        "train_logits": logits,
+        "train_loss": losses.total,
+        "grad_norms": torch.stack(norms),
+        "null_logits": null_logits,
+        "null_loss": F.cross_entropy(null_logits.flatten(0, 1), tokens.flatten()),
+    }
+
+
+def gpt_generation(model: GPT, case: Case, name: str, *, cached: bool = True) -> Outputs:
+    """Arg-max in place of the draw; the logits it sees are recorded."""
+    steps: list[Tensor] = []
+
+    def argmax(logits: Tensor, uniforms: Tensor) -> Tensor:
+        steps.append(logits)
+        return logits.argmax(dim=-1)
+
+    sampling = SamplingConfig(guidance=case.about["generation"][name]["cfg_scale"])
+    labels = case.input("labels")
+    with patch.object(generators.gpt, "draw", argmax):
+        ids = model.generate(labels, seed=0, indices=range(len(labels)), sampling=sampling, cached=cached)
+    return {f"ids_{name}": ids, f"steps_{name}": torch.stack(steps, dim=1)}

@@ -1,0 +1,310 @@
+"""The cases notice the mistakes that load and run without an error: each is made on purpose, and must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from cases import Case
+from models import flextok, gpt
+
+from generators import sampling
+from imgtok import flextok as flextok_module
+from imgtok import flow
+from imgtok.flextok import Decoder, FlexTok
+from imgtok.layers import attention, feed_forward
+from imgtok.quantizers.fsq import FSQ
+
+ENCODE, VELOCITY, DECODE, TRAIN = (Case.load(f"flextok/{name}") for name in ("encode", "velocity", "decode", "train"))
+GPT_CASE = Case.load("gpt/c2i_tiny")
+
+
+def worst(case: Case, ours: runs.Outputs) -> float:
+    return max(case.errors(ours).values())
+
+
+def encode_error(change: Callable[[FlexTok], object] = lambda model: None) -> float:
+    model = flextok(ENCODE)
+    change(model)
+    ours = runs.encode_square(model, ENCODE)
+    tables = ("square.mask", "enc_grid")  # the tokens must show it, not the table itself
+    return worst(ENCODE, {name: value for name, value in ours.items() if name not in tables})
+
+
+def velocity_error(out: str, change: Callable[[FlexTok], object] = lambda model: None) -> float:
+    model = flextok(VELOCITY)
+    change(model)
+    ours = runs.velocity(model, VELOCITY, VELOCITY.run(out))
+    return worst(VELOCITY, {f"{out}.velocity": ours[f"{out}.velocity"]})
+
+
+def decode_error(out: str) -> float:
+    model = flextok(DECODE, projected_guidance=out == "apg")
+    return worst(DECODE, runs.decode_latents(model, DECODE, DECODE.run(out)))
+
+
+def test_the_right_code_passes():
+    assert encode_error() <= 1
+    assert velocity_error("half_null") <= 1
+    assert decode_error("apg") <= 1
+
+
+# ---------------------------------------------------------------- quantizer
+
+
+def test_even_levels_without_the_half_step(monkeypatch):
+    original = FSQ.__init__
+
+    def init(self: FSQ, levels: tuple[int, ...]) -> None:
+        original(self, levels)
+        self.offset.zero_()
+        self.shift.zero_()
+
+    monkeypatch.setattr(FSQ, "__init__", init)
+    case = Case.load("flextok/quantizer")
+    assert worst(case, runs.quantizer(case, case.run("published"))) > 1
+    assert worst(case, runs.quantizer(case, case.run("odd"))) <= 1
+    assert encode_error() > 1
+
+
+def test_even_levels_without_the_shift():
+    case = Case.load("flextok/quantizer")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "atanh", torch.zeros_like)
+        assert worst(case, runs.quantizer(case, case.run("published"))) > 1
+
+
+def test_first_dimension_most_significant():
+    def reverse(model: FlexTok) -> None:
+        model.quantizer.basis.copy_(model.quantizer.vocab_size // model.quantizer.levels.cumprod(0))
+
+    assert encode_error(reverse) > 1
+
+
+# ---------------------------------------------------------------- trunk
+
+
+def test_no_qk_norm():
+    def drop(model: FlexTok) -> None:
+        for module in model.modules():
+            if isinstance(module, attention.Attention):
+                module.qk_norm = False
+
+    assert encode_error(drop) > 1
+    assert velocity_error("all_kept", drop) > 1
+
+
+@pytest.mark.parametrize("out", ["t2", "null"])  # mask and null vectors are small
+def test_layer_norm_epsilon(monkeypatch, out):
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    monkeypatch.setattr(flextok_module, "layer_norm", norm)
+    assert velocity_error(out) > 1
+
+
+def test_causal_patches(monkeypatch):
+    def causal(patches: int, registers: int, device: torch.device) -> torch.Tensor:
+        return torch.ones(patches + registers, patches + registers, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(flextok_module, "prefix_causal_mask", causal)
+    assert encode_error() > 1
+
+
+def test_patches_that_see_registers(monkeypatch):
+    def full(patches: int, registers: int, device: torch.device) -> torch.Tensor:
+        return torch.ones(patches + registers, patches + registers, dtype=torch.bool)
+
+    monkeypatch.setattr(flextok_module, "prefix_causal_mask", full)
+    assert encode_error() > 1
+
+
+def test_gate_and_up_exchanged(monkeypatch):
+    def swapped(self: feed_forward.SwiGLU, x: torch.Tensor) -> torch.Tensor:
+        up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+    monkeypatch.setattr(feed_forward.SwiGLU, "forward", swapped)
+    assert encode_error() > 1
+
+
+def test_columns_first_positions():
+    def transpose(model: FlexTok) -> None:
+        model.encoder.positions = model.encoder.positions.transpose(0, 1)
+
+    assert encode_error(transpose) > 1
+
+
+# ---------------------------------------------------------------- modulation and readout
+
+
+def test_chunks_in_the_order_of_dit(monkeypatch):
+    original = flextok_module.modulated_residual
+    gates_first_to_dit = {(0, 2, 3): (2, 0, 1), (1, 4, 5): (5, 3, 4)}
+
+    def dit(*args):
+        return original(*args[:-1], gates_first_to_dit[args[-1]])
+
+    monkeypatch.setattr(flextok_module, "modulated_residual", dit)
+    assert velocity_error("all_kept") > 1
+
+
+def test_one_modulation_set_for_all(monkeypatch):
+    original = flextok_module.modulated_residual
+
+    def shared(x, branch, patch_set, register_set, num_patches, chunks):
+        return original(x, branch, patch_set, patch_set, num_patches, chunks)
+
+    monkeypatch.setattr(flextok_module, "modulated_residual", shared)
+    assert velocity_error("all_kept") > 1
+
+
+def test_readout_scale_before_shift():
+    def swap(model: FlexTok) -> None:
+        for parameter in model.decoder.readout_modulation.parameters():
+            parameter.data.copy_(torch.cat(parameter.data.chunk(2)[::-1]))
+
+    assert velocity_error("all_kept", swap) > 1
+
+
+# ---------------------------------------------------------------- condition
+
+
+def condition(
+    decoder: Decoder, codes: torch.Tensor, keep: torch.Tensor, null: torch.Tensor | None, *, mistake: str
+) -> torch.Tensor:
+    """`Decoder.condition` again, with one mistake in it."""
+    kept = (torch.arange(codes.shape[1]) < keep[:, None])[..., None]
+    registers, positions = decoder.code_proj(codes), decoder.register_positions
+    if mistake == "masked before positions":
+        registers = torch.where(kept, registers, decoder.mask_vector) + positions
+    else:
+        registers = torch.where(kept, registers + positions, decoder.mask_vector)
+    if null is None or mistake == "null ignored":
+        return registers
+    nothing = {
+        "null is zero": torch.zeros_like(decoder.null_vector),
+        "null is k = 0": decoder.mask_vector,
+        "null has positions": decoder.null_vector + positions,
+    }
+    return torch.where(null[:, None, None], nothing.get(mistake, decoder.null_vector), registers)
+
+
+@pytest.mark.parametrize(
+    ("out", "mistake"),
+    [
+        ("half_null", "none"),
+        ("t2", "masked before positions"),
+        ("half_null", "null is zero"),
+        ("half_null", "null is k = 0"),
+        ("half_null", "null has positions"),
+        ("half_null", "null ignored"),
+    ],
+)
+def test_condition(monkeypatch, out, mistake):
+    monkeypatch.setattr(Decoder, "condition", lambda self, *args: condition(self, *args, mistake=mistake))
+    assert (velocity_error(out) > 1) == (mistake != "none")
+
+
+# ---------------------------------------------------------------- flow
+
+
+def test_velocity_sign():
+    model = flextok(DECODE)
+    forward = model.decoder.forward
+    model.decoder.forward = lambda *args: -forward(*args)
+    assert worst(DECODE, runs.decode_latents(model, DECODE, DECODE.run("plain"))) > 1
+
+
+def test_target_sign(monkeypatch):
+    monkeypatch.setattr(flow, "velocity_target", lambda x0, noise: x0 - noise)
+    assert worst(TRAIN, runs.train_step(flextok(TRAIN), TRAIN)) > 1
+
+
+def test_times_of_the_wrong_end(monkeypatch):
+    """Euler that calls the model at the end of each step instead of its beginning."""
+
+    def late(velocity, noise, steps, on_step=None):
+        x = noise
+        for step in range(steps):
+            x = x - velocity(x, 1 - (step + 1) / steps) / steps
+            on_step(step + 1, x)
+        return x
+
+    monkeypatch.setattr(flow, "euler", late)
+    assert decode_error("plain") > 1
+
+
+def test_time_scale():
+    assert velocity_error("t2", lambda model: setattr(model.decoder, "time_scale", 1000.0)) > 1
+
+
+@pytest.mark.parametrize(
+    "mistake", ["capped is carried over", "no momentum", "momentum is positive", "parallel is kept"]
+)
+def test_projected_guidance(monkeypatch, mistake):
+    class Wrong(flow.AdaptiveProjectedGuidance):
+        def __init__(self) -> None:
+            super().__init__()
+            if mistake in ("no momentum", "momentum is positive"):
+                self.momentum = 0.0 if mistake == "no momentum" else 0.5
+            self.parallel = 1.0 if mistake == "parallel is kept" else 0.0
+
+        def __call__(self, v_cond, v_null, scale):
+            guided = super().__call__(v_cond, v_null, scale)
+            if mistake == "capped is carried over":
+                norm = torch.linalg.vector_norm(self.running, dim=(1, 2, 3), keepdim=True)
+                self.running = self.running * (self.cap / norm).clamp(max=1)
+            return guided
+
+    monkeypatch.setattr(flow, "AdaptiveProjectedGuidance", Wrong)
+    assert decode_error("apg") > 1
+
+
+def test_straight_through_gradient_is_needed(monkeypatch):
+    original = FSQ.forward
+
+    def rounded_only(self, z):
+        return original(self, z).detach() + 0 * z
+
+    monkeypatch.setattr(FSQ, "forward", rounded_only)
+    errors = TRAIN.errors(runs.train_step(flextok(TRAIN), TRAIN))
+    assert errors["step.loss"] <= 1
+    assert errors["step.grad_norms"] > 1
+
+
+# ---------------------------------------------------------------- GPT
+
+
+def test_identity_rotation_of_the_prefix():
+    model = gpt(GPT_CASE)
+    model.rotary[:1, :, 0] = 1.0
+    assert worst(GPT_CASE, runs.gpt_training(model, GPT_CASE)) > 1
+    assert worst(GPT_CASE, runs.gpt_generation(gpt(GPT_CASE), GPT_CASE, "cfg2")) <= 1
+
+
+def test_rotation_of_halves_instead_of_pairs(monkeypatch):
+    def halves(x, table):
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = table.unbind(-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    monkeypatch.setattr("generators.gpt.rotate", halves)
+    assert worst(GPT_CASE, runs.gpt_training(gpt(GPT_CASE), GPT_CASE)) > 1
+
+
+def test_guidance_around_the_conditional(monkeypatch):
+    monkeypatch.setattr("generators.gpt.guide", lambda cond, uncond, scale: cond + scale * (cond - uncond))
+    assert worst(GPT_CASE, runs.gpt_generation(gpt(GPT_CASE), GPT_CASE, "cfg2")) > 1
+
+
+def test_nucleus_without_the_token_that_crosses():
+    filters, logits = GPT_CASE.about["filters"][2], GPT_CASE.input("filter_logits")
+    kept = sampling.filter_logits(logits, **filters)
+    lowest = kept.masked_fill(kept == -torch.inf, torch.inf).argmin(dim=-1, keepdim=True)
+    without = kept.scatter(-1, lowest, -torch.inf)
+    assert worst(GPT_CASE, {"probs_2": kept.softmax(dim=-1)}) <= 1
+    assert worst(GPT_CASE, {"probs_2": without.softmax(dim=-1)}) > 1

@@ -1,0 +1,91 @@
+"""The direction of imports (imgtok <- generators <- train, sample), and that the package is complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from setuptools import find_packages
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "imgtok": {"imgtok"},
+    "generators": {"imgtok", "generators"},
+    "train": {"imgtok", "generators", "train"},
+    "sample": {"imgtok", "generators", "sample"},
+}
+LAZY_TABLES = {"imgtok/cli.py", "imgtok/hub.py"}  # these name upper packages, as strings
+MODULE_NAMES = {"pillow": "PIL", "PyYAML": "yaml", "torch-fidelity": "torch_fidelity"}
+OPTIONAL = {"wandb"}  # used when installed
+NOT_IMPORTED = {"tensorboard"}  # Accelerate imports it for its tracker
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Every absolute import, wherever it stands, and constant arguments of import functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_modules(ast.parse(path.read_text(), str(path)))}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_downwards(package: str) -> None:
+    assert sources(package)
+    for path in sources(package):
+        wrong = (imported_packages(path) & MAY_IMPORT.keys()) - MAY_IMPORT[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_only_the_two_tables_name_upper_modules_as_strings() -> None:
+    upper = re.compile(r"(generators|train|sample)(\.\w+)+(:\w+)?")
+    naming = set()
+    for path in sources("imgtok"):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and upper.fullmatch(node.value):
+                naming.add(str(path.relative_to(ROOT)))
+    assert naming == LAZY_TABLES
+
+
+def test_the_check_sees_every_way_to_import() -> None:
+    code = "import a.b\nfrom c.d import e\nfrom . import f\ndef g():\n    import h\n    import_module('i.j')\n"
+    assert sorted(imported_modules(ast.parse(code))) == ["a.b", "c.d", "h", "i.j"]
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in MAY_IMPORT for path in sources(p)}
+    assert set(find_packages(str(ROOT), include=include)) == folders
+
+
+def test_dependencies_are_exactly_what_is_imported() -> None:
+    declared = {re.split(r"[<>=\[ ]", line)[0] for line in PROJECT["project"]["dependencies"]}
+    modules = {MODULE_NAMES.get(name, name) for name in declared}
+    imported = set().union(*(imported_packages(path) for package in MAY_IMPORT for path in sources(package)))
+    third_party = imported - set(sys.stdlib_module_names) - MAY_IMPORT.keys() - OPTIONAL
+    assert third_party - modules == set(), "imported but not declared"
+    assert modules - third_party - NOT_IMPORTED == set(), "declared but not imported"
+
+
+def test_dependencies_have_no_upper_bounds() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for line in [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]:
+        assert "<" not in line
+        assert "==" not in line
+        assert "~=" not in line

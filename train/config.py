@@ -1,0 +1,69 @@
+"""The settings of the training loop, the same for every model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from imgtok.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how fast and how carefully to train; the `training` section of every training job."""
+
+    steps: NonNegativeInt
+    """Optimizer steps of the whole run; 0 saves the untrained model, the control to compare with."""
+    batch_size: PositiveInt
+    """Images per process and micro-batch; a step sees batch_size x accumulate x processes images."""
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW."""
+    accumulate: PositiveInt = 1
+    """Micro-batches whose gradients are averaged into one optimizer step."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment, both below 1."""
+    weight_decay: NonNegativeFloat = 0.05
+    """AdamW's decoupled weight decay, on tensors of two or more dimensions that are not tagged otherwise."""
+    clip: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0 never clips."""
+    warmup: NonNegativeInt = 0
+    """Steps below the peak at the start: step s < warmup has (s + 1) / (warmup + 1) of the peak."""
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    """How the rate falls after the warm-up."""
+    final_rate: Fraction = 0.0
+    """Rate of the last step as a fraction of the peak (cosine and linear)."""
+    decay_from: Fraction = 0.0
+    """Fraction of the steps at which the fall begins; never before the warm-up ends."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimizer stay fp32. fp16 needs a GPU."""
+    ema: Fraction = 0.999
+    """Decay of the averaged weights, below 1; 0 keeps none. Warmed up as min(ema, (1 + s) / (10 + s))."""
+    compile: bool = False
+    """Compile the model's forward pass with torch.compile."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random in training: order of the data, noise, dropout of tokens."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch per process; null leaves torch's choice."""
+    num_workers: NonNegativeInt = 0
+    """Processes that prepare batches, per training process; 0 prepares them in the training process."""
+    log_every: PositiveInt = 50
+    """Steps between lines of log.jsonl (means over those steps); the first step is always logged."""
+    preview_every: NonNegativeInt = 1000
+    """Steps between pictures in samples/; 0 draws them only before the first and after the last step."""
+    save_every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint in the output folder, if there is one."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where the log goes besides log.jsonl."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.warmup >= max(self.steps, 1):
+            raise ValueError(f"warmup must be below steps, given {self.warmup} with {self.steps} steps")
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas must be below 1, given {list(self.betas)}")
+        if self.ema >= 1:
+            raise ValueError(f"ema must be below 1 (such as 0.999; 0 switches it off), given {self.ema}")

@@ -1,0 +1,70 @@
+"""Averaged weights: what previews and the finished model use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Running average of a model's trainable parameters and saved buffers; frozen parameters are not copied.
+
+    The live tensors are remembered, so buffers have to be updated in place. Buffers that are not floating
+    point (counters) are copied. A decay of 0 keeps no average: then the live weights stand for it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        saved = model.state_dict().keys()
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        buffers = {name: b for name, b in model.named_buffers() if name in saved}
+        self.live: dict[str, Tensor] = {**trainable, **buffers} if decay > 0 else {}
+        self.average = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self._averaged = [name for name, tensor in self.live.items() if tensor.is_floating_point()]
+        self._copied = [name for name in self.live if name not in set(self._averaged)]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after optimizer step `step` (from 0)."""
+        if not self.live:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = [self.average[name] for name in self._averaged]
+        torch._foreach_lerp_(averages, [self.live[name] for name in self._averaged], 1 - decay)
+        for name in self._copied:
+            self.average[name].copy_(self.live[name])
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the block the model holds the averaged weights; no tensor is copied."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, tensor in self.live.items():
+            tensor.data, self.average[name].data = self.average[name].data, tensor.data
+
+    def save(self, path: Path) -> None:
+        """Write the averages as safetensors."""
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote; raises ValueError if the names differ from this model's."""
+        from safetensors.torch import load_file
+
+        stored = load_file(path)
+        if stored.keys() != self.average.keys():
+            different = sorted(stored.keys() ^ self.average.keys())
+            raise ValueError(f"{path}: averaged weights of another model; names that differ: {different[:5]}")
+        for name, tensor in self.average.items():
+            tensor.copy_(stored[name])

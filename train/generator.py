@@ -1,0 +1,123 @@
+"""`imgtok train generator`: trains a generator on the cached tokens of a frozen tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok import images as pictures
+from imgtok.cli import run_job
+from imgtok.config import NonNegativeInt, Range, check
+from imgtok.data.loaders import TokenBatch, token_loader
+from imgtok.data.tokens import TokenDataset, fingerprint
+from imgtok.flextok import FlexTok
+from imgtok.hub import find_folder, load
+from imgtok.tokenizer import Losses
+from imgtok.tokens import Tokens
+from train.config import TrainingConfig
+from train.loop import fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Trains a generator on tokens that `imgtok cache` wrote; `final/` holds it with its tokenizer, ready to sample."""
+
+    job: Literal["train-generator"] = "train-generator"
+    """Which program this file is for."""
+    out: Path
+    """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
+    tokens: Path
+    """Folder of cached tokens."""
+    tokenizer: str
+    """Model folder or Hub name of the tokenizer that made them; copied into `final/tokenizer`."""
+    model: GPTConfig = GPTConfig()
+    """The model; its vocabulary, length and classes are filled in from the tokens."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How previews are drawn."""
+    held_out: Annotated[float, Range(0.0, 0.5)] = 0.02
+    """Share of the cached sequences that is kept from training; the log shows the loss on them."""
+    num_preview: NonNegativeInt = 64
+    """Images in a preview."""
+    training: TrainingConfig
+    """Length, optimiser, precision, logging."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def main(config: Config) -> None:
+    """Trains, and leaves a model folder in `out/final`."""
+    folder = find_folder(config.tokenizer)
+    tokenizer = load(folder, expect=FlexTok)
+    tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
+    torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
+    model = GPT(
+        replace(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            num_tokens=tokens.ids.shape[1],
+            num_classes=max(tokens.num_classes, 1),
+        )
+    )
+    fit(GeneratorJob(config, model, tokens, tokenizer, folder), config.training, config.out, config)
+
+
+class GeneratorJob:
+    """What the training loop needs to know about a generator."""
+
+    def __init__(
+        self, config: Config, model: GPT, tokens: TokenDataset, tokenizer: FlexTok, tokenizer_folder: Path
+    ) -> None:
+        self.config = config
+        self.model: nn.Module = model
+        self.tokens = tokens
+        self.tokenizer = tokenizer
+        self.tokenizer_folder = tokenizer_folder
+
+    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch]:
+        training = self.config.training
+        return token_loader(
+            self.tokens,
+            training.batch_size,
+            seed=training.seed,
+            start_step=start_step * training.accumulate,
+            rank=rank,
+            world=world,
+        )
+
+    def loss(self, model: nn.Module, batch: TokenBatch, generator: torch.Generator) -> Losses:
+        losses: Losses = model(batch.ids, batch.labels, generator=generator)
+        return losses
+
+    def names(self, batch: TokenBatch) -> Sequence[str]:
+        return batch.names
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Images of the first classes in turn, always from the same seed."""
+        assert isinstance(model, GPT)
+        device = model.head.weight.device
+        indices = range(self.config.num_preview)
+        labels = torch.tensor([i % model.config.num_classes for i in indices], device=device)
+        ids = model.generate(labels, seed=0, indices=indices, sampling=self.config.sampling)
+        self.tokenizer.to(device)
+        images: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
+        pictures.save_png(pictures.make_grid(images, columns=8), path)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The model folder, with the tokenizer inside: all that sampling needs."""
+        assert isinstance(model, GPT)
+        model.save_pretrained(folder)
+        shutil.copytree(self.tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    run_job(sys.modules[__name__])

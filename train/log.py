@@ -1,0 +1,217 @@
+"""What a run says while it trains: log.jsonl, trackers, the progress line, the facts at the start.
+
+The losses stay on the device between two log lines; reading them there would make the processor wait for
+the GPU at every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import imgtok
+from imgtok.config import to_dict
+from imgtok.files import replacing
+from imgtok.tokenizer import Losses
+from train.config import TrainingConfig
+from train.state import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+HEALTHY = 2**62
+"""`Window.bad_at` while everything was finite; larger than any position."""
+
+
+class Window:
+    """Loss parts summed since the last log line, and where the first non-finite one was. All on the device.
+
+    A position counts micro-batches from the start of the run: step x accumulate + micro.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.names: tuple[str, ...] = ()
+        self.zero = torch.zeros((), device=device)
+        self.sum = self.values = self.norm = self.zero
+        self.count = 0
+        self.bad_at = torch.full((), HEALTHY, dtype=torch.int64, device=device)
+
+    def add(self, losses: Losses, position: int) -> None:
+        """Take in one micro-batch. `values` stays at the first micro-batch whose total is not finite."""
+        if not self.names:
+            self.names = ("loss", *(f"loss/{name}" for name in losses.parts))
+        values = torch.stack([losses.total, *losses.parts.values()]).detach().float()
+        self.sum = self.sum + values
+        self.count += 1
+        self.values = torch.where(self.bad_at == HEALTHY, values, self.values)
+        self._note(values[0], position)
+
+    def add_norm(self, norm: Tensor, position: int, must_be_finite: bool) -> None:
+        """Take in the gradient norm of one step; fp16 may overflow and skip the step, the others may not."""
+        self.norm = norm.detach()
+        if must_be_finite:
+            self._note(self.norm, position)
+
+    def _note(self, value: Tensor, position: int) -> None:
+        self.bad_at = torch.where(torch.isfinite(value), self.bad_at, self.bad_at.clamp(max=position))
+
+    @property
+    def broken(self) -> Tensor:
+        """1.0 from the first non-finite value on, 0.0 before: AdamW's `found_inf`, which skips the update."""
+        return (self.bad_at != HEALTHY).float()
+
+    def first_bad(self, accelerator: Accelerator) -> int | None:
+        """Position of the first non-finite value on any process, or None. Waits for the device."""
+        first = int(accelerator.gather(self.bad_at[None]).min().item())
+        return None if first == HEALTHY else first
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over window and processes, and the latest gradient norm. Waits for the device."""
+        means = accelerator.reduce(self.sum / self.count, reduction="mean").tolist()
+        return {**dict(zip(self.names, means, strict=True)), "grad_norm": self.norm.item()}
+
+    def latest(self) -> dict[str, float]:
+        """The newest values, or the first that were not finite. Waits for the device."""
+        return {**dict(zip(self.names, self.values.tolist(), strict=True)), "grad_norm": self.norm.item()}
+
+    def reset(self) -> None:
+        """Start the next window."""
+        self.sum, self.count = self.zero, 0
+
+
+class Log:
+    """Writes log lines on the main process to log.jsonl, the trackers and the progress line."""
+
+    def __init__(
+        self, accelerator: Accelerator, config: TrainingConfig, out: Path, resolved: Any, start: Progress
+    ) -> None:
+        from tqdm import tqdm
+
+        self.accelerator, self.config, self.path = accelerator, config, out / "log.jsonl"
+        self.window = Window(accelerator.device)
+        self.images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
+        self.started = time.perf_counter() - start.seconds
+        self.mark, self.mark_step = time.perf_counter(), start.step
+        main = accelerator.is_main_process
+        # disable=None: no line where nobody watches (a file, CI); the log lines are then written in full
+        self.bar = tqdm(total=config.steps, initial=start.step, disable=None if main else True, unit="step")
+        if main:
+            drop_lines_after(self.path, start.step)
+            start_trackers(accelerator, out, resolved, start.step)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, over all restarts."""
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the block does not count against images per second."""
+        before = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - before
+
+    def write(self, step: int, done: int, rate: float) -> None:
+        """One line for the window. `step` names the line, `done` is the number of finished steps."""
+        record: dict[str, float] = {"step": step, **self.window.means(self.accelerator), "lr": rate}
+        now = time.perf_counter()
+        elapsed = max(now - self.mark, 1e-9)
+        record["images_per_second"] = round((done - self.mark_step) * self.images_per_step / elapsed, 2)
+        record["seconds"] = round(self.seconds, 3)
+        record.update(peak_memory(self.accelerator.device))
+        self.mark, self.mark_step = now, done
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+        speed = f"{record['images_per_second']:.0f}"
+        self.bar.set_postfix({"loss": f"{record['loss']:.4g}", "img/s": speed}, refresh=False)
+        if self.bar.disable:
+            logger.info("step %d/%d  loss %.4g  %s images/s", step, self.config.steps, record["loss"], speed)
+
+    def close(self) -> None:
+        """End the progress line and the trackers."""
+        self.bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Forget what a killed run logged after its last checkpoint, and a line that it left half written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def check_trackers(config: TrainingConfig) -> None:
+    """Raise ValueError if a tracker that was asked for is not installed."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            others = [other for other in config.trackers if other != name]
+            raise ValueError(
+                f"training.trackers asks for {name}, which is not installed: `pip install {name}`, "
+                f"or leave it out (training.trackers={others})"
+            )
+
+
+def start_trackers(accelerator: Accelerator, out: Path, resolved: Any, done: int) -> None:
+    """Open the trackers; a resumed run's tensorboard forgets what came after its checkpoint."""
+    wandb = {"name": out.name, "dir": str(out), "config": to_dict(resolved)}
+    accelerator.init_trackers(
+        "imgtok", init_kwargs={"tensorboard": {"purge_step": done + 1 if done else None}, "wandb": wandb}
+    )
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Largest memory of this process so far in MiB, and of its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    if device.type == "cuda":
+        memory["peak_cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return memory
+
+
+def describe_run(accelerator: Accelerator, config: TrainingConfig, model: nn.Module, out: Path) -> None:
+    """Log what a reader of the log asks first: versions, devices, parameters, batch, folder."""
+    import accelerate
+
+    if not accelerator.is_main_process:
+        return
+    logger.info(
+        "imgtok %s, torch %s, accelerate %s, Python %s",
+        imgtok.__version__, torch.__version__, accelerate.__version__, platform.python_version(),
+    )  # fmt: skip
+    logger.info(
+        "%d process(es) on %s, %s, %d CPU threads each",
+        accelerator.num_processes, accelerator.device, config.precision, torch.get_num_threads(),
+    )  # fmt: skip
+    for name, part in [("model", model), *model.named_children()]:
+        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in part.parameters()) - trainable
+        logger.info("parameters of %s: %s trainable, %s frozen", name, f"{trainable:,}", f"{frozen:,}")
+    processes = accelerator.num_processes
+    logger.info(
+        "effective batch %d = %d per process x %d accumulated x %d process(es); %d steps; output in %s",
+        config.batch_size * config.accumulate * processes,
+        config.batch_size, config.accumulate, processes, config.steps, out,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""`imgtok train tokenizer`: trains a tokenizer on images, or the continuous autoencoder that one stands on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from imgtok import images as pictures
+from imgtok.cli import run_job
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check
+from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.loaders import Batch, train_loader
+from imgtok.data.shapes import ShapesConfig
+from imgtok.flextok import FlexTok, FlexTokConfig, powers_of_two
+from imgtok.hub import load
+from imgtok.tokenizer import Losses
+from imgtok.vae import VAE, VAEConfig, packaged_vae
+from train.config import TrainingConfig
+from train.loop import fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Trains a tokenizer (or an autoencoder: model.kind=vae) and writes a run folder with the model in `final/`."""
+
+    job: Literal["train-tokenizer"] = "train-tokenizer"
+    """Which program this file is for."""
+    out: Path
+    """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
+    data: DataConfig = ShapesConfig()
+    """Images to train on."""
+    flip: bool = False
+    """Mirror each training image with probability one half."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of a training image is used; the held-out images are always cropped in the centre."""
+    held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
+    """Share of the images that is kept from training and shown in previews."""
+    image_size: PositiveInt | None = None
+    """Pixels a side of an autoencoder's training images; a tokenizer has its own in `model`."""
+    model: FlexTokConfig | VAEConfig = FlexTokConfig()
+    """The model."""
+    vae: str | None = None
+    """The frozen autoencoder under a tokenizer: a folder, a Hub name, or one that ships with imgtok (`shapes32`)."""
+    num_preview: NonNegativeInt = 12
+    """Held-out images shown in a preview."""
+    training: TrainingConfig
+    """Length, optimiser, precision, logging."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if isinstance(self.model, VAEConfig) and self.image_size is None:
+            raise ValueError("image_size: an autoencoder needs the size of its training images")
+
+
+def main(config: Config) -> None:
+    """Trains, and leaves a model folder in `out/final`."""
+    model, size = build_model(config)
+    source = open_images(config.data, size, flip=config.flip, crop=config.crop, held_out_fraction=config.held_out)
+    shown = open_images(config.data, size, split="held_out", held_out_fraction=config.held_out)
+    job = TokenizerJob(config, model, source, shown)
+    fit(job, config.training, config.out, config)
+
+
+def build_model(config: Config) -> tuple[FlexTok | VAE, int]:
+    """A freshly initialised model, and the size of its images; its weights depend on the seed alone."""
+    torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
+    if isinstance(config.model, VAEConfig):
+        assert config.image_size is not None
+        return VAE(config.model), config.image_size
+    if config.vae is None:
+        return FlexTok(config.model), config.model.image_size
+    vae = load_vae(config.vae)
+    torch.manual_seed(config.training.seed)
+    model = FlexTok(replace(config.model, vae=vae.config))
+    assert model.vae is not None
+    model.vae.load_state_dict(vae.state_dict())
+    return model, config.model.image_size
+
+
+def load_vae(name: str) -> VAE:
+    """An autoencoder by folder, Hub name or the name of a packaged one."""
+    known = name if "/" in name or Path(name).is_dir() else packaged_vae(name)
+    vae = load(known, expect=VAE)
+    assert isinstance(vae, VAE)
+    return vae
+
+
+class TokenizerJob:
+    """What the training loop needs to know about a tokenizer."""
+
+    def __init__(self, config: Config, model: FlexTok | VAE, source: ImageSource, shown: ImageSource) -> None:
+        self.config = config
+        self.model: nn.Module = model
+        self.source = source
+        self.preview_images = torch.stack([shown[i].image for i in range(min(config.num_preview, len(shown)))])
+
+    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Batch]:
+        training = self.config.training
+        return train_loader(
+            self.source,
+            training.batch_size,
+            seed=training.seed,
+            start_step=start_step * training.accumulate,
+            rank=rank,
+            world=world,
+            num_workers=training.num_workers,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        losses: Losses = model(batch.images, generator=generator)
+        return losses
+
+    def names(self, batch: Batch) -> Sequence[str]:
+        return batch.names
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Held-out images above their reconstructions; for a tokenizer one row a token count."""
+        device = next(model.parameters()).device
+        originals = self.preview_images.to(device)
+        if isinstance(model, VAE):
+            rows = {"original": originals, "decoded": model.decode(model.encode(originals)).clamp(-1, 1)}
+        else:
+            assert isinstance(model, FlexTok)
+            tokens = model.encode(originals)
+            rows = {"original": originals} | {
+                str(count): model.decode(tokens.truncate(count)) for count in powers_of_two(model.num_tokens)
+            }
+        grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
+        pictures.save_png(grid, path)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The model folder; an autoencoder first learns the deviation of its latents on held-out images."""
+        assert isinstance(model, FlexTok | VAE)
+        if isinstance(model, VAE):
+            measure_scaling(model, self.preview_images)
+        model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def measure_scaling(vae: VAE, images: torch.Tensor) -> None:
+    """Sets `scaling_factor` to one over the deviation of the latents of `images`."""
+    device = next(vae.parameters()).device
+    unscaled = vae.encode(images.to(device)) / vae.config.scaling_factor
+    vae.config = replace(vae.config, scaling_factor=float(1 / unscaled.std()))
+
+
+if __name__ == "__main__":
+    run_job(sys.modules[__name__])
