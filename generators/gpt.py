@@ -11,6 +11,7 @@ Shapes: B batch, L tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -50,6 +51,9 @@ class GPTConfig:
     """Attention heads."""
     mlp_multiple: PositiveInt = 256
     """The feed-forward width is 8/3 of `width`, rounded up to a multiple of this."""
+    levels: tuple[int, ...] = ()
+    """FSQ levels of the tokenizer, or empty. Given, ids that share digits share a part of their embeddings and logits,
+    so that what is learned of one id helps its neighbours. Training fills it in where `share_digits` is set."""
     positions: Literal["learned", "rotary_2d"] = "learned"
     """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
     dropout: Fraction = 0.1
@@ -61,6 +65,8 @@ class GPTConfig:
         check(self)
         if self.width % self.num_heads:
             raise ValueError(f"width: {self.width} is not a multiple of num_heads = {self.num_heads}")
+        if self.levels and math.prod(self.levels) != self.vocab_size:
+            raise ValueError(f"levels: {list(self.levels)} make {math.prod(self.levels)} ids, vocab_size is {self.vocab_size}")
         if self.positions == "rotary_2d" and round(self.num_tokens**0.5) ** 2 != self.num_tokens:
             raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
 
@@ -108,6 +114,22 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class DigitRows(nn.Module):
+    """Rows (V, D) for ids that are mixed-radix numbers: each the sum of one learned vector a digit."""
+
+    digits: Tensor
+
+    def __init__(self, levels: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        starts = torch.cumsum(torch.tensor((0, *levels[:-1])), dim=0)
+        digits = torch.cartesian_prod(*(torch.arange(count) for count in reversed(levels))).view(-1, len(levels)).flip(1)
+        self.register_buffer("digits", digits + starts, persistent=False)  # (V, n) rows of the table
+        self.table = nn.Parameter(torch.empty(sum(levels), width))
+
+    def forward(self) -> Tensor:
+        return F.embedding_bag(self.digits, self.table, mode="sum")
+
+
 class GPT(nn.Module, Pretrained):
     """Class-conditional GPT. Calling it gives the training loss; `generate` samples."""
 
@@ -123,6 +145,8 @@ class GPT(nn.Module, Pretrained):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.digit_embedding = DigitRows(config.levels, config.width) if config.levels else None
+        self.digit_head = DigitRows(config.levels, config.width) if config.levels else None
         rotary = None
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
@@ -138,6 +162,8 @@ class GPT(nn.Module, Pretrained):
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.head.weight)
+        if self.digit_head is not None:
+            nn.init.zeros_(self.digit_head.table)
 
     @property
     def null_class(self) -> int:
@@ -153,6 +179,8 @@ class GPT(nn.Module, Pretrained):
         """
         start = cache.length if cache is not None else 0
         x = self.token_embedding(ids_BL)
+        if self.digit_embedding is not None:
+            x = x + F.embedding(ids_BL, self.digit_embedding())
         if labels_B is not None:
             x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
         stop = start + x.shape[1]
@@ -164,9 +192,16 @@ class GPT(nn.Module, Pretrained):
             x = block(x, table, cache.layers[index] if cache is not None else None)
         return self.norm(x)
 
+    def read_out(self, states: Tensor) -> Tensor:
+        """Logits (..., V) in float32 of normed states (..., D)."""
+        logits = self.head(states)
+        if self.digit_head is not None:
+            logits = logits + F.linear(states, self.digit_head())
+        return logits.float()
+
     def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
         """Logits (B, L, V) in float32 of all L tokens given the class and the tokens before each."""
-        return self.head(self.hidden(labels_B, ids_BL[:, :-1])).float()
+        return self.read_out(self.hidden(labels_B, ids_BL[:, :-1]))
 
     def forward(self, ids: Tensor, labels: Tensor, *, generator: torch.Generator) -> Losses:
         """Mean cross-entropy of all tokens; ids (B, L), labels (B,), classes dropped at random."""
@@ -220,7 +255,7 @@ class GPT(nn.Module, Pretrained):
             states = self.hidden(labels, ids, cache)
         else:
             states = self.hidden(None, ids[:, -1:], cache)
-        return self.head(states[:, -1]).float()
+        return self.read_out(states[:, -1])
 
     def _new_cache(self, batch: int, capacity: int) -> KVCache:
         config = self.config

@@ -80,6 +80,8 @@ class FlexTokConfig:
     """Time features are scaled by 1000 / this."""
     nested_dropout: Literal["uniform", "pow2", "uniform_pow2"] = "pow2"
     """How many tokens a training sample keeps: any number, a power of two, or any rounded up to one."""
+    keep_all: Fraction = 0.0
+    """Share of training samples that keep all tokens whatever `nested_dropout` draws; 0 as published."""
     null_dropout: Fraction = 0.1
     """Share of training samples whose condition is the null vector."""
     times: Literal["mode", "logit_normal"] = "mode"
@@ -342,7 +344,7 @@ class FlexTok(nn.Module, Pretrained):
                     nn.init.xavier_uniform_(module.weight)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-        modulations = [block.modulation for block in self.decoder.blocks]  # type: ignore[union-attr]
+        modulations = [block.modulation for block in self.decoder.blocks if isinstance(block, DecoderBlock)]
         for linear in (*modulations, self.decoder.readout_modulation, self.decoder.readout):
             nn.init.zeros_(linear.weight)
         nn.init.zeros_(self.encoder.readout.weight)
@@ -373,7 +375,8 @@ class FlexTok(nn.Module, Pretrained):
             nn.init.normal_(part.positions)
             registers.copy_(part.positions.flatten(0, 1)[facing])
             for block in part.blocks:
-                queries, keys, _ = block.attention.qkv_proj.weight.chunk(3)  # type: ignore[union-attr, operator]
+                assert isinstance(block, EncoderBlock | DecoderBlock)
+                queries, keys, _ = block.attention.qkv_proj.weight.chunk(3)
                 keys.copy_(queries)
         for vector in (self.decoder.mask_vector, self.decoder.null_vector):
             nn.init.normal_(vector, std=0.5)
@@ -406,7 +409,13 @@ class FlexTok(nn.Module, Pretrained):
         return Losses(loss + self.config.spread_weight * spread, {"flow": loss, "spread": spread})
 
     def draw_keep_counts(self, batch: int, generator: torch.Generator) -> Tensor:
-        """How many tokens each sample keeps, (B,) in 1..K (nested dropout)."""
+        """How many tokens each sample keeps, (B,) in 1..K: nested dropout, but all for a share `keep_all`."""
+        keep = self._draw_nested(batch, generator)
+        all_kept = torch.rand(batch, generator=generator, device=generator.device) < self.config.keep_all
+        return torch.where(all_kept, self.num_tokens, keep)
+
+    def _draw_nested(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Counts (B,) in 1..K by the configured mode."""
         count = self.num_tokens
         if self.config.nested_dropout == "pow2":
             powers = torch.tensor(powers_of_two(count), device=generator.device)

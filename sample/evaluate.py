@@ -11,7 +11,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, che
 from imgtok.data.images import DataConfig
 from imgtok.data.shapes import ShapesConfig
 from imgtok.files import replacing
-from sample.scoring import RECONSTRUCTION, WITH_REFERENCE, Metric, Row, evaluate
+from sample.scoring import RECONSTRUCTION, WITH_REFERENCE, Evaluation, Metric, Row, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,24 +128,24 @@ def main(config: Config) -> None:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator()
     start = time.perf_counter()
-    rows, origins = evaluate(config, accelerator)
+    found = evaluate(config, accelerator)
     if accelerator.is_main_process:
-        record = describe_result(config, rows, origins, time.perf_counter() - start)
+        record = describe_result(config, found, time.perf_counter() - start)
         with replacing(config.out) as temporary:
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        sys.stdout.write(table(rows) + f"\nwritten to {config.out}\n")
+        sys.stdout.write(table(found.rows) + f"\nwritten to {config.out}\n")
 
 
-def describe_result(config: Config, rows: Sequence[Row], weights: Mapping[str, str], seconds: float) -> dict[str, Any]:
+def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[str, Any]:
     """Everything that is needed to repeat the numbers."""
-    scores = [{**asdict(row.score), "num_tokens": row.num_tokens} for row in rows]
+    scores = [{**asdict(row.score), "num_tokens": row.num_tokens} for row in found.rows]
     packages = ("torch", "torch-fidelity", "numpy", "accelerate")
     return {
         "format": 1,
         "scores": scores,
         "seed": config.seed,
-        "num": config.num,
-        "weights": dict(weights),
+        "num": found.num,
+        "weights": found.weights,
         "seconds": round(seconds, 1),
         "versions": {
             "imgtok": imgtok.__version__,

@@ -94,7 +94,7 @@ def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def best_device(local_rank: int = 0) -> torch.device:
-    """This process's GPU where there is one, else Apple's, else the CPU."""
+    """The GPU of this process where there is one, else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

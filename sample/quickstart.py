@@ -106,10 +106,12 @@ def as_override(value: Any) -> str:
 
 
 def describe_data(data: dict[str, Any]) -> str:
+    """The images in words, as the page's first line has them."""
+    textures = " or ".join(data.get("textures", ("any texture",)))
     sizes = ", ".join(data.get("sizes", ("small", "medium", "large")))
     return (
-        f"Built-in shapes at 32 pixels: one {' or '.join(data.get('textures', ('any',)))} object of 8 shapes x 8 colours "
-        f"(64 classes), sizes {sizes} enlarged {data.get('scale', 1.0)} times, anywhere on the canvas"
+        f"Built-in shapes at 32 pixels: one object ({textures}) of 8 shapes x 8 colours, that is 64 classes, "
+        f"in sizes {sizes}, enlarged {data.get('scale', 1.0)} times, anywhere on the canvas"
     )
 
 
@@ -129,8 +131,27 @@ def collect_figures(out: Path) -> dict[str, Any]:
 
 
 def figures_of(out: Path, suffix: str) -> dict[str, Any]:
-    """Reads what `imgtok evaluate` wrote."""
-    raise NotImplementedError
+    """Reads what `imgtok evaluate` wrote; suffix "-untrained" for the models at step 0."""
+    generation = read_scores(out / f"generation{suffix}.json")
+    reconstruction = read_scores(out / f"reconstruction{suffix}.json")
+    by_tokens = {count: value for (key, count), value in reconstruction.items() if key == "psnr"}
+    full = max(count for count in by_tokens if count is not None)
+    return {
+        "oracle_top1": generation["oracle_top1", None],
+        "oracle_reconstruction": reconstruction["oracle_top1", full],
+        "oracle_by_tokens": {
+            str(count): value for (key, count), value in reconstruction.items() if key == "oracle_top1"
+        },
+        "psnr_by_tokens": {str(count): value for count, value in by_tokens.items()},
+        "fd_shapes": generation["fd_shapes", None],
+        "fd_shapes_clean": generation["fd_shapes_clean", None],
+    }
+
+
+def read_scores(path: Path) -> dict[tuple[str, int | None], float]:
+    """(key, token count or None) -> value, from a result file of `imgtok evaluate`."""
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    return {(score["key"], score["num_tokens"]): score["value"] for score in scores}
 
 
 if __name__ == "__main__":

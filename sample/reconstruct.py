@@ -33,7 +33,7 @@ POSITIONAL = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Encodes held-out images, decodes them at several token counts, and writes a picture and the PSNR of each count."""
+    """Encodes held-out images, decodes them at several token counts, and writes a picture and each count's PSNR."""
 
     job: Literal["reconstruct"] = "reconstruct"
     """Which program this file is for."""

@@ -24,7 +24,7 @@ STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
 h1{margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #ddd} p.lead{color:#555;margin-top:0}
 table{border-collapse:collapse;margin:1rem 0} td,th{border:1px solid #ddd;padding:.3rem .8rem;text-align:right}
-td:first-child,th:first-child{text-align:left} th{background:#f6f6f6} code,pre{background:#f6f6f6;padding:.1rem .3rem}
+td:first-child,th:first-child,td.left{text-align:left} th{background:#f6f6f6} code,pre{background:#f6f6f6;padding:.1rem .3rem}
 pre{padding:.8rem;overflow:auto} img{max-width:100%;image-rendering:pixelated} img.plot{image-rendering:auto}
 .samples{display:grid;grid-template-columns:repeat(8,1fr);gap:.5rem;font-size:.72rem;text-align:center;line-height:1.2}
 .samples img{width:100%} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
@@ -106,7 +106,7 @@ def percent(share: float) -> str:
 
 def commands(stages: Sequence[tuple[str, str, float]]) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(title)}<td style='text-align:left'><code>{html.escape(command)}</code><td>{seconds:.0f} s"
+        f"<tr><td>{html.escape(title)}<td class=left><code>{html.escape(command)}</code><td>{seconds:.0f} s"
         for title, command, seconds in stages
     )
     return f"<table><tr><th>stage<th>command<th>time{rows}</table>"
@@ -153,7 +153,7 @@ def caption(label: int, reading: int) -> str:
 
 
 def class_name(label: int) -> str:
-    """ "red circle" for class 8 * shape + colour; -1 is no single shape."""
+    """Such as "red circle", for class 8 * shape + colour; -1 is no single shape."""
     return "nothing" if label < 0 else f"{COLOURS[label % 8]} {SHAPES[label // 8]}"
 
 

@@ -61,8 +61,19 @@ class Row:
     num_tokens: int | None
 
 
-def evaluate(config: Config, accelerator: Accelerator) -> tuple[list[Row], dict[str, str]]:
-    """The scores, and the hashes of all weights that they depend on."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; the same in every process."""
+
+    rows: list[Row]
+    num: int
+    """Images that were asked for; unreadable ones among them are not in the scores."""
+    weights: dict[str, str]
+    """Hashes of all weights that the scores depend on."""
+
+
+def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
+    """Scores what the configuration names."""
     weights: dict[str, str] = {}
     extractor = _open_extractor(config, accelerator, weights)
     source = _open_source(config, accelerator.device, weights)
@@ -77,7 +88,7 @@ def evaluate(config: Config, accelerator: Accelerator) -> tuple[list[Row], dict[
         for scorer in family:
             scorer.reduce(accelerator)
             rows += [Row(score, count) for score in scorer.scores()]
-    return rows, weights
+    return Evaluation(rows, source.num, weights)
 
 
 def _feed(scorers: dict[int | None, list[Scorer]], versions: Versions) -> int:

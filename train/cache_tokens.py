@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from imgtok.cli import run_job
@@ -93,7 +94,9 @@ def write_shard(
     config: Config, tokenizer: FlexTok, source: ImageSource, writer: TokenShardWriter, shard: int, progress: tqdm
 ) -> None:
     """Encodes one shard's images, and their mirror images if asked for, and writes it."""
-    ids, labels, indices = [], [], []
+    ids: list[Tensor] = []
+    labels: list[Tensor] = []
+    indices: list[int] = []
     wanted = writer.info.shard_indices(shard)
     for batch in eval_loader(source, config.batch_size, indices=wanted, num_workers=config.num_workers):
         images = batch.images.to(next(tokenizer.parameters()).device)

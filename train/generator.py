@@ -40,6 +40,8 @@ class Config:
     """Model folder or Hub name of the tokenizer that made them; copied into `final/tokenizer`."""
     model: GPTConfig = GPTConfig()
     """The model; its vocabulary, length and classes are filled in from the tokens."""
+    share_digits: bool = False
+    """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
     sampling: SamplingConfig = SamplingConfig()
     """How previews are drawn."""
     held_out: Annotated[float, Range(0.0, 0.5)] = 0.02
@@ -65,6 +67,7 @@ def main(config: Config) -> None:
             vocab_size=tokenizer.vocab_size,
             num_tokens=tokens.ids.shape[1],
             num_classes=max(tokens.num_classes, 1),
+            levels=tokenizer.config.levels if config.share_digits else (),
         )
     )
     fit(GeneratorJob(config, model, tokens, tokenizer, folder), config.training, config.out, config)

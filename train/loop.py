@@ -154,6 +154,7 @@ class Trainer:
             position = step * config.accumulate + micro
             generator = step_generator(config.seed, position, accelerator.process_index)
             batch = next(batches).to(accelerator.device)
+            torch.manual_seed(generator.initial_seed())  # nn.Dropout knows only the global generator
             with accelerator.accumulate(self.model):
                 losses = self.job.loss(self.model, batch, generator)
                 window.add(losses, position)

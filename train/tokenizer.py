@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,8 @@ class Config:
     """The frozen autoencoder under a tokenizer: a folder, a Hub name, or one that ships with imgtok (`shapes32`)."""
     num_preview: NonNegativeInt = 12
     """Held-out images shown in a preview."""
+    half: bool = False
+    """Save the finished weights in float16: half the size; they are read back as float32."""
     training: TrainingConfig
     """Length, optimiser, precision, logging."""
 
@@ -140,6 +143,8 @@ class TokenizerJob:
         assert isinstance(model, FlexTok | VAE)
         if isinstance(model, VAE):
             measure_scaling(model, self.preview_images)
+        if self.config.half:
+            model = copy.deepcopy(model).half()
         model.save_pretrained(folder)
 
 

@@ -46,7 +46,7 @@ _CHUNK = 32  # components fitted together
 
 _GRID = 24  # samples across a patch
 _REACH = 1.35  # half side of a patch in radii
-_BLURS = (0.04, 0.09, 0.17, 0.29, 0.45)  # standard deviations in radii
+_BLURS = (0.04, 0.08, 0.13, 0.19, 0.26, 0.35, 0.46)  # standard deviations in radii
 _LADDER = tuple(0.62 * (1.32 / 0.62) ** (k / 15) for k in range(16))  # radius / half the component's extent
 _REFINED = 3  # shapes per component that get the local search
 _SMALLEST, _LARGEST = (

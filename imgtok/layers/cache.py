@@ -30,7 +30,7 @@ class LayerCache:
 class KVCache:
     """One `LayerCache` a layer. `length` is the number of positions already computed."""
 
-    def __init__(self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, like: Tensor):
+    def __init__(self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         shape = (batch, num_heads, capacity, head_dim)
         self.layers = [
             LayerCache(

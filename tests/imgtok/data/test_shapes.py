@@ -204,19 +204,18 @@ def test_images_do_not_depend_on_their_batch():
     table = sample_scenes(text(), range(600))
     for size in (16, 32, 50, 64):
         together = render(table, size)
-        assert all(torch.equal(render([table[i]], size)[0], together[i]) for i in range(0, 600, 19))
+        assert all(torch.equal(render([table[i]], size)[0], together[i]) for i in range(0, 600, 37))
         assert torch.equal(render(table.take(np.arange(599, -1, -1)), size).flip(0), together)
 
 
-def test_two_processes_draw_the_same_pixels():
+def test_another_process_draws_the_same_pixels():
     program = (
         "import hashlib; from imgtok.data.shapes import *;"
         "print(hashlib.sha256(render([scene('val', i) for i in range(20)], 32).numpy().tobytes()).hexdigest())"
     )
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "ab"]
-    assert runs[0].stdout == runs[1].stdout
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     images = render([scene("val", i) for i in range(20)], 32)
-    assert runs[0].stdout.strip() == hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    assert run.stdout.strip() == hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("shape", AREAS)
@@ -302,7 +301,7 @@ def test_captions_say_what_is_true_in_the_frozen_vocabulary(split):
     for i, item in enumerate(sample_scenes(text(split), range(150))):
         said = caption(item, split, i)
         assert said == caption(item, split, i)
-        assert set(token.word for token in said.tokens) <= set(VOCABULARY)
+        assert {token.word for token in said.tokens} <= set(VOCABULARY)
         assert sorted(said.order) == list(range(len(item.objects)))
         for k, fact in enumerate(said.facts.objects):
             true = item.objects[said.order[k]]

@@ -56,7 +56,7 @@ def test_offline_means_no_attempt(home, monkeypatch, variable):
 
 
 def test_a_given_path_is_the_only_place_looked_at(home):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         find_inception_weights("fid", home / "nowhere.pth")
 
 

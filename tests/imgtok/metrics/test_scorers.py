@@ -1,0 +1,204 @@
+"""The families of scores, their names, and that none depends on batches or processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from imgtok.data.shapes import ShapesConfig, ShapesDataset
+from imgtok.images import to_uint8
+from imgtok.metrics.reference import FeatureSums
+from imgtok.metrics.scorers import (
+    InceptionScorer,
+    OracleScorer,
+    ReconstructionScorer,
+    ScoredBatch,
+    ShapesDistance,
+    short,
+)
+from imgtok.metrics.shapesnet import ShapesNet
+
+ALL = ("fid", "sfid", "is", "precision_recall")
+
+
+def feed(scorer, images, rank=0, processes=1, batch=7, labels=None, originals=None):
+    for start in range(rank, len(images), processes * batch):
+        indices = list(range(start, min(len(images), start + processes * batch), processes))
+        rows = [None if x is None else x[indices] for x in (labels, originals)]
+        scorer.update(ScoredBatch(indices, images[indices], *rows))
+    return scorer
+
+
+def values(scorer) -> dict[str, float]:
+    return {score.key: score.value for score in scorer.scores()}
+
+
+@pytest.mark.parametrize(("count", "name"), [(256, "256"), (5000, "5k"), (50000, "50k"), (1500, "1500"), (1000, "1k")])
+def test_numbers_in_names(count, name):
+    assert short(count) == name
+
+
+def reference(extractor, images, name="real"):
+    sums = FeatureSums(len(images), spatial=True, keep=True)
+    sums.update(range(len(images)), extractor(images))
+    sums.reduce(None)
+    return sums.reference(name, extractor.name)
+
+
+def test_inception_scores_and_their_names(extractor, random_images):
+    real, fake = random_images(60), random_images(40, seed=1)
+    scorer = feed(InceptionScorer(ALL, extractor, 40, reference(extractor, real)), fake)
+    scorer.reduce(None)
+    assert [score.name for score in scorer.scores()] == [
+        "FID-40[inception-v3-compat, real]",
+        "sFID-40[inception-v3-compat, real]",
+        "precision-40[inception-v3-compat, real 60, k=3]",
+        "recall-40[inception-v3-compat, real 60, k=3]",
+        "IS-10-40[inception-v3-compat]",
+    ]
+    found = values(scorer)
+    expected = reference(extractor, fake)
+    assert found["fid"] == pytest.approx(expected.pool.distance(reference(extractor, real).pool))
+    assert found["sfid"] == pytest.approx(expected.spatial.distance(reference(extractor, real).spatial))
+    assert found["fid"] != pytest.approx(found["sfid"])
+    assert found["is"] > 1
+
+
+def test_equal_sets_are_at_zero(extractor, random_images):
+    images = random_images(40)
+    scorer = feed(InceptionScorer(("fid", "precision_recall"), extractor, 40, reference(extractor, images)), images)
+    scorer.reduce(None)
+    assert values(scorer) == pytest.approx({"fid": 0, "precision": 1, "recall": 1}, abs=1e-6)
+
+
+def test_inception_scores_of_two_processes(extractor, random_images, reduce_together):
+    real, fake = reference(extractor, random_images(60)), random_images(41, seed=1)
+    alone = feed(InceptionScorer(ALL, extractor, 41, real), fake)
+    alone.reduce(None)
+    pair = [feed(InceptionScorer(ALL, extractor, 41, real), fake, rank, 2, batch=5) for rank in range(2)]
+    reduce_together(*pair)
+    for scorer in pair:
+        # The extractor's float32 rounds by batch size; the sums themselves are tested to 1e-10 in test_accumulate.py.
+        assert values(scorer) == pytest.approx(values(alone), rel=1e-6)
+
+
+def test_what_a_reference_lacks_is_said_at_once(extractor, random_images):
+    with pytest.raises(ValueError, match="fid, sfid compare with real images"):
+        InceptionScorer(("fid", "sfid", "is"), extractor, 10, None)
+    sums = FeatureSums(20, spatial=False, keep=False)
+    sums.update(range(20), extractor(random_images(20)))
+    bare = sums.reference("bare", extractor.name)
+    with pytest.raises(ValueError, match="bare has no spatial statistics"):
+        InceptionScorer(("sfid",), extractor, 10, bare)
+    with pytest.raises(ValueError, match="needs the real images themselves"):
+        InceptionScorer(("precision_recall",), extractor, 10, bare)
+
+
+def test_few_images_for_the_dimension_are_mentioned(extractor, random_images, caplog):
+    scorer = feed(InceptionScorer(("fid",), extractor, 10, reference(extractor, random_images(20))), random_images(10))
+    scorer.reduce(None)
+    scorer.scores()
+    assert "10 images in 12 dimensions" in caplog.text
+
+
+# Shapes
+
+PROFILE = ShapesConfig(textures=("solid",), sizes=("large",), scale=1.2)
+
+
+def shapes(num: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = ShapesDataset(PROFILE, size).batch(range(num))
+    return to_uint8(images), labels
+
+
+@pytest.fixture(scope="module")
+def net() -> ShapesNet:
+    torch.manual_seed(0)
+    return ShapesNet().eval()
+
+
+def test_fd_shapes_of_real_renders_is_like_the_clean_row(net, reduce_together):
+    images, _ = shapes(128)
+    cpu = torch.device("cpu")
+    scorer = feed(ShapesDistance(net, PROFILE, 128, cpu), images)
+    scorer.reduce(None)
+    found = values(scorer)
+    assert [score.name for score in scorer.scores()] == [
+        "fd_shapes-128[shapesnet-1@32]",
+        "fd_shapes-128[shapesnet-1@32] of other real renders",
+    ]
+    assert 0 < found["fd_shapes"] < 3 * found["fd_shapes_clean"]
+    damaged = feed(ShapesDistance(net, PROFILE, 128, cpu), torch.full_like(images, 128))
+    damaged.reduce(None)
+    assert values(damaged)["fd_shapes"] > 10 * found["fd_shapes"]
+    assert values(damaged)["fd_shapes_clean"] == pytest.approx(found["fd_shapes_clean"])
+    pair = [feed(ShapesDistance(net, PROFILE, 128, cpu), images, rank, 2, batch=9) for rank in range(2)]
+    reduce_together(*pair)
+    # Convolutions of other batch sizes round differently in float32; the sums add nothing to that.
+    assert values(pair[0]) == pytest.approx(found, rel=1e-3)
+
+
+def test_fd_shapes_never_meets_the_scenes_of_a_data_set(net):
+    """Reconstructions of held-out scenes must not be compared with these very scenes."""
+    images, _ = ShapesDataset(ShapesConfig(split="val", textures=("solid",), sizes=("large",), scale=1.2), 32).batch(
+        range(64)
+    )
+    scorer = feed(ShapesDistance(net, PROFILE, 64, torch.device("cpu")), to_uint8(images))
+    scorer.reduce(None)
+    assert values(scorer)["fd_shapes"] > 0.01 * values(scorer)["fd_shapes_clean"]
+
+
+def test_the_oracle_reads_real_renders_and_counts_each_fault(reduce_together):
+    images, labels = shapes(64)
+    scorer = feed(OracleScorer(64), images, labels=labels)
+    scorer.reduce(None)
+    assert values(scorer) == pytest.approx(
+        {"oracle_top1": 1, "oracle_shape": 1, "oracle_colour": 1, "oracle_extra": 0, "oracle_unread": 0}, abs=0.04
+    )
+    assert scorer.scores()[0].name == "oracle_top1-64[imgtok-shapes-1]"
+    wrong_colour = feed(OracleScorer(64), images, labels=labels // 8 * 8 + (labels + 1) % 8)
+    wrong_colour.reduce(None)
+    found = values(wrong_colour)
+    assert found["oracle_top1"] == found["oracle_colour"] == 0
+    assert found["oracle_shape"] > 0.95
+    blank = feed(OracleScorer(64), torch.full_like(images, 235), labels=labels)
+    blank.reduce(None)
+    assert values(blank)["oracle_unread"] == 1
+    assert values(blank)["oracle_top1"] == values(blank)["oracle_shape"] == 0
+    pair = [feed(OracleScorer(64), images, rank, 2, labels=labels) for rank in range(2)]
+    reduce_together(*pair)
+    assert values(pair[1]) == values(scorer)
+
+
+def test_two_objects_are_not_one_sample_of_a_class():
+    """The other object stands left of the first, so the largest is still read."""
+    images, labels = shapes(16, size=48)
+    pasted = torch.cat([images, images.flip(0)], dim=3)
+    pasted = torch.nn.functional.pad(pasted, (0, 0, 24, 24), value=235)
+    scorer = feed(OracleScorer(16), pasted, labels=labels)
+    scorer.reduce(None)
+    assert values(scorer)["oracle_top1"] == 0
+    assert values(scorer)["oracle_extra"] == pytest.approx(1, abs=0.2)
+
+
+def test_the_oracle_needs_labels(random_images):
+    with pytest.raises(ValueError, match="labels=balanced"):
+        feed(OracleScorer(4), random_images(4))
+
+
+def test_reconstruction_scores(random_images, reduce_together):
+    originals = random_images(9)
+    images = originals.clone()
+    images[:, :, 3:6] += 1
+    scorer = feed(ReconstructionScorer(("ssim", "psnr", "mae", "oracle"), 9), images, originals=originals)
+    scorer.reduce(None)
+    found = values(scorer)
+    assert set(found) == {"psnr", "ssim", "mae"}
+    assert found["psnr"] > 30
+    assert 0.5 < found["ssim"] < 1
+    assert scorer.scores()[0].name == "PSNR-9[uint8, mean over images]"
+    pair = [feed(ReconstructionScorer(("psnr", "ssim", "mae"), 9), images, r, 2, originals=originals) for r in range(2)]
+    reduce_together(*pair)
+    assert values(pair[0]) == found
+    with pytest.raises(ValueError, match="compare with originals"):
+        feed(ReconstructionScorer(("psnr",), 9), images)

@@ -1,0 +1,255 @@
+"""`imgtok evaluate` from end to end, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from generators.gpt import GPT, GPTConfig
+from imgtok.config import ConfigError, from_dict, load
+from imgtok.data.images import ImageFolderConfig
+from imgtok.data.shapes import ShapesConfig, ShapesDataset
+from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.images import save_png, to_uint8
+from imgtok.metrics import features, shapesnet
+from imgtok.metrics.features import Features
+from imgtok.metrics.shapesnet import Recipe
+from sample import scoring
+from sample.evaluate import Config, main
+
+PROFILE = ShapesConfig(textures=("solid",), sizes=("large",), num_images=320)
+TRUNK = TrunkConfig(width=32, depth=1, head_dim=16)
+
+
+class SmallExtractor:
+    def __init__(self, path, device) -> None:
+        self.name = "inception-v3-compat"
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        pixels = torch.nn.functional.adaptive_avg_pool2d(images.float() / 50, 2).flatten(1)
+        return Features(pixels, pixels[:, :6].sin(), pixels.cos())
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    """A small stand-in for either network, and an empty cache."""
+    monkeypatch.setenv("IMGTOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("IMGTOK_OFFLINE", "1")
+    quick_net = shapesnet.train(Recipe(steps=2, batch=8))
+    monkeypatch.setattr(shapesnet, "load_or_train", lambda: quick_net)
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"hello")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", "2cf24dba")
+    monkeypatch.setattr(scoring, "Inception", SmallExtractor)
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """64 real renders in the layout of `imgtok sample`."""
+    images, labels = ShapesDataset(PROFILE, 32).batch(range(64))
+    for index, image in enumerate(to_uint8(images)):
+        save_png(image, tmp_path / "samples" / f"{index:06d}.png")
+    (tmp_path / "samples" / "samples.json").write_text(json.dumps({"labels": labels.tolist(), "seed": 0}))
+    return tmp_path / "samples"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    config = FlexTokConfig(
+        image_size=32, num_registers=4, patch_size=8, levels=(4, 4), encoder=TRUNK, decoder=TRUNK, decode_steps=2
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    FlexTok(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("generator")
+    config = GPTConfig(vocab_size=16, num_tokens=4, num_classes=64, width=32, depth=1, num_heads=2, mlp_multiple=32)
+    GPT(config).save_pretrained(folder)
+    (folder / "tokenizer").symlink_to(tokenizer)
+    return folder
+
+
+def run(tmp_path, **fields) -> dict:
+    out = tmp_path / "out" / "scores.json"
+    main(Config(out=out, **fields))
+    return json.loads(out.read_text())
+
+
+def scores(record: dict) -> dict:
+    return {(row["key"], row["num_tokens"]): row["value"] for row in record["scores"]}
+
+
+def test_folder_of_shapes(samples, tmp_path, capsys):
+    record = run(tmp_path, images=samples, data=PROFILE)
+    found = scores(record)
+    assert found["oracle_top1", None] > 0.95
+    assert found["fd_shapes", None] < 3 * found["fd_shapes_clean", None]
+    names = [row["name"] for row in record["scores"]]
+    assert "fd_shapes-64[shapesnet-1@32]" in names
+    assert not any("fid" in name.lower() for name in names)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert len(record["weights"]["fd_shapes"]) == 8
+    assert record["num"] == 64
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert from_dict(Config, record["config"]).data == PROFILE
+
+
+def test_npz_gives_the_same_scores_whatever_the_batch(samples, tmp_path):
+    images, labels = ShapesDataset(PROFILE, 32).batch(range(64))
+    path = tmp_path / "samples.npz"
+    np.savez(path, to_uint8(images).permute(0, 2, 3, 1).numpy(), labels.numpy())
+    common = {"metrics": ("oracle",), "num": 16}
+    first = scores(run(tmp_path, images=samples, **common))
+    assert first["oracle_top1", None] >= 0.9
+    assert scores(run(tmp_path, images=path, batch_size=9, **common)) == first
+    np.savez(path, to_uint8(images).permute(0, 2, 3, 1).numpy())
+    assert scores(run(tmp_path, images=path, labels="balanced", **common)) == first
+    with pytest.raises(ValueError, match="labels"):
+        run(tmp_path, images=path, **common)
+    with pytest.raises(ValueError, match=r"num is 65, but .* holds 64"):
+        run(tmp_path, images=samples, metrics=("oracle",), num=65)
+
+
+def test_generator_without_files(generator, tmp_path):
+    record = run(tmp_path, model=str(generator), data=PROFILE, num=20, classes=(3, 5), seed=1)
+    found = scores(record)
+    assert 0 <= found["oracle_top1", None] <= 1
+    assert found["fd_shapes", None] > found["fd_shapes_clean", None]
+    assert "model" in record["weights"]
+    assert not list((tmp_path / "out").glob("*.png"))
+    again = run(tmp_path, model=str(generator), data=PROFILE, num=20, classes=(3, 5), seed=1, batch_size=7)
+    assert scores(again) == pytest.approx(found, rel=1e-3)
+    with pytest.raises(ValueError, match="64 is not a class of the model"):
+        run(tmp_path, model=str(generator), data=PROFILE, num=20, classes=(64,))
+
+
+def test_reconstructions_at_each_token_count(tokenizer, tmp_path):
+    record = run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12)
+    found = scores(record)
+    assert {count for key, count in found if key == "psnr"} == {1, 2, 4}
+    assert {key for key, _ in found} >= {"psnr", "ssim", "mae", "oracle_top1", "fd_shapes"}
+    assert all(3 < value < 40 for (key, _), value in found.items() if key == "psnr")
+    single = scores(run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, num_tokens=(2,), metrics=("psnr",)))
+    assert single == {("psnr", 2): pytest.approx(found["psnr", 2])}
+    with pytest.raises(ValueError, match="1 to 4 tokens, asked for 9"):
+        run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num_tokens=(9,))
+
+
+def test_unreadable_originals_are_left_out(samples, tokenizer, tmp_path):
+    (samples / "000002.png").write_bytes(b"broken")
+    data = ImageFolderConfig(path=samples)
+    record = run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=0.9, num_tokens=(4,))
+    assert {row["name"].split("[")[0] for row in record["scores"]} <= {
+        "PSNR-57",
+        "SSIM-57",
+        "MAE-57",
+        "PSNR-58",
+        "SSIM-58",
+        "MAE-58",
+    }
+
+
+def test_inception_scores_against_images_statistics_and_data(samples, inception, tmp_path):
+    metrics = ("fid", "sfid", "is", "precision_recall")
+    common = {"images": samples, "metrics": metrics, "inception_weights": inception}
+    stats = tmp_path / "real.safetensors"
+    record = run(tmp_path, **common, reference=samples, save_reference=stats)
+    found = scores(record)
+    assert found["fid", None] == pytest.approx(0, abs=1e-6)
+    assert found["precision", None] == found["recall", None] == 1
+    assert record["weights"]["inception"].startswith("2cf24dba")
+    assert record["scores"][0]["name"] == "FID-64[inception-v3-compat, samples]"
+    from_file = run(tmp_path, **{**common, "metrics": ("fid", "sfid")}, reference=stats)
+    assert scores(from_file)["fid", None] == pytest.approx(0, abs=1e-6)
+    against_data = run(tmp_path, **{**common, "metrics": ("fid",)}, data=PROFILE)
+    assert against_data["scores"][0]["name"] == "FID-64[inception-v3-compat, shapes-train]"
+    assert 0 < against_data["scores"][0]["value"] < 5
+    with pytest.raises(ValueError, match="real images themselves"):
+        run(tmp_path, **common, reference=stats)
+
+
+def test_rfid_compares_with_the_originals_own_crops(tokenizer, inception, tmp_path):
+    record = run(
+        tmp_path,
+        tokenizer=str(tokenizer),
+        data=PROFILE,
+        num=20,
+        num_tokens=(4,),
+        metrics=("fid",),
+        inception_weights=inception,
+    )
+    assert record["scores"][0]["name"] == "FID-20[inception-v3-compat, shapes-held-out]"
+    assert record["scores"][0]["value"] > 0
+
+
+def test_a_reference_of_another_size_is_refused(samples, inception, tmp_path):
+    save_png(torch.zeros(3, 16, 16, dtype=torch.uint8), tmp_path / "real" / "a.png")
+    with pytest.raises(ValueError, match="images of 16x16, but those to score are 32x32"):
+        run(tmp_path, images=samples, metrics=("fid",), reference=tmp_path / "real", inception_weights=inception)
+
+
+def test_missing_weights_stop_before_anything_is_drawn(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring.Pipeline, "load", lambda *a: pytest.fail("loaded the model first"))
+    with pytest.raises(FileNotFoundError, match=r"fid: the Inception weights .* are missing") as caught:
+        run(tmp_path, model=str(generator), metrics=("fid", "oracle"), data=PROFILE)
+    assert str(caught.value).count("\n") == 1
+    assert "IMGTOK_OFFLINE" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give one of images=PATH"),
+        ({"images": "a", "model": "b"}, "give one of images=PATH"),
+        ({"tokenizer": "a"}, "which images should the tokenizer reconstruct"),
+        ({"model": "a", "num_tokens": [1, 2]}, "one number of tokens"),
+        ({"images": "a", "metrics": ["psnr"]}, "psnr compare with originals"),
+        ({"images": "a", "metrics": ["fid"]}, "fid compare with real images"),
+        ({"images": "a", "metrics": ["oracle"], "save_reference": "x"}, "save_reference"),
+        ({"images": "a", "metrics": ["lpips"]}, "lpips"),
+        ({"images": "a", "num": 0}, "num"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Config, fields)
+
+
+def test_default_scores_fit_what_is_given():
+    chosen = load(Config, None, ["images=a", "data.kind=shapes"]).chosen_metrics
+    assert chosen == ("oracle", "fd_shapes")
+    assert load(Config, None, ["images=a", "reference=b"]).chosen_metrics == ("fid", "is")
+    assert load(Config, None, ["images=a"]).chosen_metrics == ("is",)
+    assert load(Config, None, ["tokenizer=a", "data.kind=folder", "data.path=b"]).chosen_metrics == (
+        "psnr",
+        "ssim",
+        "mae",
+    )
+
+
+def test_two_processes_share_the_work_without_overlap():
+    class Half:
+        num_processes = 2
+
+        def __init__(self, rank):
+            self.process_index = rank
+
+    shares = [list(scoring._share(7, Half(rank))) for rank in range(2)]
+    assert shares == [[0, 2, 4, 6], [1, 3, 5]]
+    assert Accelerator().num_processes == 1
