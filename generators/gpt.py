@@ -66,7 +66,8 @@ class GPTConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width: {self.width} is not a multiple of num_heads = {self.num_heads}")
         if self.levels and math.prod(self.levels) != self.vocab_size:
-            raise ValueError(f"levels: {list(self.levels)} make {math.prod(self.levels)} ids, vocab_size is {self.vocab_size}")
+            made = f"{list(self.levels)} make {math.prod(self.levels)} ids"
+            raise ValueError(f"levels: {made}, but vocab_size is {self.vocab_size}")
         if self.positions == "rotary_2d" and round(self.num_tokens**0.5) ** 2 != self.num_tokens:
             raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
 
@@ -122,7 +123,8 @@ class DigitRows(nn.Module):
     def __init__(self, levels: tuple[int, ...], width: int) -> None:
         super().__init__()
         starts = torch.cumsum(torch.tensor((0, *levels[:-1])), dim=0)
-        digits = torch.cartesian_prod(*(torch.arange(count) for count in reversed(levels))).view(-1, len(levels)).flip(1)
+        most_significant_first = torch.cartesian_prod(*(torch.arange(count) for count in reversed(levels)))
+        digits = most_significant_first.view(-1, len(levels)).flip(1)
         self.register_buffer("digits", digits + starts, persistent=False)  # (V, n) rows of the table
         self.table = nn.Parameter(torch.empty(sum(levels), width))
 

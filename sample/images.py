@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from generators.gpt import SamplingConfig
 from imgtok import images as pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, check, to_dict
+from imgtok.data.tokens import fingerprint
 from imgtok.files import replacing
-from sample.pipeline import DecodeSettings, Pipeline, batches_of, best_device
+from imgtok.hub import find_folder
+from sample.pipeline import DecodeSettings, Pipeline, batches_of, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,9 @@ class Config:
     """Guidance scale of the tokenizer's decoder; null takes its own setting."""
     grid: NonNegativeInt = 64
     """Images in `grid.png`; 0 writes none."""
-    threads: PositiveInt | None = None
-    """CPU threads per process; null leaves torch's choice."""
+    threads: PositiveInt = 1
+    """CPU threads per process. More speed up a large model, but their number can show in an image's last bits; more
+    processes do not."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -82,16 +85,17 @@ def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
     from accelerate import PartialState
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     state = PartialState()
-    pipeline = Pipeline.load(config.model, config.tokenizer, best_device(state.local_process_index))
+    pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads)
     labels = plan_labels(config, pipeline.num_classes)
     folder = config.out / ".parts" if config.format == "npz" else config.out
     if state.is_main_process:
         claim_folder(config, labels)
         folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
+    if finished_npz(config, len(labels)):
+        logger.info("%s is complete (%d images): nothing to do", config.out, len(labels))
+        return
     mine = range(state.process_index, len(labels), state.num_processes)
     missing = [i for i in mine if not image_path(folder, i).exists()]
     draw_images(config, pipeline, labels, missing, folder, show_progress=state.is_main_process)
@@ -117,9 +121,7 @@ def claim_folder(config: Config, labels: Sequence[int]) -> None:
 
     A larger or smaller number of images is the same request: what is there already is kept.
     """
-    request = to_dict(config)
-    for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
-        del request[field]
+    request = describe_request(config)
     path = config.out / RECORD
     if path.exists():
         previous = json.loads(path.read_text(encoding="utf-8")).get("request")
@@ -131,6 +133,18 @@ def claim_folder(config: Config, labels: Sequence[int]) -> None:
             )
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"request": request, "labels": list(labels)}) + "\n", encoding="utf-8")
+
+
+def describe_request(config: Config) -> dict[str, Any]:
+    """All that the images depend on; the models by their fingerprints, since a folder may be trained again."""
+    request = to_dict(config)
+    for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
+        del request[field]
+    model = find_folder(config.model)
+    return request | {
+        "model": fingerprint(model),
+        "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),
+    }
 
 
 def draw_images(
@@ -177,6 +191,15 @@ def finish(config: Config, labels: Sequence[int], folder: Path) -> None:
     if config.format == "npz":
         pack_npz(folder, labels, config.out / "samples.npz")
     logger.info("%d images in %s", len(labels), config.out)
+
+
+def finished_npz(config: Config, count: int) -> bool:
+    """Whether the .npz of this request is there; its images are no longer there one by one."""
+    path = config.out / "samples.npz"
+    if config.format != "npz" or not path.is_file():
+        return False
+    with np.load(path) as arrays:
+        return len(arrays["arr_1"]) == count
 
 
 def pack_npz(folder: Path, labels: Sequence[int], path: Path) -> None:

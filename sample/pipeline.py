@@ -1,12 +1,14 @@
 """A generator with its tokenizer: from class labels to images, in batches whose size leaves no trace.
 
 Image i of seed s depends on (s, i) and its label alone. Noise and token draws are keyed that way; what
-remains is arithmetic: on a CPU, matrix products of fewer than 16 rows run through other kernels and
-round differently. So every batch is padded to at least `MIN_ROWS` images, and the padding thrown away.
+remains is arithmetic. On a CPU the last bits of a result vary with the number of rows (other kernels) and of
+threads (other partial sums), and a last bit can tip a token. So there images are computed in blocks of `ROWS`,
+the last one padded, with a fixed number of threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from imgtok.hub import find_folder, load
 from imgtok.images import to_uint8
 from imgtok.tokens import Tokens
 
-MIN_ROWS = 16
+ROWS = 16
+"""Images that a CPU computes at once."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class DecodeSettings:
 
 
 class Pipeline:
-    """A loaded generator and tokenizer on one device."""
+    """A loaded generator and tokenizer on one device; `threads` is how many of a CPU it uses."""
 
-    def __init__(self, generator: GPT, tokenizer: FlexTok, device: torch.device) -> None:
+    def __init__(self, generator: GPT, tokenizer: FlexTok, device: torch.device, threads: int = 1) -> None:
         if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
             raise ValueError(
                 f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
@@ -44,16 +47,14 @@ class Pipeline:
         self.generator = generator.to(device).eval()
         self.tokenizer = tokenizer.to(device).eval()
         self.device = device
+        self.threads = threads
 
     @classmethod
-    def load(cls, model: str, tokenizer: str | None, device: torch.device) -> Pipeline:
+    def load(cls, model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
         """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
         folder = find_folder(model)
         generator = load(folder, expect=GPT)
-        inside = folder / "tokenizer"
-        if tokenizer is None and not inside.is_dir():
-            raise FileNotFoundError(f"{folder} has no tokenizer/ folder: say which one with tokenizer=FOLDER")
-        return cls(generator, load(tokenizer or inside, expect=FlexTok), device)
+        return cls(generator, load(tokenizer_folder(folder, tokenizer), expect=FlexTok), device, threads)
 
     @property
     def num_classes(self) -> int:
@@ -70,21 +71,59 @@ class Pipeline:
         decode: DecodeSettings,
     ) -> Tensor:
         """uint8 images (len(indices), 3, H, W)."""
-        wanted = len(indices)
-        indices, labels = pad_to_rows(indices), pad_to_rows(labels)
-        label_tensor = torch.tensor(labels, device=self.device)
+        with cpu_threads(self.threads):
+            blocks = [
+                self._block([indices[row] for row in rows], [labels[row] for row in rows], seed, sampling, decode)
+                for rows in blocks_of(len(indices), self.device)
+            ]
+        return torch.cat(blocks)
+
+    def _block(
+        self, indices: list[int], labels: list[int], seed: int, sampling: SamplingConfig, decode: DecodeSettings
+    ) -> Tensor:
+        """The images of one block, computed together."""
+        padded = pad_to_rows(indices)
         ids = self.generator.generate(
-            label_tensor, seed=seed, indices=indices, sampling=sampling, num_tokens=decode.num_tokens
+            torch.tensor(pad_to_rows(labels), device=self.device),
+            seed=seed,
+            indices=padded,
+            sampling=sampling,
+            num_tokens=decode.num_tokens,
         )
         images = self.tokenizer.decode(
-            Tokens.full(ids), seed=seed, indices=indices, steps=decode.steps, guidance=decode.guidance
+            Tokens.full(ids), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
         )
-        return to_uint8(images[:wanted]).cpu()
+        return to_uint8(images[: len(indices)]).cpu()
+
+
+def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
+    """The folder of the tokenizer that is named, or of the one inside the generator's folder."""
+    if tokenizer is not None:
+        return find_folder(tokenizer)
+    if not (generator / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{generator} has no tokenizer/ folder: say which one with tokenizer=FOLDER")
+    return generator / "tokenizer"
+
+
+def blocks_of(count: int, device: torch.device) -> Iterator[Sequence[int]]:
+    """The rows of a batch that are computed together: `ROWS` on a CPU, all elsewhere."""
+    return batches_of(range(count), ROWS if device.type == "cpu" else count)
 
 
 def pad_to_rows(values: Sequence[int]) -> list[int]:
-    """The values, the last one repeated up to `MIN_ROWS`."""
-    return [*values, *[values[-1]] * (MIN_ROWS - len(values))]
+    """The values, the last one repeated up to `ROWS`."""
+    return [*values, *[values[-1]] * (ROWS - len(values))]
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Within the block torch computes with `count` CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -98,8 +137,3 @@ def best_device(local_rank: int = 0) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def is_image_name(path: Path) -> bool:
-    """Whether a file is named as the sampler names images, 000123.png."""
-    return path.suffix == ".png" and path.stem.isdigit()

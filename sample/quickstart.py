@@ -79,6 +79,8 @@ def stages(config: Config, configs: Path, data: dict[str, Any]) -> list[tuple[st
         for part in ("tokenizer", "generator")
     )
     untrained = ["training.steps=0"]
+    sampling = read_yaml(configs / "generator.yaml").get("sampling", {})
+    drawing = [f"sampling.{key}={value}" for key, value in sampling.items()]
     plan = [
         ("train the tokenizer", [*tokenizer, f"out={out}/tokenizer", seed, *for_tokenizer]),
         ("tokenizer, step 0", [*tokenizer, f"out={out}/tokenizer-untrained", seed, *for_tokenizer, *untrained]),
@@ -93,7 +95,7 @@ def stages(config: Config, configs: Path, data: dict[str, Any]) -> list[tuple[st
             (f"score reconstructions{suffix}", ["evaluate", f"tokenizer={out}/tokenizer{suffix}/final",
                 "metrics=[psnr, oracle]", f"num={config.num}", f"out={out}/reconstruction{suffix}.json", *source]),
             (f"sample{suffix}", ["sample", f"{out}/generator{suffix}/final", f"num={config.num}",
-                                 f"seed={config.seed}", f"out={out}/samples{suffix}"]),
+                                 f"seed={config.seed}", *drawing, f"out={out}/samples{suffix}"]),
             (f"score samples{suffix}", ["evaluate", f"images={out}/samples{suffix}", "metrics=[oracle, fd_shapes]",
                                         f"out={out}/generation{suffix}.json", *source]),
         ]  # fmt: skip

@@ -24,7 +24,7 @@ from imgtok.files import replacing
 from imgtok.flextok import FlexTok, powers_of_two
 from imgtok.hub import load
 from imgtok.metrics.reconstruction import psnr
-from sample.pipeline import MIN_ROWS, best_device, pad_to_rows
+from sample.pipeline import best_device, blocks_of, pad_to_rows
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def main(config: Config) -> None:
     source = open_images(config.data, tokenizer.image_size, split="held_out", held_out_fraction=config.held_out)
     num = min(config.num, len(source))
     counts = config.num_tokens or tuple(powers_of_two(tokenizer.num_tokens))
+    if max(counts) > tokenizer.num_tokens:
+        raise ValueError(f"num_tokens: {config.model} has 1 to {tokenizer.num_tokens} tokens, given {list(counts)}")
     originals, rows = [], {count: [] for count in counts}  # type: ignore[var-annotated]
     batches = reconstructions(
         tokenizer,
@@ -106,23 +108,35 @@ def reconstructions(
 
     Takes the first `num` images of the source, or the given `indices` of them.
     """
-    device = next(tokenizer.parameters()).device
     for batch in eval_loader(source, batch_size, indices=range(num) if indices is None else indices):
-        wanted = len(batch.indices)
-        padding = [wanted - 1] * max(0, MIN_ROWS - wanted)
-        images = batch.images[[*range(wanted), *padding]].to(device)
-        noise_of = pad_to_rows(batch.indices)
-        tokens = tokenizer.encode(images)
-        decoded = {
-            count: tokenizer.decode(
+        decoded = reconstruct(tokenizer, batch.images, batch.indices, counts, seed=seed, steps=steps, guidance=guidance)
+        yield pictures.to_uint8(batch.images), decoded
+
+
+@torch.no_grad()
+def reconstruct(
+    tokenizer: FlexTok,
+    images: Tensor,
+    indices: Sequence[int],
+    counts: Sequence[int],
+    *,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+) -> dict[int, Tensor]:
+    """By token count, what the tokenizer makes of images (B, 3, H, W), as uint8; noise is that of `indices`."""
+    device = next(tokenizer.parameters()).device
+    blocks: dict[int, list[Tensor]] = {count: [] for count in counts}
+    for rows in blocks_of(len(images), device):
+        padded = pad_to_rows(rows)
+        tokens = tokenizer.encode(images[padded].to(device))
+        noise_of = [indices[row] for row in padded]
+        for count in counts:
+            decoded = tokenizer.decode(
                 tokens.truncate(count), seed=seed, indices=noise_of, steps=steps, guidance=guidance
-            )[:wanted]
-            for count in counts
-        }
-        yield (
-            pictures.to_uint8(images[:wanted]).cpu(),
-            {count: pictures.to_uint8(image).cpu() for count, image in decoded.items()},
-        )
+            )
+            blocks[count].append(pictures.to_uint8(decoded[: len(rows)]).cpu())
+    return {count: torch.cat(parts) for count, parts in blocks.items()}
 
 
 def write_results(out: Path, originals: Tensor, rows: dict[int, Tensor]) -> None:

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imgtok import images as pictures
 from imgtok.data.oracle import read_classes
 from imgtok.data.shapes import COLOURS, SHAPES
+from sample.images import RECORD, image_path, read_image
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
 h1{margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #ddd} p.lead{color:#555;margin-top:0}
 table{border-collapse:collapse;margin:1rem 0} td,th{border:1px solid #ddd;padding:.3rem .8rem;text-align:right}
-td:first-child,th:first-child,td.left{text-align:left} th{background:#f6f6f6} code,pre{background:#f6f6f6;padding:.1rem .3rem}
+td:first-child,th:first-child,td.left{text-align:left} th{background:#f6f6f6}
+code,pre{background:#f6f6f6;padding:.1rem .3rem}
 pre{padding:.8rem;overflow:auto} img{max-width:100%;image-rendering:pixelated} img.plot{image-rendering:auto}
 .samples{display:grid;grid-template-columns:repeat(8,1fr);gap:.5rem;font-size:.72rem;text-align:center;line-height:1.2}
 .samples img{width:100%} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
@@ -45,7 +48,8 @@ class Run:
 
 
 def write_page(run: Run, out: Path) -> Path:
-    """Writes `index.html` and `report.json` into the run's folder."""
+    """Writes `index.html`, `overview.png` and `report.json` into the run's folder."""
+    write_overview(out)
     (out / "report.json").write_text(json.dumps(run.figures, indent=2) + "\n", encoding="utf-8")
     sections = [
         headline(run),
@@ -134,8 +138,6 @@ def reconstruction_pictures(out: Path) -> str:
 
 def sample_cells(folder: Path, count: int = 64) -> str:
     """The first samples of a folder with what was asked for and what the oracle read."""
-    from sample.images import RECORD, image_path, read_image
-
     labels = json.loads((folder / RECORD).read_text(encoding="utf-8"))["labels"][:count]
     images = torch.stack([read_image(image_path(folder, i)) for i in range(len(labels))])
     readings = read_classes(images.float() / 255)[0].tolist()
@@ -155,6 +157,19 @@ def caption(label: int, reading: int) -> str:
 def class_name(label: int) -> str:
     """Such as "red circle", for class 8 * shape + colour; -1 is no single shape."""
     return "nothing" if label < 0 else f"{COLOURS[label % 8]} {SHAPES[label // 8]}"
+
+
+def write_overview(out: Path) -> Path:
+    """`overview.png`: the reconstructions above the first 64 samples, every pixel doubled."""
+    count = len(json.loads((out / "samples" / RECORD).read_text(encoding="utf-8"))["labels"])
+    samples = torch.stack([read_image(image_path(out / "samples", i)) for i in range(min(64, count))])
+    parts = [read_image(out / "reconstructions/grid.png"), pictures.make_grid(samples, columns=16)]
+    width = max(part.shape[2] for part in parts)
+    gap = torch.full((3, 8, width), 255, dtype=torch.uint8)
+    rows = [torch.nn.functional.pad(part, (width - part.shape[2], 0), value=255) for part in parts]
+    sheet = torch.cat([rows[0], gap, rows[1]], dim=1)
+    pictures.save_png(sheet.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), out / "overview.png")
+    return out / "overview.png"
 
 
 # ---------------------------------------------------------------- curves

@@ -61,7 +61,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.warmup >= max(self.steps, 1):
+        if self.steps and self.warmup >= self.steps:
             raise ValueError(f"warmup must be below steps, given {self.warmup} with {self.steps} steps")
         if max(self.betas) >= 1:
             raise ValueError(f"betas must be below 1, given {list(self.betas)}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok import images as pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, Range, check
+from imgtok.config import NonNegativeInt, check
 from imgtok.data.loaders import TokenBatch, token_loader
 from imgtok.data.tokens import TokenDataset, fingerprint
 from imgtok.flextok import FlexTok
@@ -44,8 +44,6 @@ class Config:
     """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
     sampling: SamplingConfig = SamplingConfig()
     """How previews are drawn."""
-    held_out: Annotated[float, Range(0.0, 0.5)] = 0.02
-    """Share of the cached sequences that is kept from training; the log shows the loss on them."""
     num_preview: NonNegativeInt = 64
     """Images in a preview."""
     training: TrainingConfig
@@ -60,6 +58,7 @@ def main(config: Config) -> None:
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=FlexTok)
     tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
+    refuse_other_tokenizer(config.out / "final" / "tokenizer", folder)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = GPT(
         replace(
@@ -71,6 +70,15 @@ def main(config: Config) -> None:
         )
     )
     fit(GeneratorJob(config, model, tokens, tokenizer, folder), config.training, config.out, config)
+
+
+def refuse_other_tokenizer(used: Path, tokenizer: Path) -> None:
+    """Raises ValueError if the run has finished with another tokenizer: trained again, it has the same name."""
+    if used.is_dir() and fingerprint(used) != fingerprint(tokenizer):
+        raise ValueError(
+            f"{used.parent} was trained on the tokens of another tokenizer than {tokenizer} is now: "
+            "choose another `out` for the new one"
+        )
 
 
 class GeneratorJob:
@@ -106,6 +114,8 @@ class GeneratorJob:
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
         """Images of the first classes in turn, always from the same seed."""
+        if not self.config.num_preview:
+            return
         assert isinstance(model, GPT)
         device = model.head.weight.device
         indices = range(self.config.num_preview)

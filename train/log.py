@@ -104,7 +104,7 @@ class Log:
         self.window = Window(accelerator.device)
         self.images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
         self.started = time.perf_counter() - start.seconds
-        self.mark, self.mark_step = time.perf_counter(), start.step
+        self.mark, self.mark_step, self.speed = time.perf_counter(), start.step, 0.0
         main = accelerator.is_main_process
         # disable=None: no line where nobody watches (a file, CI); the log lines are then written in full
         self.bar = tqdm(total=config.steps, initial=start.step, disable=None if main else True, unit="step")
@@ -128,8 +128,10 @@ class Log:
         """One line for the window. `step` names the line, `done` is the number of finished steps."""
         record: dict[str, float] = {"step": step, **self.window.means(self.accelerator), "lr": rate}
         now = time.perf_counter()
-        elapsed = max(now - self.mark, 1e-9)
-        record["images_per_second"] = round((done - self.mark_step) * self.images_per_step / elapsed, 2)
+        if done > self.mark_step:  # else the first step's second line
+            elapsed = max(now - self.mark, 1e-9)
+            self.speed = round((done - self.mark_step) * self.images_per_step / elapsed, 2)
+        record["images_per_second"] = self.speed
         record["seconds"] = round(self.seconds, 3)
         record.update(peak_memory(self.accelerator.device))
         self.mark, self.mark_step = now, done

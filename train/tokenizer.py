@@ -16,7 +16,7 @@ from imgtok import images as pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, open_images
-from imgtok.data.loaders import Batch, train_loader
+from imgtok.data.loaders import Batch, eval_loader, train_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.flextok import FlexTok, FlexTokConfig, powers_of_two
 from imgtok.hub import load
@@ -41,7 +41,7 @@ class Config:
     crop: Literal["center", "random"] = "center"
     """Which square of a training image is used; the held-out images are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
-    """Share of the images that is kept from training and shown in previews."""
+    """Share of the images that is kept from training and shown in previews; 0 shows training images."""
     image_size: PositiveInt | None = None
     """Pixels a side of an autoencoder's training images; a tokenizer has its own in `model`."""
     model: FlexTokConfig | VAEConfig = FlexTokConfig()
@@ -59,13 +59,18 @@ class Config:
         check(self)
         if isinstance(self.model, VAEConfig) and self.image_size is None:
             raise ValueError("image_size: an autoencoder needs the size of its training images")
+        if isinstance(self.model, VAEConfig) and self.vae is not None:
+            raise ValueError(f"vae: only a tokenizer stands on an autoencoder, given {self.vae!r} with model.kind=vae")
+        if isinstance(self.model, FlexTokConfig) and self.image_size is not None:
+            raise ValueError("image_size: a tokenizer has its own, set model.image_size instead")
 
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
     model, size = build_model(config)
     source = open_images(config.data, size, flip=config.flip, crop=config.crop, held_out_fraction=config.held_out)
-    shown = open_images(config.data, size, split="held_out", held_out_fraction=config.held_out)
+    split: Literal["train", "held_out"] = "held_out" if config.held_out else "train"
+    shown = open_images(config.data, size, split=split, held_out_fraction=config.held_out)
     job = TokenizerJob(config, model, source, shown)
     fit(job, config.training, config.out, config)
 
@@ -101,7 +106,7 @@ class TokenizerJob:
         self.config = config
         self.model: nn.Module = model
         self.source = source
-        self.preview_images = torch.stack([shown[i].image for i in range(min(config.num_preview, len(shown)))])
+        self.shown = shown
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Batch]:
         training = self.config.training
@@ -125,8 +130,10 @@ class TokenizerJob:
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
         """Held-out images above their reconstructions; for a tokenizer one row a token count."""
+        if not self.config.num_preview:
+            return
         device = next(model.parameters()).device
-        originals = self.preview_images.to(device)
+        originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
         if isinstance(model, VAE):
             rows = {"original": originals, "decoded": model.decode(model.encode(originals)).clamp(-1, 1)}
         else:
@@ -142,18 +149,20 @@ class TokenizerJob:
         """The model folder; an autoencoder first learns the deviation of its latents on held-out images."""
         assert isinstance(model, FlexTok | VAE)
         if isinstance(model, VAE):
-            measure_scaling(model, self.preview_images)
+            measure_scaling(model, self.shown, self.config.training.batch_size)
         if self.config.half:
             model = copy.deepcopy(model).half()
         model.save_pretrained(folder)
 
 
 @torch.no_grad()
-def measure_scaling(vae: VAE, images: torch.Tensor) -> None:
-    """Sets `scaling_factor` to one over the deviation of the latents of `images`."""
+def measure_scaling(vae: VAE, source: ImageSource, batch_size: int) -> None:
+    """Sets `scaling_factor` to one over the deviation of the latents of at most 256 images from all of the source."""
     device = next(vae.parameters()).device
-    unscaled = vae.encode(images.to(device)) / vae.config.scaling_factor
-    vae.config = replace(vae.config, scaling_factor=float(1 / unscaled.std()))
+    chosen = range(0, len(source), -(-len(source) // 256))  # not the first: those may all be of one class
+    latents = [vae.encode(batch.images.to(device)) for batch in eval_loader(source, batch_size, indices=chosen)]
+    deviation = torch.cat(latents).std() / vae.config.scaling_factor
+    vae.config = replace(vae.config, scaling_factor=float(1 / deviation))
 
 
 if __name__ == "__main__":

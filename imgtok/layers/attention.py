@@ -60,18 +60,5 @@ class Attention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        if mask is None and q.shape[2] == 1 and q.device.type == "cpu":
-            out_BHLE = attend_one(q, k, v, self.scale)
-        else:
-            out_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        out_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
         return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """What a single query (B, H, 1, E) takes from keys and values (B, H, S, E), in plain products.
-
-    torch's CPU kernel for this case divides the keys among the threads, and their number shows in the last
-    bits: a sampled image would depend on how many processes share the machine.
-    """
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    return scores.float().softmax(dim=-1).to(v.dtype) @ v

@@ -34,13 +34,17 @@ class SmallExtractor:
         return Features(pixels, pixels[:, :6].sin(), pixels.cos())
 
 
+@pytest.fixture(scope="module")
+def quick_net():
+    return shapesnet.train(Recipe(steps=2, batch=8))
+
+
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
+def quick(tmp_path, monkeypatch, quick_net):
     """A small stand-in for either network, and an empty cache."""
     monkeypatch.setenv("IMGTOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("IMGTOK_OFFLINE", "1")
-    quick_net = shapesnet.train(Recipe(steps=2, batch=8))
     monkeypatch.setattr(shapesnet, "load_or_train", lambda: quick_net)
 
 

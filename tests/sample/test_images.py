@@ -1,0 +1,311 @@
+"""`imgtok sample`: image i of seed s is the same however it is drawn, and a folder holds one request."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok.cli import main as command_line
+from imgtok.cli import parse
+from imgtok.config import ConfigError
+from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.vae import VAEConfig
+from sample.images import Config, main
+from sample.pipeline import ROWS, DecodeSettings, Pipeline
+
+ROOT = Path(__file__).parents[2]
+NUM = 37
+GUIDED = SamplingConfig(guidance=1.5)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Normal weights where a fresh model has zeros: its logits and velocities would not depend on anything."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Path:
+    """A generator of some width with its tokenizer on an autoencoder: every kind of kernel takes part."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("generator")
+    trunk = TrunkConfig(width=64, depth=1, head_dim=32)
+    vae = VAEConfig(latent_channels=4, block_channels=(16, 32, 32), layers_per_block=1, norm_groups=8)
+    tokenizer = FlexTok(
+        FlexTokConfig(
+            image_size=32, vae=vae, patch_size=2, num_registers=8, levels=(8, 5, 5), encoder=trunk, decoder=trunk,
+            decode_steps=2,
+        )
+    )  # fmt: skip
+    model = GPT(
+        GPTConfig(vocab_size=200, num_tokens=8, num_classes=10, width=96, depth=2, num_heads=3, mlp_multiple=32)
+    )
+    randomise(model)
+    randomise(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def sample(generator: Path, out: Path, **fields) -> Path:
+    fields = {"num": NUM, "batch_size": 16, "sampling": GUIDED} | fields
+    main(Config(model=str(generator), out=out, **fields))
+    return out
+
+
+@pytest.fixture(scope="module")
+def samples(generator, tmp_path_factory) -> Path:
+    return sample(generator, tmp_path_factory.mktemp("samples"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "samples.json").read_text())
+
+
+# ------------------------------------------------------------------------------ (seed, index), and nothing else
+
+
+def test_the_folder_of_a_job(samples):
+    assert sorted(contents(samples)) == [*(f"{index:06d}.png" for index in range(NUM)), "grid.png"]
+    assert record(samples)["labels"] == [index % 10 for index in range(NUM)]
+    images = pixels(samples)
+    assert images.shape == (NUM, 32, 32, 3)
+    assert len(np.unique(images.reshape(NUM, -1), axis=0)) == NUM
+    assert images.std() > 10
+    with Image.open(samples / "grid.png") as grid:
+        assert grid.width > 8 * 32 > grid.height
+
+
+def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, samples, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("OMP_NUM_THREADS", None)  # torchrun gives each process one thread
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [str(generator), f"out={tmp_path}", f"num={NUM}", "batch_size=5", "sampling.guidance=1.5"]
+    done = subprocess.run(
+        [*launch, "-m", "sample.images", *arguments], env=environment, capture_output=True, text=True, check=False,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(tmp_path) == contents(samples)
+    assert record(tmp_path) == record(samples)
+
+
+@pytest.mark.parametrize(("batch_size", "threads_around"), [(1, 1), (NUM, 1), (16, 3)])
+def test_batch_size_and_threads_of_the_process_leave_no_trace(generator, samples, tmp_path, batch_size, threads_around):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_around)
+    try:
+        num = 5 if batch_size == 1 else NUM
+        sample(generator, tmp_path, batch_size=batch_size, num=num, grid=0)
+        assert torch.get_num_threads() == threads_around  # and it is left as it was
+    finally:
+        torch.set_num_threads(before)
+    known = contents(samples)
+    assert contents(tmp_path) == {name: known[name] for name in sorted(known)[:num]}
+
+
+def test_a_cpu_computes_blocks_of_one_size(generator, monkeypatch):
+    """Not only the rounded pixels: whatever is asked for, the models see the same number of rows."""
+    pipeline = Pipeline.load(str(generator), None, torch.device("cpu"))
+    seen = []
+    decode = pipeline.tokenizer.decode
+    monkeypatch.setattr(
+        pipeline.tokenizer,
+        "decode",
+        lambda tokens, **rest: seen.append((len(tokens), torch.get_num_threads())) or decode(tokens, **rest),
+    )
+    for count in (1, ROWS, ROWS + 4):
+        images = pipeline.images(range(count), [0] * count, seed=0, sampling=GUIDED, decode=DecodeSettings())
+        assert images.shape == (count, 3, 32, 32)
+        assert images.dtype == torch.uint8
+    assert seen == [(ROWS, 1)] * 4
+
+
+def test_another_seed_class_or_setting_draws_other_images(generator, samples, tmp_path):
+    reference = pixels(samples)[:8]
+    for name, fields in {
+        "seed": {"seed": 1},
+        "classes": {"classes": (9, 8)},
+        "temperature": {"sampling": SamplingConfig(guidance=1.5, temperature=0.5)},
+        "num_tokens": {"num_tokens": 1},
+        "decode_steps": {"decode_steps": 1},
+        "decode_guidance": {"decode_guidance": 3.0},
+    }.items():
+        other = pixels(sample(generator, tmp_path / name, num=8, **fields))
+        assert (other != reference).any(axis=(1, 2, 3)).all(), name
+
+
+# --------------------------------------------------------------------------------------------- going on
+
+
+def test_an_interrupted_job_draws_only_what_is_missing(generator, samples, tmp_path):
+    shutil.copytree(samples, tmp_path, dirs_exist_ok=True)
+    lost = ["000003.png", "000036.png", "grid.png"]
+    for name in lost:
+        (tmp_path / name).unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("0*.png")}
+    sample(generator, tmp_path)
+    assert contents(tmp_path) == contents(samples)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_a_finished_job_can_be_made_larger(generator, samples, tmp_path):
+    sample(generator, tmp_path, num=10)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("0*.png")}
+    sample(generator, tmp_path, batch_size=7)
+    assert contents(tmp_path) == contents(samples)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times
+    assert len(record(tmp_path)["labels"]) == NUM
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"classes": (1, 2)}, "classes"),
+        ({"sampling": SamplingConfig(guidance=2.0)}, "sampling"),
+        ({"num_tokens": 2}, "num_tokens"),
+        ({"format": "npz"}, "format"),
+    ],
+)
+def test_another_request_in_the_same_folder_is_refused(generator, samples, fields, name):
+    before = contents(samples)
+    with pytest.raises(ValueError, match=rf"another request \(different: {name}\).*out=FOLDER"):
+        sample(generator, samples, **fields)
+    assert contents(samples) == before
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_a_model_that_was_trained_again_is_another_request(generator, tmp_path, part):
+    copy = shutil.copytree(generator, tmp_path / "generator")
+    sample(copy, tmp_path / "samples", num=2)
+    shutil.rmtree(copy)
+    shutil.copytree(generator, tmp_path / "elsewhere")
+    sample(tmp_path / "elsewhere", tmp_path / "samples", num=3)  # the same one under another name is no other request
+    shutil.copytree(generator, copy)
+    folder = copy / "tokenizer" if part == "tokenizer" else copy
+    kind = FlexTok if part == "tokenizer" else GPT
+    model = kind.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"different: {part}\)"):
+        sample(copy, tmp_path / "samples", num=3)
+
+
+# ------------------------------------------------------------------------------------------------- classes
+
+
+def test_images_of_each_class(generator, tmp_path):
+    arguments = ["--classes", "7,2", "--per-class", "3", "--sampling.guidance", "1.5", "--grid", "0"]
+    assert command_line(["sample", str(generator), "--out", str(tmp_path), *arguments]) == 0
+    assert record(tmp_path)["labels"] == [7, 2, 7, 2, 7, 2]
+    assert len(contents(tmp_path)) == 6
+
+
+def test_the_label_decides_and_not_its_place_in_the_list(generator, samples, tmp_path):
+    sample(generator, tmp_path, num=2, classes=(0, 1), grid=0)  # as `samples` begins: 0, 1
+    assert contents(tmp_path).items() <= contents(samples).items()
+
+
+@pytest.mark.parametrize("classes", ["[10]", "[0, -1]"])
+def test_a_class_outside_the_model_is_an_error(generator, tmp_path, capsys, classes):
+    assert command_line(["sample", str(generator), f"out={tmp_path / 'out'}", f"classes={classes}"]) == 2
+    assert "is not a class of" in (message := capsys.readouterr().err)
+    assert "classes 0 to 9" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num=0", "num: given 0"),
+        ("per_class=-1", "per_class: given -1"),
+        ("num_tokens=9", "draws 1 to 8 tokens, asked for 9"),
+        ("sampling.top_p=0", "sampling.top_p: given 0"),
+        ("format=jpg", "format: given 'jpg'"),
+    ],
+)
+def test_values_out_of_range_are_named(generator, tmp_path, capsys, override, message):
+    assert command_line(["sample", str(generator), f"out={tmp_path}", override]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- one .npz
+
+
+def test_npz_holds_the_same_images_and_labels(generator, samples, tmp_path):
+    sample(generator, tmp_path, format="npz", grid=8)
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert sorted(arrays) == ["arr_0", "arr_1"]
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, pixels(samples))
+    assert labels.dtype == np.int64
+    assert labels.tolist() == record(samples)["labels"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "samples.json", "samples.npz"]
+
+
+def test_a_finished_npz_is_not_drawn_again(generator, tmp_path, monkeypatch):
+    sample(generator, tmp_path, format="npz", num=3, grid=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "images", None)
+        sample(generator, tmp_path, format="npz", num=3, grid=0)
+    sample(generator, tmp_path, format="npz", num=4, grid=0)
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert len(arrays["arr_0"]) == 4
+
+
+# ------------------------------------------------------------------------------------------- the wrong model
+
+
+def test_a_tokenizer_in_place_of_a_generator(generator, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a GPT is needed"):
+        sample(generator / "tokenizer", tmp_path)
+
+
+def test_a_generator_in_place_of_a_tokenizer(generator, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a FlexTok is needed"):
+        sample(generator, tmp_path, tokenizer=str(generator))
+
+
+def test_a_generator_without_a_tokenizer(generator, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(generator / name, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer/ folder: say which one with tokenizer=FOLDER"):
+        sample(tmp_path, tmp_path / "out")
+    assert len(contents(sample(tmp_path, tmp_path / "out", tokenizer=str(generator / "tokenizer"), num=2))) == 3
+
+
+def test_a_tokenizer_of_another_vocabulary(generator, tmp_path):
+    trunk = TrunkConfig(width=16, depth=1, head_dim=8)
+    FlexTok(
+        FlexTokConfig(image_size=16, patch_size=4, num_registers=8, levels=(5, 5), encoder=trunk, decoder=trunk)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"8 tokens of 200.* 8 of 25: they were not trained together"):
+        sample(generator, tmp_path / "out", tokenizer=str(tmp_path))
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(ConfigError, match="model"):
+        parse(Config, ["num=4"], "model")

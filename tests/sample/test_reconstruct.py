@@ -1,0 +1,102 @@
+"""`imgtok reconstruct`: the picture and the PSNR of each token count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from generators.gpt import GPT, GPTConfig
+from imgtok.cli import main as command_line
+from imgtok.data.images import open_images
+from imgtok.data.shapes import ShapesConfig
+from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.images import to_uint8
+from imgtok.metrics.reconstruction import psnr
+from sample.reconstruct import Config, main, reconstructions
+
+DATA = ShapesConfig(num_images=400)
+TRUNK = TrunkConfig(width=64, depth=1, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = FlexTok(
+        FlexTokConfig(
+            image_size=16, patch_size=4, num_registers=6, levels=(8, 5, 5), encoder=TRUNK, decoder=TRUNK, decode_steps=2
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # what a fresh model decodes would not depend on the tokens
+                torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    model.save_pretrained(folder)
+    return folder
+
+
+def reconstruct(tokenizer: Path, out: Path, **fields) -> dict[str, float]:
+    main(Config(model=str(tokenizer), out=out, data=DATA, **fields))
+    return json.loads((out / "psnr.json").read_text())
+
+
+def test_the_powers_of_two_are_shown_and_measured(tokenizer, tmp_path):
+    scores = reconstruct(tokenizer, tmp_path, num=5)
+    assert list(scores) == ["1", "2", "4", "6"]
+    model = FlexTok.from_pretrained(tokenizer)
+    images = open_images(DATA, 16, split="held_out").batch(range(5)).images
+    decoded = model.decode(model.encode(images).truncate(2), seed=0)
+    assert scores["2"] == pytest.approx(float(psnr(to_uint8(decoded), to_uint8(images)).mean()), abs=1e-3)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 5 * 16
+        assert grid.height > 5 * 16  # originals and four counts
+
+
+def test_the_batch_size_leaves_no_trace(tokenizer, tmp_path):
+    first, *others = (reconstruct(tokenizer, tmp_path / str(size), num=23, batch_size=size) for size in (64, 7, 16))
+    assert others == [first, first]
+    grids = {(tmp_path / str(size) / "grid.png").read_bytes() for size in (64, 7, 16)}
+    assert len(grids) == 1
+
+
+def test_an_image_is_the_same_in_any_company(tokenizer):
+    model = FlexTok.from_pretrained(tokenizer)
+    source = open_images(DATA, 16, split="held_out")
+    everything = dict[int, torch.Tensor]()
+    for originals, decoded in reconstructions(model, source, 40, (1, 6), seed=3, batch_size=40):
+        assert originals.dtype == decoded[6].dtype == torch.uint8
+        everything = decoded
+    (_, some), *_ = reconstructions(model, source, 2, (6,), seed=3, batch_size=2, indices=(31, 5))
+    assert torch.equal(some[6], everything[6][[31, 5]])
+    assert not torch.equal(everything[1], everything[6])
+
+
+def test_seed_and_counts_are_chosen(tokenizer, tmp_path):
+    scores = [reconstruct(tokenizer, tmp_path, num=2, num_tokens=(3, 5), seed=seed) for seed in (0, 1)]
+    assert list(scores[0]) == ["3", "5"]
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_tokens=[1, 7]", "has 1 to 6 tokens, given [1, 7]"),
+        ("num_tokens=[0]", "num_tokens: every count must be at least 1, given [0]"),
+        ("num=0", "num: given 0"),
+        ("decode_steps=-1", "decode_steps: given -1"),
+    ],
+)
+def test_values_out_of_range_are_named(tokenizer, tmp_path, capsys, override, message):
+    assert command_line(["reconstruct", str(tokenizer), f"out={tmp_path / 'out'}", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generator_in_place_of_a_tokenizer(tmp_path):
+    GPT(GPTConfig(vocab_size=8, num_tokens=2, num_classes=2, width=16, depth=1, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a FlexTok is needed"):
+        reconstruct(tmp_path, tmp_path / "out")

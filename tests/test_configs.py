@@ -1,0 +1,161 @@
+"""Every YAML of configs/ is what its job expects, and those of configs/tiny run, one after the other, from end to end.
+
+A new tokenizer or generator gets all of this for a YAML in configs/tiny: it is trained, interrupted and resumed to the
+same weights, saved, loaded, sampled from and scored. The files run as their comments say, in an empty folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import imgtok
+from generators.gpt import GPT
+from imgtok.cli import JOBS, main
+from imgtok.config import load, read_yaml
+from imgtok.flextok import FlexTok, FlexTokConfig
+from imgtok.vae import VAE
+from train.loop import Trainer
+from train.state import complete_steps
+from train.tokenizer import load_vae
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ORDER = ("train-tokenizer", "cache", "train-generator")
+
+
+def job_of(path: Path) -> str:
+    return read_yaml(path)["job"]
+
+
+def paths(*jobs: str) -> list[Path]:
+    """The tiny configurations of some jobs, in the order of the jobs."""
+    return [path for job in jobs for path in sorted((CONFIGS / "tiny").glob("*.yaml")) if job_of(path) == job]
+
+
+def command(path: Path) -> list[str]:
+    """What its comment tells the reader to type."""
+    return [*job_of(path).replace("-", " ").split(), str(path)]
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def name(path: Path) -> str:
+    return path.relative_to(CONFIGS).as_posix()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name)
+def test_every_configuration_is_valid(path):
+    module, _ = JOBS[job_of(path).replace("-", " ")]
+    config = load(importlib.import_module(module).Config, path)
+    if job_of(path) == "train-tokenizer" and config.vae is not None:
+        assert isinstance(config.model, FlexTokConfig)
+        replace(config.model, vae=load_vae(config.vae).config)  # whose own check knows the size of a patch
+    words = " ".join(command(path)[:-1])
+    assert f"imgtok {words} configs/{name(path)}" in path.read_text(), "the file does not say how it is run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which every tiny configuration was run."""
+    folder = tmp_path_factory.mktemp("tiny")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for path in paths(*ORDER):
+            run(*command(path))
+        run("train", "tokenizer", CONFIGS / "tiny/flextok.yaml", "vae=outputs/tiny/vae/final", "model.patch_size=1",
+            "out=outputs/on-vae")  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(request, monkeypatch):
+    if "finished" in request.fixturenames:
+        monkeypatch.chdir(request.getfixturevalue("finished"))
+
+
+@pytest.mark.parametrize("path", paths("train-tokenizer", "train-generator"), ids=name)
+def test_a_run_leaves_a_model_a_log_and_pictures(finished, path):
+    out = Path(read_yaml(path)["out"])
+    steps = read_yaml(path)["training"]["steps"]
+    model = imgtok.load(out / "final")
+    assert model.config.kind == read_yaml(path)["model"]["kind"]
+    assert complete_steps(out / "checkpoints") == [4, 2]
+    assert (out / "samples" / f"step_{steps:07d}.png").is_file()
+    assert (out / "final/config.yaml").read_bytes() == (out / "config.yaml").read_bytes()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(steps + 1))
+    assert all(line["images_per_second"] > 0 for line in lines)
+    assert list((out / "tensorboard").rglob("events*"))
+
+
+@pytest.mark.parametrize("path", paths("train-tokenizer", "train-generator"), ids=name)
+def test_an_interrupted_run_ends_with_the_same_weights(finished, path, monkeypatch):
+    out = Path(f"resumed-{path.stem}")
+    step = Trainer.step
+
+    def interrupted(self, number, batches):
+        step(self, number, batches)
+        if number == 2:  # weights, averages and optimizer moved on, and nothing of it was saved
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert main([*command(path), f"out={out}"]) == 130
+    assert complete_steps(out / "checkpoints") == [2]
+    assert not (out / "final").exists()
+    run(*command(path), f"out={out}")
+    whole, resumed = (load_file(folder / "final/model.safetensors") for folder in (Path(read_yaml(path)["out"]), out))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("path", paths("train-generator"), ids=name)
+def test_a_generator_is_sampled_from_and_scored(finished, path):
+    model, samples = Path(read_yaml(path)["out"]) / "final", Path("samples") / path.stem
+    assert isinstance(imgtok.load(model), GPT)
+    assert isinstance(imgtok.load(model / "tokenizer"), FlexTok)
+    run("sample", model, "--num", 5, "--out", samples)
+    assert sorted(file.name for file in samples.iterdir()) == [
+        *(f"{index:06d}.png" for index in range(5)),
+        "grid.png",
+        "samples.json",
+    ]
+    run("evaluate", f"images={samples}", "data.kind=shapes", "metrics=[oracle]", f"out={samples}/scores.json")
+    run("evaluate", f"model={model}", "data.kind=shapes", "metrics=[oracle]", "num=5", f"out={samples}/direct.json")
+    scores = [json.loads((samples / f"{name}.json").read_text())["scores"] for name in ("scores", "direct")]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    "model", [*(Path(read_yaml(path)["out"]) for path in paths("train-tokenizer")), Path("outputs/on-vae")], ids=str
+)
+def test_a_tokenizer_is_shown_and_scored(finished, model):
+    if isinstance(imgtok.load(model / "final"), VAE):
+        pytest.skip("an autoencoder has no tokens")
+    out = Path("reconstructions") / model.name
+    data = ("data.kind=shapes", "data.num_images=64")
+    run("reconstruct", model / "final", f"out={out}", *data)
+    run("evaluate", f"tokenizer={model}/final", "metrics=[psnr]", f"out={out}/scores.json", *data)
+    shown = json.loads((out / "psnr.json").read_text())
+    scored = json.loads((out / "scores.json").read_text())["scores"]
+    assert {str(row["num_tokens"]): row["value"] for row in scored} == pytest.approx(shown, abs=1e-4)
+    assert (out / "grid.png").is_file()
+
+
+def test_a_tokenizer_holds_its_frozen_autoencoder(finished):
+    tokenizer, vae = imgtok.load("outputs/on-vae/final"), imgtok.load("outputs/tiny/vae/final")
+    assert tokenizer.config.vae == vae.config
+    weights = vae.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in tokenizer.vae.state_dict().items())

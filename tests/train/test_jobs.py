@@ -1,0 +1,242 @@
+"""What the training jobs do besides the loop: models from configurations, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import imgtok
+from imgtok.cli import main
+from imgtok.config import ConfigError, load
+from imgtok.data.images import open_images
+from imgtok.data.shapes import ShapesConfig
+from train import cache_tokens, generator, tokenizer
+from train.state import complete_steps
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/tiny"
+QUIET = ["training.preview_every=0", "training.trackers=[]", "training.log_every=4"]
+
+
+def train(job, name: str, out: Path, *overrides: str) -> Path:
+    job.main(load(job.Config, TINY / f"{name}.yaml", [f"out={out}", *QUIET, *overrides]))
+    return out / "final"
+
+
+def cache(out: Path, model: Path, *overrides: str) -> Path:
+    overrides = (f"out={out}", f"tokenizer={model}", *overrides)
+    cache_tokens.main(load(cache_tokens.Config, TINY / "cache.yaml", overrides))
+    return out
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def flextok(tmp_path_factory) -> Path:
+    return train(tokenizer, "flextok", tmp_path_factory.mktemp("flextok"))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory, flextok) -> Path:
+    return cache(tmp_path_factory.mktemp("tokens"), flextok)
+
+
+# ---------------------------------------------------------------------------------------- killed and resumed
+
+KILLED = """
+import os, signal, sys
+from train.loop import Trainer
+from imgtok.cli import main
+ema_update = []
+import train.ema
+update = train.ema.EMA.update
+def dying(self, step):
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, step)
+train.ema.EMA.update = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_gpt_with_dropout_that_was_killed_ends_with_the_same_weights(tmp_path, flextok, tokens):
+    inputs = [f"tokens={tokens}", f"tokenizer={flextok}", "model.dropout=0.1", *QUIET]
+    whole = train(generator, "gpt", tmp_path / "whole", *inputs)
+    arguments = ["train", "generator", str(TINY / "gpt.yaml"), *inputs, f"out={tmp_path / 'killed'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, timeout=400)
+    assert done.returncode == -signal.SIGKILL
+    assert complete_steps(tmp_path / "killed/checkpoints") == [2]
+    assert main(arguments) == 0
+    assert same(tmp_path / "killed/final", whole)
+    without = train(generator, "gpt", tmp_path / "without", *inputs, "model.dropout=0.0")
+    assert not same(without, whole), "dropout had no part in this test"
+
+
+# --------------------------------------------------------------------------------------------- no steps at all
+
+
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_no_steps_leave_the_untrained_tokenizer(tmp_path, flextok, warmup):
+    overrides = ["training.steps=0", f"training.warmup={warmup}"]
+    untrained = train(tokenizer, "flextok", tmp_path, *overrides)
+    config = load(tokenizer.Config, TINY / "flextok.yaml", [f"out={tmp_path}"])
+    fresh, _ = tokenizer.build_model(config)
+    saved = load_file(untrained / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
+    assert not same(untrained, flextok)
+    assert (tmp_path / "samples/step_0000000.png").is_file()
+    train(tokenizer, "flextok", tmp_path, *overrides)  # a second time there is nothing to do
+
+
+def test_an_untrained_generator_draws_all_tokens_alike(tmp_path, flextok, tokens):
+    untrained = train(generator, "gpt", tmp_path, f"tokens={tokens}", f"tokenizer={flextok}", "training.steps=0")
+    model = imgtok.load(untrained)
+    assert not model.logits(torch.tensor([3]), torch.zeros(1, 4, dtype=torch.long)).any()
+    assert imgtok.load(untrained / "tokenizer").num_tokens == 4
+
+
+# --------------------------------------------------------------------------------------------- the autoencoder
+
+
+def test_the_scale_of_an_autoencoders_latents_is_measured(tmp_path):
+    folder = train(tokenizer, "vae", tmp_path, "data.num_images=2000", "training.steps=1")
+    vae = imgtok.load(folder)
+    assert vae.config.scaling_factor != 1
+    images = open_images(ShapesConfig(num_images=2000), 16, split="held_out").batch(range(200)).images
+    with torch.no_grad():
+        assert vae.encode(images).std() == pytest.approx(1, abs=0.05)
+
+
+def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
+    full, half = (
+        train(tokenizer, "vae", tmp_path / value, f"half={value}", "training.steps=0") for value in ("false", "true")
+    )
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (full, half)]
+    assert sizes[1] < 0.75 * sizes[0]  # the header keeps its size
+    loaded = imgtok.load(half)
+    reference = load_file(full / "model.safetensors")
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, reference[name], atol=1e-3, rtol=1e-3)
+
+
+def test_an_unknown_autoencoder_is_answered_with_the_known_ones(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no autoencoder named 'shapes64'.*shapes32"):
+        train(tokenizer, "flextok", tmp_path, "vae=shapes64")
+
+
+def test_a_tokenizer_is_no_autoencoder(tmp_path, flextok):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a VAE is needed"):
+        train(tokenizer, "flextok", tmp_path, f"vae={flextok}")
+
+
+def test_a_tokenizer_stands_on_the_packaged_autoencoder(tmp_path):
+    model = imgtok.load(
+        train(tokenizer, "flextok", tmp_path, "vae=shapes32", "model.image_size=32", "model.patch_size=1",
+              "training.steps=0")
+    )  # fmt: skip
+    assert model.vae is not None
+    assert model.config.vae.scaling_factor != 1
+    images = open_images(ShapesConfig(textures=("solid",), scale=1.3, num_images=64), 32).batch(range(16)).images
+    error = (model.to_images(model.to_latents(images)) - images).square().mean()
+    assert error < 0.01  # on a scale of 2 from black to white: better than 26 dB
+
+
+# --------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("vae", "image_size=null", "image_size: an autoencoder needs the size"),
+        ("vae", "vae=shapes32", "vae: only a tokenizer stands on an autoencoder"),
+        ("flextok", "image_size=32", "image_size: a tokenizer has its own, set model.image_size"),
+        ("flextok", "model.image_size=-16", "model.image_size: given -16"),
+        ("flextok", "model.kind=gpt", "model.kind: given 'gpt'"),
+        ("flextok", "training.stepz=1", "did you mean"),
+        ("flextok", "training.warmup=4", "warmup must be below steps"),
+    ],
+)
+def test_what_does_not_go_together_is_said_at_once(name, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tokenizer.Config, TINY / f"{name}.yaml", [override])
+
+
+def test_previews_can_be_left_out_and_nothing_held_out(tmp_path):
+    train(tokenizer, "flextok", tmp_path / "none", "num_preview=0", "training.steps=1", "held_out=0")
+    assert not list((tmp_path / "none/samples").glob("*"))
+
+
+def test_nothing_held_out_of_a_folder(tmp_path):
+    from imgtok.images import save_png
+
+    for index in range(6):
+        save_png(torch.full((3, 20, 24), 40 * index, dtype=torch.uint8), tmp_path / f"images/{index}.png")
+    (tmp_path / "images/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    data = f"data={{kind: folder, path: {tmp_path / 'images'}}}"
+    train(tokenizer, "flextok", tmp_path / "out", data, "held_out=0", "training.steps=1")
+    assert (tmp_path / "out/samples/step_0000001.png").is_file()  # of the readable ones
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def test_tokens_are_those_of_the_tokenizer(flextok, tokens, tmp_path):
+    from imgtok.data.tokens import TokenDataset
+
+    cached = TokenDataset(tokens)
+    batch = open_images(ShapesConfig(num_images=64), 16).batch(range(64))
+    assert torch.equal(cached.ids.long(), imgtok.load(flextok).encode(batch.images).ids)
+    assert torch.equal(cached.labels, batch.labels)
+    mirrored = TokenDataset(cache(tmp_path, flextok, "mirrored=true", "batch_size=10"))
+    assert len(mirrored) == 128
+
+
+def test_an_interrupted_cache_writes_only_what_is_missing(flextok, tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path, dirs_exist_ok=True)
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    content, written = second.read_bytes(), first.stat().st_mtime_ns
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 shards missing"):
+        train(generator, "gpt", tmp_path / "gpt", f"tokens={tmp_path}", f"tokenizer={flextok}")
+    cache(tmp_path, flextok)
+    assert (first.stat().st_mtime_ns, second.read_bytes()) == (written, content)
+
+
+def test_tokens_of_another_tokenizer_are_refused(flextok, tokens, tmp_path):
+    other = train(tokenizer, "flextok", tmp_path / "other", "training.seed=1", "training.steps=0")
+    with pytest.raises(ValueError, match="tokenizer"):
+        train(generator, "gpt", tmp_path / "gpt", f"tokens={tokens}", f"tokenizer={other}")
+    with pytest.raises(ValueError, match="fingerprint"):
+        cache(tokens, other)
+
+
+def test_a_finished_generator_of_another_tokenizer_is_not_called_complete(flextok, tokens, tmp_path):
+    inputs = [f"tokens={tokens}", f"tokenizer={tmp_path / 'model'}", "training.steps=1"]
+    shutil.copytree(flextok, tmp_path / "model")
+    train(generator, "gpt", tmp_path / "gpt", *inputs)
+    shutil.rmtree(tmp_path / "model")
+    other = train(tokenizer, "flextok", tmp_path / "other", "training.seed=1", "training.steps=0")
+    shutil.copytree(other, tmp_path / "model")
+    inputs[0] = f"tokens={cache(tmp_path / 'tokens', other)}"
+    with pytest.raises(ValueError, match="choose another `out`"):
+        train(generator, "gpt", tmp_path / "gpt", *inputs)
+
+
+def test_a_generator_is_no_tokenizer(flextok, tokens, tmp_path):
+    gpt = train(generator, "gpt", tmp_path, f"tokens={tokens}", f"tokenizer={flextok}", "training.steps=0")
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a FlexTok is needed"):
+        cache(tmp_path / "tokens", gpt)
