@@ -128,8 +128,10 @@ class DigitRows(nn.Module):
         self.register_buffer("digits", digits + starts, persistent=False)  # (V, n) rows of the table
         self.table = nn.Parameter(torch.empty(sum(levels), width))
 
-    def forward(self) -> Tensor:
-        return F.embedding_bag(self.digits, self.table, mode="sum")
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """The rows of `ids` (..., D), or of all ids in order (V, D)."""
+        digits = self.digits if ids is None else self.digits[ids]
+        return F.embedding_bag(digits.flatten(0, -2), self.table, mode="sum").unflatten(0, digits.shape[:-1])
 
 
 class GPT(nn.Module, Pretrained):
@@ -182,7 +184,7 @@ class GPT(nn.Module, Pretrained):
         start = cache.length if cache is not None else 0
         x = self.token_embedding(ids_BL)
         if self.digit_embedding is not None:
-            x = x + F.embedding(ids_BL, self.digit_embedding())
+            x = x + self.digit_embedding(ids_BL)
         if labels_B is not None:
             x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
         stop = start + x.shape[1]
@@ -235,7 +237,7 @@ class GPT(nn.Module, Pretrained):
         sampling = sampling or SamplingConfig()
         count = self.config.num_tokens if num_tokens is None else num_tokens
         self._check_request(labels, count)
-        uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens").to(labels.device)
+        uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens")
         guided = sampling.guidance != 1
         streams = torch.cat([labels, torch.full_like(labels, self.null_class)]) if guided else labels
         ids = labels.new_empty(len(labels), 0)

@@ -34,9 +34,13 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     A token of probability zero is never drawn.
     """
+    device = logits.device
+    if device.type == "mps":  # which has no float64
+        logits = logits.cpu()
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     thresholds = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    found = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
+    return found.clamp(max=logits.shape[-1] - 1).to(device)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -174,7 +174,11 @@ def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:
         return
     check_launch_environment()
     _show_log()
-    module.main(parse(module.Config, argv, getattr(module, "POSITIONAL", None)))
+    config = parse(module.Config, argv, getattr(module, "POSITIONAL", None))
+    try:
+        module.main(config)
+    except BrokenPipeError as error:  # fine while help is printed; a job has lost something
+        raise OSError("broken pipe: a process that this job was writing to has ended") from error
 
 
 def _print_config(argv: list[str]) -> None:

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from imgtok import flow, randomness
 from imgtok.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
-from imgtok.hub import Pretrained
 from imgtok.layers.attention import Attention
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import layer_norm
 from imgtok.layers.patches import patchify, unpatchify
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.quantizers.fsq import FSQ
-from imgtok.tokenizer import Losses
+from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
 from imgtok.tokens import Tokens
 from imgtok.vae import VAE, VAEConfig
 
@@ -304,12 +303,7 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------- the tokenizer
 
 
-def powers_of_two(count: int) -> list[int]:
-    """1, 2, 4, ... up to `count`, which is always the last: the token counts FlexTok is judged at."""
-    return [2**i for i in range((count - 1).bit_length())] + [count]
-
-
-class FlexTok(nn.Module, Pretrained):
+class FlexTok(Tokenizer):
     """The whole tokenizer. Calling it gives the training losses; see `encode` and `decode` for its use."""
 
     config_class: ClassVar[type] = FlexTokConfig
@@ -334,6 +328,11 @@ class FlexTok(nn.Module, Pretrained):
     @property
     def vocab_size(self) -> int:
         return self.quantizer.vocab_size
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        levels: tuple[int, ...] = self.config.levels
+        return levels
 
     @torch.no_grad()
     def _initialise(self) -> None:

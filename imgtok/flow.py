@@ -86,8 +86,9 @@ class AdaptiveProjectedGuidance:
         rest = tuple(range(1, v_cond.ndim))
         norm = torch.linalg.vector_norm(difference, dim=rest, keepdim=True)
         update = difference * (self.cap / norm.clamp_min(1e-12)).clamp(max=1)
-        # The projection is a small difference of large numbers at high guidance: float64.
-        direction = torch.nn.functional.normalize(v_cond.double().flatten(1), dim=1).view(v_cond.shape)
-        along = (update.double() * direction).sum(dim=rest, keepdim=True) * direction
-        update = (update.double() - (1 - self.parallel) * along).to(v_cond.dtype)
+        # The projection is a small difference of large numbers at high guidance: float64 (which MPS has not).
+        wide = torch.float32 if v_cond.device.type == "mps" else torch.float64
+        direction = torch.nn.functional.normalize(v_cond.to(wide).flatten(1), dim=1).view(v_cond.shape)
+        along = (update.to(wide) * direction).sum(dim=rest, keepdim=True) * direction
+        update = (update.to(wide) - (1 - self.parallel) * along).to(v_cond.dtype)
         return v_cond + (scale - 1) * update

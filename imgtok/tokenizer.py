@@ -1,13 +1,16 @@
-"""What the programs expect of every tokenizer: a loss to train, `encode` to tokens, `decode` to images."""
+"""What every tokenizer is to the programs: losses to train by, `encode` to tokens, `decode` to images.
+
+A new tokenizer derives from `Tokenizer`; training, caching, sampling and evaluation then take it as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from imgtok.hub import Pretrained
 from imgtok.tokens import Tokens
 
 
@@ -18,19 +21,32 @@ class Losses(NamedTuple):
     parts: dict[str, Tensor]
 
 
-class Tokenizer(Protocol):
-    """Images are (B, 3, H, W) in [-1, 1]. Calling the module gives its training losses."""
+class Tokenizer(nn.Module, Pretrained):
+    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`."""
 
     @property
-    def image_size(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
+    def image_size(self) -> int:
+        """Pixels a side of the images that it was made for."""
+        raise NotImplementedError
 
-    def __call__(self, images: Tensor, *, generator: torch.Generator) -> Losses: ...
+    @property
+    def num_tokens(self) -> int:
+        """The most tokens an image can have."""
+        raise NotImplementedError
 
-    def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tokens: ...
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie in [0, vocab_size)."""
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Radices of the digits that make a token id, least significant first; empty if ids have no digits."""
+        return ()
+
+    def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tokens:
+        """The first `num_tokens` tokens of each image, all by default."""
+        raise NotImplementedError
 
     def decode(
         self,
@@ -40,4 +56,12 @@ class Tokenizer(Protocol):
         indices: Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-    ) -> Tensor: ...
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Images of tokens; what is random in row b depends on (seed, indices[b]) alone."""
+        raise NotImplementedError
+
+
+def powers_of_two(count: int) -> list[int]:
+    """1, 2, 4, ... up to `count`, which is always the last: the token counts that a tokenizer is judged at."""
+    return [2**i for i in range((count - 1).bit_length())] + [count]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 import time
@@ -16,8 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-
 import imgtok
 from generators.gpt import SamplingConfig
 from imgtok.cli import run_job
@@ -25,6 +24,7 @@ from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, che
 from imgtok.data.images import DataConfig
 from imgtok.data.shapes import ShapesConfig
 from imgtok.files import replacing
+from imgtok.processes import on_cpu
 from sample.scoring import RECONSTRUCTION, WITH_REFERENCE, Evaluation, Metric, Row, evaluate
 
 
@@ -79,8 +79,9 @@ class Config:
     """Also writes the statistics of the real images to this .safetensors file."""
     out: Path = Path("outputs/evaluate/scores.json")
     """Result file."""
-    threads: PositiveInt | None = None
-    """CPU threads per process; null leaves torch's choice."""
+    threads: PositiveInt = 1
+    """CPU threads per process for drawing and decoding; their number can show in an image's last bits. The networks
+    that judge use torch's choice (OMP_NUM_THREADS)."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -124,9 +125,7 @@ def main(config: Config) -> None:
     """Scores, writes the JSON file and prints a table."""
     from accelerate import Accelerator  # costs seconds to import
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=on_cpu())
     start = time.perf_counter()
     found = evaluate(config, accelerator)
     if accelerator.is_main_process:
@@ -139,6 +138,9 @@ def main(config: Config) -> None:
 def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[str, Any]:
     """Everything that is needed to repeat the numbers."""
     scores = [{**asdict(row.score), "num_tokens": row.num_tokens} for row in found.rows]
+    for score in scores:
+        if not math.isfinite(score["value"]):
+            score["value"] = None  # JSON has no NaN, and one score without a value must not cost the others
     packages = ("torch", "torch-fidelity", "numpy", "accelerate")
     return {
         "format": 1,

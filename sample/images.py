@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, check, to_
 from imgtok.data.tokens import fingerprint
 from imgtok.files import replacing
 from imgtok.hub import find_folder
-from sample.pipeline import DecodeSettings, Pipeline, batches_of, tokenizer_folder
+from imgtok.metrics.saved_images import RECORD, open_npz
+from imgtok.processes import process_state
+from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
 POSITIONAL = "model"
-RECORD = "samples.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +85,21 @@ class Config:
 
 def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = process_state()
     pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads)
     labels = plan_labels(config, pipeline.num_classes)
     folder = config.out / ".parts" if config.format == "npz" else config.out
     if state.is_main_process:
         claim_folder(config, labels)
-        folder.mkdir(parents=True, exist_ok=True)
-    state.wait_for_everyone()
     if finished_npz(config, len(labels)):
-        logger.info("%s is complete (%d images): nothing to do", config.out, len(labels))
+        logger.info("%s is complete (%d images): nothing to do", npz_path(config), len(labels))
         return
+    if state.is_main_process and config.format == "npz":
+        unpack_npz(npz_path(config), folder)
+    state.wait_for_everyone()
     mine = range(state.process_index, len(labels), state.num_processes)
     missing = [i for i in mine if not image_path(folder, i).exists()]
+    logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
     draw_images(config, pipeline, labels, missing, folder, show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -106,18 +108,12 @@ def main(config: Config) -> None:
 
 def plan_labels(config: Config, num_classes: int) -> list[int]:
     """The label of every index, interleaved over the classes. Raises ValueError for a class outside the model's."""
-    classes = config.classes or tuple(range(num_classes))
-    for label in classes:
-        if not 0 <= label < num_classes:
-            raise ValueError(
-                f"classes: {label} is not a class of {config.model}; it has classes 0 to {num_classes - 1}"
-            )
-    count = config.per_class * len(classes) if config.per_class else config.num
-    return [classes[i % len(classes)] for i in range(count)]
+    count = config.per_class * (len(config.classes) or num_classes) if config.per_class else config.num
+    return labels_in_turn(config.classes, count, num_classes)
 
 
 def claim_folder(config: Config, labels: Sequence[int]) -> None:
-    """Records the request in the folder; refuses one that holds images of another request.
+    """Records the request in the folder; refuses one that holds images of another request or of unknown origin.
 
     A larger or smaller number of images is the same request: what is there already is kept.
     """
@@ -131,6 +127,11 @@ def claim_folder(config: Config, labels: Sequence[int]) -> None:
                 f"{config.out} holds images of another request (different: {', '.join(changed)}); "
                 "choose another folder with out=FOLDER, or delete it"
             )
+    elif foreign := [*config.out.glob("samples.npz"), *sorted(config.out.glob("[0-9]*.png"))]:
+        raise ValueError(
+            f"{config.out} holds {foreign[0].name} but no {RECORD}, so it is not known what was drawn there; "
+            "choose another folder with out=FOLDER, or delete it"
+        )
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"request": request, "labels": list(labels)}) + "\n", encoding="utf-8")
 
@@ -189,27 +190,40 @@ def finish(config: Config, labels: Sequence[int], folder: Path) -> None:
         shown = [read_image(image_path(folder, i)) for i in range(min(config.grid, len(labels)))]
         pictures.save_png(pictures.make_grid(torch.stack(shown), columns=8), config.out / "grid.png")
     if config.format == "npz":
-        pack_npz(folder, labels, config.out / "samples.npz")
+        pack_npz(folder, labels, npz_path(config))
     logger.info("%d images in %s", len(labels), config.out)
+
+
+def npz_path(config: Config) -> Path:
+    return config.out / "samples.npz"
 
 
 def finished_npz(config: Config, count: int) -> bool:
     """Whether the .npz of this request is there; its images are no longer there one by one."""
-    path = config.out / "samples.npz"
-    if config.format != "npz" or not path.is_file():
+    if config.format != "npz" or not npz_path(config).is_file():
         return False
-    with np.load(path) as arrays:
+    with open_npz(npz_path(config)) as arrays:
         return len(arrays["arr_1"]) == count
+
+
+def unpack_npz(path: Path, folder: Path) -> None:
+    """Lays out the images of an .npz that a job of another size packed, so that they need not be drawn again."""
+    if not path.is_file():
+        return
+    with open_npz(path) as arrays:
+        for index, image in enumerate(torch.from_numpy(arrays["arr_0"])):
+            pictures.save_png(image.permute(2, 0, 1), image_path(folder, index))
 
 
 def pack_npz(folder: Path, labels: Sequence[int], path: Path) -> None:
     """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: interleaved over the classes, as IS needs it."""
-    images = np.stack([read_image(image_path(folder, i)).permute(1, 2, 0).numpy() for i in range(len(labels))])
+    _, height, width = read_image(image_path(folder, 0)).shape
+    images = np.empty((len(labels), height, width, 3), np.uint8)
+    for i in range(len(labels)):
+        images[i] = read_image(image_path(folder, i)).permute(1, 2, 0).numpy()
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, images, np.array(labels))
-    for part in folder.glob("*.png"):
-        part.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the last one padded, with a fixed number of threads.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from generators.gpt import GPT, SamplingConfig
 from imgtok.flextok import FlexTok
 from imgtok.hub import find_folder, load
 from imgtok.images import to_uint8
+from imgtok.processes import cpu_threads
 from imgtok.tokens import Tokens
 
 ROWS = 16
@@ -115,25 +115,19 @@ def pad_to_rows(values: Sequence[int]) -> list[int]:
     return [*values, *[values[-1]] * (ROWS - len(values))]
 
 
-@contextlib.contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Within the block torch computes with `count` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Consecutive runs of at most `size` indices."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 
 
-def best_device(local_rank: int = 0) -> torch.device:
-    """The GPU of this process where there is one, else Apple's, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def labels_in_turn(classes: Sequence[int], count: int, num_classes: int) -> list[int]:
+    """The label of every index: classes[i % number of classes], or all of the model's `num_classes` for no classes.
+
+    Raises ValueError for a class outside the model's.
+    """
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"classes: {label} is not a class of the model; it has classes 0 to {num_classes - 1}")
+    chosen = classes or range(num_classes)
+    return [chosen[i % len(chosen)] for i in range(count)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -17,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from imgtok.processes import peak_rss_mib
+
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
+from imgtok.files import replacing
 from sample.report import Run, write_page
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ class Config:
     num: PositiveInt = 256
     """Images sampled, and held-out images reconstructed, for the scores."""
     overrides: tuple[str, ...] = ()
-    """`tokenizer.KEY=VALUE` and `generator.KEY=VALUE` settings handed to the two trainings."""
+    """Settings for the two trainings, such as tokenizer.training.steps=100 or generator.model.width=64."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -47,59 +51,103 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs all stages; the page is `out/index.html`, the figures `out/report.json`."""
-    configs = config.configs or Path(__file__).parents[1] / "configs" / "quickstart"
-    if not (configs / "tokenizer.yaml").is_file():
-        raise FileNotFoundError(
-            f"{configs} has no tokenizer.yaml: run from a checkout of imgtok, or give the folder with configs=FOLDER"
-        )
-    data = read_yaml(configs / "tokenizer.yaml")["data"]
-    run = Run(seed=config.seed, data=describe_data(data))
-    started = time.perf_counter()
-    for title, arguments in stages(config, configs, data):
-        seconds = run_stage(title, arguments)
-        run.stages.append((title, "imgtok " + " ".join(arguments), seconds))
-    run.figures = collect_figures(config.out)
-    run.figures["seed"] = config.seed
-    run.figures["seconds"] = round(time.perf_counter() - started, 1)
-    run.figures["peak_rss_mib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the quickstart starts its own programs: run it once, without torchrun or accelerate launch")
+    plan = Plan.make(config)
+    run = Run(seed=config.seed, data=describe_data(plan.data))
+    for title, arguments in plan.stages():
+        seconds = run_stage(title, arguments, config.out / "stages.json")
+        run.stages.append((title, shlex.join(["imgtok", *arguments]), seconds))
+    run.figures = {
+        **figures_of(config.out, ""),
+        "untrained": figures_of(config.out, "-untrained"),
+        "seed": config.seed,
+        "seconds": round(sum(seconds for *_, seconds in run.stages), 1),
+        "peak_rss_mib": round(peak_rss_mib(children=True), 1),
+    }
     page = write_page(run, config.out)
     logger.info("%s", json.dumps(run.figures, indent=2))
     logger.info("open %s", page)
 
 
-def stages(config: Config, configs: Path, data: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(title, arguments of imgtok) of every stage, in order."""
-    out, seed = config.out, f"training.seed={config.seed}"
-    tokenizer, generator = ["train", "tokenizer", f"{configs}/tokenizer.yaml"], ["train", "generator"]
-    source = [f"data.{key}={as_override(value)}" for key, value in data.items()]
-    tokens = [f"tokens={out}/tokens", f"tokenizer={out}/tokenizer/final"]
-    generator = [*generator, f"{configs}/generator.yaml", *tokens]
-    for_tokenizer, for_generator = (
-        [text.removeprefix(f"{part}.") for text in config.overrides if text.startswith(f"{part}.")]
-        for part in ("tokenizer", "generator")
-    )
-    untrained = ["training.steps=0"]
-    sampling = read_yaml(configs / "generator.yaml").get("sampling", {})
-    drawing = [f"sampling.{key}={value}" for key, value in sampling.items()]
-    plan = [
-        ("train the tokenizer", [*tokenizer, f"out={out}/tokenizer", seed, *for_tokenizer]),
-        ("tokenizer, step 0", [*tokenizer, f"out={out}/tokenizer-untrained", seed, *for_tokenizer, *untrained]),
-        ("tokenize the images", ["cache", f"{configs}/cache.yaml", *tokens[1:], f"out={out}/tokens"]),
-        ("train the generator", [*generator, f"out={out}/generator", seed, *for_generator]),
-        ("generator, step 0", [*generator, f"out={out}/generator-untrained", seed, *for_generator, *untrained]),
-    ]
-    for suffix in ("", "-untrained"):
-        plan += [
-            (f"reconstruct{suffix}", ["reconstruct", f"{out}/tokenizer{suffix}/final",
-                                      f"out={out}/reconstructions{suffix}", *source]),
-            (f"score reconstructions{suffix}", ["evaluate", f"tokenizer={out}/tokenizer{suffix}/final",
-                "metrics=[psnr, oracle]", f"num={config.num}", f"out={out}/reconstruction{suffix}.json", *source]),
-            (f"sample{suffix}", ["sample", f"{out}/generator{suffix}/final", f"num={config.num}",
-                                 f"seed={config.seed}", *drawing, f"out={out}/samples{suffix}"]),
-            (f"score samples{suffix}", ["evaluate", f"images={out}/samples{suffix}", "metrics=[oracle, fd_shapes]",
-                                        f"out={out}/generation{suffix}.json", *source]),
-        ]  # fmt: skip
-    return plan
+@dataclass(frozen=True)
+class Plan:
+    """What the stages share: the configuration files and what they say about images and sampling."""
+
+    config: Config
+    configs: Path
+    data: dict[str, Any]
+    """The `data` section of tokenizer.yaml, which every stage is handed."""
+    sampling: dict[str, Any]
+    """The `sampling` section of generator.yaml."""
+
+    @classmethod
+    def make(cls, config: Config) -> Plan:
+        """Raises FileNotFoundError without configuration files, ValueError for an override of no training."""
+        configs = config.configs or Path(__file__).parents[1] / "configs" / "quickstart"
+        if not (configs / "tokenizer.yaml").is_file():
+            raise FileNotFoundError(
+                f"{configs} has no tokenizer.yaml: run from a checkout of imgtok, or give its folder: configs=FOLDER"
+            )
+        for text in config.overrides:
+            if not text.startswith(
+                ("tokenizer.model.", "tokenizer.training.", "generator.model.", "generator.training.")
+            ):
+                raise ValueError(
+                    f"overrides: {text!r} must begin with tokenizer. or generator., then model. or training.; "
+                    "images and sampling are set in the files of configs=FOLDER, for all stages"
+                )
+        data = read_yaml(configs / "tokenizer.yaml")["data"]
+        return cls(config, configs, data, read_yaml(configs / "generator.yaml").get("sampling", {}))
+
+    def stages(self) -> list[tuple[str, list[str]]]:
+        """(title, arguments of imgtok) of every stage, in order."""
+        plan = [*self.training("", []), *self.training("-untrained", ["training.steps=0"])]
+        for suffix in ("", "-untrained"):
+            plan += self.scoring(suffix)
+        return plan
+
+    def training(self, suffix: str, extra: list[str]) -> list[tuple[str, list[str]]]:
+        """Tokenizer, tokens and generator; the untrained generator stands on the trained tokenizer."""
+        out, seed = self.config.out, f"training.seed={self.config.seed}"
+        tokens = [f"tokens={out}/tokens", f"tokenizer={out}/tokenizer/final"]
+        settings = {
+            part: [text.removeprefix(f"{part}.") for text in self.config.overrides if text.startswith(f"{part}.")]
+            for part in ("tokenizer", "generator")
+        }
+        tokenizer = ["train", "tokenizer", f"{self.configs}/tokenizer.yaml", f"out={out}/tokenizer{suffix}", seed]
+        generator = [
+            "train",
+            "generator",
+            f"{self.configs}/generator.yaml",
+            *tokens,
+            f"out={out}/generator{suffix}",
+            seed,
+        ]
+        cache = ["cache", f"{self.configs}/cache.yaml", tokens[1], f"out={out}/tokens", *self.source("num_images")]
+        return [
+            (f"train the tokenizer{suffix}", [*tokenizer, *settings["tokenizer"], *extra]),
+            *([] if suffix else [("tokenize the images", cache)]),
+            (f"train the generator{suffix}", [*generator, *settings["generator"], *extra]),
+        ]
+
+    def scoring(self, suffix: str) -> list[tuple[str, list[str]]]:
+        """Pictures and figures of the trained models, or of the untrained ones."""
+        out, num, source = self.config.out, f"num={self.config.num}", self.source()
+        tokenizer, samples = f"{out}/tokenizer{suffix}/final", f"{out}/samples{suffix}"
+        drawing = [f"seed={self.config.seed}", *(f"sampling.{key}={value}" for key, value in self.sampling.items())]
+        reconstructed = ["metrics=[psnr, oracle]", num, f"out={out}/reconstruction{suffix}.json"]
+        generated = ["metrics=[oracle, fd_shapes]", f"out={out}/generation{suffix}.json"]
+        return [
+            (f"reconstruct{suffix}", ["reconstruct", tokenizer, f"out={out}/reconstructions{suffix}", *source]),
+            (f"score reconstructions{suffix}", ["evaluate", f"tokenizer={tokenizer}", *reconstructed, *source]),
+            (f"sample{suffix}", ["sample", f"{out}/generator{suffix}/final", num, *drawing, f"out={samples}"]),
+            (f"score samples{suffix}", ["evaluate", f"images={samples}", *generated, *source]),
+        ]
+
+    def source(self, *without: str) -> list[str]:
+        """The images, as overrides."""
+        return [f"data.{key}={as_override(value)}" for key, value in self.data.items() if key not in without]
 
 
 def as_override(value: Any) -> str:
@@ -117,23 +165,26 @@ def describe_data(data: dict[str, Any]) -> str:
     )
 
 
-def run_stage(title: str, arguments: Sequence[str]) -> float:
-    """Runs one imgtok command in a process of its own; returns its seconds. Raises ValueError if it fails."""
-    logger.info("--- %s: imgtok %s", title, " ".join(arguments))
+def run_stage(title: str, arguments: Sequence[str], times: Path) -> float:
+    """Runs one imgtok command in a process of its own; returns its seconds. Raises ValueError if it fails.
+
+    `times` keeps the longest run of each stage: one that finds its work done by an earlier quickstart must not
+    count as quick.
+    """
+    logger.info("--- %s: %s", title, shlex.join(["imgtok", *arguments]))
+    known: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     started = time.perf_counter()
     finished = subprocess.run([sys.executable, "-m", "imgtok", *arguments], check=False)
     if finished.returncode:
         raise ValueError(f"the stage {title!r} failed with exit status {finished.returncode}; its message stands above")
-    return time.perf_counter() - started
-
-
-def collect_figures(out: Path) -> dict[str, Any]:
-    """The figures of the trained models, and of the untrained ones under `untrained`."""
-    return {**figures_of(out, ""), "untrained": figures_of(out, "-untrained")}
+    known[title] = max(time.perf_counter() - started, known.get(title, 0.0))
+    with replacing(times) as temporary:
+        temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return known[title]
 
 
 def figures_of(out: Path, suffix: str) -> dict[str, Any]:
-    """Reads what `imgtok evaluate` wrote; suffix "-untrained" for the models at step 0."""
+    """Figures from what `imgtok evaluate` wrote; suffix "-untrained" for the models at step 0."""
     generation = read_scores(out / f"generation{suffix}.json")
     reconstruction = read_scores(out / f"reconstruction{suffix}.json")
     by_tokens = {count: value for (key, count), value in reconstruction.items() if key == "psnr"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,14 +17,15 @@ from tqdm import tqdm
 from imgtok import images as pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check
-from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.files import replacing
 from imgtok.flextok import FlexTok, powers_of_two
 from imgtok.hub import load
 from imgtok.metrics.reconstruction import psnr
-from sample.pipeline import best_device, blocks_of, pad_to_rows
+from imgtok.processes import cpu_threads, process_state
+from sample.pipeline import DecodeSettings, blocks_of, pad_to_rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Config:
     """Flow steps of the decoder; null takes the tokenizer's own setting."""
     decode_guidance: PositiveFloat | None = None
     """Guidance scale of the decoder; null takes the tokenizer's own setting."""
+    threads: PositiveInt = 1
+    """CPU threads; their number can show in an image's last bits."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -66,51 +69,37 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes `grid.png` (a row a token count, the originals above) and `psnr.json`."""
-    tokenizer = load(config.model, expect=FlexTok).to(best_device())
+    state = process_state()
+    if not state.is_main_process:
+        return  # a picture is too little work to share
+    tokenizer = load(config.model, expect=FlexTok).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split="held_out", held_out_fraction=config.held_out)
-    num = min(config.num, len(source))
-    counts = config.num_tokens or tuple(powers_of_two(tokenizer.num_tokens))
-    if max(counts) > tokenizer.num_tokens:
-        raise ValueError(f"num_tokens: {config.model} has 1 to {tokenizer.num_tokens} tokens, given {list(counts)}")
-    originals, rows = [], {count: [] for count in counts}  # type: ignore[var-annotated]
-    batches = reconstructions(
-        tokenizer,
-        source,
-        num,
-        counts,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        steps=config.decode_steps,
-        guidance=config.decode_guidance,
-    )
-    with tqdm(total=num, unit="image", desc="reconstruct") as progress:
-        for images, decoded in batches:
-            originals.append(images)
-            for count in counts:
-                rows[count].append(decoded[count])
-            progress.update(len(images))
+    counts = token_counts(config.num_tokens, tokenizer.num_tokens)
+    settings = DecodeSettings(steps=config.decode_steps, guidance=config.decode_guidance)
+    chosen = spread_indices(len(source), config.num)
+    originals: list[Tensor] = []
+    rows: dict[int, list[Tensor]] = {count: [] for count in counts}
+    with cpu_threads(config.threads), tqdm(total=len(chosen), unit="image", desc="reconstruct") as progress:
+        for batch in eval_loader(source, config.batch_size, indices=chosen):
+            originals.append(pictures.to_uint8(batch.images))
+            decoded = reconstruct(tokenizer, batch.images, batch.indices, counts, seed=config.seed, decode=settings)
+            for count, images in decoded.items():
+                rows[count].append(images)
+            progress.update(len(batch.images))
     write_results(config.out, torch.cat(originals), {count: torch.cat(parts) for count, parts in rows.items()})
 
 
-def reconstructions(
-    tokenizer: FlexTok,
-    source: ImageSource,
-    num: int,
-    counts: Sequence[int],
-    *,
-    seed: int,
-    batch_size: int,
-    steps: int | None = None,
-    guidance: float | None = None,
-    indices: Sequence[int] | None = None,
-) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """Batches of uint8 originals (B, 3, H, W) and, by token count, their uint8 reconstructions.
+def token_counts(asked: Sequence[int], available: int) -> tuple[int, ...]:
+    """The counts asked for, or the powers of two up to all. Raises ValueError for one that the tokenizer cannot do."""
+    if any(not 1 <= count <= available for count in asked):
+        raise ValueError(f"num_tokens: the tokenizer has 1 to {available} tokens, given {list(asked)}")
+    return tuple(asked) or tuple(powers_of_two(available))
 
-    Takes the first `num` images of the source, or the given `indices` of them.
-    """
-    for batch in eval_loader(source, batch_size, indices=range(num) if indices is None else indices):
-        decoded = reconstruct(tokenizer, batch.images, batch.indices, counts, seed=seed, steps=steps, guidance=guidance)
-        yield pictures.to_uint8(batch.images), decoded
+
+def spread_indices(length: int, num: int) -> range:
+    """At most `num` indices in equal steps over the whole source: the first ones may all be of one class."""
+    step = max(1, length // num)
+    return range(0, length, step)[:num]
 
 
 @torch.no_grad()
@@ -121,8 +110,7 @@ def reconstruct(
     counts: Sequence[int],
     *,
     seed: int,
-    steps: int | None,
-    guidance: float | None,
+    decode: DecodeSettings,
 ) -> dict[int, Tensor]:
     """By token count, what the tokenizer makes of images (B, 3, H, W), as uint8; noise is that of `indices`."""
     device = next(tokenizer.parameters()).device
@@ -133,7 +121,7 @@ def reconstruct(
         noise_of = [indices[row] for row in padded]
         for count in counts:
             decoded = tokenizer.decode(
-                tokens.truncate(count), seed=seed, indices=noise_of, steps=steps, guidance=guidance
+                tokens.truncate(count), seed=seed, indices=noise_of, steps=decode.steps, guidance=decode.guidance
             )
             blocks[count].append(pictures.to_uint8(decoded[: len(rows)]).cpu())
     return {count: torch.cat(parts) for count, parts in blocks.items()}
@@ -145,6 +133,7 @@ def write_results(out: Path, originals: Tensor, rows: dict[int, Tensor]) -> None
     grid = pictures.grid_with_titles(
         torch.cat([originals[:shown], *(images[:shown] for images in rows.values())]),
         columns=shown,
+        enlarge=max(1, 64 // originals.shape[-1]),
         row_titles=["original", *(f"{count} token{'s' if count > 1 else ''}" for count in rows)],
     )
     pictures.save_png(grid, out / "grid.png")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from imgtok import images as pictures
 from imgtok.data.oracle import read_classes
-from imgtok.data.shapes import COLOURS, SHAPES
+from imgtok.data.shapes import CLASS_NAMES
+from imgtok.files import replacing
 from sample.images import RECORD, image_path, read_image
 
 STYLE = """
@@ -28,7 +29,8 @@ h1{margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #ddd} p.lea
 table{border-collapse:collapse;margin:1rem 0} td,th{border:1px solid #ddd;padding:.3rem .8rem;text-align:right}
 td:first-child,th:first-child,td.left{text-align:left} th{background:#f6f6f6}
 code,pre{background:#f6f6f6;padding:.1rem .3rem}
-pre{padding:.8rem;overflow:auto} img{max-width:100%;image-rendering:pixelated} img.plot{image-rendering:auto}
+pre{padding:.8rem;overflow:auto} img{max-width:100%;image-rendering:pixelated}
+svg{max-width:100%;height:auto} td.left code{overflow-wrap:anywhere}
 .samples{display:grid;grid-template-columns:repeat(8,1fr);gap:.5rem;font-size:.72rem;text-align:center;line-height:1.2}
 .samples img{width:100%} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
 """.strip()
@@ -50,7 +52,8 @@ class Run:
 def write_page(run: Run, out: Path) -> Path:
     """Writes `index.html`, `overview.png` and `report.json` into the run's folder."""
     write_overview(out)
-    (out / "report.json").write_text(json.dumps(run.figures, indent=2) + "\n", encoding="utf-8")
+    with replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(run.figures, indent=2) + "\n", encoding="utf-8")
     sections = [
         headline(run),
         section("Reconstructions at each token count", RECONSTRUCTION_TEXT + reconstruction_pictures(out)),
@@ -63,14 +66,16 @@ def write_page(run: Run, out: Path) -> Path:
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>imgtok quickstart</title><style>{STYLE}</style>"
     path = out / "index.html"
-    path.write_text(page + "".join(sections) + "</html>\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(page + "".join(sections) + "</html>\n", encoding="utf-8")
     return path
 
 
 RECONSTRUCTION_TEXT = """<p>Held-out images above, and what the tokenizer makes of their first 1, 2, 4, ... tokens.
-Few tokens say where and what colour; more say which shape. Second picture: the same tokenizer before training.</p>"""
-SAMPLES_TEXT = """<p>Class-conditional samples. Under each: the class asked for, and, where it differs, what the oracle
-read. The oracle compares an image with renders of every shape and colour; no network is involved.</p>"""
+Few tokens say roughly where; more say which colour and shape.
+Second picture: the same tokenizer before training.</p>"""
+SAMPLES_TEXT = """<p>Class-conditional samples. Under each: the class asked for, and what the oracle read. The oracle
+compares an image with renders of every shape and colour; no network is involved.</p>"""
 UNTRAINED_TEXT = (
     "<p>Random tokens through the trained tokenizer: what of the above the generator did not have to learn.</p>"
 )
@@ -86,10 +91,11 @@ def section(title: str, body: str) -> str:
 def headline(run: Run) -> str:
     """The table of figures, each beside its value without training."""
     trained, untrained = run.figures, run.figures["untrained"]
+    floor = f"other real renders score {trained['fd_shapes_clean']:.2f}"
     rows = [
         ("Samples read as the class asked for (oracle top-1; chance 1.6 %)", "oracle_top1", percent),
         ("Reconstructions read as their original (oracle)", "oracle_reconstruction", percent),
-        ("Fréchet distance on shape features (fd_shapes; not FID)", "fd_shapes", "{:.2f}".format),
+        (f"fd_shapes, a Fréchet distance on shape features, not FID ({floor})", "fd_shapes", "{:.2f}".format),
     ]
     cells = [(title, show(trained[key]), show(untrained[key])) for title, key, show in rows]
     for count, score in trained["psnr_by_tokens"].items():
@@ -149,26 +155,22 @@ def sample_cells(folder: Path, count: int = 64) -> str:
 
 
 def caption(label: int, reading: int) -> str:
-    if reading == label:
-        return f"<span class=right>{class_name(label)}</span>"
-    return f"{class_name(label)}<br><span class=wrong>read: {class_name(reading)}</span>"
-
-
-def class_name(label: int) -> str:
-    """Such as "red circle", for class 8 * shape + colour; -1 is no single shape."""
-    return "nothing" if label < 0 else f"{COLOURS[label % 8]} {SHAPES[label // 8]}"
+    """The class asked for, and what the oracle read."""
+    read = "no single shape" if reading < 0 else CLASS_NAMES[reading]
+    kind = "right" if reading == label else "wrong"
+    return f"{CLASS_NAMES[label]}<br><span class={kind}>read: {read}</span>"
 
 
 def write_overview(out: Path) -> Path:
-    """`overview.png`: the reconstructions above the first 64 samples, every pixel doubled."""
+    """`overview.png`: the reconstructions above the first 64 samples."""
     count = len(json.loads((out / "samples" / RECORD).read_text(encoding="utf-8"))["labels"])
     samples = torch.stack([read_image(image_path(out / "samples", i)) for i in range(min(64, count))])
+    samples = samples.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     parts = [read_image(out / "reconstructions/grid.png"), pictures.make_grid(samples, columns=16)]
     width = max(part.shape[2] for part in parts)
     gap = torch.full((3, 8, width), 255, dtype=torch.uint8)
     rows = [torch.nn.functional.pad(part, (width - part.shape[2], 0), value=255) for part in parts]
-    sheet = torch.cat([rows[0], gap, rows[1]], dim=1)
-    pictures.save_png(sheet.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), out / "overview.png")
+    pictures.save_png(torch.cat([rows[0], gap, rows[1]], dim=1), out / "overview.png")
     return out / "overview.png"
 
 

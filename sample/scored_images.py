@@ -16,12 +16,13 @@ from torch import Tensor
 from generators.gpt import SamplingConfig
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.flextok import FlexTok, powers_of_two
+from imgtok.flextok import FlexTok
 from imgtok.images import to_uint8
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.metrics.scorers import ScoredBatch
-from sample.pipeline import DecodeSettings, Pipeline, batches_of
-from sample.reconstruct import reconstructions
+from imgtok.processes import cpu_threads
+from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn
+from sample.reconstruct import reconstruct, token_counts
 
 Versions = Mapping[int | None, ScoredBatch]
 
@@ -31,6 +32,8 @@ class Source(Protocol):
 
     num: int
     size: tuple[int, int]
+    labelled: bool
+    """Whether it is known which class each image should show."""
     token_counts: tuple[int | None, ...]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]: ...
@@ -45,6 +48,7 @@ class FileSource:
         self._images = SavedImages(path)
         self.num, self.size = check_num(num, len(self._images), str(path)), self._images.size
         self._labels = torch.arange(self.num) % num_classes if labels == "balanced" else self._images.labels
+        self.labelled = self._labels is not None
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         for chunk in batches_of(indices, batch_size):
@@ -53,8 +57,9 @@ class FileSource:
 
 
 class GeneratorSource:
-    """New images, drawn as `imgtok sample` draws them and never written; image i is of class classes[i % n]."""
+    """New images, drawn as `imgtok sample` draws them and never written."""
 
+    labelled = True
     token_counts: tuple[int | None, ...] = (None,)
 
     def __init__(
@@ -68,22 +73,20 @@ class GeneratorSource:
         decode: DecodeSettings,
     ) -> None:
         self._pipeline, self._seed, self._sampling, self._decode = pipeline, seed, sampling, decode
-        self._classes = tuple(classes) or tuple(range(pipeline.num_classes))
+        self._labels = labels_in_turn(classes, num, pipeline.num_classes)
         self.num, self.size = num, (pipeline.tokenizer.image_size,) * 2
-        for label in self._classes:
-            if not 0 <= label < pipeline.num_classes:
-                known = f"0 to {pipeline.num_classes - 1}"
-                raise ValueError(f"classes: {label} is not a class of the model; it has {known}")
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         for chunk in batches_of(indices, batch_size):
-            labels = [self._classes[index % len(self._classes)] for index in chunk]
+            labels = [self._labels[index] for index in chunk]
             images = self._pipeline.images(chunk, labels, seed=self._seed, sampling=self._sampling, decode=self._decode)
             yield {None: ScoredBatch(chunk, images, torch.tensor(labels))}
 
 
 class ReconstructionSource:
     """Images of a data source and what a tokenizer makes of them with each number of tokens."""
+
+    labelled = True
 
     def __init__(
         self,
@@ -94,38 +97,24 @@ class ReconstructionSource:
         *,
         seed: int,
         decode: DecodeSettings,
+        threads: int,
     ) -> None:
         self._tokenizer, self._images, self._seed, self._decode = tokenizer, images, seed, decode
+        self._threads = threads
         self.num, self.size = check_num(num, len(images), "the data source"), (tokenizer.image_size,) * 2
-        self._counts = tuple(counts) or tuple(powers_of_two(tokenizer.num_tokens))
+        self._counts = token_counts(counts, tokenizer.num_tokens)
         self.token_counts: tuple[int | None, ...] = self._counts
-        for count in self._counts:
-            if not 1 <= count <= tokenizer.num_tokens:
-                raise ValueError(f"num_tokens: the tokenizer has 1 to {tokenizer.num_tokens} tokens, asked for {count}")
 
-    @torch.no_grad()
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         for batch in eval_loader(self._images, batch_size, indices=indices):
-            decoded = self._reconstruct(batch.indices, batch_size)
+            with cpu_threads(self._threads):
+                decoded = reconstruct(
+                    self._tokenizer, batch.images, batch.indices, self._counts, seed=self._seed, decode=self._decode
+                )
             originals = to_uint8(batch.images)
             yield {
                 count: ScoredBatch(batch.indices, images, batch.labels, originals) for count, images in decoded.items()
             }
-
-    def _reconstruct(self, indices: Sequence[int], batch_size: int) -> dict[int, Tensor]:
-        """By token count. The originals are read a second time here, which costs little beside the decoder."""
-        found = reconstructions(
-            self._tokenizer,
-            self._images,
-            len(indices),
-            self._counts,
-            seed=self._seed,
-            batch_size=batch_size,
-            steps=self._decode.steps,
-            guidance=self._decode.guidance,
-            indices=indices,
-        )
-        return next(found)[1]
 
 
 def image_batches(

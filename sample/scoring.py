@@ -6,7 +6,7 @@ last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,9 +20,13 @@ from imgtok.hub import WEIGHTS_NAME, find_folder, load
 from imgtok.metrics import reference as references
 from imgtok.metrics import shapesnet
 from imgtok.metrics.features import FeatureExtractor, Inception, file_sha256, find_inception_weights
+from imgtok.metrics.precision_recall import MOST_REAL_FEATURES, NEIGHBOURS
+from imgtok.metrics.reconstruction import SSIM_WINDOW
 from imgtok.metrics.reference import FeatureSums, Reference
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.metrics.scorers import (
+    INCEPTION_SCORE_PARTS,
+    NO_LABELS,
     InceptionScorer,
     OracleScorer,
     ReconstructionScorer,
@@ -51,6 +55,14 @@ WITH_REFERENCE = ("fid", "sfid", "precision_recall")
 RECONSTRUCTION = ("psnr", "ssim", "mae")
 
 SAMPLES_OF_A_MODEL = 5000
+FEWEST: Mapping[Metric, int] = {
+    "fid": 2,
+    "sfid": 2,
+    "fd_shapes": 2,
+    "is": INCEPTION_SCORE_PARTS,
+    "precision_recall": NEIGHBOURS + 1,
+}
+"""Images without which a score does not exist."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; the same in every process."""
+    """What an evaluation found; `rows` is empty in all but the main process."""
 
     rows: list[Row]
     num: int
@@ -77,6 +89,7 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     weights: dict[str, str] = {}
     extractor = _open_extractor(config, accelerator, weights)
     source = _open_source(config, accelerator.device, weights)
+    _check_source(config.chosen_metrics, source)
     real = _open_reference(config, source, extractor, accelerator)
     scorers = _open_scorers(config, source, extractor, real, accelerator, weights)
     share = _share(source.num, accelerator)
@@ -87,7 +100,8 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     for count, family in scorers.items():
         for scorer in family:
             scorer.reduce(accelerator)
-            rows += [Row(score, count) for score in scorer.scores()]
+            if accelerator.is_main_process:  # eigenvalues and neighbours take minutes
+                rows += [Row(score, count) for score in scorer.scores()]
     return Evaluation(rows, source.num, weights)
 
 
@@ -104,6 +118,18 @@ def _feed(scorers: dict[int | None, list[Scorer]], versions: Versions) -> int:
 def _share(num: int, accelerator: Accelerator) -> range:
     """The indices of this process."""
     return range(accelerator.process_index, num, accelerator.num_processes)
+
+
+def _check_source(metrics: Sequence[Metric], source: Source) -> None:
+    """Raises ValueError for a score that these images cannot have, before any of them is drawn."""
+    if "oracle" in metrics and not source.labelled:
+        raise ValueError(NO_LABELS)
+    if "ssim" in metrics and min(source.size) < SSIM_WINDOW:
+        height, width = source.size
+        raise ValueError(f"metrics: ssim needs images of at least {SSIM_WINDOW} pixels a side, got {width}x{height}")
+    for metric in metrics:
+        if source.num < FEWEST.get(metric, 1):
+            raise ValueError(f"metrics: {metric} needs at least {FEWEST[metric]} images, and num is {source.num}")
 
 
 # Networks that judge
@@ -158,7 +184,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
     if config.model is not None:
         weights["model"] = file_sha256(find_folder(config.model) / WEIGHTS_NAME)
         return GeneratorSource(
-            Pipeline.load(config.model, config.tokenizer, device),
+            Pipeline.load(config.model, config.tokenizer, device, config.threads),
             config.num or SAMPLES_OF_A_MODEL,
             config.classes,
             seed=config.seed,
@@ -170,7 +196,15 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
     tokenizer = load(config.tokenizer, expect=FlexTok).to(device).eval()
     decode = DecodeSettings(None, config.decode_steps, config.decode_guidance)
     images = _open_data(config, tokenizer.image_size)
-    return ReconstructionSource(tokenizer, images, config.num, config.num_tokens, seed=config.seed, decode=decode)
+    return ReconstructionSource(
+        tokenizer,
+        images,
+        config.num,
+        config.num_tokens,
+        seed=config.seed,
+        decode=decode,
+        threads=config.threads,
+    )
 
 
 def _open_data(config: Config, size: int) -> ImageSource:
@@ -214,7 +248,8 @@ def _measure(
 ) -> Reference:
     """Statistics of the given images over all processes."""
     metrics = config.chosen_metrics
-    sums = FeatureSums(len(indices), spatial="sfid" in metrics, keep="precision_recall" in metrics)
+    keep = MOST_REAL_FEATURES if "precision_recall" in metrics else 0
+    sums = FeatureSums(len(indices), spatial="sfid" in metrics, keep=keep)
     for chunk, pixels in image_batches(images, _share(len(indices), accelerator), config.batch_size):
         sums.update(chunk, extractor(pixels))
     sums.reduce(accelerator)

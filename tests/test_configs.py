@@ -21,7 +21,6 @@ from generators.gpt import GPT
 from imgtok.cli import JOBS, main
 from imgtok.config import load, read_yaml
 from imgtok.flextok import FlexTok, FlexTokConfig
-from imgtok.vae import VAE
 from train.loop import Trainer
 from train.state import complete_steps
 from train.tokenizer import load_vae
@@ -138,12 +137,11 @@ def test_a_generator_is_sampled_from_and_scored(finished, path):
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize(
-    "model", [*(Path(read_yaml(path)["out"]) for path in paths("train-tokenizer")), Path("outputs/on-vae")], ids=str
-)
+TOKENIZERS = [Path(read_yaml(path)["out"]) for path in paths("train-tokenizer") if path.stem != "vae"]
+
+
+@pytest.mark.parametrize("model", [*TOKENIZERS, Path("outputs/on-vae")], ids=str)
 def test_a_tokenizer_is_shown_and_scored(finished, model):
-    if isinstance(imgtok.load(model / "final"), VAE):
-        pytest.skip("an autoencoder has no tokens")
     out = Path("reconstructions") / model.name
     data = ("data.kind=shapes", "data.num_images=64")
     run("reconstruct", model / "final", f"out={out}", *data)

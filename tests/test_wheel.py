@@ -78,4 +78,5 @@ def test_the_installed_wheel_trains_samples_and_evaluates(wheel: Path, tmp_path:
     assert "flextok" in imgtok("info", "tokenizer/final")
     imgtok("sample", "generator/final", "num=4", "out=samples")
     assert len(list((tmp_path / "samples").rglob("*.png"))) >= 4
-    imgtok("evaluate", "generator/final", "num=4", "out=scores")
+    imgtok("evaluate", "images=samples", "data.kind=shapes", "metrics=[oracle]", "out=scores.json")
+    assert (tmp_path / "scores.json").is_file()

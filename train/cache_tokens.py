@@ -16,11 +16,12 @@ from tqdm import tqdm
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig, ImageSource, open_images
-from imgtok.data.loaders import eval_loader
+from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
 from imgtok.flextok import FlexTok
 from imgtok.hub import find_folder, load
+from imgtok.processes import process_state
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Config:
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that tokenizer training kept apart."""
     mirrored: bool = False
-    """Tokenize each image a second time, mirrored."""
+    """Tokenize each image a second time, mirrored; not for shapes."""
     batch_size: PositiveInt = 64
     """Images encoded at once."""
     shard_size: PositiveInt = 8192
@@ -56,15 +57,18 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.mirrored and isinstance(self.data, ShapesConfig):
+            raise ValueError(
+                "mirrored: not possible with data.kind=shapes, whose generator draws no mirrored crescents: leave it "
+                "out, and raise data.num_images for more variety"
+            )
 
 
 def main(config: Config) -> None:
     """Encodes the shards that are still missing; under several processes each writes its own."""
-    from accelerate import PartialState
-
     if config.threads:
         torch.set_num_threads(config.threads)
-    state = PartialState()
+    state = process_state()
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=FlexTok).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
@@ -82,23 +86,33 @@ def main(config: Config) -> None:
     )
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     shards = list(writer.pending())
+    logger.info("%d shards to write in this process, one of %d", len(shards), state.num_processes)
+    unreadable = UnreadableImages(len(source))
     images = sum(len(info.shard_indices(shard)) for shard in shards)
     with tqdm(total=images, unit="image", desc="cache", disable=not state.is_main_process) as progress:
         for shard in shards:
-            write_shard(config, tokenizer, source, writer, shard, progress)
+            write_shard(config, tokenizer, source, writer, shard, unreadable, progress)
     state.wait_for_everyone()
     logger.info("tokens of %d images in %s", len(source), config.out)
 
 
 def write_shard(
-    config: Config, tokenizer: FlexTok, source: ImageSource, writer: TokenShardWriter, shard: int, progress: tqdm
+    config: Config,
+    tokenizer: FlexTok,
+    source: ImageSource,
+    writer: TokenShardWriter,
+    shard: int,
+    unreadable: UnreadableImages,
+    progress: tqdm,
 ) -> None:
-    """Encodes one shard's images, and their mirror images if asked for, and writes it."""
-    ids: list[Tensor] = []
-    labels: list[Tensor] = []
+    """Encodes one shard's images, and their mirror images if asked for, and writes it, if need be without any."""
+    ids: list[Tensor] = [torch.empty(0, writer.info.num_tokens, dtype=torch.int64)]
+    labels: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     indices: list[int] = []
     wanted = writer.info.shard_indices(shard)
-    for batch in eval_loader(source, config.batch_size, indices=wanted, num_workers=config.num_workers):
+    for batch in eval_loader(
+        source, config.batch_size, indices=wanted, num_workers=config.num_workers, unreadable=unreadable
+    ):
         images = batch.images.to(next(tokenizer.parameters()).device)
         for view in (images, images.flip(-1)) if config.mirrored else (images,):
             ids.append(tokenizer.encode(view).ids.cpu())

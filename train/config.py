@@ -23,7 +23,7 @@ class TrainingConfig:
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment, both below 1."""
     weight_decay: NonNegativeFloat = 0.05
-    """AdamW's decoupled weight decay, on tensors of two or more dimensions that are not tagged otherwise."""
+    """AdamW's decoupled weight decay, on tensors of two or more dimensions."""
     clip: NonNegativeFloat = 1.0
     """Largest norm of the whole gradient; 0 never clips."""
     warmup: NonNegativeInt = 0

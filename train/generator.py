@@ -38,6 +38,8 @@ class Config:
     """Folder of cached tokens."""
     tokenizer: str
     """Model folder or Hub name of the tokenizer that made them; copied into `final/tokenizer`."""
+    made_from: str | None = None
+    """Fingerprint of the tokens' tokenizer and data, filled in at the start: a run goes on only with the same."""
     model: GPTConfig = GPTConfig()
     """The model; its vocabulary, length and classes are filled in from the tokens."""
     share_digits: bool = False
@@ -58,7 +60,7 @@ def main(config: Config) -> None:
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=FlexTok)
     tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
-    refuse_other_tokenizer(config.out / "final" / "tokenizer", folder)
+    config = with_fingerprint(config, tokens.info.digest)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = GPT(
         replace(
@@ -72,13 +74,14 @@ def main(config: Config) -> None:
     fit(GeneratorJob(config, model, tokens, tokenizer, folder), config.training, config.out, config)
 
 
-def refuse_other_tokenizer(used: Path, tokenizer: Path) -> None:
-    """Raises ValueError if the run has finished with another tokenizer: trained again, it has the same name."""
-    if used.is_dir() and fingerprint(used) != fingerprint(tokenizer):
+def with_fingerprint(config: Config, made_from: str) -> Config:
+    """Fills in `made_from`, which `fit` compares with that of the run in `out`: remade tokens have the same path."""
+    if config.made_from not in (None, made_from):
         raise ValueError(
-            f"{used.parent} was trained on the tokens of another tokenizer than {tokenizer} is now: "
-            "choose another `out` for the new one"
+            f"made_from: {config.tokens} holds tokens {made_from}, and {config.made_from} is asked for: made again by "
+            "another tokenizer or of other data; choose another `out` and leave made_from out"
         )
+    return replace(config, made_from=made_from)
 
 
 class GeneratorJob:

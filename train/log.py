@@ -11,8 +11,6 @@ import importlib.util
 import json
 import logging
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 import imgtok
 from imgtok.config import to_dict
 from imgtok.files import replacing
+from imgtok.memory import peak_rss_mib
 from imgtok.tokenizer import Losses
 from train.config import TrainingConfig
 from train.state import Progress
@@ -186,8 +185,7 @@ def start_trackers(accelerator: Accelerator, out: Path, resolved: Any, done: int
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Largest memory of this process so far in MiB, and of its GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    memory = {"peak_rss_mib": peak_rss_mib()}
     if device.type == "cuda":
         memory["peak_cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return memory

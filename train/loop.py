@@ -62,7 +62,7 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
 
     `resolved` is the job's whole configuration, of which `config` is the section `training`. Continues from
     the newest checkpoint in `out`; returns at once if the run is complete. Raises ValueError if `out` holds
-    a run with another configuration, NonFiniteLoss, and OSError when the disk is full.
+    a run, finished or not, with another configuration, NonFiniteLoss, and OSError when the disk is full.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -137,10 +137,10 @@ class Trainer:
                 self.log.write(done, done, rate_at(step, config))
                 self.log.window.reset()
             self.log.bar.update()
+            if saves:  # before the picture, whose failure then costs no step
+                self.save(done)
             if last or (config.preview_every and done % config.preview_every == 0):
                 self.preview(done)
-            if saves:
-                self.save(done)
 
     def stream(self, step: int) -> Iterator[Any]:
         """The micro-batches of this process from optimizer step `step` on."""
@@ -154,7 +154,8 @@ class Trainer:
             position = step * config.accumulate + micro
             generator = step_generator(config.seed, position, accelerator.process_index)
             batch = next(batches).to(accelerator.device)
-            torch.manual_seed(generator.initial_seed())  # nn.Dropout knows only the global generator
+            dropout = step_generator(config.seed, position, accelerator.process_index, purpose="dropout")
+            torch.manual_seed(dropout.initial_seed())  # nn.Dropout knows only the global generator
             with accelerator.accumulate(self.model):
                 losses = self.job.loss(self.model, batch, generator)
                 window.add(losses, position)
@@ -164,6 +165,8 @@ class Trainer:
         window.add_norm(norm, position, must_be_finite=config.precision != "fp16")
         if self.skips_broken:  # keeps the weights that met the broken batch, without waiting for the device
             self.adamw.found_inf = window.broken  # type: ignore[attr-defined]
+        elif config.precision != "fp16":  # no such switch (MPS): look before the weights change
+            self.stop_if_broken()
         set_rate(self.adamw, rate_at(step, config))
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -19,14 +19,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Trainable parameters in two groups, decayed and not.
 
     Tensors of two or more dimensions (matrices, kernels) decay, vectors and scalars (norms, biases) do not.
-    The module that creates a parameter may say otherwise by an attribute: `table.weight_decay = False`.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            wants_decay = getattr(parameter, "weight_decay", parameter.ndim >= 2)
-            (decayed if wants_decay else free).append(parameter)
+            (decayed if parameter.ndim >= 2 else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -59,11 +59,12 @@ def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
 
 def prepare_folder(accelerator: Accelerator, config: TrainingConfig, out: Path, resolved: Any) -> None:
     """Check that a run in `out` is this one; clear what a killed process left; write config.yaml."""
-    checkpoints = out / "checkpoints"
-    if complete_steps(checkpoints):
+    checkpoints, final = out / "checkpoints", out / "final"
+    if complete_steps(checkpoints) or final.exists():
         if not config.resume:
+            found = "checkpoints" if complete_steps(checkpoints) else "the finished model"
             raise ValueError(
-                f"{out} holds checkpoints of an earlier run and training.resume is false: choose "
+                f"{out} holds {found} of an earlier run and training.resume is false: choose "
                 "another `out`, continue it with training.resume=true, or delete that folder yourself"
             )
         refuse_other_run(out / "config.yaml", resolved)

@@ -37,9 +37,9 @@ class Config:
     data: DataConfig = ShapesConfig()
     """Images to train on."""
     flip: bool = False
-    """Mirror each training image with probability one half."""
+    """Mirror each training image with probability one half; not for shapes."""
     crop: Literal["center", "random"] = "center"
-    """Which square of a training image is used; the held-out images are always cropped in the centre."""
+    """Which square of a training image is used; the held-out images and shapes are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
     image_size: PositiveInt | None = None
@@ -63,6 +63,11 @@ class Config:
             raise ValueError(f"vae: only a tokenizer stands on an autoencoder, given {self.vae!r} with model.kind=vae")
         if isinstance(self.model, FlexTokConfig) and self.image_size is not None:
             raise ValueError("image_size: a tokenizer has its own, set model.image_size instead")
+        if isinstance(self.model, FlexTokConfig) and self.model.vae is not None:
+            raise ValueError(
+                "model.vae: training fills this in from the autoencoder itself, with its trained weights: leave it "
+                "out and name the autoencoder, vae=FOLDER or vae=shapes32"
+            )
 
 
 def main(config: Config) -> None:

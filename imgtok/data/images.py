@@ -77,7 +77,11 @@ class Batch:
         """The same batch with its tensors on another device."""
         images = self.images.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
-        return Batch(images, labels, self.names, self.texts, self.indices, self.unreadable)
+        return replace(self, images=images, labels=labels)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while the processor goes on."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,20 @@ def open_images(
     split: every image belongs to one of "train" and "held_out", by an order that nothing but the data set's
     length decides. Shapes are drawn instead: "held_out" is their split `val`, which shares no scene with
     `train`.
-    Raises DataError or FileNotFoundError for data that cannot be used.
+    Raises DataError or FileNotFoundError for data that cannot be used, ValueError for augmented shapes.
     """
     if size < 1:
         raise ValueError(f"size is {size}; images need at least 1 pixel a side")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
     if isinstance(config, ShapesConfig):
-        return ShapesImages(_shapes_split(config, split, held_out_fraction), size, flip)
+        if flip or crop != "center":
+            wanted = "flip=true" if flip else f"crop={crop}"
+            raise ValueError(
+                f"{wanted} is not possible with data.kind=shapes: a mirrored crescent or a moved object is not what "
+                "its caption and the oracle say; leave it out, and raise data.num_images for more variety"
+            )
+        return ShapesImages(_shapes_split(config, split, held_out_fraction), size)
     records = _open_records(config)
     indices = split_indices(len(records), split, held_out_fraction)
     return FileImages(records, indices, size, Augmentation(flip, crop))
@@ -270,10 +280,9 @@ def too_many_unreadable(messages: Sequence[str], length: int) -> DataError:
 class ShapesImages:
     """The built-in shapes; drawn a batch at a time, which is much faster than one by one."""
 
-    def __init__(self, config: ShapesConfig, size: int, flip: bool) -> None:
+    def __init__(self, config: ShapesConfig, size: int) -> None:
         self.size = size
         self._shapes = ShapesDataset(config, size)
-        self._augmentation = Augmentation(flip, "center")
         self.num_classes = self._shapes.num_classes
         self.class_names = self._shapes.class_names
 
@@ -292,9 +301,7 @@ class ShapesImages:
         return Batch(images, labels, tuple(names), tuple(texts), tuple(indices))
 
     def training_batch(self, positions: Sequence[Position], seed: int) -> Batch:
-        batch = self.batch([position.index for position in positions])
-        self._augmentation.mirror(batch.images, self._augmentation.draws(seed, positions))
-        return batch
+        return self.batch([position.index for position in positions])
 
 
 def _shapes_split(config: ShapesConfig, split: str, held_out_fraction: float) -> ShapesConfig:

@@ -165,6 +165,7 @@ def _load_batches(load: Callable[[T], Batch], order: Sequence[T] | Sampler[T], n
         sampler=order,
         num_workers=num_workers,
         collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),  # without it Batch.to waits for each copy
         generator=torch.Generator(),  # otherwise starting the workers draws from the global one
     )
     for batch in loader:

@@ -54,6 +54,11 @@ class TokenCacheInfo:
     """Version of this layout."""
 
     @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with the tokenizer, the data set or any other field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def num_shards(self) -> int:
         return -(-self.num_images // self.shard_size)
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 NEIGHBOURS = 3
+MOST_REAL_FEATURES = 10_000
+"""Real images that generated ones are compared with, as in ADM's evaluator; more would take hours."""
+
 _KEEP_ALL_DISTANCES = 10_000  # above this many images the distance matrix (400 MB here) is made in parts
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 PSNR_OF_EQUAL_IMAGES = 100.0
 """dB; the true value is infinite, which no mean survives."""
 
-_WINDOW, _SIGMA = 11, 1.5
+SSIM_WINDOW = 11
+"""Pixels a side of the windows that SSIM compares."""
+
+_SIGMA = 1.5
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
@@ -36,8 +39,8 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     The mean over channels and the windows that lie inside the image. Raises ValueError below 11 pixels a side.
     """
     first, second = _pair(images, originals)
-    if min(first.shape[-2:]) < _WINDOW:
-        raise ValueError(f"SSIM needs images of at least {_WINDOW} pixels a side, got {tuple(first.shape[-2:])}")
+    if min(first.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(first.shape[-2:])}")
     mean_1, mean_2 = _blur(first), _blur(second)
     variance_1 = _blur(first * first) - mean_1 * mean_1
     variance_2 = _blur(second * second) - mean_2 * mean_2
@@ -50,7 +53,7 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 def _blur(x: Tensor) -> Tensor:
     """The window's weighted means, rows then columns, without padding."""
-    offsets = torch.arange(_WINDOW, dtype=x.dtype, device=x.device) - _WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     weights = (-(offsets**2) / (2 * _SIGMA**2)).exp()
     weights = weights / weights.sum()
     flat = x.flatten(0, 1)[:, None]

@@ -61,9 +61,13 @@ class Reference:
 class FeatureSums:
     """Everything that the scores on a network's features need of one set of `num` images, streamed."""
 
-    def __init__(self, num: int, *, spatial: bool, keep: bool) -> None:
-        """`keep` holds on to the pool features themselves."""
-        self.num, self._spatial, self._keep = num, spatial, keep
+    def __init__(self, num: int, *, spatial: bool, keep: int) -> None:
+        """Holds on to the pool features of at most `keep` images, spread evenly: the first may be of few classes."""
+        self.num, self._spatial = num, spatial
+        self._kept = min(keep, num)
+        self._row = torch.full((num,), -1)  # of an image's features among those that are kept
+        kept = torch.arange(self._kept)
+        self._row[kept * num // max(1, self._kept)] = kept
         self.pool: Moments | None = None
         self.spatial: Moments | None = None
         self.rows: Rows | None = None
@@ -76,12 +80,13 @@ class FeatureSums:
         if self.spatial is not None:
             self.spatial.update(features.spatial)
         if self.rows is not None:
-            self.rows.update(indices, features.pool)
+            rows = self._row[list(indices)]
+            self.rows.update(rows[rows >= 0].tolist(), features.pool.cpu()[rows >= 0])
 
     def _begin(self, pool: int, spatial: int) -> None:
         self.pool = Moments(pool)
         self.spatial = Moments(spatial) if self._spatial else None
-        self.rows = Rows(self.num, pool, torch.float32) if self._keep else None
+        self.rows = Rows(self._kept, pool, torch.float32) if self._kept else None
 
     def reduce(self, reducer: Reducer | None) -> None:
         """Raises ValueError when this process got no image: more processes than images."""
@@ -144,8 +149,8 @@ def load(path: Path, extractor: str, assume: str | None = None) -> Reference:
         tensors, name, made_by, count = _read_npz(path), path.stem, assume, 0
     if made_by is None:
         raise ValueError(
-            f"{path}: does not say which network its statistics come from; "
-            f"if it was {extractor}, set assume_extractor={extractor}"
+            f"{path}: an .npz does not say which network its statistics come from; "
+            f"if it was {extractor}, as for those of the ADM suite, set assume_extractor={extractor}"
         )
     if made_by != extractor:
         raise ValueError(f"{path}: statistics of the network {made_by} cannot be compared with features of {extractor}")

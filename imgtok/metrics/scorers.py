@@ -26,6 +26,12 @@ from imgtok.metrics.shapesnet import Recipe, ShapesNet
 
 logger = logging.getLogger(__name__)
 
+INCEPTION_SCORE_PARTS = 10
+NO_LABELS = (
+    "the oracle compares with labels, and these images have none; "
+    "labels=balanced takes index modulo 64, the sampler's order"
+)
+
 
 @dataclass(frozen=True)
 class ScoredBatch:
@@ -71,13 +77,13 @@ class InceptionScorer:
         extractor: FeatureExtractor,
         num: int,
         reference: Reference | None,
-        splits: int = 10,
+        splits: int = INCEPTION_SCORE_PARTS,
     ) -> None:
         """`reference` may be None for `is` alone."""
         self._metrics, self._extractor, self._num, self._splits = set(metrics), extractor, num, splits
         self._reference = reference
         _check_reference(self._metrics, reference)
-        self._sums = FeatureSums(num, spatial="sfid" in metrics, keep="precision_recall" in metrics)
+        self._sums = FeatureSums(num, spatial="sfid" in metrics, keep=num if "precision_recall" in metrics else 0)
         self._inception_score: InceptionScore | None = None
 
     def update(self, batch: ScoredBatch) -> None:
@@ -193,10 +199,7 @@ class OracleScorer:
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without labels."""
         if batch.labels is None:
-            raise ValueError(
-                "the oracle compares with labels, and these images have none; "
-                "labels=balanced takes index modulo 64, the sampler's order"
-            )
+            raise ValueError(NO_LABELS)
         read = class_readings(batch.images.cpu().float() / 255)
         known, truth, per_shape = read.labels >= 0, batch.labels.cpu(), len(COLOURS)
         columns = (

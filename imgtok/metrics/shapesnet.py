@@ -7,12 +7,10 @@ and for nothing else: they are not FID, and differ a little between versions of 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from imgtok.data.shapes import COLOURS, SHAPES, VERSION, ShapesConfig, ShapesDataset
 from imgtok.files import replacing
+from imgtok.processes import cpu_threads
 from imgtok.randomness import step_generator
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,8 @@ def resize(images: Tensor) -> Tensor:
 def train(recipe: Recipe | None = None) -> ShapesNet:
     """A network made by the recipe: the same bits each time on one machine, with any number of threads."""
     recipe = recipe or Recipe()
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    # Another number of threads would round otherwise and end in other weights.
+    with cpu_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # the default generator decides initial weights; the fork puts it back
         net = ShapesNet()
         optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
@@ -155,17 +155,6 @@ def _standardise(net: ShapesNet, sources: list[ShapesDataset], recipe: Recipe) -
     features = torch.cat([net.features(_batch(sources, step, recipe.batch)[0]) for step in steps])
     net.mean.copy_(features.mean(dim=0))
     net.deviation.copy_(features.std(dim=0).clamp(min=1e-6))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    # Sums are split by thread, so another number of threads would round otherwise and end in other weights.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # Cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -237,6 +238,15 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_broken_pipe_in_a_job_is_an_error(toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(_: Config) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(toy, "main", fail)
+    assert cli.main(["train", "toy"]) == 2
+    assert error_of(capsys).startswith("imgtok: broken pipe: a process that this job was writing to")
 
 
 def test_run_job_is_the_same_program(toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

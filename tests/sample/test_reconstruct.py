@@ -16,7 +16,9 @@ from imgtok.data.shapes import ShapesConfig
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.images import to_uint8
 from imgtok.metrics.reconstruction import psnr
-from sample.reconstruct import Config, main, reconstructions
+from sample.pipeline import DecodeSettings
+from sample.reconstruct import Config, main, spread_indices
+from sample.reconstruct import reconstruct as reconstruct_images
 
 DATA = ShapesConfig(num_images=400)
 TRUNK = TrunkConfig(width=64, depth=1, head_dim=32)
@@ -48,8 +50,9 @@ def test_the_powers_of_two_are_shown_and_measured(tokenizer, tmp_path):
     scores = reconstruct(tokenizer, tmp_path, num=5)
     assert list(scores) == ["1", "2", "4", "6"]
     model = FlexTok.from_pretrained(tokenizer)
-    images = open_images(DATA, 16, split="held_out").batch(range(5)).images
-    decoded = model.decode(model.encode(images).truncate(2), seed=0)
+    chosen = range(0, 40, 8)  # of the 40 held-out images, evenly
+    images = open_images(DATA, 16, split="held_out").batch(chosen).images
+    decoded = model.decode(model.encode(images).truncate(2), seed=0, indices=chosen)
     assert scores["2"] == pytest.approx(float(psnr(to_uint8(decoded), to_uint8(images)).mean()), abs=1e-3)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 5 * 16
@@ -66,13 +69,18 @@ def test_the_batch_size_leaves_no_trace(tokenizer, tmp_path):
 def test_an_image_is_the_same_in_any_company(tokenizer):
     model = FlexTok.from_pretrained(tokenizer)
     source = open_images(DATA, 16, split="held_out")
-    everything = dict[int, torch.Tensor]()
-    for originals, decoded in reconstructions(model, source, 40, (1, 6), seed=3, batch_size=40):
-        assert originals.dtype == decoded[6].dtype == torch.uint8
-        everything = decoded
-    (_, some), *_ = reconstructions(model, source, 2, (6,), seed=3, batch_size=2, indices=(31, 5))
+    images = source.batch(range(40)).images
+    settings = DecodeSettings()
+    everything = reconstruct_images(model, images, range(40), (1, 6), seed=3, decode=settings)
+    some = reconstruct_images(model, images[[31, 5]], (31, 5), (6,), seed=3, decode=settings)
+    assert some[6].dtype == torch.uint8
     assert torch.equal(some[6], everything[6][[31, 5]])
     assert not torch.equal(everything[1], everything[6])
+
+
+def test_images_are_taken_from_everywhere():
+    assert list(spread_indices(100, 4)) == [0, 25, 50, 75]
+    assert list(spread_indices(3, 16)) == [0, 1, 2]
 
 
 def test_seed_and_counts_are_chosen(tokenizer, tmp_path):

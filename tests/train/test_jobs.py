@@ -56,16 +56,17 @@ def tokens(tmp_path_factory, flextok) -> Path:
 
 KILLED = """
 import os, signal, sys
-from train.loop import Trainer
 from imgtok.cli import main
-ema_update = []
-import train.ema
-update = train.ema.EMA.update
+from train.ema import EMA
+
+update = EMA.update
+
 def dying(self, step):
-    if step == 2:
+    if step == 2:  # the optimizer has moved the weights, and their average does not know it
         os.kill(os.getpid(), signal.SIGKILL)
     update(self, step)
-train.ema.EMA.update = dying
+
+EMA.update = dying
 main(sys.argv[1:])
 """
 
@@ -164,6 +165,7 @@ def test_a_tokenizer_stands_on_the_packaged_autoencoder(tmp_path):
         ("vae", "image_size=null", "image_size: an autoencoder needs the size"),
         ("vae", "vae=shapes32", "vae: only a tokenizer stands on an autoencoder"),
         ("flextok", "image_size=32", "image_size: a tokenizer has its own, set model.image_size"),
+        ("flextok", "model.vae={block_channels: [32]}", "model.vae: .* vae=FOLDER or vae=shapes32"),
         ("flextok", "model.image_size=-16", "model.image_size: given -16"),
         ("flextok", "model.kind=gpt", "model.kind: given 'gpt'"),
         ("flextok", "training.stepz=1", "did you mean"),
@@ -173,6 +175,12 @@ def test_a_tokenizer_stands_on_the_packaged_autoencoder(tmp_path):
 def test_what_does_not_go_together_is_said_at_once(name, override, message):
     with pytest.raises(ConfigError, match=message):
         load(tokenizer.Config, TINY / f"{name}.yaml", [override])
+
+
+@pytest.mark.parametrize("override", ["flip=true", "crop=random"])
+def test_shapes_are_not_augmented(tmp_path, override):
+    with pytest.raises(ValueError, match=rf"{override} is not possible with data.kind=shapes"):
+        train(tokenizer, "flextok", tmp_path, override)
 
 
 def test_previews_can_be_left_out_and_nothing_held_out(tmp_path):
@@ -201,8 +209,22 @@ def test_tokens_are_those_of_the_tokenizer(flextok, tokens, tmp_path):
     batch = open_images(ShapesConfig(num_images=64), 16).batch(range(64))
     assert torch.equal(cached.ids.long(), imgtok.load(flextok).encode(batch.images).ids)
     assert torch.equal(cached.labels, batch.labels)
-    mirrored = TokenDataset(cache(tmp_path, flextok, "mirrored=true", "batch_size=10"))
-    assert len(mirrored) == 128
+
+
+def test_mirrored_tokens(flextok, tmp_path):
+    from imgtok.data.tokens import TokenDataset
+    from imgtok.images import from_uint8, save_png
+
+    pictures = torch.randint(0, 256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for index, picture in enumerate(pictures):
+        save_png(picture, tmp_path / f"images/{index}.png")
+    data = (f"data={{kind: folder, path: {tmp_path / 'images'}}}", "held_out=0", "batch_size=10")
+    cached = TokenDataset(cache(tmp_path / "tokens", flextok, "mirrored=true", *data))
+    both = torch.cat([from_uint8(pictures), from_uint8(pictures).flip(-1)])
+    assert torch.equal(cached.ids.long(), imgtok.load(flextok).encode(both).ids)
+    assert cached.indices.tolist() == [*range(5), *range(5)]
+    with pytest.raises(ConfigError, match="mirrored: not possible with data.kind=shapes"):
+        cache(tmp_path / "shapes", flextok, "mirrored=true")
 
 
 def test_an_interrupted_cache_writes_only_what_is_missing(flextok, tokens, tmp_path):
@@ -225,15 +247,33 @@ def test_tokens_of_another_tokenizer_are_refused(flextok, tokens, tmp_path):
 
 
 def test_a_finished_generator_of_another_tokenizer_is_not_called_complete(flextok, tokens, tmp_path):
-    inputs = [f"tokens={tokens}", f"tokenizer={tmp_path / 'model'}", "training.steps=1"]
+    inputs = [f"tokens={tmp_path / 'tokens'}", f"tokenizer={tmp_path / 'model'}", "training.steps=1"]
     shutil.copytree(flextok, tmp_path / "model")
+    shutil.copytree(tokens, tmp_path / "tokens")
     train(generator, "gpt", tmp_path / "gpt", *inputs)
     shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "tokens")
     other = train(tokenizer, "flextok", tmp_path / "other", "training.seed=1", "training.steps=0")
     shutil.copytree(other, tmp_path / "model")
-    inputs[0] = f"tokens={cache(tmp_path / 'tokens', other)}"
-    with pytest.raises(ValueError, match="choose another `out`"):
+    cache(tmp_path / "tokens", other)
+    with pytest.raises(ValueError, match="made_from = .*choose another `out`"):
         train(generator, "gpt", tmp_path / "gpt", *inputs)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_generator_does_not_go_on_with_other_tokens_at_the_same_path(flextok, tokens, tmp_path, finished):
+    inputs = [f"tokens={tmp_path / 'tokens'}", f"tokenizer={flextok}"]
+    shutil.copytree(tokens, tmp_path / "tokens")
+    train(generator, "gpt", tmp_path / "gpt", *inputs)
+    if not finished:
+        shutil.rmtree(tmp_path / "gpt/final")
+        shutil.rmtree(tmp_path / "gpt/checkpoints/step_0000004")
+    shutil.rmtree(tmp_path / "tokens")
+    cache(tmp_path / "tokens", flextok, "data.num_images=32")
+    with pytest.raises(ValueError, match="started with made_from = .*choose another `out`"):
+        train(generator, "gpt", tmp_path / "gpt", *inputs)
+    with pytest.raises(ValueError, match="made_from: .*made again"):
+        generator.main(load(generator.Config, tmp_path / "gpt/config.yaml"))
 
 
 def test_a_generator_is_no_tokenizer(flextok, tokens, tmp_path):

@@ -18,6 +18,7 @@ from train import loop
 from train.ema import EMA
 from train.log import check_trackers
 from train.loop import NonFiniteLoss, Trainer, fit
+from train.optim import parameter_groups
 from train.state import complete_steps
 
 
@@ -200,6 +201,21 @@ def test_compile_compiles_the_model_and_changes_nothing_else(tmp_path, monkeypat
     assert same(final(tmp_path / "plain"), final(tmp_path / "compiled"))
 
 
+def test_dropout_and_noise_draw_different_bits(tmp_path):
+    class Draws(ToyJob):
+        def loss(self, model, batch, generator):
+            pairs.append((torch.rand(4), torch.rand(4, generator=generator)))
+            return super().loss(model, batch, generator)
+
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        config = toy_config(steps=3, accumulate=2)
+        fit(Draws(config), config.training, out, config)
+    assert not any(torch.equal(dropout, noise) for dropout, noise in pairs)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(pairs[:6], pairs[6:], strict=True))
+    assert len({tuple(dropout.tolist()) for dropout, _ in pairs}) == 6  # every micro-batch its own
+
+
 def test_threads(tmp_path):
     before = torch.get_num_threads()
     try:
@@ -295,6 +311,24 @@ def test_on_a_gpu_the_step_is_found_later_and_exactly(tmp_path, monkeypatch):
     monkeypatch.undo()
     check_failure(tmp_path / "run", str(caught.value), 3)
     assert complete_steps(tmp_path / "run/checkpoints") == []
+
+
+def test_an_optimizer_that_cannot_skip_waits_before_the_weights_change(tmp_path, monkeypatch):
+    """As on Apple's GPUs, where AdamW is not fused."""
+    prepare = Trainer.__init__
+
+    def unwatched(self, *arguments):
+        prepare(self, *arguments)
+        self.on_cpu = False
+
+    def unfused(model, config, device):
+        return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.01, betas=config.betas)
+
+    monkeypatch.setattr(loop.Trainer, "__init__", unwatched)
+    monkeypatch.setattr(loop, "make_optimizer", unfused)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train(tmp_path / "run", bad=(3, 0), log_every=6, save_every=6)
+    check_failure(tmp_path / "run", str(caught.value), 3)
 
 
 class InfiniteGradient(ToyJob):

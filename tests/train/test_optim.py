@@ -17,34 +17,32 @@ def settings(**changes) -> TrainingConfig:
     return TrainingConfig(**{"steps": 101, "batch_size": 1, "learning_rate": 2.0, "warmup": 10, **changes})
 
 
-class Tagged(nn.Module):
+class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.table = nn.Embedding(5, 4)
-        self.table.weight.weight_decay = False
         self.gain = nn.Parameter(torch.ones(4))
-        self.gain.weight_decay = True
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
 
-def test_matrices_decay_vectors_do_not_and_tags_win():
-    model = Tagged()
+def test_matrices_decay_and_vectors_do_not():
+    model = Mixed()
     decayed, free = parameter_groups(model, 0.1)
-    assert {id(p) for p in decayed["params"]} == {id(model.linear.weight), id(model.gain)}
-    assert {id(p) for p in free["params"]} == {id(model.linear.bias), id(model.table.weight)}
+    assert {id(p) for p in decayed["params"]} == {id(model.linear.weight), id(model.table.weight)}
+    assert {id(p) for p in free["params"]} == {id(model.linear.bias), id(model.gain)}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
 
 
 def test_only_decayed_parameters_shrink_without_a_gradient():
-    model = Tagged()
+    model = Mixed()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, settings(weight_decay=0.5), torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     shrunk = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert shrunk == {"linear.weight", "gain"}
+    assert shrunk == {"linear.weight", "table.weight"}
 
 
 def test_a_model_without_trainable_parameters_is_refused():
@@ -108,7 +106,7 @@ def test_the_optimizer_uses_exactly_these_rates(tmp_path, used_rates, accumulate
         ({"warmup": 101}, "warmup must be below steps"),
         ({"betas": (0.9, 1.0)}, "betas must be below 1"),
         ({"ema": 1.0}, "ema must be below 1"),
-        ({"steps": 0}, "steps"),
+        ({"steps": -1}, "steps"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"precision": "fp8"}, "precision"),
         ({"trackers": ("mlflow",)}, "trackers"),

@@ -226,6 +226,32 @@ def test_a_finished_run_can_be_extended_and_not_shortened(tmp_path):
         train(tmp_path, steps=7)
 
 
+def test_a_finished_run_without_checkpoints_is_only_given_back_for_its_own_configuration(tmp_path, caplog):
+    train(tmp_path, steps=0)
+    assert complete_steps(tmp_path / "checkpoints") == []
+    with pytest.raises(ValueError, match=r"width = 8, and width = 4"):
+        train(tmp_path, steps=0, width=4)
+    with pytest.raises(ValueError, match=r"holds the finished model .* training.resume is false: choose another"):
+        train(tmp_path, steps=0, resume=False)
+    with caplog.at_level(logging.INFO):
+        train(tmp_path, steps=0)
+    assert "is complete (0 steps)" in caplog.text
+
+
+@pytest.mark.parametrize("last", [4, 6])
+def test_a_failing_picture_loses_nothing(tmp_path, uninterrupted, monkeypatch, last):
+    def fail(self, model, path):
+        assert path.name != f"step_{last:07d}.png", "no picture"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_job.ToyJob, "preview", fail)
+        with pytest.raises(AssertionError, match="no picture"):
+            train(tmp_path, preview_every=2)
+    assert complete_steps(tmp_path / "checkpoints") == [last, last - 2]
+    assert len(train(tmp_path).seen) == 6 - last
+    assert same(final(tmp_path), uninterrupted)
+
+
 def test_resume_false_never_overwrites(tmp_path):
     interrupt(tmp_path, after=3)
     with pytest.raises(ValueError, match=r"training.resume is false: choose another `out`"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imgtok.data import loaders
 from imgtok.data.images import Batch, DataError, ImageFolderConfig, ShapesConfig, open_images
 from imgtok.data.loaders import BatchSampler, UnreadableImages, eval_loader, train_loader
 
@@ -107,7 +108,7 @@ def test_global_random_state_is_neither_used_nor_changed(folder):
 
 
 def test_shapes_train_in_the_same_order_rule():
-    source = open_images(ShapesConfig(num_images=30), 16, flip=True)
+    source = open_images(ShapesConfig(num_images=30), 16)
     whole = take(train_loader(source, 8, seed=0), 6)
     assert all(map(same, whole[4:], take(train_loader(source, 8, seed=0, start_step=4), 2)))
 
@@ -125,6 +126,30 @@ def test_evaluation_shows_every_image_once_in_order(folder):
     assert all(map(same, batches, workers))
     with pytest.raises(ValueError, match="batch_size is 0"):
         next(eval_loader(source, 0))
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_batches_are_pinned_where_there_is_a_gpu(folder, monkeypatch, available):
+    pinned = []
+
+    class Spy(loaders.DataLoader):
+        def __init__(self, *arguments, pin_memory, **named):
+            pinned.append(pin_memory)
+            super().__init__(*arguments, **named)
+
+    monkeypatch.setattr(loaders, "DataLoader", Spy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    next(train_loader(open_folder(folder), 4, seed=0))
+    assert pinned == [available]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pinned_batches_are_the_same(folder, num_workers):
+    batch = next(train_loader(open_folder(folder), 4, seed=0, num_workers=num_workers))
+    assert batch.images.is_pinned()
+    assert batch.labels.is_pinned()
+    assert same(batch, open_folder(folder).training_batch(BatchSampler(20, 4, seed=0).batch(0), 0))
 
 
 # Damage

@@ -13,7 +13,7 @@ from imgtok.metrics.reference import FeatureSums, holds_statistics
 
 @pytest.fixture
 def measured(extractor, random_images):
-    sums = FeatureSums(30, spatial=True, keep=True)
+    sums = FeatureSums(30, spatial=True, keep=30)
     for start in range(0, 30, 8):
         indices = range(start, min(30, start + 8))
         sums.update(indices, extractor(random_images(30)[list(indices)]))

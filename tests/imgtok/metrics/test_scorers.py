@@ -39,7 +39,7 @@ def test_numbers_in_names(count, name):
 
 
 def reference(extractor, images, name="real"):
-    sums = FeatureSums(len(images), spatial=True, keep=True)
+    sums = FeatureSums(len(images), spatial=True, keep=len(images))
     sums.update(range(len(images)), extractor(images))
     sums.reduce(None)
     return sums.reference(name, extractor.name)
@@ -85,7 +85,7 @@ def test_inception_scores_of_two_processes(extractor, random_images, reduce_toge
 def test_what_a_reference_lacks_is_said_at_once(extractor, random_images):
     with pytest.raises(ValueError, match="fid, sfid compare with real images"):
         InceptionScorer(("fid", "sfid", "is"), extractor, 10, None)
-    sums = FeatureSums(20, spatial=False, keep=False)
+    sums = FeatureSums(20, spatial=False, keep=0)
     sums.update(range(20), extractor(random_images(20)))
     bare = sums.reference("bare", extractor.name)
     with pytest.raises(ValueError, match="bare has no spatial statistics"):
