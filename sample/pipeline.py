@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from generators.gpt import GPT, SamplingConfig
-from imgtok.flextok import FlexTok
 from imgtok.hub import find_folder, load
 from imgtok.images import to_uint8
 from imgtok.processes import cpu_threads
+from imgtok.tokenizer import Tokenizer
 from imgtok.tokens import Tokens
 
 ROWS = 16
@@ -38,7 +38,7 @@ class DecodeSettings:
 class Pipeline:
     """A loaded generator and tokenizer on one device; `threads` is how many of a CPU it uses."""
 
-    def __init__(self, generator: GPT, tokenizer: FlexTok, device: torch.device, threads: int = 1) -> None:
+    def __init__(self, generator: GPT, tokenizer: Tokenizer, device: torch.device, threads: int = 1) -> None:
         if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
             raise ValueError(
                 f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
@@ -54,7 +54,7 @@ class Pipeline:
         """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
         folder = find_folder(model)
         generator = load(folder, expect=GPT)
-        return cls(generator, load(tokenizer_folder(folder, tokenizer), expect=FlexTok), device, threads)
+        return cls(generator, load(tokenizer_folder(folder, tokenizer), expect=Tokenizer), device, threads)
 
     @property
     def num_classes(self) -> int:

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from imgtok.processes import peak_rss_mib
-
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
 from imgtok.files import replacing
+from imgtok.memory import peak_rss_mib
 from sample.report import Run, write_page
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def main(config: Config) -> None:
         "untrained": figures_of(config.out, "-untrained"),
         "seed": config.seed,
         "seconds": round(sum(seconds for *_, seconds in run.stages), 1),
-        "peak_rss_mib": round(peak_rss_mib(children=True), 1),
+        "peak_rss_mib": peak_rss_mib(children=True),
     }
     page = write_page(run, config.out)
     logger.info("%s", json.dumps(run.figures, indent=2))

@@ -21,10 +21,10 @@ from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.files import replacing
-from imgtok.flextok import FlexTok, powers_of_two
 from imgtok.hub import load
 from imgtok.metrics.reconstruction import psnr
 from imgtok.processes import cpu_threads, process_state
+from imgtok.tokenizer import Tokenizer, powers_of_two
 from sample.pipeline import DecodeSettings, blocks_of, pad_to_rows
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     state = process_state()
     if not state.is_main_process:
         return  # a picture is too little work to share
-    tokenizer = load(config.model, expect=FlexTok).to(state.device)
+    tokenizer = load(config.model, expect=Tokenizer).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split="held_out", held_out_fraction=config.held_out)
     counts = token_counts(config.num_tokens, tokenizer.num_tokens)
     settings = DecodeSettings(steps=config.decode_steps, guidance=config.decode_guidance)
@@ -104,7 +104,7 @@ def spread_indices(length: int, num: int) -> range:
 
 @torch.no_grad()
 def reconstruct(
-    tokenizer: FlexTok,
+    tokenizer: Tokenizer,
     images: Tensor,
     indices: Sequence[int],
     counts: Sequence[int],

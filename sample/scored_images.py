@@ -16,11 +16,11 @@ from torch import Tensor
 from generators.gpt import SamplingConfig
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.flextok import FlexTok
 from imgtok.images import to_uint8
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.metrics.scorers import ScoredBatch
 from imgtok.processes import cpu_threads
+from imgtok.tokenizer import Tokenizer
 from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn
 from sample.reconstruct import reconstruct, token_counts
 
@@ -90,7 +90,7 @@ class ReconstructionSource:
 
     def __init__(
         self,
-        tokenizer: FlexTok,
+        tokenizer: Tokenizer,
         images: ImageSource,
         num: int | None,
         counts: Sequence[int],

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from imgtok.data.images import ImageSource, open_images
 from imgtok.data.shapes import NUM_CLASSES, ShapesConfig
-from imgtok.flextok import FlexTok
 from imgtok.hub import WEIGHTS_NAME, find_folder, load
 from imgtok.metrics import reference as references
 from imgtok.metrics import shapesnet
@@ -34,6 +33,7 @@ from imgtok.metrics.scorers import (
     Scorer,
     ShapesDistance,
 )
+from imgtok.tokenizer import Tokenizer
 from sample.pipeline import DecodeSettings, Pipeline
 from sample.scored_images import (
     FileSource,
@@ -193,7 +193,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
         )
     assert config.tokenizer is not None
     weights["tokenizer"] = file_sha256(find_folder(config.tokenizer) / WEIGHTS_NAME)
-    tokenizer = load(config.tokenizer, expect=FlexTok).to(device).eval()
+    tokenizer = load(config.tokenizer, expect=Tokenizer).to(device).eval()
     decode = DecodeSettings(None, config.decode_steps, config.decode_guidance)
     images = _open_data(config, tokenizer.image_size)
     return ReconstructionSource(

@@ -19,9 +19,9 @@ from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
-from imgtok.flextok import FlexTok
 from imgtok.hub import find_folder, load
 from imgtok.processes import process_state
+from imgtok.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         torch.set_num_threads(config.threads)
     state = process_state()
     folder = find_folder(config.tokenizer)
-    tokenizer = load(folder, expect=FlexTok).to(state.device)
+    tokenizer = load(folder, expect=Tokenizer).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
     info = TokenCacheInfo(
         fingerprint=fingerprint(folder),
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
 
 def write_shard(
     config: Config,
-    tokenizer: FlexTok,
+    tokenizer: Tokenizer,
     source: ImageSource,
     writer: TokenShardWriter,
     shard: int,

@@ -18,9 +18,8 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, check
 from imgtok.data.loaders import TokenBatch, token_loader
 from imgtok.data.tokens import TokenDataset, fingerprint
-from imgtok.flextok import FlexTok
 from imgtok.hub import find_folder, load
-from imgtok.tokenizer import Losses
+from imgtok.tokenizer import Losses, Tokenizer
 from imgtok.tokens import Tokens
 from train.config import TrainingConfig
 from train.loop import fit
@@ -58,7 +57,7 @@ class Config:
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
     folder = find_folder(config.tokenizer)
-    tokenizer = load(folder, expect=FlexTok)
+    tokenizer = load(folder, expect=Tokenizer)
     tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
     config = with_fingerprint(config, tokens.info.digest)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
@@ -68,7 +67,7 @@ def main(config: Config) -> None:
             vocab_size=tokenizer.vocab_size,
             num_tokens=tokens.ids.shape[1],
             num_classes=max(tokens.num_classes, 1),
-            levels=tokenizer.config.levels if config.share_digits else (),
+            levels=tokenizer.levels if config.share_digits else (),
         )
     )
     fit(GeneratorJob(config, model, tokens, tokenizer, folder), config.training, config.out, config)
@@ -88,7 +87,7 @@ class GeneratorJob:
     """What the training loop needs to know about a generator."""
 
     def __init__(
-        self, config: Config, model: GPT, tokens: TokenDataset, tokenizer: FlexTok, tokenizer_folder: Path
+        self, config: Config, model: GPT, tokens: TokenDataset, tokenizer: Tokenizer, tokenizer_folder: Path
     ) -> None:
         self.config = config
         self.model: nn.Module = model

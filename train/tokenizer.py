@@ -18,9 +18,9 @@ from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, eval_loader, train_loader
 from imgtok.data.shapes import ShapesConfig
-from imgtok.flextok import FlexTok, FlexTokConfig, powers_of_two
+from imgtok.flextok import FlexTok, FlexTokConfig
 from imgtok.hub import load
-from imgtok.tokenizer import Losses
+from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
 from imgtok.vae import VAE, VAEConfig, packaged_vae
 from train.config import TrainingConfig
 from train.loop import fit
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     fit(job, config.training, config.out, config)
 
 
-def build_model(config: Config) -> tuple[FlexTok | VAE, int]:
+def build_model(config: Config) -> tuple[Tokenizer | VAE, int]:
     """A freshly initialised model, and the size of its images; its weights depend on the seed alone."""
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     if isinstance(config.model, VAEConfig):
@@ -107,7 +107,7 @@ def load_vae(name: str) -> VAE:
 class TokenizerJob:
     """What the training loop needs to know about a tokenizer."""
 
-    def __init__(self, config: Config, model: FlexTok | VAE, source: ImageSource, shown: ImageSource) -> None:
+    def __init__(self, config: Config, model: Tokenizer | VAE, source: ImageSource, shown: ImageSource) -> None:
         self.config = config
         self.model: nn.Module = model
         self.source = source
@@ -142,7 +142,7 @@ class TokenizerJob:
         if isinstance(model, VAE):
             rows = {"original": originals, "decoded": model.decode(model.encode(originals)).clamp(-1, 1)}
         else:
-            assert isinstance(model, FlexTok)
+            assert isinstance(model, Tokenizer)
             tokens = model.encode(originals)
             rows = {"original": originals} | {
                 str(count): model.decode(tokens.truncate(count)) for count in powers_of_two(model.num_tokens)
@@ -152,7 +152,7 @@ class TokenizerJob:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder; an autoencoder first learns the deviation of its latents on held-out images."""
-        assert isinstance(model, FlexTok | VAE)
+        assert isinstance(model, Tokenizer | VAE)
         if isinstance(model, VAE):
             measure_scaling(model, self.shown, self.config.training.batch_size)
         if self.config.half:

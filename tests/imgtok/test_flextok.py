@@ -15,7 +15,14 @@ from imgtok.vae import VAEConfig
 
 TRUNK = TrunkConfig(width=32, depth=2, head_dim=16)
 TINY = FlexTokConfig(
-    image_size=8, num_registers=8, levels=(4, 3, 2), encoder=TRUNK, decoder=TRUNK, decode_steps=3, positions="learned", initialisation="aligned"
+    image_size=8,
+    num_registers=8,
+    levels=(4, 3, 2),
+    encoder=TRUNK,
+    decoder=TRUNK,
+    decode_steps=3,
+    positions="learned",
+    initialisation="aligned",
 )
 TINY_VAE = VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=8, scaling_factor=0.5)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +21,13 @@ from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.images import save_png, to_uint8
 from imgtok.metrics import features, shapesnet
 from imgtok.metrics.features import Features
+from imgtok.metrics.scorers import Score
 from imgtok.metrics.shapesnet import Recipe
 from sample import scoring
-from sample.evaluate import Config, main
+from sample.evaluate import Config, describe_result, main
+from sample.scoring import Evaluation, Row
 
+ROOT = Path(__file__).parents[2]
 PROFILE = ShapesConfig(textures=("solid",), sizes=("large",), num_images=320)
 TRUNK = TrunkConfig(width=32, depth=1, head_dim=16)
 
@@ -151,7 +158,7 @@ def test_reconstructions_at_each_token_count(tokenizer, tmp_path):
     assert all(3 < value < 40 for (key, _), value in found.items() if key == "psnr")
     single = scores(run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, num_tokens=(2,), metrics=("psnr",)))
     assert single == {("psnr", 2): pytest.approx(found["psnr", 2])}
-    with pytest.raises(ValueError, match="1 to 4 tokens, given \[9\]"):
+    with pytest.raises(ValueError, match=r"1 to 4 tokens, given \[9\]"):
         run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num_tokens=(9,))
 
 
@@ -214,6 +221,68 @@ def test_missing_weights_stop_before_anything_is_drawn(generator, tmp_path, monk
         run(tmp_path, model=str(generator), metrics=("fid", "oracle"), data=PROFILE)
     assert str(caught.value).count("\n") == 1
     assert "IMGTOK_OFFLINE" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ("oracle",)}, "these images have none"),
+        ({"metrics": ("is",), "num": 9}, "is needs at least 10 images, and num is 9"),
+        ({"metrics": ("precision_recall",), "num": 3, "reference": "samples"}, "at least 4 images, and num is 3"),
+    ],
+)
+def test_what_files_lack_is_said_before_any_is_judged(samples, inception, tmp_path, monkeypatch, fields, message):
+    (samples / "samples.json").unlink()
+    if "reference" in fields:
+        fields = {**fields, "reference": samples}
+    monkeypatch.setattr(SmallExtractor, "__call__", lambda *a: pytest.fail("judged an image first"))
+    monkeypatch.setattr(scoring, "OracleScorer", lambda *a: pytest.fail("made a scorer first"))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, images=samples, inception_weights=inception, **fields)
+
+
+def test_ssim_of_small_images_is_refused_before_any_is_decoded(tmp_path):
+    config = FlexTokConfig(image_size=8, num_registers=2, patch_size=4, levels=(4,), encoder=TRUNK, decoder=TRUNK)
+    FlexTok(config).save_pretrained(tmp_path / "tokenizer")
+    images = to_uint8(ShapesDataset(PROFILE, 32).batch(range(12))[0])
+    for index, image in enumerate(images):
+        save_png(image, tmp_path / "data" / f"{index}.png")
+    data = ImageFolderConfig(path=tmp_path / "data")
+    with pytest.raises(ValueError, match="ssim needs images of at least 11 pixels a side, got 8x8"):
+        run(tmp_path, tokenizer=str(tmp_path / "tokenizer"), data=data, held_out=0.5)
+
+
+def test_a_score_without_a_value_is_null():
+    rows = [Row(Score("fid", "FID", float("nan")), None), Row(Score("is", "IS", 2.0), None)]
+    record = describe_result(Config(images="a"), Evaluation(rows, 1, {}), 0.0)
+    assert [score["value"] for score in record["scores"]] == [None, 2.0]
+    json.dumps(record, allow_nan=False)
+
+
+def test_drawing_and_decoding_use_the_threads_of_the_job(generator, tokenizer, tmp_path, monkeypatch):
+    seen = []
+    decode = FlexTok.decode
+    monkeypatch.setattr(
+        FlexTok, "decode", lambda self, *a, **k: seen.append(torch.get_num_threads()) or decode(self, *a, **k)
+    )
+    for threads in (1, 3):
+        for fields in ({"model": str(generator)}, {"tokenizer": str(tokenizer), "num_tokens": (2,)}):
+            run(tmp_path, data=PROFILE, metrics=("oracle",), num=4, threads=threads, **fields)
+    assert seen == [1, 1, 3, 3]
+
+
+def test_two_processes_find_the_same_scores_as_one(samples, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [f"images={samples}", "data.kind=shapes", "metrics=[oracle]", "num=15", f"out={tmp_path / 'two.json'}"]
+    done = subprocess.run(
+        [*launch, "-m", "sample.evaluate", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("written to") == 1  # with the images of both: a share would have another name
+    one = run(tmp_path, images=samples, data=PROFILE, metrics=("oracle",), num=15)
+    assert json.loads((tmp_path / "two.json").read_text())["scores"] == one["scores"]
 
 
 @pytest.mark.parametrize(

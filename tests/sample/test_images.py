@@ -97,7 +97,8 @@ def test_the_folder_of_a_job(samples):
 
 
 def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, samples, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU", None)  # a machine without a GPU is enough
     environment.pop("OMP_NUM_THREADS", None)  # torchrun gives each process one thread
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [str(generator), f"out={tmp_path}", f"num={NUM}", "batch_size=5", "sampling.guidance=1.5"]
@@ -106,6 +107,7 @@ def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, sam
         timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "19 images to draw in this process, one of 2" in done.stderr  # the first one's; the other drew the rest
     assert contents(tmp_path) == contents(samples)
     assert record(tmp_path) == record(samples)
 
@@ -271,9 +273,38 @@ def test_a_finished_npz_is_not_drawn_again(generator, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "images", None)
         sample(generator, tmp_path, format="npz", num=3, grid=0)
-    sample(generator, tmp_path, format="npz", num=4, grid=0)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_finished_npz_can_be_made_larger(generator, samples, tmp_path, monkeypatch):
+    sample(generator, tmp_path, format="npz", num=3, grid=0)
+    drawn = []
+    images = Pipeline.images
+
+    def seen(self, indices, *rest, **settings):
+        drawn.extend(indices)
+        return images(self, indices, *rest, **settings)
+
+    monkeypatch.setattr(Pipeline, "images", seen)
+    sample(generator, tmp_path, format="npz", num=5, grid=0)
+    assert drawn == [3, 4]
     with np.load(tmp_path / "samples.npz") as arrays:
-        assert len(arrays["arr_0"]) == 4
+        assert np.array_equal(arrays["arr_0"], pixels(samples)[:5])
+
+
+def test_what_a_killed_process_left_among_the_parts_is_cleared(generator, tmp_path):
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / ".parts" / ".000001.png.123.tmp").write_bytes(b"half")
+    sample(generator, tmp_path, format="npz", num=2, grid=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.json", "samples.npz"]
+
+
+@pytest.mark.parametrize("name", ["000000.png", "7.png", "samples.npz"])
+def test_images_of_unknown_origin_are_refused(generator, tmp_path, name):
+    (tmp_path / name).write_bytes(b"someone's")
+    with pytest.raises(ValueError, match=rf"holds {name} but no samples\.json.*out=FOLDER"):
+        sample(generator, tmp_path, num=2)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 # ------------------------------------------------------------------------------------------- the wrong model

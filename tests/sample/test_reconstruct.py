@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,13 @@ def test_an_image_is_the_same_in_any_company(tokenizer):
     assert some[6].dtype == torch.uint8
     assert torch.equal(some[6], everything[6][[31, 5]])
     assert not torch.equal(everything[1], everything[6])
+
+
+def test_only_one_process_of_several_writes(tokenizer, tmp_path, monkeypatch):
+    state = SimpleNamespace(is_main_process=False, device=torch.device("cpu"))
+    monkeypatch.setattr("sample.reconstruct.process_state", lambda: state)
+    main(Config(model=str(tokenizer), out=tmp_path / "out", data=DATA))
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_are_taken_from_everywhere():

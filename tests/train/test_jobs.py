@@ -223,7 +223,7 @@ def test_mirrored_tokens(flextok, tmp_path):
     both = torch.cat([from_uint8(pictures), from_uint8(pictures).flip(-1)])
     assert torch.equal(cached.ids.long(), imgtok.load(flextok).encode(both).ids)
     assert cached.indices.tolist() == [*range(5), *range(5)]
-    with pytest.raises(ConfigError, match="mirrored: not possible with data.kind=shapes"):
+    with pytest.raises(ConfigError, match=r"mirrored: not possible with data.kind=shapes"):
         cache(tmp_path / "shapes", flextok, "mirrored=true")
 
 
@@ -256,7 +256,7 @@ def test_a_finished_generator_of_another_tokenizer_is_not_called_complete(flexto
     other = train(tokenizer, "flextok", tmp_path / "other", "training.seed=1", "training.steps=0")
     shutil.copytree(other, tmp_path / "model")
     cache(tmp_path / "tokens", other)
-    with pytest.raises(ValueError, match="made_from = .*choose another `out`"):
+    with pytest.raises(ValueError, match=r"made_from = .*choose another `out`"):
         train(generator, "gpt", tmp_path / "gpt", *inputs)
 
 
@@ -270,9 +270,9 @@ def test_a_generator_does_not_go_on_with_other_tokens_at_the_same_path(flextok, 
         shutil.rmtree(tmp_path / "gpt/checkpoints/step_0000004")
     shutil.rmtree(tmp_path / "tokens")
     cache(tmp_path / "tokens", flextok, "data.num_images=32")
-    with pytest.raises(ValueError, match="started with made_from = .*choose another `out`"):
+    with pytest.raises(ValueError, match=r"started with made_from = .*choose another `out`"):
         train(generator, "gpt", tmp_path / "gpt", *inputs)
-    with pytest.raises(ValueError, match="made_from: .*made again"):
+    with pytest.raises(ValueError, match=r"made_from: .*made again"):
         generator.main(load(generator.Config, tmp_path / "gpt/config.yaml"))
 
 

@@ -21,6 +21,17 @@ def measured(extractor, random_images):
     return sums.reference("thirty", INCEPTION_NAME)
 
 
+def test_kept_features_are_few_and_from_everywhere(extractor, random_images):
+    images = random_images(30)
+    sums = FeatureSums(30, spatial=False, keep=10)
+    for indices in ([3, 1, 0, 2], range(4, 30)):
+        sums.update(indices, extractor(images[list(indices)]))
+    sums.reduce(None)
+    found = sums.reference("thirty", INCEPTION_NAME)
+    assert torch.equal(found.features, extractor(images).pool[::3])
+    assert found.pool.count == 30
+
+
 def test_own_file_round_trips(measured, tmp_path):
     path = tmp_path / "stats" / "thirty.safetensors"
     references.save(measured, path)
