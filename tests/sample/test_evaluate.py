@@ -254,7 +254,7 @@ def test_ssim_of_small_images_is_refused_before_any_is_decoded(tmp_path):
 
 def test_a_score_without_a_value_is_null():
     rows = [Row(Score("fid", "FID", float("nan")), None), Row(Score("is", "IS", 2.0), None)]
-    record = describe_result(Config(images="a"), Evaluation(rows, 1, {}), 0.0)
+    record = describe_result(Config(images=Path("a")), Evaluation(rows, 1, {}), 0.0)
     assert [score["value"] for score in record["scores"]] == [None, 2.0]
     json.dumps(record, allow_nan=False)
 

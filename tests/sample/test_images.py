@@ -316,7 +316,7 @@ def test_a_tokenizer_in_place_of_a_generator(generator, tmp_path):
 
 
 def test_a_generator_in_place_of_a_tokenizer(generator, tmp_path):
-    with pytest.raises(ValueError, match=r"holds a GPT .* but a FlexTok is needed"):
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
         sample(generator, tmp_path, tokenizer=str(generator))
 
 
