@@ -92,6 +92,7 @@ def main(config: Config) -> None:
     if state.is_main_process:
         claim_folder(config, labels)
     if finished_npz(config, len(labels)):
+        shutil.rmtree(folder, ignore_errors=True)  # if the process that packed it was killed before it did
         logger.info("%s is complete (%d images): nothing to do", npz_path(config), len(labels))
         return
     if state.is_main_process and config.format == "npz":

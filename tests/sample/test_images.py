@@ -295,8 +295,10 @@ def test_a_finished_npz_can_be_made_larger(generator, samples, tmp_path, monkeyp
 def test_what_a_killed_process_left_among_the_parts_is_cleared(generator, tmp_path):
     (tmp_path / ".parts").mkdir()
     (tmp_path / ".parts" / ".000001.png.123.tmp").write_bytes(b"half")
-    sample(generator, tmp_path, format="npz", num=2, grid=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.json", "samples.npz"]
+    for _ in range(2):
+        sample(generator, tmp_path, format="npz", num=2, grid=0)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.json", "samples.npz"]
+        (tmp_path / ".parts").mkdir()
 
 
 @pytest.mark.parametrize("name", ["000000.png", "7.png", "samples.npz"])

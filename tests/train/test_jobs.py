@@ -278,5 +278,5 @@ def test_a_generator_does_not_go_on_with_other_tokens_at_the_same_path(flextok, 
 
 def test_a_generator_is_no_tokenizer(flextok, tokens, tmp_path):
     gpt = train(generator, "gpt", tmp_path, f"tokens={tokens}", f"tokenizer={flextok}", "training.steps=0")
-    with pytest.raises(ValueError, match=r"holds a GPT .* but a FlexTok is needed"):
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
         cache(tmp_path / "tokens", gpt)
