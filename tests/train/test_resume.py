@@ -25,7 +25,9 @@ ROOT = PROGRAM.parents[2]
 
 
 def run_program(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """With this process's thread count when alone, as its weights are compared with ours: threads show in last bits."""
+    threads = str(1 if launcher else torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, str(PROGRAM), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
