@@ -27,6 +27,7 @@ from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_
 
 JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("train.tokenizer", "train a tokenizer on images"),
+    "train vae": ("train.vae", "train the continuous autoencoder that a tokenizer stands on"),
     "train generator": ("train.generator", "train a generator on the tokens of a tokenizer"),
     "cache": ("train.cache_tokens", "write the tokens of a data set to files, for faster training"),
     "sample": ("sample.images", "make new images with a trained generator"),

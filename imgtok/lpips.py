@@ -102,15 +102,20 @@ class LPIPS(nn.Module):
         except ValueError as error:
             raise ValueError(f"{backbone} and {heads} do not hold the weights of LPIPS with {net}: {error}") from error
 
+    @property
+    def smallest(self) -> int:
+        """Pixels a side that images must have."""
+        return self._facts.smallest
+
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, H, W) in [-1, 1] from as many others; symmetric."""
         if images.shape != references.shape or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"LPIPS compares two batches (B, 3, H, W), given {tuple(images.shape)} and {tuple(references.shape)}"
             )
-        if min(images.shape[2:]) < self._facts.smallest:
+        if min(images.shape[2:]) < self.smallest:
             raise ValueError(
-                f"LPIPS with {self.net} needs images of at least {self._facts.smallest} pixels a side, "
+                f"LPIPS with {self.net} needs images of at least {self.smallest} pixels a side, "
                 f"given {tuple(images.shape[2:])}"
             )
         total = images.new_zeros(len(images), dtype=torch.float32)

@@ -2,8 +2,8 @@
 
 Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) with f = 2^(levels - 1), multiplied by
 `scaling_factor` so that they have about unit deviation. Here it is wrapped with the suite's
-configuration, file format and training loss (L1 + squared error + KL, no downloaded weights);
-FlexTok and others hold one frozen inside. A small one for 32-pixel shapes ships with the package.
+configuration and file format; `imgtok train vae` trains it (train/vae.py has the losses), FlexTok and
+others hold one frozen inside. A small one for 32-pixel shapes ships with the package.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.hub import Pretrained
-from imgtok.tokenizer import Losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Shape of the autoencoder and weights of its training loss."""
+    """Shape of the autoencoder, and how much its latent is kept near a standard normal."""
 
     kind: Literal["vae"] = "vae"
     latent_channels: PositiveInt = 4
@@ -38,7 +36,7 @@ class VAEConfig:
     scaling_factor: PositiveFloat = 1.0
     """Multiplies latents after encoding; measured at the end of training as 1 / their deviation."""
     kl_weight: NonNegativeFloat = 1e-6
-    """Weight of the KL divergence (in nats, summed over an image's latent, per image element)."""
+    """Weight of the KL divergence in training (in nats, summed over an image's latent, per image element)."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -54,8 +52,15 @@ class VAEConfig:
         return 2 ** (len(self.block_channels) - 1)
 
 
+class Reconstruction(NamedTuple):
+    """What training compares: decoded `images` (B, 3, H, W), and the `kl` of the latents, a scalar."""
+
+    images: Tensor
+    kl: Tensor
+
+
 class VAE(nn.Module, Pretrained):
-    """`AutoencoderKL` with the suite's loss and scaling."""
+    """`AutoencoderKL` with the suite's scaling."""
 
     config_class: ClassVar[type] = VAEConfig
 
@@ -74,15 +79,12 @@ class VAE(nn.Module, Pretrained):
             latent_channels=config.latent_channels,
         )
 
-    def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses:
-        """Reconstruction (L1 + squared error) and KL losses of a batch."""
+    def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
+        """Decodes a sample of each image's posterior; the KL divergence is in nats per image element."""
         posterior = self.autoencoder.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device).to(images.device)
         decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
-        l1 = F.l1_loss(decoded, images)
-        mse = F.mse_loss(decoded, images)
-        kl = posterior.kl().sum() / images.numel()
-        return Losses(l1 + mse + self.config.kl_weight * kl, {"l1": l1, "mse": mse, "kl": kl})
+        return Reconstruction(decoded, posterior.kl().sum() / images.numel())
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents: the posterior's mean, or with standard-normal `noise` a sample of it."""

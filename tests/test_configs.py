@@ -26,7 +26,8 @@ from train.state import complete_steps
 from train.tokenizer import load_vae
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ORDER = ("train-tokenizer", "cache", "train-generator")
+TRAINING = ("train-vae", "train-tokenizer", "train-generator")
+ORDER = ("train-vae", "train-tokenizer", "cache", "train-generator")
 
 
 def job_of(path: Path) -> str:
@@ -84,7 +85,7 @@ def inside(request, monkeypatch):
         monkeypatch.chdir(request.getfixturevalue("finished"))
 
 
-@pytest.mark.parametrize("path", paths("train-tokenizer", "train-generator"), ids=name)
+@pytest.mark.parametrize("path", paths(*TRAINING), ids=name)
 def test_a_run_leaves_a_model_a_log_and_pictures(finished, path):
     out = Path(read_yaml(path)["out"])
     steps = read_yaml(path)["training"]["steps"]
@@ -99,7 +100,7 @@ def test_a_run_leaves_a_model_a_log_and_pictures(finished, path):
     assert list((out / "tensorboard").rglob("events*"))
 
 
-@pytest.mark.parametrize("path", paths("train-tokenizer", "train-generator"), ids=name)
+@pytest.mark.parametrize("path", paths(*TRAINING), ids=name)
 def test_an_interrupted_run_ends_with_the_same_weights(finished, path, monkeypatch):
     out = Path(f"resumed-{path.stem}")
     step = Trainer.step
@@ -137,7 +138,7 @@ def test_a_generator_is_sampled_from_and_scored(finished, path):
     assert scores[0] == scores[1]
 
 
-TOKENIZERS = [Path(read_yaml(path)["out"]) for path in paths("train-tokenizer") if path.stem != "vae"]
+TOKENIZERS = [Path(read_yaml(path)["out"]) for path in paths("train-tokenizer")]
 
 
 @pytest.mark.parametrize("model", [*TOKENIZERS, Path("outputs/on-vae")], ids=str)

@@ -25,7 +25,7 @@ class TrainingConfig:
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's decoupled weight decay, on tensors of two or more dimensions."""
     clip: NonNegativeFloat = 1.0
-    """Largest norm of the whole gradient; 0 never clips."""
+    """Largest norm of the whole gradient, a discriminator's measured by itself; 0 never clips."""
     warmup: NonNegativeInt = 0
     """Steps below the peak at the start: step s < warmup has (s + 1) / (warmup + 1) of the peak."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"

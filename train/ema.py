@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Running average of a model's trainable parameters and saved buffers; frozen parameters are not copied.
+    """Running average of a model's trainable parameters and saved buffers; frozen parameters are not copied, nor is
+    what belongs to the part `without`.
 
     The live tensors are remembered, so buffers have to be updated in place. Buffers that are not floating
     point (counters) are copied. A decay of 0 keeps no average: then the live weights stand for it.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, without: nn.Module | None = None) -> None:
         self.decay = decay
+        left_out = {id(tensor) for tensor in (*without.parameters(), *without.buffers())} if without else set()
         saved = model.state_dict().keys()
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        buffers = {name: b for name, b in model.named_buffers() if name in saved}
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in left_out}
+        buffers = {name: b for name, b in model.named_buffers() if name in saved and id(b) not in left_out}
         self.live: dict[str, Tensor] = {**trainable, **buffers} if decay > 0 else {}
         self.average = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self._averaged = [name for name, tensor in self.live.items() if tensor.is_floating_point()]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imgtok.randomness import step_generator
 from imgtok.tokenizer import Losses
@@ -40,6 +40,8 @@ class Job(Protocol):
     """What a training program hands to the loop. Batches are dataclasses with tensors and `.to(device)`."""
 
     model: nn.Module
+    """All that is trained. If it has an `adversary`, a module inside it that is trained against the rest, the gradient
+    of that part is clipped apart and its weights are not averaged."""
 
     def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Losses:
         """Loss of one micro-batch. Call `model`, not `self.model`: it may be wrapped for DDP."""
@@ -91,8 +93,11 @@ class Trainer:
         self.optimizer = self.adamw if accelerator.scaler is None else optimizer
         if config.compile:
             job.model.compile()
-        self.parameters = [p for p in job.model.parameters() if p.requires_grad]
-        self.ema = EMA(job.model, config.ema)
+        adversary: nn.Module | None = getattr(job.model, "adversary", None)
+        self.rivals = [p for p in adversary.parameters() if p.requires_grad] if adversary is not None else []
+        rivals = {id(p) for p in self.rivals}
+        self.parameters = [p for p in job.model.parameters() if p.requires_grad and id(p) not in rivals]
+        self.ema = EMA(job.model, config.ema, without=adversary)
         self.checkpoints = Checkpoints(accelerator, job.model, self.ema, out / "checkpoints", config.keep)
         describe_run(accelerator, config, job.model, out)
         self.start = self.resume()
@@ -161,8 +166,7 @@ class Trainer:
                 window.add(losses, position)
                 accelerator.backward(losses.total)
         assert accelerator.sync_gradients, "Accelerate and this loop disagree about where a step ends"
-        norm = accelerator.clip_grad_norm_(self.parameters, config.clip or float("inf"))
-        window.add_norm(norm, position, must_be_finite=config.precision != "fp16")
+        window.add_norm(self.clip(), position, must_be_finite=config.precision != "fp16")
         if self.skips_broken:  # keeps the weights that met the broken batch, without waiting for the device
             self.adamw.found_inf = window.broken  # type: ignore[attr-defined]
         elif config.precision != "fp16":  # no such switch (MPS): look before the weights change
@@ -171,6 +175,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(step)
+
+    def clip(self) -> Tensor:
+        """Limit the gradient's norm, an adversary's by itself; returns the norm of all of it before."""
+        limit = self.config.clip or float("inf")
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)  # in fp16 it unscales the rivals' too
+        if not self.rivals:
+            return norm
+        return norm.hypot(nn.utils.clip_grad_norm_(self.rivals, limit))
 
     def stop_if_broken(self) -> None:
         """Save what is needed and raise NonFiniteLoss if any process met a non-finite loss or gradient."""

@@ -1,4 +1,4 @@
-"""`imgtok train tokenizer`: trains a tokenizer on images, or the continuous autoencoder that one stands on."""
+"""`imgtok train tokenizer`: trains a tokenizer on images."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import nn
 
 from imgtok import images as pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, check
+from imgtok.config import NonNegativeInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, open_images
-from imgtok.data.loaders import Batch, eval_loader, train_loader
+from imgtok.data.loaders import Batch, train_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.flextok import FlexTok, FlexTokConfig
 from imgtok.hub import load
 from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
-from imgtok.vae import VAE, VAEConfig, packaged_vae
+from imgtok.vae import VAE, packaged_vae
 from train.config import TrainingConfig
 from train.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains a tokenizer (or an autoencoder: model.kind=vae) and writes a run folder with the model in `final/`."""
+    """Trains a tokenizer and writes a run folder with the model in `final/`."""
 
     job: Literal["train-tokenizer"] = "train-tokenizer"
     """Which program this file is for."""
@@ -42,9 +42,7 @@ class Config:
     """Which square of a training image is used; the held-out images and shapes are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
-    image_size: PositiveInt | None = None
-    """Pixels a side of an autoencoder's training images; a tokenizer has its own in `model`."""
-    model: FlexTokConfig | VAEConfig = FlexTokConfig()
+    model: FlexTokConfig = FlexTokConfig()
     """The model."""
     vae: str | None = None
     """The frozen autoencoder under a tokenizer: a folder, a Hub name, or one that ships with imgtok (`shapes32`)."""
@@ -57,13 +55,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        if isinstance(self.model, VAEConfig) and self.image_size is None:
-            raise ValueError("image_size: an autoencoder needs the size of its training images")
-        if isinstance(self.model, VAEConfig) and self.vae is not None:
-            raise ValueError(f"vae: only a tokenizer stands on an autoencoder, given {self.vae!r} with model.kind=vae")
-        if isinstance(self.model, FlexTokConfig) and self.image_size is not None:
-            raise ValueError("image_size: a tokenizer has its own, set model.image_size instead")
-        if isinstance(self.model, FlexTokConfig) and self.model.vae is not None:
+        if self.model.vae is not None:
             raise ValueError(
                 "model.vae: training fills this in from the autoencoder itself, with its trained weights: leave it "
                 "out and name the autoencoder, vae=FOLDER or vae=shapes32"
@@ -72,7 +64,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
-    model, size = build_model(config)
+    model = build_model(config)
+    size = model.image_size
     source = open_images(config.data, size, flip=config.flip, crop=config.crop, held_out_fraction=config.held_out)
     split: Literal["train", "held_out"] = "held_out" if config.held_out else "train"
     shown = open_images(config.data, size, split=split, held_out_fraction=config.held_out)
@@ -80,20 +73,17 @@ def main(config: Config) -> None:
     fit(job, config.training, config.out, config)
 
 
-def build_model(config: Config) -> tuple[Tokenizer | VAE, int]:
-    """A freshly initialised model, and the size of its images; its weights depend on the seed alone."""
+def build_model(config: Config) -> Tokenizer:
+    """A freshly initialised model; its weights depend on the seed alone."""
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    if isinstance(config.model, VAEConfig):
-        assert config.image_size is not None
-        return VAE(config.model), config.image_size
     if config.vae is None:
-        return FlexTok(config.model), config.model.image_size
+        return FlexTok(config.model)
     vae = load_vae(config.vae)
     torch.manual_seed(config.training.seed)
     model = FlexTok(replace(config.model, vae=vae.config))
     assert model.vae is not None
     model.vae.load_state_dict(vae.state_dict())
-    return model, config.model.image_size
+    return model
 
 
 def load_vae(name: str) -> VAE:
@@ -107,7 +97,7 @@ def load_vae(name: str) -> VAE:
 class TokenizerJob:
     """What the training loop needs to know about a tokenizer."""
 
-    def __init__(self, config: Config, model: Tokenizer | VAE, source: ImageSource, shown: ImageSource) -> None:
+    def __init__(self, config: Config, model: Tokenizer, source: ImageSource, shown: ImageSource) -> None:
         self.config = config
         self.model: nn.Module = model
         self.source = source
@@ -134,40 +124,25 @@ class TokenizerJob:
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Held-out images above their reconstructions; for a tokenizer one row a token count."""
+        """Held-out images above their reconstructions, one row a token count."""
         if not self.config.num_preview:
             return
+        assert isinstance(model, Tokenizer)
         device = next(model.parameters()).device
         originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
-        if isinstance(model, VAE):
-            rows = {"original": originals, "decoded": model.decode(model.encode(originals)).clamp(-1, 1)}
-        else:
-            assert isinstance(model, Tokenizer)
-            tokens = model.encode(originals)
-            rows = {"original": originals} | {
-                str(count): model.decode(tokens.truncate(count)) for count in powers_of_two(model.num_tokens)
-            }
+        tokens = model.encode(originals)
+        rows = {"original": originals} | {
+            str(count): model.decode(tokens.truncate(count)) for count in powers_of_two(model.num_tokens)
+        }
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
         pictures.save_png(grid, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model folder; an autoencoder first learns the deviation of its latents on held-out images."""
-        assert isinstance(model, Tokenizer | VAE)
-        if isinstance(model, VAE):
-            measure_scaling(model, self.shown, self.config.training.batch_size)
+        """The model folder."""
+        assert isinstance(model, Tokenizer)
         if self.config.half:
             model = copy.deepcopy(model).half()
         model.save_pretrained(folder)
-
-
-@torch.no_grad()
-def measure_scaling(vae: VAE, source: ImageSource, batch_size: int) -> None:
-    """Sets `scaling_factor` to one over the deviation of the latents of at most 256 images from all of the source."""
-    device = next(vae.parameters()).device
-    chosen = range(0, len(source), -(-len(source) // 256))  # not the first: those may all be of one class
-    latents = [vae.encode(batch.images.to(device)) for batch in eval_loader(source, batch_size, indices=chosen)]
-    deviation = torch.cat(latents).std() / vae.config.scaling_factor
-    vae.config = replace(vae.config, scaling_factor=float(1 / deviation))
 
 
 if __name__ == "__main__":

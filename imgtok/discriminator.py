@@ -1,0 +1,97 @@
+"""A patch discriminator and the losses of the game that a decoder plays against it.
+
+Plain distances prefer the mean of all images that fit, which is blurred. A small convolutional network that learns to
+tell reconstructions from images, patch by patch, prefers one of them (PatchGAN, arXiv 1611.07004; as a loss of
+autoencoders VQGAN, arXiv 2012.09841, and with it the VAEs of latent diffusion).
+
+Both players' losses are of one forward pass and one backward pass: the discriminator's sees reconstructions without
+their gradient, and the decoder's goes through a discriminator whose weights count as constants. So each loss reaches
+one player only, and one optimizer, one checkpoint and one resume serve both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, 3, H, W) -> logits (B, 1, h, w), one for each overlapping patch: 70 pixels a side with 3 layers.
+
+    Norms are over groups of channels of one image. The lineage has batch norms, whose statistics would mix real and
+    decoded images, differ between processes, and move with every pass, also with those that only ask for a gradient.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+        """`channels` of the first layer, doubled by each up to eightfold; `layers` that halve the image."""
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for index in range(1, layers + 1):
+            stride = 2 if index < layers else 1
+            norm = nn.GroupNorm(math.gcd(32, widths[index]), widths[index])
+            conv = nn.Conv2d(widths[index - 1], widths[index], 4, stride=stride, padding=1, bias=False)
+            blocks += [conv, norm, nn.LeakyReLU(0.2)]
+        blocks.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
+        self.layers = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits.float()  # (B, 1, h, w)
+
+    @staticmethod
+    def smallest(layers: int) -> int:
+        """Pixels a side of the smallest image that leaves one patch."""
+        return 3 * 2**layers
+
+
+def hinge_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises: above 1 for real images, below -1 for others. `fake` gets no gradient."""
+    on_real, on_fake = discriminator(torch.cat([real, fake.detach().to(real)])).chunk(2)
+    return (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()) / 2
+
+
+def adversarial_loss(discriminator: nn.Module, fake: Tensor) -> Tensor:
+    """What the maker of `fake` minimises: minus the mean logit. The discriminator's weights get no gradient."""
+    constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    logits: Tensor = functional_call(discriminator, constants, (fake,))
+    return -logits.mean()
+
+
+def balance(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`images` twice: for reconstruction losses, and for an adversarial term that is multiplied by `weight`, a scalar.
+
+    Forward nothing happens. On the way back the adversarial gradient is scaled until its norm is `weight` times that
+    of the reconstruction's: VQGAN's adaptive weight, but measured where the two gradients meet, on the decoded images,
+    and not on the last layer's weights, which would take a second backward pass. Each process measures its own.
+    """
+    reconstructed, judged = _Balance.apply(images, weight)
+    return reconstructed, judged
+
+
+class _Balance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight)
+        return images.clone(), images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        reconstruction, adversarial = gradients  # the second has been multiplied by `weight` already
+        tiny = torch.finfo(adversarial.dtype).tiny
+        ratio = weight * reconstruction.norm() / adversarial.norm().clamp_min(tiny)
+        return reconstruction + ratio.clamp(max=_LARGEST_RATIO) * adversarial, None
+
+
+_LARGEST_RATIO = 1e4  # VQGAN's: a discriminator without an opinion has a gradient of noise, not to be blown up at will
