@@ -94,25 +94,24 @@ def test_the_packaged_autoencoder_says_how_it_was_trained():
     record = load(vae.Config, shipped / "config.yaml")
     configuration = load(vae.Config, ROOT / "configs/vae/shapes32.yaml")
     assert record == replace(configuration, training=replace(configuration.training, threads=1))
-    assert imgtok.load(shipped).config == replace(
-        record.model, scaling_factor=imgtok.load(shipped).config.scaling_factor
-    )
+    measured = imgtok.load(shipped).config
+    assert measured == replace(record.model, scaling_factor=measured.scaling_factor)
 
 
 # ---------------------------------------------------------------------------------------------- with a rival
 
 
 def test_every_loss_reaches_one_player(tmp_path):
-    model = build(tmp_path)
+    model = build(tmp_path, "vae-gan", "loss.adaptive=false")
     losses = model(images(), generator=noise())
     assert model.adversary is not None
     assert all(gradient is None for gradient in gradients(losses.parts["adversarial"], model.adversary))
-    assert any(
-        gradient is not None and gradient.any() for gradient in gradients(losses.parts["adversarial"], model.vae)
-    )
+    heard = gradients(losses.parts["adversarial"], model.vae)
+    assert all(gradient is not None and gradient.any() for gradient in heard[-4:]), "the last layers of the decoder"
     assert all(gradient is None for gradient in gradients(losses.parts["discriminator"], model.vae))
     judge = gradients(losses.parts["discriminator"], model.adversary)
-    assert all(gradient is not None and gradient.any() for gradient in judge)
+    assert all(gradient is not None for gradient in judge)
+    assert all(gradient.any() for gradient in judge[:-1]), "all but the last bias, on which real and fake pull equally"
     for found, alone in zip(gradients(losses.total, model.adversary), judge, strict=True):
         assert torch.equal(found, alone)
 
@@ -147,11 +146,12 @@ def test_the_autoencoder_does_not_listen_before_the_start(tmp_path, adaptive):
         decoder = same[-4:]  # the encoder's variance may round alike
         assert all(same) if micro < 4 else not any(decoder), f"micro-batch {micro}"
         assert model.adversary is not None
-        assert all(gradient.any() for gradient in gradients(losses.total, model.adversary)), "the rival learns always"
+        learning = gradients(losses.total, model.adversary)
+        assert all(gradient.any() for gradient in learning[:-1]), "the rival learns always"
 
 
 def test_the_rival_learns_while_the_autoencoder_trains(tmp_path):
-    train("vae-gan", tmp_path, "training.steps=40", "loss.adversarial_start=1000", "training.learning_rate=2e-3")
+    train("vae-gan", tmp_path, "training.steps=20", "loss.adversarial_start=99", "training.learning_rate=4e-3")
     history = [line["loss/discriminator"] for line in lines(tmp_path)]
     assert history[0] == pytest.approx(1, abs=0.1)
     assert history[-1] < 0.5
@@ -208,26 +208,15 @@ def test_an_interrupted_game_goes_on_to_the_bit(tmp_path, monkeypatch):
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert whole["seen"] == 12
-    without = [*settings, "loss.adversarial_start=100"]
-    train("vae-gan", tmp_path / "alone", *without)
-    alone = load_file(tmp_path / "alone/final/model.safetensors")
-    reference = load_file(tmp_path / "whole/final/model.safetensors")
-    assert any(not torch.equal(alone[key], reference[key]) for key in alone), "the rival had no part in this test"
+    names = ("step", "loss", "loss/adversarial", "loss/discriminator", "grad_norm")
+    logs = [[[line[name] for name in names] for line in lines(tmp_path / run)] for run in ("whole", "resumed")]
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.slow
 def test_two_processes_play_the_same_game(tmp_path):
     arguments = [str(TINY / "vae-gan.yaml"), f"out={tmp_path}", *QUIET, "training.precision=bf16"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "train.vae",
-    ]
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m train.vae".split()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, check=False, timeout=300, capture_output=True, text=True
@@ -303,10 +292,10 @@ def test_images_too_small_for_lpips_are_refused(tmp_path, weights):
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("vae", "image_size=null", "image_size: given None"),
+        ("vae", "image_size=null", "image_size: given null"),
         ("vae", "image_size=15", "image_size: 15 is not a multiple of 2"),
         ("vae-gan", "loss.discriminator_layers=3", "3 need images of at least 24 pixels a side, given image_size = 16"),
-        ("vae", "loss.lpips=-1", "loss.lpips: given '-1'"),
+        ("vae", "loss.lpips=-1", "loss.lpips: given -1"),
         ("vae", "vae=shapes32", "no field 'vae'"),
         ("vae", "loss.lpips_net=squeeze", "loss.lpips_net: given 'squeeze'"),
     ],
