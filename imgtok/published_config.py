@@ -5,7 +5,8 @@ what the file says. `DESCRIPTION` is the layout of section 13 of the specificati
 `Number`s. Reading compares a file with it, setting by setting, and keeps what stands in the holes, which
 must agree wherever one number is stated twice; writing fills the holes in. Nothing that a file names is
 imported, and a module, setting or value that our model does not have is an error that says where.
-Modules are known by their names: the keys by which they pass data to each other are not followed.
+Modules are known by their names: neither their order, which the Hub's own writer loses by sorting, nor the
+keys by which they pass data to each other are followed.
 """
 
 from __future__ import annotations

@@ -130,6 +130,13 @@ def test_a_lone_file_carries_its_description(model, saved, folder):
     assert alike(model, imgtok.load(str(folder / "model.safetensors")))
 
 
+def test_the_order_of_a_description_is_free(model, folder):
+    """huggingface_hub sorts what it saves, and the published wrapper saves through it."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert alike(model, imgtok.load(folder))
+
+
 def test_loading_leaves_the_random_state_alone(saved):
     before = torch.random.get_rng_state()
     imgtok.load(saved)
