@@ -39,7 +39,9 @@ POSITIONAL = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Draws images from a generator: PNGs named by their index, `grid.png`, and `samples.json` with their labels."""
+    """Draws images from a generator: PNGs named by their index, `grid.png`, and `samples.json` with their labels
+    (classes, or numbers of prompts).
+    """
 
     job: Literal["sample"] = "sample"
     """Which program this file is for."""
@@ -50,11 +52,15 @@ class Config:
     out: Path = Path("outputs/samples")
     """Folder of the images."""
     num: PositiveInt = 64
-    """Images to draw; image i is of class classes[i % number of classes]."""
+    """Images to draw; image i is of class classes[i % number of classes], or of prompt i % number of prompts."""
     classes: tuple[int, ...] = ()
-    """Classes to draw; empty draws all in turn."""
+    """Classes to draw, -1 for no class; empty draws all in turn."""
+    prompts: str | None = None
+    """For a generator that reads text: a text file (.txt) with a prompt a line, or one prompt."""
+    text_encoder: str | None = None
+    """Folder or Hub name of the text encoder; null takes the one that the generator names."""
     per_class: PositiveInt | None = None
-    """Images of each class; takes the place of `num`."""
+    """Images of each class or prompt; takes the place of `num`."""
     seed: NonNegativeInt = 0
     """Image i of a seed is the same whatever the batch size or number of processes."""
     batch_size: PositiveInt = 64
@@ -87,6 +93,8 @@ def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
     state = process_state()
     pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads)
+    if config.prompts is not None:
+        pipeline.read_prompts(read_prompts(config.prompts), config.text_encoder)
     labels = plan_labels(config, pipeline.num_classes)
     folder = config.out / ".parts" if config.format == "npz" else config.out
     if state.is_main_process:
@@ -109,8 +117,20 @@ def main(config: Config) -> None:
 
 def plan_labels(config: Config, num_classes: int) -> list[int]:
     """The label of every index, interleaved over the classes. Raises ValueError for a class outside the model's."""
+    if config.prompts is not None and config.classes:
+        raise ValueError("classes: a generator that reads text has none; leave classes out, or prompts")
     count = config.per_class * (len(config.classes) or num_classes) if config.per_class else config.num
-    return labels_in_turn(config.classes, count, num_classes)
+    return labels_in_turn(config.classes, count, num_classes, unlabelled=True)
+
+
+def read_prompts(prompts: str) -> list[str]:
+    """The lines of a .txt file that are not blank, or the one prompt. ValueError for a file without any."""
+    if not prompts.endswith(".txt"):
+        return [prompts]
+    lines = [line.strip() for line in Path(prompts).expanduser().read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ValueError(f"prompts: {prompts} holds no prompt; write one a line")
+    return [line for line in lines if line]
 
 
 def claim_folder(config: Config, labels: Sequence[int]) -> None:
@@ -143,6 +163,10 @@ def describe_request(config: Config) -> dict[str, Any]:
     for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
         del request[field]
     model = find_folder(config.model)
+    if config.prompts is None:  # then the record is that of a version without text
+        del request["prompts"], request["text_encoder"]
+    else:
+        request["prompts"] = read_prompts(config.prompts)
     return request | {
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),
