@@ -48,12 +48,18 @@ class TextEncoder:
                 raise FileNotFoundError(f"{folder / file}: missing; a text encoder's folder holds {', '.join(NEEDED)}")
         if not sorted(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"{folder}: no *.safetensors; pickled weights are not read, convert them")
-        config = T5Config.from_pretrained(folder)
         with _as_value_error(folder):
-            model = T5EncoderModel.from_pretrained(
-                folder, config=config, use_safetensors=True, local_files_only=True, dtype=torch.float32
+            model, loading = T5EncoderModel.from_pretrained(
+                folder,
+                config=T5Config.from_pretrained(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if missing := sorted(loading["missing_keys"]):  # which transformers would leave random
+            raise ValueError(f"{folder}: not a T5 text encoder: {len(missing)} weights missing, such as {missing[0]}")
         return cls(name, folder, model.to(device).eval().requires_grad_(False), tokenizer, max_length)
 
     @torch.no_grad()

@@ -215,7 +215,7 @@ def finish(config: Config, labels: Sequence[int], folder: Path) -> None:
         shown = [read_image(image_path(folder, i)) for i in range(min(config.grid, len(labels)))]
         pictures.save_png(pictures.make_grid(torch.stack(shown), columns=8), config.out / "grid.png")
     if config.format == "npz":
-        pack_npz(folder, labels, npz_path(config))
+        pack_npz(folder, labels, npz_path(config), labels_name(config))
     logger.info("%d images in %s", len(labels), config.out)
 
 
@@ -228,7 +228,12 @@ def finished_npz(config: Config, count: int) -> bool:
     if config.format != "npz" or not npz_path(config).is_file():
         return False
     with open_npz(npz_path(config)) as arrays:
-        return len(arrays["arr_1"]) == count
+        return len(arrays[labels_name(config)]) == count
+
+
+def labels_name(config: Config) -> str:
+    """Of the labels in the .npz: arr_1 are classes to the ADM evaluator and to ours, which prompts are not."""
+    return "arr_1" if config.prompts is None else "prompts"
 
 
 def unpack_npz(path: Path, folder: Path) -> None:
@@ -240,14 +245,14 @@ def unpack_npz(path: Path, folder: Path) -> None:
             pictures.save_png(image.permute(2, 0, 1), image_path(folder, index))
 
 
-def pack_npz(folder: Path, labels: Sequence[int], path: Path) -> None:
+def pack_npz(folder: Path, labels: Sequence[int], path: Path, labels_as: str = "arr_1") -> None:
     """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: interleaved over the classes, as IS needs it."""
     _, height, width = read_image(image_path(folder, 0)).shape
     images = np.empty((len(labels), height, width, 3), np.uint8)
     for i in range(len(labels)):
         images[i] = read_image(image_path(folder, i)).permute(1, 2, 0).numpy()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images, np.array(labels))
+        np.savez(file, arr_0=images, **{labels_as: np.array(labels)})
     shutil.rmtree(folder)
 
 

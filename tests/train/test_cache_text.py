@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save_file
 
 import imgtok
 from imgtok.captions import Captions
@@ -16,6 +18,7 @@ from imgtok.data.captions import CaptionDataset
 from imgtok.data.shapes import VOCABULARY, ShapesConfig, ShapesDataset
 from imgtok.data.sources import DataError
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.metrics.saved_images import SavedImages
 from imgtok.text_encoder import TextEncoder
 from train import cache_text
 
@@ -98,6 +101,11 @@ def test_folders_that_are_no_text_encoder(t5, tmp_path):
     (folder / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(ValueError, match="not a T5 text encoder"):
         TextEncoder.load(str(folder), max_length=4, device=CPU)
+    tensors = load(weights)
+    del tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights missing, such as encoder\.block\.1"):
+        TextEncoder.load(str(folder), max_length=4, device=CPU)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: missing"):
         TextEncoder.load(str(folder), max_length=4, device=CPU)
@@ -150,11 +158,15 @@ def trained(t5, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     trunk = TrunkConfig(width=16, depth=1, head_dim=8)
     torch.manual_seed(0)
-    FlexTok(
+    tokenizer = FlexTok(
         FlexTokConfig(
             image_size=16, patch_size=4, num_registers=4, levels=(4, 4), encoder=trunk, decoder=trunk, decode_steps=2
         )
-    ).save_pretrained(folder / "tokenizer")
+    )
+    for parameter in tokenizer.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # with the zeros of a fresh model nothing depends on the image
+            torch.nn.init.normal_(parameter, std=0.5)
+    tokenizer.save_pretrained(folder / "tokenizer")
     data = ("data.kind=shapes", "data.mode=text", "data.num_images=40")
     run("cache", folder / "tokenizer", f"out={folder / 'tokens'}", *data)
     run("cache", "text", t5, f"out={folder / 'text'}", "max_length=24", *data)
@@ -198,6 +210,12 @@ def test_prompts_become_pictures(trained, tmp_path):
     run("sample", model, "prompts=a red circle", "num=2", "num_tokens=2", "grid=0", f"out={tmp_path / 'one'}")
     assert json.loads((tmp_path / "one/samples.json").read_text())["request"]["prompts"] == ["a red circle"]
     assert (tmp_path / "one/000001.png").read_bytes() != pictures[1]
+    assert SavedImages(tmp_path / "five").labels is None  # the numbers of prompts are no classes
+    for _ in range(2):  # the second time there is nothing to do
+        run("sample", model, f"prompts={prompts}", "num=2", "format=npz", f"out={tmp_path / 'npz'}")
+    with np.load(tmp_path / "npz/samples.npz") as arrays:
+        assert arrays["prompts"].tolist() == [0, 1]
+        assert "arr_1" not in arrays
     prompts.write_text("a red circle\na pink star\n", encoding="utf-8")
     assert main(["sample", str(model), f"prompts={prompts}", "num=5", f"out={tmp_path / 'five'}"]) == 2
 
