@@ -25,6 +25,7 @@ from imgtok.text_encoder import TextEncoder
 logger = logging.getLogger(__name__)
 
 POSITIONAL = "encoder"
+NO_SIZE = 32  # of images, of which none is drawn or decoded here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     state = process_state()
-    source = open_images(config.data, 1, split=config.split, held_out_fraction=config.held_out)
+    source = open_images(config.data, NO_SIZE, split=config.split, held_out_fraction=config.held_out)
     encoder = TextEncoder.load(config.encoder, max_length=config.max_length, device=state.device)
     info = CaptionCacheInfo(
         fingerprint=encoder.fingerprint(),

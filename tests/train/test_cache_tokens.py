@@ -27,7 +27,10 @@ TRUNK = TrunkConfig(width=16, depth=1, head_dim=8)
 def tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     config = FlexTokConfig(image_size=8, patch_size=4, num_registers=2, levels=(4, 4), encoder=TRUNK, decoder=TRUNK)
-    FlexTok(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = FlexTok(config)
+    torch.nn.init.normal_(model.encoder.readout.weight)  # with the zeros of a fresh one all images have the same tokens
+    model.save_pretrained(folder)
     return folder
 
 
@@ -99,7 +102,8 @@ def test_each_view_is_a_row(tokenizer, noise, tmp_path):
     views = Views(crops="random", num_crops=10, mirrored=True)
     images = open_images(ImageFolderConfig(path=noise), 8, held_out_fraction=0.0).views(range(4), views).images
     assert torch.equal(tokens.ids.long(), imgtok.load(tokenizer).encode(images).ids)
-    assert len(images.flatten(1).unique(dim=0)) == 80
+    assert len(tokens.ids.unique(dim=0)) > 4
+    assert all(len(own.flatten(1).unique(dim=0)) >= 8 for own in images.split(20))  # some places are drawn twice
     assert torch.equal(images[10:20], images[:10].flip(-1))
 
 
