@@ -206,6 +206,7 @@ class GPT(nn.Module, Pretrained):
     config_class: ClassVar[type] = GPTConfig
     rotary: Tensor | None
     empty_caption: Tensor | None
+    start: nn.Parameter | None
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -252,7 +252,8 @@ def pack_npz(folder: Path, labels: Sequence[int], path: Path, labels_as: str = "
     for i in range(len(labels)):
         images[i] = read_image(image_path(folder, i)).permute(1, 2, 0).numpy()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images, **{labels_as: np.array(labels)})
+        arrays: dict[str, Any] = {"arr_0": images, labels_as: np.array(labels)}
+        np.savez(file, **arrays)
     shutil.rmtree(folder)
 
 
