@@ -196,6 +196,29 @@ def test_overfits_three_captions_and_samples_their_sequences():
     assert torch.equal(drawn, IDS)
 
 
+def half_precision(device: str) -> None:
+    """Stored features in 16 bits: a training step in mixed precision, and drawing with a model in bfloat16."""
+    model = build(class_dropout=0.5).to(device)
+    stored = Captions(CAPTIONS.features.half(), CAPTIONS.lengths).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        loss = model(IDS.to(device), stored, generator=generator(2)).total
+    loss.backward()
+    full = model(IDS.to(device), CAPTIONS.to(device), generator=generator(2)).total
+    assert loss.item() == pytest.approx(full.item(), rel=0.02)
+    ids = model.bfloat16().generate(stored, seed=0, indices=range(3), sampling=SamplingConfig(guidance=3.0))
+    assert ids.shape == (3, 9)
+    assert ids.device.type == device
+
+
+def test_half_precision():
+    half_precision("cpu")
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu():
+    half_precision("cuda")
+
+
 # ---------------------------------------------------------------- errors, files
 
 

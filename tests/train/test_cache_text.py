@@ -16,6 +16,7 @@ import imgtok
 from imgtok.captions import Captions
 from imgtok.cli import main
 from imgtok.data.captions import CaptionDataset
+from imgtok.data.loaders import token_loader
 from imgtok.data.shapes import VOCABULARY, ShapesConfig, ShapesDataset
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
@@ -23,6 +24,7 @@ from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.text_encoder import TextEncoder
 from train import cache_text
+from train.failure import tensors_of
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -258,6 +260,24 @@ def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
 def test_sampling_mistakes_are_said(trained, tmp_path, capsys, words, message):
     assert main(["sample", str(trained / "run/final"), f"out={tmp_path / 'out'}", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_scoring_asks_for_pictures_of_prompts(trained, tmp_path, capsys):
+    words = [
+        f"model={trained / 'run/final'}",
+        "data.kind=shapes",
+        "metrics=[oracle]",
+        f"out={tmp_path / 'scores.json'}",
+    ]
+    assert main(["evaluate", *words]) == 2
+    assert "score its images with imgtok evaluate images=FOLDER" in capsys.readouterr().err
+
+
+def test_a_failed_batch_is_kept_with_its_captions(trained):
+    tokens, text = TokenDataset(trained / "tokens"), CaptionDataset(trained / "text")
+    kept = tensors_of(next(token_loader(tokens, 3, seed=0, captions=text)))
+    assert set(kept) == {"ids", "labels", "captions.features", "captions.lengths"}
+    assert len(kept["captions.features"]) == 3
 
 
 def test_another_text_encoder_is_refused(trained, tmp_path, capsys):
