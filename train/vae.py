@@ -7,7 +7,7 @@ have all of them; the small one that ships with imgtok has the first three.
 What the loop trains is `VAETraining`, the autoencoder and its adversary in one module. One forward pass gives the sum
 of both players' losses, each of which reaches one player's weights only, so the loop keeps its one backward pass, one
 AdamW and one checkpoint. It treats the module's `adversary` apart in two ways: its gradient is clipped by its own norm,
-and its weights are not averaged. The discriminator learns from the first step, at 1 to 2 % of a large autoencoder's
+and its weights are not averaged. The discriminator learns from the first step, at 2 % of the large autoencoder's
 arithmetic, and the autoencoder listens to it from `adversarial_start` on. Only the autoencoder gets into `final/`.
 """
 
