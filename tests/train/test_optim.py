@@ -114,29 +114,32 @@ def test_mup_for_a_model_that_was_not_made_for_it():
 
 
 def movement(width: int, base_width: int) -> float:
-    """How far (root mean square) six steps of training move what FlexTok's encoder hands to its readout."""
-    torch.manual_seed(0)
-    trunk = TrunkConfig(width=width, depth=1, head_dim=16)
-    model = FlexTok(FlexTokConfig(image_size=8, num_registers=4, levels=(4, 4), encoder=trunk, decoder=trunk))
-    images = torch.rand(4, 3, 8, 8) * 2 - 1
-    states: list[Tensor] = []
-    model.encoder.blocks[-1].register_forward_hook(lambda *arguments: states.append(arguments[-1].detach()))
-    optimizer = make_optimizer(model, settings(mup_base_width=base_width, weight_decay=0), torch.device("cpu"))
-    set_rate(optimizer, 0.01)
-    for step in range(6):
-        optimizer.zero_grad()
-        model(images, generator=torch.Generator().manual_seed(step)).total.backward()
-        optimizer.step()
-    model.encoder(images, 4)
-    return (states[-1] - states[0]).square().mean().sqrt().item()
+    """How far (root mean square, over two seeds) ten steps move what FlexTok's encoder hands to its readout."""
+    distances = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        trunk = TrunkConfig(width=width, depth=1, head_dim=16)
+        model = FlexTok(FlexTokConfig(image_size=8, num_registers=4, levels=(4, 4), encoder=trunk, decoder=trunk))
+        images = torch.rand(4, 3, 8, 8) * 2 - 1
+        states: list[Tensor] = []
+        model.encoder.blocks[-1].register_forward_hook(lambda *args, states=states: states.append(args[-1].detach()))
+        optimizer = make_optimizer(model, settings(mup_base_width=base_width, weight_decay=0), torch.device("cpu"))
+        set_rate(optimizer, 0.01)
+        for step in range(10):
+            optimizer.zero_grad()
+            model(images, generator=torch.Generator().manual_seed(step)).total.backward()
+            optimizer.step()
+        model.encoder(images, 4)
+        distances.append((states[-1] - states[0]).square().mean())
+    return torch.stack(distances).mean().sqrt().item()
 
 
 def test_under_mup_features_move_as_far_at_every_width():
-    """The coordinate check of arXiv 2203.03466, appendix D.1: 1.42, 1.25 and 1.62, against 1.42 and 5.2 at one rate."""
+    """The coordinate check of arXiv 2203.03466, appendix D.1. Measured: 3.0, 3.3, 3.3; at one rate 46 at width 256."""
     mup = [movement(width, 64) for width in (64, 128, 256)]
     assert max(mup) < 2 * min(mup)
     assert movement(64, 0) == mup[0], "64 is the base: nothing changes there"
-    assert movement(256, 0) > 2.5 * mup[0]
+    assert movement(256, 0) > 5 * mup[0]
 
 
 # ---------------------------------------------------------------- the rate
