@@ -102,6 +102,11 @@ class LPIPS(nn.Module):
         except ValueError as error:
             raise ValueError(f"{backbone} and {heads} do not hold the weights of LPIPS with {net}: {error}") from error
 
+    @property
+    def smallest(self) -> int:
+        """Pixels a side that images must have."""
+        return self._facts.smallest
+
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, H, W) in [-1, 1] from as many others; symmetric."""
         if images.shape != references.shape or images.ndim != 4 or images.shape[1] != 3:

@@ -29,6 +29,7 @@ from imgtok.data.shapes import ShapesConfig
 from imgtok.dino import DINOV2_LARGE
 from imgtok.dino import SIZE as DINO_SIZE
 from imgtok.files import replacing
+from imgtok.lpips import LPIPSNet
 from imgtok.metrics.features import cached_inception_weights
 from imgtok.processes import on_cpu
 from sample.results import draw, panels, table, write_csv
@@ -46,7 +47,8 @@ class Config:
     images: Path | None = None
     """Folder of images, or .npz with arr_0 (n, H, W, 3) uint8 and perhaps labels arr_1."""
     originals: Path | None = None
-    """What `images` are reconstructions of: files of the same names and size in a folder (or an .npz in the same order)."""
+    """What `images` are reconstructions of: a folder of files of the same names and sizes, or an .npz in the same
+    order."""
     model: str | None = None
     """Model folder or Hub name of a generator; its samples are scored without being written."""
     tokenizer: str | None = None
@@ -87,6 +89,12 @@ class Config:
     """File of torch-fidelity's Inception weights; null looks in torch.hub's cache, then downloads."""
     trust_weights: bool = False
     """Accepts Inception weights with another hash than the published file's; names of scores then carry the hash."""
+    lpips_net: LPIPSNet = "vgg"
+    """Network of the score lpips: vgg, usual for tokenizers, or alex."""
+    lpips_backbone: Path | None = None
+    """torchvision's weights file of that network; null looks in torch.hub's cache. Nothing is downloaded."""
+    lpips_heads: Path | None = None
+    """LPIPS's own weights (v0.1); null looks in torch.hub's cache and in an installed lpips package."""
     dino_weights: Path | None = None
     """File of DINOv2 weights (Meta's .pth or timm's .safetensors) for the score dino; null looks in the caches of
     torch.hub and the Hugging Face Hub. Nothing is downloaded."""
@@ -124,8 +132,9 @@ class Config:
         shapes: tuple[Metric, ...] = ("oracle", "fd_shapes") if isinstance(self.data, ShapesConfig) else ()
         if self.compares_pairs:
             rfid: tuple[Metric, ...] = ("rfid",) if self._has_inception and not shapes else ()
+            lpips: tuple[Metric, ...] = ("lpips",) if self.lpips_backbone or self.lpips_heads else ()
             dino: tuple[Metric, ...] = ("dino",) if self.dino_weights else ()
-            return (*rfid, "mae", "psnr", "ssim", *dino, *shapes)
+            return (*rfid, "mae", "psnr", "ssim", *lpips, *dino, *shapes)
         return shapes or (("fid", "is") if self.data or self.reference else ("is",))
 
     @property

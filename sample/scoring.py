@@ -17,12 +17,13 @@ from imgtok import dino
 from imgtok.data.images import ImageSource, open_images
 from imgtok.data.shapes import NUM_CLASSES, ShapesConfig
 from imgtok.hub import WEIGHTS_NAME, find_folder, load
+from imgtok.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import reference as references
 from imgtok.metrics import shapesnet
 from imgtok.metrics.features import FeatureExtractor, Inception, file_sha256, find_inception_weights
-from imgtok.metrics.perceptual import DINOSimilarity
+from imgtok.metrics.perceptual import DINOSimilarity, LPIPSDistance
 from imgtok.metrics.precision_recall import MOST_REAL_FEATURES, NEIGHBOURS
-from imgtok.metrics.reconstruction import SSIM_WINDOW, PixelScores
+from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums, Reference
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.metrics.scorers import (
@@ -107,7 +108,7 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     extractor = _open_extractor(config, accelerator, weights)
     judges = _open_judges(config, accelerator.device, weights)
     source = _open_source(config, accelerator.device, weights)
-    _check_source(config.chosen_metrics, source)
+    _check_source(config.chosen_metrics, source, judges)
     real = _open_reference(config, source, extractor, accelerator)
     originals = None
     if extractor is not None and "rfid" in config.chosen_metrics:
@@ -157,13 +158,16 @@ def _share(num: int, accelerator: Accelerator) -> range:
     return range(accelerator.process_index, num, accelerator.num_processes)
 
 
-def _check_source(metrics: Sequence[Metric], source: Source) -> None:
+def _check_source(metrics: Sequence[Metric], source: Source, judges: Sequence[PairJudge]) -> None:
     """Raises ValueError for a score that these images cannot have, before any of them is drawn."""
     if "oracle" in metrics and not source.labelled:
         raise ValueError(NO_LABELS)
-    if "ssim" in metrics and min(source.size) < SSIM_WINDOW:
-        height, width = source.size
-        raise ValueError(f"metrics: ssim needs images of at least {SSIM_WINDOW} pixels a side, got {width}x{height}")
+    height, width = source.size
+    for metric, smallest in (pair for judge in judges for pair in judge.smallest.items()):
+        if min(source.size) < smallest:
+            raise ValueError(
+                f"metrics: {metric} needs images of at least {smallest} pixels a side, got {width}x{height}"
+            )
     for metric in metrics:
         if source.num < FEWEST.get(metric, 1):
             raise ValueError(f"metrics: {metric} needs at least {FEWEST[metric]} images, and num is {source.num}")
@@ -187,6 +191,11 @@ def _open_judges(config: Config, device: torch.device, weights: dict[str, str]) 
     judges: list[PairJudge] = []
     if set(PIXELS) & set(config.chosen_metrics):
         judges.append(PixelScores(config.chosen_metrics, device))
+    if "lpips" in config.chosen_metrics:
+        files = find_lpips_weights("lpips", config.lpips_net, config.lpips_backbone, config.lpips_heads)
+        weights["lpips_backbone"], weights["lpips_heads"] = map(file_sha256, files)
+        name = f"{config.lpips_net}:{weights['lpips_backbone'][:8]}:{weights['lpips_heads'][:8]}"
+        judges.append(LPIPSDistance(LPIPS.from_files(config.lpips_net, *files), name, device))
     if "dino" in config.chosen_metrics:
         path = dino.find_weights(config.dino_model, config.dino_weights, "dino")
         weights["dino"] = file_sha256(path)

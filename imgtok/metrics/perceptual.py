@@ -1,12 +1,13 @@
 """Judges of pairs that are networks: how alike a reconstruction and its original are to DINOv2 and to LPIPS.
 
-Both sides are uint8 images (B, 3, H, W). The judges keep what they found in the last originals: a reconstruction is
-scored at each token count against the same originals, whose features need to be computed only once.
+Both sides are uint8 images (B, 3, H, W). DINOv2 is the larger network by far, so its features of the last originals are
+kept: a reconstruction is scored at each token count against the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from imgtok.dino import DINOFeatures, DINOv2
 from imgtok.images import from_uint8
+from imgtok.lpips import LPIPS
 from imgtok.metrics.features import full_precision
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ class DINOSimilarity:
     """
 
     keys = ("dino", "dino_patches")
+    smallest: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, net: DINOv2, name: str, device: torch.device) -> None:
         """`name` of the network as it stands in the names of scores."""
@@ -46,6 +49,26 @@ class DINOSimilarity:
         with full_precision(self._device):
             features: DINOFeatures = self._net(from_uint8(images.to(self._device)))
         return features
+
+
+class LPIPSDistance:
+    """`lpips`: 0 for equal images, rarely above 1. The images go in as they are, without resizing, in [-1, 1]."""
+
+    keys = ("lpips",)
+
+    def __init__(self, net: LPIPS, name: str, device: torch.device) -> None:
+        """`name` of the network as it stands in the names of scores."""
+        self.protocol = f"{name}, v0.1, mean over images"
+        self.smallest: Mapping[str, int] = {"lpips": net.smallest}
+        self._net, self._device = net.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """(B, 1) float32."""
+        pair = (from_uint8(side.to(self._device)) for side in (images, originals))
+        with full_precision(self._device):
+            distances: Tensor = self._net(*pair)
+        return distances[:, None]
 
 
 class KeepsLast(Generic[T]):

@@ -63,6 +63,7 @@ class PixelScores:
     def __init__(self, metrics: Collection[str], device: torch.device | None = None) -> None:
         """Computes on `device`: on a CPU, SSIM of large images takes longer than decoding them elsewhere."""
         self.keys = tuple(key for key in self.FUNCTIONS if key in metrics)
+        self.smallest = {"ssim": SSIM_WINDOW} if "ssim" in metrics else {}
         self._device = device or torch.device("cpu")
 
     def __call__(self, images: Tensor, originals: Tensor) -> Tensor:

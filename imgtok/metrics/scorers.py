@@ -7,7 +7,7 @@ what, against what. Scores with different names are not comparable.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,6 +61,8 @@ class PairJudge(Protocol):
     """What the numbers are."""
     protocol: str
     """How they are found, for the names of scores."""
+    smallest: Mapping[str, int]
+    """Pixels a side that images must have, for the keys that set a limit."""
 
     def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
         """(B, len(keys)) of uint8 images and originals (B, 3, H, W)."""
