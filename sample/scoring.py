@@ -115,26 +115,29 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
         originals = OriginalsReference(extractor, source.num)
     scorers = _open_scorers(config, source, judges, extractor, real, originals, accelerator, weights)
     share = _share(source.num, accelerator)
-    number = 0
+    number = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with tqdm(total=len(share), unit="image", desc="evaluate", disable=not accelerator.is_main_process) as progress:
         for versions in source.batches(share, config.batch_size):
             size = _feed(scorers, originals, versions)
             progress.update(size)
             number += size
-    if originals is not None:
-        originals.reduce(accelerator)
-        others = set(WITH_REFERENCE) & set(config.chosen_metrics)
-        if config.save_reference is not None and not others and accelerator.is_main_process:
-            references.save(originals.reference(), config.save_reference)
+    # All sums come first: eigenvalues and neighbours take one process minutes, for which the others must not wait.
+    for part in (*([originals] if originals else []), *(scorer for family in scorers.values() for scorer in family)):
+        part.reduce(accelerator)
+    number = accelerator.reduce(number)
     rows = []
-    for count, family in scorers.items():
-        for scorer in family:
-            scorer.reduce(accelerator)
-            if accelerator.is_main_process:  # eigenvalues and neighbours take minutes
-                rows += [Row(score, count) for score in scorer.scores()]
-    total = accelerator.reduce(torch.tensor(number, device=accelerator.device))
+    if accelerator.is_main_process:
+        _save_originals(config, originals)
+        rows = [Row(s, count) for count, family in scorers.items() for scorer in family for s in scorer.scores()]
     device = f"{_device_name(accelerator.device)}, {accelerator.num_processes} process(es), torch.float32"
-    return Evaluation(rows, source.num, int(total), source.size, source.procedure, device, weights)
+    return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights)
+
+
+def _save_originals(config: Config, originals: OriginalsReference | None) -> None:
+    """Keeps the originals' statistics as the reference to save, where the metrics have no other."""
+    others = set(WITH_REFERENCE) & set(config.chosen_metrics)
+    if originals is not None and config.save_reference is not None and not others:
+        references.save(originals.reference(), config.save_reference)
 
 
 def _feed(scorers: dict[int | None, list[Scorer]], originals: OriginalsReference | None, versions: Versions) -> int:
