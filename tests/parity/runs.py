@@ -91,15 +91,17 @@ def guidance(case: Case, run: Mapping[str, Any]) -> Outputs:
 @torch.no_grad()
 def encode_square(model: FlexTok, case: Case) -> Outputs:
     latents = case.input("latents")
-    trunk: list[Tensor] = []
-    hook = model.encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: trunk.append(output))
+    reached: list[Tensor] = []
+    last = model.encoder.blocks[-1]
+    hook = last.register_forward_pre_hook(lambda module, inputs: reached.append(inputs[0]))
     z = model.encoder(latents, model.num_tokens)
     hook.remove()
     rows, columns = (side // model.config.patch_size for side in latents.shape[-2:])
     one = prefix_causal_mask(rows * columns, model.num_tokens, latents.device)
+    trunk = last(reached[0], one)  # `encoder` itself computes only the registers of its last block
     return {
         **codes_of(model, z, "square"),
-        "square.patch_features": trunk[0][:, : rows * columns].unflatten(1, (rows, columns)),
+        "square.patch_features": trunk[:, : rows * columns].unflatten(1, (rows, columns)),
         # The reference packs the batch into one sequence: ours, once for each image, along the diagonal.
         "square.mask": torch.block_diag(*[one] * len(latents)),
         "enc_grid": channels_first(model.encoder.positions),
@@ -139,12 +141,13 @@ def velocity(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
 def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Latents and images through the public `decode`, started from the case's noise."""
     states: list[Tensor] = []
+    scale = run["guidance"]["scale"]
     with patch.object(randomness, "normal", return_value=noise):
         images = model.decode(
             Tokens(ids, torch.tensor(run["keep"])),
             steps=run["steps"],
-            guidance=run["guidance"]["scale"],
-            on_step=lambda step, latents: states.append(latents),
+            guidance=(lambda t: scale[0] + (scale[1] - scale[0]) * t) if isinstance(scale, list) else scale,
+            on_step=lambda step, latents, guess: states.append(latents),
         )
     return states[-1], images
 
@@ -152,19 +155,6 @@ def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -
 def decode_latents(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
     ids, noise = case.input(run["ids"]), case.input(run["noise"])
     return {f"{run['out']}.latents": decode(model, ids, noise, run)[0]}
-
-
-@torch.no_grad()
-def decode_scheduled(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
-    """Guidance as a function of t, which `decode` does not take; plain guidance keeps no state."""
-    low, high = run["guidance"]["scale"]
-    codes = model.quantizer.ids_to_codes(case.input(run["ids"]))
-    registers = model.decoder.condition(codes, torch.tensor(run["keep"]))
-
-    def guided(x: Tensor, t: float) -> Tensor:
-        return model._guided_velocity(registers, low + (high - low) * t)(x, t)
-
-    return {f"{run['out']}.latents": flow.euler(guided, case.input(run["noise"]), run["steps"])}
 
 
 def train_step(model: FlexTok, case: Case) -> Outputs:
