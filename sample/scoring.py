@@ -122,8 +122,11 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
             progress.update(size)
             number += size
     # All sums come first: eigenvalues and neighbours take one process minutes, for which the others must not wait.
-    for part in (*([originals] if originals else []), *(scorer for family in scorers.values() for scorer in family)):
-        part.reduce(accelerator)
+    if originals is not None:
+        originals.reduce(accelerator)
+    for family in scorers.values():
+        for scorer in family:
+            scorer.reduce(accelerator)
     number = accelerator.reduce(number)
     rows = []
     if accelerator.is_main_process:

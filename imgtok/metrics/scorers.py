@@ -57,12 +57,17 @@ class Score:
 class PairJudge(Protocol):
     """Numbers for each pair of an image and its original."""
 
-    keys: tuple[str, ...]
-    """What the numbers are."""
-    protocol: str
-    """How they are found, for the names of scores."""
-    smallest: Mapping[str, int]
-    """Pixels a side that images must have, for the keys that set a limit."""
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the numbers are."""
+
+    @property
+    def protocol(self) -> str:
+        """How they are found, for the names of scores."""
+
+    @property
+    def smallest(self) -> Mapping[str, int]:
+        """Pixels a side that images must have, for the keys that set a limit."""
 
     def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
         """(B, len(keys)) of uint8 images and originals (B, 3, H, W)."""
