@@ -66,6 +66,9 @@ _FACTS: Mapping[LPIPSNet, _Facts] = {
 class LPIPS(nn.Module):
     """The distance of pairs of images; frozen, in float32 whatever the surrounding precision, differentiable."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, net: LPIPSNet, backbone: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> None:
         """Takes torchvision's state dict (`features.0.weight`, ...; its classifier is not needed) and the published
         heads (`lin0.model.1.weight`, ... of shape (1, C, 1, 1)). Raises ValueError for a missing tensor, another shape,
