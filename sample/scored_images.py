@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class Procedure:
     """Guidance scale of the decoder."""
     sampling: SamplingConfig | None = None
     """How tokens were drawn."""
+    tokenizer: Any = None
+    """The tokenizer's configuration: solver, kind of guidance and what else it decodes by."""
+    generator: Any = None
+    """The generator's configuration."""
 
 
 class Source(Protocol):
@@ -129,6 +133,8 @@ class GeneratorSource:
             decode_steps=steps_of(pipeline.tokenizer, decode),
             decode_guidance=guidance_of(pipeline.tokenizer, decode),
             sampling=sampling,
+            tokenizer=pipeline.tokenizer.config,
+            generator=pipeline.generator.config,
         )
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
@@ -180,6 +186,7 @@ class ReconstructionSource:
             crop=NO_CROP if rendered else CROP,
             decode_steps=steps_of(tokenizer, decode),
             decode_guidance=guidance_of(tokenizer, decode),
+            tokenizer=tokenizer.config,
         )
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:

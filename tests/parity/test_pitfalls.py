@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -204,6 +205,27 @@ def condition(
 def test_condition(monkeypatch, out, mistake):
     monkeypatch.setattr(Decoder, "condition", lambda self, *args: condition(self, *args, mistake=mistake))
     assert (velocity_error(out) > 1) == (mistake != "none")
+
+
+@pytest.mark.parametrize(
+    ("count", "mistake"),
+    [
+        ("masked", lambda counts: None),
+        ("masked", lambda counts: counts + 0.1),
+        ("null", lambda counts: None),
+        ("null", lambda counts: counts - 0.1),
+    ],
+)
+def test_a_register_that_stands_for_several_counted_wrongly(monkeypatch, count, mistake):
+    name = {"masked": "collapsed_condition", "null": "null_condition"}[count]
+    original = getattr(Decoder, name)
+
+    def wrong(self, *args):
+        condition = original(self, *args)
+        return dataclasses.replace(condition, log_counts=mistake(condition.log_counts))
+
+    monkeypatch.setattr(Decoder, name, wrong)
+    assert decode_error("apg") > 1
 
 
 # ---------------------------------------------------------------- flow

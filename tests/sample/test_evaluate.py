@@ -432,6 +432,7 @@ def test_all_scores_of_reconstructions_in_one_job(tokenizer, judges, lpips, ince
 
 def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path):
     record = run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, metrics=("psnr",), decode_guidance=1.5)
+    assert record["protocol"].pop("tokenizer")["decode_solver"] == "euler"
     assert record["protocol"] == {
         "images": "reconstructions of the held-out images of data (shapes, share 0.1), 12 of 32",
         "originals": "the same images, cropped",
@@ -440,6 +441,7 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
         "decode_steps": 2,
         "decode_guidance": 1.5,
         "sampling": None,
+        "generator": None,
         "size": "32x32",
         "rounding": "clamped to [-1, 1], rounded to the nearest of 256 levels; the same for originals",
         "scored": 12,
@@ -448,6 +450,7 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
     drawn = run(tmp_path, model=str(generator), data=PROFILE, num=4, metrics=("oracle",), num_tokens=(2,))
     assert drawn["protocol"]["tokens"] == "2 tokens an image"
     assert drawn["protocol"]["sampling"]["guidance"] == 1.5
+    assert drawn["protocol"]["generator"]["num_tokens"] == drawn["protocol"]["tokenizer"]["num_registers"] == 4
     assert set(drawn["weights"]) == {"model", "tokenizer"}
     data = ImageFolderConfig(path=samples)
     cropped = run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=1.0, num_tokens=(4,), metrics=("psnr",))
