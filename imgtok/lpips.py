@@ -116,9 +116,9 @@ class LPIPS(nn.Module):
             raise ValueError(
                 f"LPIPS compares two batches (B, 3, H, W), given {tuple(images.shape)} and {tuple(references.shape)}"
             )
-        if min(images.shape[2:]) < self._facts.smallest:
+        if min(images.shape[2:]) < self.smallest:
             raise ValueError(
-                f"LPIPS with {self.net} needs images of at least {self._facts.smallest} pixels a side, "
+                f"LPIPS with {self.net} needs images of at least {self.smallest} pixels a side, "
                 f"given {tuple(images.shape[2:])}"
             )
         total = images.new_zeros(len(images), dtype=torch.float32)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import imgtok
-from generators.gpt import GPT
+from generators.gpt import GPT, flextok_size
 from imgtok.cli import JOBS, main
 from imgtok.config import load, read_yaml
 from imgtok.flextok import FlexTok, FlexTokConfig
@@ -60,6 +60,16 @@ def test_every_configuration_is_valid(path):
         replace(config.model, vae=load_vae(config.vae).config)  # whose own check knows the size of a patch
     words = " ".join(command(path)[:-1])
     assert f"imgtok {words} configs/{name(path)}" in path.read_text(), "the file does not say how it is run"
+
+
+@pytest.mark.parametrize(
+    ("file", "depth", "text"),
+    [("flextok-d12-imagenet", 12, False), ("flextok-d30-imagenet", 30, False), ("flextok-text-d12", 12, True)],
+)
+def test_flextoks_generators_have_its_sizes(file, depth, text):
+    config = load(importlib.import_module("train.generator").Config, CONFIGS / f"generator/{file}.yaml")
+    assert config.model == replace(flextok_size(depth, text=text), vocab_size=config.model.vocab_size)
+    assert config.training.batch_size * config.training.accumulate * 8 == 1024
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ RECORD = "samples.json"
 
 
 class SavedImages:
-    """Images with random access, all of one size; `labels` is None where none were saved."""
+    """Images with random access, all of one size; `labels` is None where none were saved, or no classes drawn."""
 
     def __init__(self, path: Path) -> None:
         """Raises FileNotFoundError or ValueError for a path that holds no images, or only a part of them."""
@@ -75,7 +75,8 @@ class SavedImages:
             return
         # Beside the numbered images the sampler leaves its overview grid, which is no sample.
         self._files = sorted(p for p in self.path.glob("*.png") if p.stem.isdigit())
-        labels = json.loads(record.read_text(encoding="utf-8"))["labels"]
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        labels = recorded["labels"]
         missing = sorted(set(range(len(labels))) - {int(p.stem) for p in self._files})
         if missing:
             raise ValueError(
@@ -83,7 +84,8 @@ class SavedImages:
                 f"{missing[0]:06d}.png; run the same `imgtok sample` again to finish them"
             )
         self._files = self._files[: len(labels)]
-        self.labels = torch.tensor(labels, dtype=torch.long)
+        from_classes = "prompts" not in recorded.get("request", {}) and min(labels, default=0) >= 0
+        self.labels = torch.tensor(labels, dtype=torch.long) if from_classes else None
 
     def _open_npz(self) -> None:
         with open_npz(self.path) as arrays:
@@ -98,7 +100,7 @@ class SavedImages:
             if labels.shape != (len(array),) or not np.issubdtype(labels.dtype, np.integer):
                 found = f"arr_1 is {labels.dtype} {labels.shape}"
                 raise ValueError(f"{self.path}: {found}, expected {len(array)} integer labels")
-            self.labels = torch.from_numpy(labels.astype(np.int64))
+            self.labels = torch.from_numpy(labels.astype(np.int64)) if labels.min(initial=0) >= 0 else None
 
 
 def partners(images: SavedImages, originals: SavedImages, num: int) -> list[int]:

@@ -76,6 +76,8 @@ def by_the_formula(net: str, one: Tensor, other: Tensor) -> Tensor:
                 relus += 1
                 if relus in RELUS[net]:
                     features.append(x.detach().clone())
+                if relus == RELUS[net][-1]:
+                    break
         kept.append(features)
     total = torch.zeros(len(one), dtype=torch.float64)
     for a, b, head in zip(*kept, random_heads(net).values(), strict=True):

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from cases import Case
-from models import FLEXTOK_NAMES, GPT_NAMES, as_ours, place
+from models import gpt_places
 from torch import Tensor
 
 import generators.gpt
@@ -21,6 +21,7 @@ from generators.gpt import GPT, SamplingConfig
 from imgtok import flow, randomness
 from imgtok.flextok import FlexTok, crop_positions, prefix_causal_mask
 from imgtok.layers.positions import sincos_2d, time_features
+from imgtok.published import as_published, places
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokens import Tokens
 
@@ -171,20 +172,14 @@ def train_step(model: FlexTok, case: Case) -> Outputs:
         losses = model(latents, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-    places = {published: place(published, FLEXTOK_NAMES) for published in case.about["shapes"]}
+    known = places(gradients)
     outputs = {
         "step.loss": losses.total,
         "step.indices": model.quantizer.codes_to_ids(model.quantizer(model.encoder(latents, model.num_tokens))),
-        "step.grad_norms": torch.stack([spot.view(gradients).norm() for spot in places.values()]),
+        "step.grad_norms": torch.stack([known[published].view(gradients).norm() for published in case.about["shapes"]]),
     }
     for published in run["grads"]:
-        recorded = case.recorded[f"step.grad.{published}"]
-        shaped = as_ours(published, recorded)
-        ours = places[published].view(gradients)
-        assert ours.shape == shaped.shape
-        if shaped.shape != recorded.shape:
-            ours = ours.T[None, None]
-        outputs[f"step.grad.{published}"] = ours
+        outputs[f"step.grad.{published}"] = as_published(published, known[published].view(gradients))
     return outputs
 
 
@@ -217,7 +212,8 @@ def gpt_training(model: GPT, case: Case) -> Outputs:
     losses = model(tokens, labels, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-    norms = [place(key, GPT_NAMES).view(gradients).norm() for key in case.about["grad_keys"]]
+    known = gpt_places(gradients)
+    norms = [known[key].view(gradients).norm() for key in case.about["grad_keys"]]
     with torch.no_grad():
         logits = model.logits(labels, tokens)
         null_logits = model.logits(torch.full_like(labels, model.null_class), tokens)
