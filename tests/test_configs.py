@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import imgtok
 from generators.gpt import GPT, flextok_size
 from imgtok.cli import JOBS, main
-from imgtok.config import load, read_yaml
+from imgtok.config import from_dict, load, read_yaml
 from imgtok.flextok import FlexTok, FlexTokConfig
 from imgtok.vae import VAEConfig
 from train.loop import Trainer
@@ -59,14 +59,23 @@ def name(path: Path) -> str:
     return path.relative_to(CONFIGS).as_posix()
 
 
+def autoencoder(name: str) -> VAEConfig:
+    """Of the autoencoder that a configuration names: published, packaged, or what another file trains."""
+    if name in PUBLISHED_VAES:
+        return PUBLISHED_VAES[name]
+    if "/" not in name:
+        return load_vae(name).config
+    trained = {f"{data.get('out')}/final": data.get("model") for data in map(read_yaml, CONFIGS.rglob("*.yaml"))}
+    return from_dict(VAEConfig, trained[name])
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name)
 def test_every_configuration_is_valid(path):
     module, _ = JOBS[job_of(path).replace("-", " ")]
     config = load(importlib.import_module(module).Config, path)
     if job_of(path) == "train-tokenizer" and config.vae is not None:
         assert isinstance(config.model, FlexTokConfig)
-        below = PUBLISHED_VAES[config.vae] if "/" in config.vae else load_vae(config.vae).config
-        replace(config.model, vae=below)  # whose own check knows the size of a patch
+        replace(config.model, vae=autoencoder(config.vae))  # whose own check knows the size of a patch
     words = " ".join(command(path)[:-1])
     assert f"imgtok {words} configs/{name(path)}" in path.read_text(), "the file does not say how it is run"
 
