@@ -112,16 +112,43 @@ class Pipeline:
         decode: DecodeSettings,
     ) -> Tensor:
         """uint8 images (len(indices), 3, H, W)."""
+        count = self.generator.config.num_tokens if decode.num_tokens is None else decode.num_tokens
+        return self.images_at((count,), indices, labels, seed=seed, sampling=sampling, decode=decode)[count]
+
+    @torch.no_grad()
+    def images_at(
+        self,
+        counts: Sequence[int],
+        indices: Sequence[int],
+        labels: Sequence[int],
+        *,
+        seed: int,
+        sampling: SamplingConfig,
+        decode: DecodeSettings,
+    ) -> dict[int, Tensor]:
+        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many tokens.
+
+        Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
+        its own uniform and the tokens before it, so a longer draw begins with the shorter one.
+        """
         with cpu_threads(self.threads):
             blocks = [
-                self._block([indices[row] for row in rows], [labels[row] for row in rows], seed, sampling, decode)
+                self._block(
+                    [indices[row] for row in rows], [labels[row] for row in rows], counts, seed, sampling, decode
+                )
                 for rows in blocks_of(len(indices), self.device)
             ]
-        return torch.cat(blocks)
+        return {count: torch.cat([block[count] for block in blocks]) for count in counts}
 
     def _block(
-        self, indices: list[int], labels: list[int], seed: int, sampling: SamplingConfig, decode: DecodeSettings
-    ) -> Tensor:
+        self,
+        indices: list[int],
+        labels: list[int],
+        counts: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig,
+        decode: DecodeSettings,
+    ) -> dict[int, Tensor]:
         """The images of one block, computed together."""
         padded = pad_to_rows(indices)
         ids = self.generator.generate(
@@ -129,12 +156,15 @@ class Pipeline:
             seed=seed,
             indices=padded,
             sampling=sampling,
-            num_tokens=decode.num_tokens,
+            num_tokens=max(counts),
         )
-        images = self.tokenizer.decode(
-            Tokens.full(ids), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
-        )
-        return to_uint8(images[: len(indices)]).cpu()
+        tokens, images = Tokens.full(ids), {}
+        for count in counts:
+            decoded = self.tokenizer.decode(
+                tokens.truncate(count), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
+            )
+            images[count] = to_uint8(decoded[: len(indices)]).cpu()
+        return images
 
 
 def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
