@@ -109,8 +109,6 @@ def test_the_head_starts_alike_whatever_happened_before(teacher, tmp_path):
     ("overrides", "message"),
     [
         (["repa.tap=2", "model.decoder.depth=2"], "repa.tap: 2, but the decoder's blocks are 0 to 1"),
-        (["model={kind: vae}", "image_size=16", "repa={}"], "repa and checkpoint_activations are for a tokenizer"),
-        (["model={kind: vae}", "image_size=16", "checkpoint_activations=true"], "are for a tokenizer"),
         (["vae_scaling_factor=2"], "vae_scaling_factor: there is no autoencoder"),
     ],
 )
