@@ -204,9 +204,7 @@ def line(row: Row, arguments: argparse.Namespace) -> str:
     ours, peer = (statistics.median(call.wall for call in calls) for calls in (row.ours, row.peer))
     ours_peak, peer_peak = (max(call.peak for call in calls) for calls in (row.ours, row.peer))
     ratios = row.ratios()
-    least = (
-        goal(case, arguments.device, arguments.dtype) if row.size == "d12-d12" or arguments.device != "cpu" else None
-    )
+    least = goal(row.size, case, arguments.device, arguments.dtype)
     reached = "" if least is None else f"{least}: {'yes' if statistics.median(ratios) >= least else 'no'}"
     memory = "" if ours_peak <= peer_peak else "memory: no"
     what = f"encode, {case.tokens} ids" if case.what == "encode" else f"{case.steps} steps, {case.tokens} ids"
