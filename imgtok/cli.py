@@ -32,6 +32,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "sample": ("sample.images", "make new images with a trained generator"),
     "reconstruct": ("sample.reconstruct", "show images beside their reconstructions at several token counts"),
     "evaluate": ("sample.evaluate", "score images or a model"),
+    "export": ("sample.export", "write a FlexTok as its published code reads it, or a published one as imgtok's"),
     "quickstart": (
         "sample.quickstart",
         "train, sample and score on the built-in shapes, in minutes on a CPU",

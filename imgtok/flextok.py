@@ -12,7 +12,8 @@ Shapes: B batch, C H W latents, N patches, K registers, D width, n FSQ dimension
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -100,9 +101,11 @@ class FlexTokConfig:
     """"aligned" lets information flow from the first step: each register starts out looking at one patch, that patch
     at it, gates are open, codes use their levels. For runs of minutes; needs learned positions."""
     decode_steps: PositiveInt = 25
-    """Euler steps of `decode` unless it is told otherwise."""
+    """Steps of `decode` unless it is told otherwise, one call of the decoder each (two under guidance)."""
     decode_guidance: PositiveFloat = 1.0
     """Guidance scale of `decode` unless it is told otherwise; 1 is none."""
+    decode_solver: Literal["euler", "adams"] = "euler"
+    """Solver of `decode` unless it is told otherwise: Euler as published, or two-step Adams-Bashforth."""
     projected_guidance: bool = True
     """Guide by adaptive projected guidance rather than plain classifier-free guidance."""
 
@@ -144,8 +147,10 @@ class EncoderBlock(nn.Module):
         self.attention = trunk_attention(config)
         self.mlp = SwiGLU(config.width, config.mlp_hidden)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(layer_norm(x), mask=mask)
+    def forward(self, x: Tensor, mask: Tensor, wanted: slice | None = None) -> Tensor:
+        """The positions in `wanted`, all by default: what nobody reads behind the last block is not computed."""
+        x, inputs = (x if wanted is None else x[:, wanted]), layer_norm(x)
+        x = x + self.attention(inputs, queries=wanted, mask=mask)
         return x + self.mlp(layer_norm(x))
 
 
@@ -158,34 +163,38 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(config.width, config.mlp_hidden)
         self.modulation = nn.Linear(config.width, 12 * config.width)
 
-    def forward(self, x: Tensor, time: Tensor, num_patches: int) -> Tensor:
-        """`time` (B or 1, D) is the activated time embedding; the first `num_patches` of x are patches."""
-        patch_set, register_set = self.modulation(time).chunk(2, dim=-1)
-        x = modulated_residual(x, self.attention, patch_set, register_set, num_patches, (0, 2, 3))
-        return modulated_residual(x, self.mlp, patch_set, register_set, num_patches, (1, 4, 5))
+    def forward(
+        self, x: Tensor, modulation: Tensor, num_patches: int, bias: Tensor | None = None, patches_only: bool = False
+    ) -> Tensor:
+        """`modulation` (B or 1, 12 D) is this block's row for the time; the first `num_patches` of x are patches.
+
+        `bias` is added to the attention's logits. With `patches_only`, registers are looked at but not computed.
+        """
+        patch_set, register_set = modulation.unflatten(-1, (2, 6, 1, -1)).unbind(1)  # (B or 1, 6, 1, D)
+        gates, shifts, scales = ([patch_set[:, i], register_set[:, i]] for i in ATTENTION_CHUNKS)
+        inputs = modulate(layer_norm(x), num_patches, shifts, scales)
+        wanted = slice(num_patches) if patches_only else None
+        x = x if wanted is None else x[:, wanted]
+        x = add_gated(x, self.attention(inputs, queries=wanted, mask=bias), num_patches, gates)
+        gates, shifts, scales = ([patch_set[:, i], register_set[:, i]] for i in MLP_CHUNKS)
+        return add_gated(x, self.mlp(modulate(layer_norm(x), num_patches, shifts, scales)), num_patches, gates)
 
 
-def modulated_residual(
-    x: Tensor,
-    branch: Callable[[Tensor], Tensor],
-    patch_set: Tensor,
-    register_set: Tensor,
-    num_patches: int,
-    chunks: tuple[int, int, int],
-) -> Tensor:
-    """X + gate * branch(LN(x) * (1 + scale) + shift), each segment of x with its own vectors.
+ATTENTION_CHUNKS = (0, 2, 3)
+"""Where a modulation set holds the attention's gate, shift and scale: both gates come first."""
+MLP_CHUNKS = (1, 4, 5)
 
-    The sets hold gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp: gates come first.
-    """
-    width = x.shape[-1]
-    patch, register = (s.unflatten(-1, (6, width))[:, chunks, None] for s in (patch_set, register_set))
-    segments = (num_patches, x.shape[1] - num_patches)
-    patches, registers = layer_norm(x).split(segments, dim=1)
-    inputs = torch.cat(
-        [patches * (1 + patch[:, 2]) + patch[:, 1], registers * (1 + register[:, 2]) + register[:, 1]], dim=1
-    )
-    patches, registers = branch(inputs).split(segments, dim=1)
-    return x + torch.cat([patches * patch[:, 0], registers * register[:, 0]], dim=1)
+
+def modulate(x: Tensor, num_patches: int, shifts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """X * (1 + scale) + shift, patches by the first pair and registers by the second."""
+    segments = x[:, :num_patches], x[:, num_patches:]
+    return torch.cat([torch.addcmul(b, part, 1 + a) for part, a, b in zip(segments, scales, shifts, strict=True)], 1)
+
+
+def add_gated(x: Tensor, branch: Tensor, num_patches: int, gates: Sequence[Tensor]) -> Tensor:
+    """X + gate * branch, patches by the first gate and registers by the second."""
+    segments = (slice(num_patches), slice(num_patches, None))
+    return torch.cat([torch.addcmul(x[:, s], branch[:, s], g) for s, g in zip(segments, gates, strict=True)], 1)
 
 
 # ---------------------------------------------------------------- encoder and decoder
@@ -213,9 +222,10 @@ class Encoder(nn.Module):
         registers = self.registers[:num_tokens].expand(len(latents), -1, -1)
         x = torch.cat([patches, registers.to(patches.dtype)], dim=1)
         mask = prefix_causal_mask(patches.shape[1], num_tokens, x.device)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, mask)
-        return self.readout(layer_norm(x[:, patches.shape[1] :]))
+        wanted = slice(patches.shape[1], None)
+        return self.readout(layer_norm(self.blocks[-1](x, mask[wanted], wanted)))
 
 
 def add_positions(module: nn.Module, config: FlexTokConfig, width: int) -> None:
@@ -246,6 +256,38 @@ def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.devic
     mask = torch.ones(num_patches + num_registers, num_patches + num_registers, dtype=torch.bool, device=device).tril()
     mask[:num_patches, :num_patches] = True
     return mask
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the decoder is told of the images: registers, one of which may stand for several identical ones.
+
+    Identical registers stay identical through every block, as they see the same keys. One of them with the log of
+    their number added to its logits takes their place exactly, and most of the work with it.
+    """
+
+    registers: Tensor
+    """(B, R, D)"""
+    log_counts: Tensor | None = None
+    """(B, R), the log of how many registers each stands for (-inf: none, a place that is not used); null is 1 each."""
+
+    def attention_bias(self, num_patches: int) -> Tensor | None:
+        """What is added to the logits of [patches | registers], (B, 1, 1, N + R); None is nothing."""
+        if self.log_counts is None:
+            return None
+        return F.pad(self.log_counts, (num_patches, 0))[:, None, None]
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """What the times do to each block, and to the readout; T rows each."""
+
+    blocks: Sequence[Tensor]
+    readout: Tensor
+
+    def row(self, index: int) -> Modulations:
+        """One time's, as a batch of one."""
+        return Modulations([rows[index : index + 1] for rows in self.blocks], self.readout[index : index + 1])
 
 
 class Decoder(nn.Module):
@@ -284,18 +326,49 @@ class Decoder(nn.Module):
             registers = torch.where(null_B[:, None, None], self.null_vector.to(registers.dtype), registers)
         return registers
 
+    def collapsed_condition(self, codes: Tensor, keep_B: Tensor) -> Condition:
+        """The same condition in max(keep) + 1 registers: those kept, and one for all that became the mask vector."""
+        total, most = self.register_positions.shape[0], int(keep_B.max())
+        if int(keep_B.min()) == total:
+            return Condition(self.condition(codes, keep_B))
+        registers = self.code_proj(codes[:, :most]) + self.register_positions[:most]
+        hidden = torch.arange(most, device=codes.device) >= keep_B[:, None]
+        mask = self.mask_vector.to(registers.dtype).expand(len(codes), 1, -1)
+        log_counts = torch.zeros_like(hidden, dtype=registers.dtype).masked_fill(hidden, -torch.inf)
+        masked = (total - keep_B).to(registers.dtype).log()[:, None]  # -inf where nothing is masked
+        return Condition(torch.cat([registers, mask], dim=1), torch.cat([log_counts, masked], dim=1))
+
+    def null_condition(self, batch: int) -> Condition:
+        """The null condition of every image, in one register."""
+        registers = self.null_vector.expand(batch, 1, -1)
+        return Condition(registers, registers.new_full((batch, 1), math.log(self.register_positions.shape[0])))
+
+    def modulations(self, t_T: Tensor) -> Modulations:
+        """All that depends on the time alone: (T, 12 D) for each block and (T, 2 D) for the readout.
+
+        T is the batch in training, the steps in sampling: half of the decoder's weights are read here, once a call.
+        """
+        features = time_features(t_T, scale=self.time_scale)
+        time = F.silu(self.time_mlp(features.to(self.patch_proj.weight.dtype)))  # (T, D)
+        blocks = [block.modulation(time) for block in self.blocks if isinstance(block, DecoderBlock)]
+        return Modulations(blocks, self.readout_modulation(time))
+
     def forward(self, x_BCHW: Tensor, t_B: Tensor, registers_BKD: Tensor) -> Tensor:
         """Velocity (B, C, H, W); `t_B` has one time an image, or a single one for all of them."""
-        features = time_features(t_B, scale=self.time_scale)
-        time = F.silu(self.time_mlp(features.to(self.patch_proj.weight.dtype)))  # (B or 1, D)
+        return self.velocity(x_BCHW, Condition(registers_BKD), self.modulations(t_B))
+
+    def velocity(self, x_BCHW: Tensor, condition: Condition, modulations: Modulations) -> Tensor:
+        """The same with the time's part already computed, rows (B or 1, ...) of `modulations`."""
         patches = self.patch_proj(patchify(x_BCHW, self.patch_size))
         patches = patches + crop_positions(self.positions, x_BCHW, self.patch_size)
         num_patches = patches.shape[1]
-        x = torch.cat([patches, registers_BKD], dim=1)
-        for block in self.blocks:
-            x = block(x, time, num_patches)
-        shift, scale = self.readout_modulation(time)[:, None].chunk(2, dim=-1)
-        out = self.readout(layer_norm(x[:, :num_patches]) * (1 + scale) + shift)
+        bias = condition.attention_bias(num_patches)
+        x = torch.cat([patches, condition.registers.to(patches.dtype)], dim=1)
+        last = len(self.blocks) - 1
+        for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
+            x = block(x, modulation, num_patches, bias, patches_only=i == last)
+        shift, scale = modulations.readout[:, None].chunk(2, dim=-1)
+        out = self.readout(torch.addcmul(shift, layer_norm(x), 1 + scale))
         rows, columns = (side // self.patch_size for side in x_BCHW.shape[-2:])
         return unpatchify(out, self.patch_size, rows, columns)
 
@@ -452,16 +525,54 @@ class FlexTok(Tokenizer):
     # ------------------------------------------------ tokens
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tokens:
-        """Images (B, 3, H, W) in [-1, 1] -> their first `num_tokens` tokens (all by default)."""
-        if num_tokens is not None and not 1 <= num_tokens <= self.num_tokens:
-            raise ValueError(
-                f"num_tokens: this tokenizer has 1 to {self.num_tokens} tokens an image, asked for {num_tokens}"
-            )
-        z = self.encoder(self.to_latents(images), num_tokens or self.num_tokens)
-        return Tokens.full(self.quantizer.codes_to_ids(self.quantizer(z)))
+    def encode(self, images: Tensor | Sequence[Tensor], *, num_tokens: int | Sequence[int] | None = None) -> Tokens:
+        """Images (B, 3, H, W) in [-1, 1] -> their first `num_tokens` tokens, a number each or for all (all by default).
+
+        A sequence of (3, H, W) images may hold several sizes, up to `image_size` a side. Raises ValueError for pixels
+        that are not finite, a size that does not divide into patches or is larger than the position table, and a
+        number of tokens outside 1..K.
+        """
+        if isinstance(images, Tensor):
+            check_finite(images)
+            return self.encode_latents(self.to_latents(images), num_tokens=num_tokens)
+        latents = [self._latents_of(image, row) for row, image in enumerate(images)]
+        counts = self._token_counts(num_tokens, len(latents))
+        ids = torch.zeros(len(latents), max(counts), dtype=torch.long, device=latents[0].device)
+        for shape in dict.fromkeys(one.shape for one in latents):
+            rows = [row for row, one in enumerate(latents) if one.shape == shape]
+            same_size = torch.stack([latents[row] for row in rows])
+            ids[rows] = self.encode_latents(same_size, num_tokens=max(counts)).ids
+        return Tokens(ids, torch.tensor(counts, device=ids.device)).padded()
+
+    def _latents_of(self, image: Tensor, row: int) -> Tensor:
+        check_finite(image[None], row)
+        return self.to_latents(image[None])[0]
 
     @torch.no_grad()
+    def encode_latents(self, latents: Tensor, *, num_tokens: int | Sequence[int] | None = None) -> Tokens:
+        """The tokens of latents (B, C, H, W), as `to_latents` gives them.
+
+        Only as many registers are computed as the longest row needs: later ones could not change them.
+        """
+        counts = self._token_counts(num_tokens, len(latents))
+        codes = self.quantizer(self.encoder(latents, max(counts)))
+        return Tokens(self.quantizer.codes_to_ids(codes), torch.tensor(counts, device=latents.device)).padded()
+
+    def _token_counts(self, num_tokens: int | Sequence[int] | None, batch: int) -> list[int]:
+        """One number of tokens for each image."""
+        if num_tokens is None or isinstance(num_tokens, int):
+            counts = [self.num_tokens if num_tokens is None else num_tokens] * batch
+        else:
+            counts = list(num_tokens)
+        if len(counts) != batch or not counts:
+            raise ValueError(f"num_tokens: {len(counts)} numbers for {batch} images")
+        for count in counts:
+            if not 1 <= count <= self.num_tokens:
+                raise ValueError(
+                    f"num_tokens: this tokenizer has 1 to {self.num_tokens} tokens an image, asked for {count}"
+                )
+        return counts
+
     def decode(
         self,
         tokens: Tokens,
@@ -469,46 +580,101 @@ class FlexTok(Tokenizer):
         seed: int = 0,
         indices: Sequence[int] | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
+        guidance: flow.Guidance | None = None,
+        solver: Literal["euler", "adams"] | None = None,
+        size: tuple[int, int] | None = None,
+        on_step: flow.OnStep | None = None,
     ) -> Tensor:
         """Tokens, rows of any length 1..K -> images (B, 3, H, W) in [-1, 1].
 
-        Row b starts from the noise of (`seed`, `indices[b]`), 0.. by default, and nothing else, so an
-        image does not depend on its batch. `on_step(step, latents)` follows the flow.
+        Row b starts from the noise of (`seed`, `indices[b]`), 0.. by default, and nothing else, so an image does not
+        depend on its batch. `guidance` is a scale, or a function of the time from 1 (noise) to 0. `size` is (height,
+        width) in pixels, `image_size` by default. `on_step(step, latents, guess)` follows the flow: `to_images(guess)`
+        is what the model expects the image to become.
         """
+        latents = self.decode_latents(
+            tokens,
+            seed=seed,
+            indices=indices,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            size=size,
+            on_step=on_step,
+        )
+        with torch.no_grad():
+            return self.to_images(latents)
+
+    @torch.no_grad()
+    def decode_latents(
+        self,
+        tokens: Tokens,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: flow.Guidance | None = None,
+        solver: Literal["euler", "adams"] | None = None,
+        size: tuple[int, int] | None = None,
+        on_step: flow.OnStep | None = None,
+    ) -> Tensor:
+        """`decode` up to the latents (B, C, H, W)."""
+        self._check_tokens(tokens)
+        device = self.decoder.null_vector.device
+        times = flow.step_times(self.config.decode_steps if steps is None else steps)
+        shape = self._latent_shape(size)
+        noise = randomness.normal(seed, range(len(tokens)) if indices is None else indices, shape, "flextok").to(device)
+        codes = self.quantizer.ids_to_codes(tokens.padded().ids.to(device))
+        condition = self.decoder.collapsed_condition(codes, tokens.lengths.to(device))
+        velocity = self._guided_velocity(
+            condition, times, self.config.decode_guidance if guidance is None else guidance
+        )
+        solve = {"euler": flow.euler, "adams": flow.adams}[solver or self.config.decode_solver]
+        return solve(velocity, noise, len(times), on_step)
+
+    def _check_tokens(self, tokens: Tokens) -> None:
         columns, lengths = tokens.ids.shape[1], tokens.lengths
         if columns > self.num_tokens or int(lengths.min()) < 1 or int(lengths.max()) > columns:
             raise ValueError(
                 f"decode takes 1 to {self.num_tokens} tokens an image, got lengths {int(lengths.min())} to "
                 f"{int(lengths.max())} in {columns} columns"
             )
-        steps = self.config.decode_steps if steps is None else steps
-        guidance = self.config.decode_guidance if guidance is None else guidance
-        device = self.decoder.null_vector.device
-        side = self.config.grid * self.config.patch_size
-        shape = (self.config.latent_channels, side, side)
-        noise = randomness.normal(seed, range(len(tokens)) if indices is None else indices, shape, "flextok").to(device)
-        codes = self.quantizer.ids_to_codes(tokens.ids.to(device))
-        registers = self.decoder.condition(codes, tokens.lengths.to(device))
-        velocity = self._guided_velocity(registers, guidance)
-        return self.to_images(flow.euler(velocity, noise, steps, on_step))
 
-    def _guided_velocity(self, registers: Tensor, guidance: float) -> flow.Velocity:
-        """The decoder as a function of (x, t), with guidance against the null condition unless it is 1."""
+    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of an image of `size` pixels."""
+        height, width = size or (self.image_size, self.image_size)
+        cell = self.image_size // self.config.grid
+        for name, side in (("height", height), ("width", width)):
+            if side < 1 or side % cell or side > self.image_size:
+                raise ValueError(
+                    f"size: a {name} of {side} pixels; this model decodes multiples of {cell} up to {self.image_size}"
+                )
+        factor = self.config.vae.factor if self.config.vae else 1
+        return (self.config.latent_channels, height // factor, width // factor)
 
-        def velocity(x: Tensor, t: float, condition: Tensor) -> Tensor:
-            estimate = self.decoder(x, x.new_tensor([t]), condition)
-            return estimate if self.config.prediction == "velocity" else (x - estimate) / t
-
-        if guidance == 1:
-            return lambda x, t: velocity(x, t, registers)
-        null = self.decoder.null_vector.expand_as(registers)
+    def _guided_velocity(self, condition: Condition, times: Sequence[float], guidance: flow.Guidance) -> flow.Velocity:
+        """The decoder as a function of (x, t), t one of `times`, guided against the null condition unless by 1."""
+        modulations = self.decoder.modulations(torch.tensor(times, device=condition.registers.device))
+        rows = {t: row for row, t in enumerate(times)}
+        null = self.decoder.null_condition(len(condition.registers))
         apg = flow.AdaptiveProjectedGuidance() if self.config.projected_guidance else None
         combine = apg or flow.classifier_free_guidance
 
+        def velocity(x: Tensor, t: float, condition: Condition) -> Tensor:
+            estimate = self.decoder.velocity(x, condition, modulations.row(rows[t]))
+            return estimate if self.config.prediction == "velocity" else (x - estimate) / t
+
         def guided(x: Tensor, t: float) -> Tensor:
-            v_cond, v_null = velocity(torch.cat([x, x]), t, torch.cat([registers, null])).chunk(2)
-            return combine(v_cond, v_null, guidance)
+            scale = guidance(t) if callable(guidance) else guidance
+            v_cond = velocity(x, t, condition)
+            return v_cond if scale == 1 else combine(v_cond, velocity(x, t, null), scale)
 
         return guided
+
+
+def check_finite(images: Tensor, first: int = 0) -> None:
+    """Raises ValueError that names the first image with a pixel that is NaN or infinite."""
+    bad = ~images.isfinite().flatten(1).all(dim=1)
+    if bool(bad.any()):
+        row = first + int(bad.nonzero()[0])
+        raise ValueError(f"image {row} has pixels that are not finite (NaN or infinite): images lie in [-1, 1]")

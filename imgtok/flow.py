@@ -14,6 +14,18 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v, both shaped like x_t
+Guidance = float | Callable[[float], float]  # a scale, or a function of the time
+OnStep = Callable[[int, Tensor, Tensor], None]  # (steps done, x after them, the model's guess of x at t = 0)
+
+
+def step_times(steps: int) -> list[float]:
+    """Where a walk of `steps` equal steps calls the model: 1, 1 - 1 / steps, ..., 1 / steps.
+
+    Raises ValueError for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"a flow sampler needs at least 1 step, not {steps}")
+    return [1 - step / steps for step in range(steps)]
 
 
 def expand_times(t_B: Tensor, like: Tensor) -> Tensor:
@@ -43,20 +55,29 @@ def logit_normal_times(batch: int, generator: torch.Generator) -> Tensor:
     return torch.randn(batch, generator=generator, device=generator.device).sigmoid()
 
 
-def euler(
-    velocity: Velocity, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None
-) -> Tensor:
-    """Walks from t = 1 to 0 in `steps` equal Euler steps: one call of `velocity` each, none at t = 0.
-
-    `on_step(step, x)` sees the state after each step, for progress bars and intermediate pictures.
-    """
-    if steps < 1:
-        raise ValueError(f"the Euler sampler needs at least 1 step, not {steps}")
+def euler(velocity: Velocity, noise: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:
+    """Walks from t = 1 to 0 in `steps` equal Euler steps: one call of `velocity` each, none at t = 0."""
     x = noise
-    for step in range(steps):
-        x = x - velocity(x, 1 - step / steps) / steps
+    for step, t in enumerate(step_times(steps)):
+        v = velocity(x, t)
         if on_step is not None:
-            on_step(step + 1, x)
+            on_step(step + 1, x - v / steps, x - t * v)
+        x = x - v / steps
+    return x
+
+
+def adams(velocity: Velocity, noise: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:
+    """The same walk by the two-step Adams-Bashforth rule: second order at one call a step.
+
+    The velocity over a step is extrapolated from its start and the step before; the first step is Euler's.
+    """
+    x, before = noise, None
+    for step, t in enumerate(step_times(steps)):
+        v = velocity(x, t)
+        moved = x - (v if before is None else 1.5 * v - 0.5 * before) / steps
+        if on_step is not None:
+            on_step(step + 1, moved, x - t * v)
+        x, before = moved, v
     return x
 
 

@@ -2,8 +2,9 @@
 
 A model mixes in `Pretrained`, is built by `Class(config)` and keeps that frozen dataclass as `config`; this
 gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. `load` finds the class by the `kind` in
-`config.json`. Loading is strict (every tensor, every field), never unpickles, and imports only the modules
-in `KINDS`; saving replaces files in one step, so a full disk leaves the previous model readable.
+`config.json`, and hands a FlexTok in its published layout to `imgtok.published`. Loading is strict (every
+tensor, every field), never unpickles, and imports only the modules in `KINDS`; saving replaces files in one
+step, so a full disk leaves the previous model readable.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +35,9 @@ KINDS: Mapping[str, str] = {
     "gpt": "generators.gpt:GPT",
 }
 """`kind` in config.json -> class. Strings, so that imgtok imports no generator before one is asked for."""
+
+PUBLISHED_ENTRIES = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
+"""What is at the top of the config.json of a published FlexTok, which has no `kind`."""
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
@@ -83,7 +87,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
         text = json.dumps(header | to_dict(self.config), indent=2, allow_nan=False) + "\n"
         with replacing(folder / CONFIG_NAME) as header_file, replacing(folder / WEIGHTS_NAME) as weights:
             header_file.write_text(text, encoding="utf-8")
-            _write_tensors(_state(self), weights)
+            write_tensors(_state(self), weights, {"format": "pt"})
         if not (folder / "README.md").exists():
             names = {"kind": self.config.kind, "repo_id": repo_id or folder.name, **(model_card_kwargs or {})}
             page = str(self.generate_model_card(**names))
@@ -102,7 +106,9 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
 
         Raises FileNotFoundError, ConfigError (config.json) or ValueError (weights, another kind of model).
         """
-        folder = find_folder(name_or_path, revision)
+        folder = _find(name_or_path, revision)
+        if is_published(folder):
+            return _load_published(folder, cls, map_location)
         kind = read_config(folder)["kind"]
         if kind != cls.config_class.kind:
             raise ValueError(
@@ -134,10 +140,14 @@ def load(
 ) -> Any:
     """The model in a folder or a Hub repository, of the class that its `kind` names, in evaluation mode.
 
-    `expect` is the class (or base class) that the caller can use; another one raises ValueError, as do
-    damaged or unsuitable weights. Raises FileNotFoundError for a missing folder or file.
+    A FlexTok in its published layout will do as well: a folder, a repository such as
+    "EPFL-VILAB/flextok_d18_d28_in1k", or its .safetensors file alone. `expect` is the class (or base class)
+    that the caller can use; another one raises ValueError, as do damaged or unsuitable weights. Raises
+    FileNotFoundError for a missing folder or file.
     """
-    folder = find_folder(name_or_path, revision)
+    folder = _find(name_or_path, revision)
+    if is_published(folder):
+        return _load_published(folder, expect, map_location)
     kind = read_config(folder)["kind"]
     if kind not in KINDS:
         raise ConfigError(f"{folder / CONFIG_NAME}: kind: given {kind!r}, must be one of {', '.join(KINDS)}")
@@ -148,30 +158,54 @@ def load(
     return _build(model_class, folder, map_location)
 
 
-def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: the path itself, or the downloaded snapshot of a Hub repository."""
+MODEL_FILES = ("*.json", "*.safetensors", "README.md")
+
+
+def find_folder(name_or_path: str | Path, revision: str | None = None, *, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The local folder of a model: the path itself, or the downloaded `files` of a Hub repository."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+        hint = "; `imgtok export` makes one of a published checkpoint" if path.suffix == ".safetensors" else ""
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}{hint}")
     name = str(name_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise FileNotFoundError(f"there is no model folder {name!r} (and a Hub name looks like 'owner/name')")
-    return _download(name, revision)
+    return _download(name, revision, files)
+
+
+def is_published(path: Path) -> bool:
+    """Whether `path` is laid out as FlexTok was published: a lone weights file, or a folder whose config.json says so.
+
+    Raises FileNotFoundError or ConfigError for a folder without a readable config.json.
+    """
+    if path.is_file():
+        return True
+    data = read_json(path / CONFIG_NAME)
+    return "kind" not in data and not data.keys().isdisjoint(PUBLISHED_ENTRIES)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError for anything else, FileNotFoundError with what is there instead."""
+    folder = path.parent
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no {path.name} (found: {found})")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); copy or download the folder again") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: not written by imgtok: a {type(data).__name__}, not an object with fields")
+    return data
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What config.json says, less the format header; always has a `kind`."""
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG_NAME} (found: {found})")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); copy or download the folder again") from error
-    if not isinstance(data, dict) or "kind" not in data or "format" not in data:
+    data = read_json(path)
+    if "kind" not in data or "format" not in data:
         raise ConfigError(f"{path}: not written by imgtok: it lacks the fields 'format' and 'kind'")
     version, written_by = data.pop("format"), data.pop("imgtok_version", "unknown")
     if version != FORMAT:
@@ -182,7 +216,53 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, model: str) -> None:
+    """Raise ValueError that lists every tensor that is missing, not expected, or of another shape."""
+    lines = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in found]
+    lines += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in wanted]
+    for name in found.keys() & wanted.keys():
+        file_shape, model_shape = tuple(found[name].shape), tuple(wanted[name].shape)
+        if file_shape != model_shape:
+            lines.append(f"another shape: {name} is {file_shape} in the file, {model_shape} in the model")
+    if lines:
+        title = f"{path}: the weights do not fit the {model} describes:"
+        raise ValueError("\n  ".join([title, *lines]))
+
+
+def damaged(path: Path, error: SafetensorError) -> ValueError:
+    """What to say of a weights file that cannot be read."""
+    return ValueError(
+        f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {error}). It was probably cut short while "
+        "being written or copied: copy or download it again, or use an earlier checkpoint"
+    )
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with `metadata` in its header. Raises OSError, also where safetensors does not."""
+    try:
+        save_file(tensors, path, metadata=dict(metadata))
+    except SafetensorError as error:  # "... (os error 28)" is how safetensors reports a full disk
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path.with_name(WEIGHTS_NAME))) from error
+
+
 # ------------------------------------------------------------------------------------------- internals
+
+
+def _find(name_or_path: str | Path, revision: str | None) -> Path:
+    """The local folder of a model; or, where that was given, a lone weights file."""
+    path = Path(name_or_path).expanduser()
+    return path if path.is_file() and path.suffix == ".safetensors" else find_folder(name_or_path, revision)
+
+
+def _load_published(path: Path, expect: type[Any] | None, map_location: str | torch.device) -> Any:
+    from imgtok import published  # which imports FlexTok, which imports this module
+    from imgtok.flextok import FlexTok
+
+    if expect is not None and not issubclass(FlexTok, expect):
+        raise ValueError(f"{path} holds a published FlexTok, but a {expect.__name__} is needed here")
+    return published.load(path, map_location)
 
 
 def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> Any:
@@ -191,7 +271,7 @@ def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> 
         model = model_class(config)
     path = folder / WEIGHTS_NAME
     tensors = _read_tensors(path, map_location)
-    _check_tensors(tensors, model.state_dict(), path, model_class.__name__)
+    check_tensors(tensors, model.state_dict(), path, f"{model_class.__name__} that {CONFIG_NAME}")
     model.load_state_dict(tensors, strict=True)
     return model.to(map_location).eval()
 
@@ -202,24 +282,7 @@ def _read_tensors(path: Path, map_location: str | torch.device) -> dict[str, Ten
     try:
         return load_file(path, device=str(map_location))
     except SafetensorError as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path}: not a whole safetensors file ({size} bytes; {error}). It was probably cut short while "
-            "being written or copied: copy or download it again, or use an earlier checkpoint"
-        ) from error
-
-
-def _check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, model: str) -> None:
-    """Raise ValueError that lists every tensor that is missing, not expected, or of another shape."""
-    lines = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in found]
-    lines += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in wanted]
-    for name in found.keys() & wanted.keys():
-        file_shape, model_shape = tuple(found[name].shape), tuple(wanted[name].shape)
-        if file_shape != model_shape:
-            lines.append(f"another shape: {name} is {file_shape} in the file, {model_shape} in the model")
-    if lines:
-        title = f"{path}: the weights do not fit the {model} that {CONFIG_NAME} describes:"
-        raise ValueError("\n  ".join([title, *lines]))
+        raise damaged(path, error) from error
 
 
 def _state(model: Any) -> dict[str, Tensor]:
@@ -234,21 +297,12 @@ def _state(model: Any) -> dict[str, Tensor]:
     return state
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # "... (os error 28)" is how safetensors reports a full disk
-        code = re.search(r"os error (\d+)", str(error))
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, os.strerror(number), str(path.with_name(WEIGHTS_NAME))) from error
-
-
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
     """A snapshot of the Hub repository `name`; from the local cache when the Hub cannot be reached."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "README.md"]
+    patterns = [*files]
     try:  # one short question first: without a network, a download retries for most of a minute
         commit = HfApi().model_info(name, revision=revision, timeout=10).sha
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))

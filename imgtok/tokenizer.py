@@ -5,11 +5,12 @@ A new tokenizer derives from `Tokenizer`; training, caching, sampling and evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from imgtok.flow import OnStep
 from imgtok.hub import Pretrained
 from imgtok.tokens import Tokens
 
@@ -56,7 +57,7 @@ class Tokenizer(nn.Module, Pretrained):
         indices: Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Images of tokens; what is random in row b depends on (seed, indices[b]) alone."""
         raise NotImplementedError

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from imgtok.cli import main as main_of_imgtok
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
 from imgtok.files import replacing
 from imgtok.memory import peak_rss_mib
 from sample.report import Run, write_page
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +59,17 @@ def main(config: Config) -> None:
         raise ValueError("the quickstart starts its own programs: run it once, without torchrun or accelerate launch")
     plan = Plan.make(config)
     run = Run(seed=config.seed, data=describe_data(plan.data))
+    peaks: list[float] = []
     for title, arguments in plan.stages():
-        seconds = run_stage(title, arguments, config.out / "stages.json")
+        seconds, peak = run_stage(title, arguments, config.out / "stages.json")
+        peaks.append(peak)
         run.stages.append((title, shlex.join(["imgtok", *arguments]), seconds))
     run.figures = {
         **figures_of(config.out, ""),
         "untrained": figures_of(config.out, "-untrained"),
         "seed": config.seed,
         "seconds": round(sum(seconds for *_, seconds in run.stages), 1),
-        "peak_rss_mib": peak_rss_mib(children=True),
+        "peak_rss_mib": max(peaks),
     }
     page = write_page(run, config.out)
     logger.info("%s", json.dumps(run.figures, indent=2))
@@ -164,22 +171,46 @@ def describe_data(data: dict[str, Any]) -> str:
     )
 
 
-def run_stage(title: str, arguments: Sequence[str], times: Path) -> float:
-    """Runs one imgtok command in a process of its own; returns its seconds. Raises ValueError if it fails.
+def run_stage(title: str, arguments: Sequence[str], times: Path) -> tuple[float, float]:
+    """Runs one imgtok command in a process of its own; returns its seconds and its peak memory in MiB.
 
     `times` keeps the longest run of each stage: one that finds its work done by an earlier quickstart must not
-    count as quick.
+    count as quick. Raises ValueError if the command fails.
     """
     logger.info("--- %s: %s", title, shlex.join(["imgtok", *arguments]))
     known: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    # torch and diffusers take ten seconds to import on two cores: here once, in the process that the stages fork from
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: ForkServerContext | SpawnContext = (
+        multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
+    )
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
     started = time.perf_counter()
-    finished = subprocess.run([sys.executable, "-m", "imgtok", *arguments], check=False)
-    if finished.returncode:
-        raise ValueError(f"the stage {title!r} failed with exit status {finished.returncode}; its message stands above")
+    process = context.Process(target=_stage, args=(list(arguments), sender), name=title)
+    process.start()
+    sender.close()
+    process.join()
+    if process.exitcode:
+        raise ValueError(f"the stage {title!r} failed with exit status {process.exitcode}; its message stands above")
     known[title] = max(time.perf_counter() - started, known.get(title, 0.0))
     with replacing(times) as temporary:
         temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return known[title]
+    return known[title], receiver.recv()
+
+
+PRELOADED = [
+    "accelerate",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    *(f"train.{program}" for program in ("tokenizer", "cache_tokens", "generator")),
+    *(f"sample.{program}" for program in ("images", "reconstruct", "evaluate")),
+]
+
+
+def _stage(arguments: list[str], sender: Connection) -> None:
+    status = main_of_imgtok(arguments)
+    sender.send(peak_rss_mib())
+    sys.exit(status)
 
 
 def figures_of(out: Path, suffix: str) -> dict[str, Any]:

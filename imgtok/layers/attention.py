@@ -44,6 +44,7 @@ class Attention(nn.Module):
         self,
         x_BLD: Tensor,
         *,
+        queries: slice | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
         rotate: Rotation | None = None,
@@ -51,9 +52,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`mask` is boolean (True = may look) or additive, and broadcasts to (B, H, L, S).
 
-        With a `cache`, keys and values of earlier calls are prepended, and the new ones kept.
+        Only the positions in `queries` (all by default) are computed; the others are still looked at. With a
+        `cache`, keys and values of earlier calls are prepended, and the new ones kept.
         """
-        q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
+        q, k, v = self._project(x_BLD, queries)
         if self.qk_norm:
             q, k = layer_norm(q), layer_norm(k)
         if rotate is not None:
@@ -62,3 +64,13 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         out_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
         return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))
+
+    def _project(self, x_BLD: Tensor, queries: slice | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, L, E) each."""
+        if queries is None:
+            q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
+            return q, k, v
+        query_rows, key_value_rows = self.qkv_proj.weight.tensor_split((x_BLD.shape[-1],))
+        q = rearrange(F.linear(x_BLD[:, queries], query_rows), "b l (h e) -> b h l e", h=self.num_heads)
+        k, v = rearrange(F.linear(x_BLD, key_value_rows), "b l (two h e) -> two b h l e", two=2, h=self.num_heads)
+        return q, k, v

@@ -9,7 +9,15 @@ import torch
 
 import imgtok
 from imgtok import flow
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig, powers_of_two, prefix_causal_mask, trunk_attention
+from imgtok.flextok import (
+    Condition,
+    FlexTok,
+    FlexTokConfig,
+    TrunkConfig,
+    powers_of_two,
+    prefix_causal_mask,
+    trunk_attention,
+)
 from imgtok.tokens import Tokens
 from imgtok.vae import VAEConfig
 
@@ -249,7 +257,7 @@ def test_decode_leaves_the_global_generator_alone(model):
 def test_steps_and_progress(model):
     tokens = model.encode(images(1))
     seen: list[tuple[int, torch.Tensor]] = []
-    final = model.decode(tokens, steps=4, on_step=lambda step, latents: seen.append((step, latents)))
+    final = model.decode(tokens, steps=4, on_step=lambda step, latents, guess: seen.append((step, latents)))
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert torch.equal(seen[-1][1].clamp(-1, 1), final)
     assert torch.equal(model.decode(tokens), model.decode(tokens, steps=3))
@@ -278,7 +286,7 @@ def test_plain_guidance_is_that_of_two_separate_passes():
     x = torch.randn(2, 3, 8, 8, generator=generator())
     with torch.no_grad():
         cond, uncond = (model.decoder(x, torch.tensor([0.4]), r) for r in (registers, null))
-        guided = model._guided_velocity(registers, 2.5)(x, 0.4)
+        guided = model._guided_velocity(Condition(registers), [0.4], 2.5)(x, 0.4)
     torch.testing.assert_close(guided, uncond + 2.5 * (cond - uncond), atol=1e-5, rtol=1e-5)
 
 
@@ -303,7 +311,130 @@ def test_masked_and_null_registers_carry_nothing(model):
         assert torch.equal(decoder.condition(codes[:, :3], torch.tensor([3, 2, 1]))[0], registers[0])
 
 
+# ------------------------------------------------ the exact savings
+
+
+def test_one_register_stands_for_all_that_are_masked(model):
+    """Velocities of the collapsed condition are those of all K registers."""
+    codes = torch.randn(4, 8, 3, generator=generator())
+    keep = torch.tensor([1, 3, 5, 8])
+    x = torch.randn(4, 3, 8, 8, generator=generator(1))
+    decoder = model.decoder
+    with torch.no_grad():
+        modulations = decoder.modulations(torch.tensor([0.6]))
+        whole = decoder.velocity(x, Condition(decoder.condition(codes, keep)), modulations)
+        together = decoder.velocity(x, decoder.collapsed_condition(codes, keep), modulations)
+        torch.testing.assert_close(together, whole, atol=1e-5, rtol=1e-5)
+        for row in range(4):
+            one = slice(row, row + 1)
+            condition = decoder.collapsed_condition(codes[one], keep[one])
+            assert condition.registers.shape[1] == min(int(keep[row]) + 1, 8)
+            alone = decoder.velocity(x[one], condition, modulations)
+            torch.testing.assert_close(alone, whole[one], atol=1e-5, rtol=1e-5)
+            uncounted = Condition(condition.registers)
+            same = torch.allclose(decoder.velocity(x[one], uncounted, modulations), whole[one], atol=1e-4)
+            assert same == (keep[row] >= 7)  # where the mask stands for one register or none, nothing is counted
+
+
+def test_one_register_stands_for_the_null_condition(model):
+    codes, keep = torch.randn(2, 8, 3, generator=generator()), torch.tensor([3, 8])
+    x = torch.randn(2, 3, 8, 8, generator=generator(1))
+    decoder = model.decoder
+    with torch.no_grad():
+        modulations = decoder.modulations(torch.tensor([0.6]))
+        whole = decoder.velocity(x, Condition(decoder.condition(codes, keep, torch.tensor([True, True]))), modulations)
+        assert decoder.null_condition(2).registers.shape == (2, 1, 32)
+        torch.testing.assert_close(
+            decoder.velocity(x, decoder.null_condition(2), modulations), whole, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_unguided_steps_leave_out_the_null_pass(model, monkeypatch):
+    """Guidance as a function of the time, which is 1 in the second half."""
+    calls: list[int] = []
+    velocity = type(model.decoder).velocity
+
+    def counting(self, x, condition, modulations):
+        calls.append(condition.registers.shape[1])
+        return velocity(self, x, condition, modulations)
+
+    monkeypatch.setattr(type(model.decoder), "velocity", counting)
+    tokens = model.encode(images(2)).truncate(3)
+    times: list[float] = []
+    model.decode(tokens, steps=4, guidance=lambda t: times.append(t) or (3.0 if t > 0.6 else 1.0))
+    assert times == [1, 0.75, 0.5, 0.25]
+    assert calls == [4, 1, 4, 1, 4, 4]
+
+
+# ------------------------------------------------ counts, sizes and solvers
+
+
+def test_a_number_of_tokens_for_each_image(model):
+    batch = images(3)
+    tokens = model.encode(batch, num_tokens=[2, 7, 4])
+    assert tokens.ids.shape == (3, 7)
+    assert tokens.lengths.tolist() == [2, 7, 4]
+    for row, count in enumerate((2, 7, 4)):
+        assert torch.equal(tokens.ids[row, :count], model.encode(batch[row : row + 1]).ids[0, :count])
+        assert not tokens.ids[row, count:].any()
+    with pytest.raises(ValueError, match="2 numbers for 3 images"):
+        model.encode(batch, num_tokens=[2, 7])
+
+
+def test_images_of_several_sizes_at_once(model):
+    mixed = [images(1, 8, seed=1)[0], images(1, 4, seed=2)[0], images(1, 8, seed=3)[0], images(1, 8)[0, :, :6]]
+    tokens = model.encode(mixed, num_tokens=[8, 3, 5, 8])
+    for row, image in enumerate(mixed):
+        alone = model.encode(image[None], num_tokens=int(tokens.lengths[row]))
+        assert torch.equal(tokens.ids[row, : tokens.lengths[row]], alone.ids[0])
+
+
+def test_decode_at_another_size(model):
+    tokens = model.encode(images(2))
+    assert model.decode(tokens, size=(4, 6)).shape == (2, 3, 4, 6)
+    assert torch.equal(model.decode(tokens, size=(8, 8)), model.decode(tokens))
+
+
+def test_decode_with_an_autoencoder_at_another_size():
+    model = build(vae=TINY_VAE, image_size=16)
+    tokens = model.encode([images(1, 8)[0], images(1, 16)[0]])
+    assert model.decode(tokens, size=(8, 16)).shape == (2, 3, 8, 16)
+
+
+def test_the_second_order_solver_is_closer_to_the_limit(model):
+    tokens = model.encode(images(4)).truncate(4)
+    limit = model.decode(tokens, steps=200)
+    euler, adams = ((model.decode(tokens, steps=8, solver=s) - limit).abs().mean() for s in ("euler", "adams"))
+    assert adams < euler / 2
+    assert torch.equal(model.decode(tokens, solver="adams"), build(decode_solver="adams").decode(tokens))
+
+
+def test_the_guess_becomes_the_image(model):
+    """What `on_step` is told the image will be: of the right size, and at the last step the image itself."""
+    guesses: list[torch.Tensor] = []
+    final = model.decode(model.encode(images(1)), on_step=lambda step, latents, guess: guesses.append(guess))
+    assert len(guesses) == 3
+    torch.testing.assert_close(model.to_images(guesses[-1]), final, atol=1e-5, rtol=0)
+    assert not torch.allclose(guesses[0], guesses[-1], atol=1e-3)
+
+
 # ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_encode_refuses_pixels_that_are_no_numbers(model, value):
+    batch = images(3)
+    batch[1, 0, 2, 2] = value
+    with pytest.raises(ValueError, match="image 1 has pixels that are not finite"):
+        model.encode(batch)
+    with pytest.raises(ValueError, match="image 1 has pixels that are not finite"):
+        model.encode(list(batch))
+
+
+@pytest.mark.parametrize("size", [(10, 8), (8, 7), (0, 8)])
+def test_decode_refuses_sizes_off_the_grid(model, size):
+    with pytest.raises(ValueError, match="multiples of 2 up to 8"):
+        model.decode(model.encode(images(1)), size=size)
 
 
 @pytest.mark.parametrize("count", [0, -1, 9])

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from cases import Case
-from models import FLEXTOK_NAMES, GPT_NAMES, as_ours, place
+from models import gpt_places
 from torch import Tensor
 
 import generators.gpt
@@ -21,6 +21,7 @@ from generators.gpt import GPT, SamplingConfig
 from imgtok import flow, randomness
 from imgtok.flextok import FlexTok, crop_positions, prefix_causal_mask
 from imgtok.layers.positions import sincos_2d, time_features
+from imgtok.published import as_published, places
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokens import Tokens
 
@@ -91,15 +92,17 @@ def guidance(case: Case, run: Mapping[str, Any]) -> Outputs:
 @torch.no_grad()
 def encode_square(model: FlexTok, case: Case) -> Outputs:
     latents = case.input("latents")
-    trunk: list[Tensor] = []
-    hook = model.encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: trunk.append(output))
+    reached: list[Tensor] = []
+    last = model.encoder.blocks[-1]
+    hook = last.register_forward_pre_hook(lambda module, inputs: reached.append(inputs[0]))
     z = model.encoder(latents, model.num_tokens)
     hook.remove()
     rows, columns = (side // model.config.patch_size for side in latents.shape[-2:])
     one = prefix_causal_mask(rows * columns, model.num_tokens, latents.device)
+    trunk = last(reached[0], one)  # `encoder` itself computes only the registers of its last block
     return {
         **codes_of(model, z, "square"),
-        "square.patch_features": trunk[0][:, : rows * columns].unflatten(1, (rows, columns)),
+        "square.patch_features": trunk[:, : rows * columns].unflatten(1, (rows, columns)),
         # The reference packs the batch into one sequence: ours, once for each image, along the diagonal.
         "square.mask": torch.block_diag(*[one] * len(latents)),
         "enc_grid": channels_first(model.encoder.positions),
@@ -139,12 +142,13 @@ def velocity(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
 def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Latents and images through the public `decode`, started from the case's noise."""
     states: list[Tensor] = []
+    scale = run["guidance"]["scale"]
     with patch.object(randomness, "normal", return_value=noise):
         images = model.decode(
             Tokens(ids, torch.tensor(run["keep"])),
             steps=run["steps"],
-            guidance=run["guidance"]["scale"],
-            on_step=lambda step, latents: states.append(latents),
+            guidance=(lambda t: scale[0] + (scale[1] - scale[0]) * t) if isinstance(scale, list) else scale,
+            on_step=lambda step, latents, guess: states.append(latents),
         )
     return states[-1], images
 
@@ -152,19 +156,6 @@ def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -
 def decode_latents(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
     ids, noise = case.input(run["ids"]), case.input(run["noise"])
     return {f"{run['out']}.latents": decode(model, ids, noise, run)[0]}
-
-
-@torch.no_grad()
-def decode_scheduled(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
-    """Guidance as a function of t, which `decode` does not take; plain guidance keeps no state."""
-    low, high = run["guidance"]["scale"]
-    codes = model.quantizer.ids_to_codes(case.input(run["ids"]))
-    registers = model.decoder.condition(codes, torch.tensor(run["keep"]))
-
-    def guided(x: Tensor, t: float) -> Tensor:
-        return model._guided_velocity(registers, low + (high - low) * t)(x, t)
-
-    return {f"{run['out']}.latents": flow.euler(guided, case.input(run["noise"]), run["steps"])}
 
 
 def train_step(model: FlexTok, case: Case) -> Outputs:
@@ -181,20 +172,14 @@ def train_step(model: FlexTok, case: Case) -> Outputs:
         losses = model(latents, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-    places = {published: place(published, FLEXTOK_NAMES) for published in case.about["shapes"]}
+    known = places(gradients)
     outputs = {
         "step.loss": losses.total,
         "step.indices": model.quantizer.codes_to_ids(model.quantizer(model.encoder(latents, model.num_tokens))),
-        "step.grad_norms": torch.stack([spot.view(gradients).norm() for spot in places.values()]),
+        "step.grad_norms": torch.stack([known[published].view(gradients).norm() for published in case.about["shapes"]]),
     }
     for published in run["grads"]:
-        recorded = case.recorded[f"step.grad.{published}"]
-        shaped = as_ours(published, recorded)
-        ours = places[published].view(gradients)
-        assert ours.shape == shaped.shape
-        if shaped.shape != recorded.shape:
-            ours = ours.T[None, None]
-        outputs[f"step.grad.{published}"] = ours
+        outputs[f"step.grad.{published}"] = as_published(published, known[published].view(gradients))
     return outputs
 
 
@@ -227,7 +212,8 @@ def gpt_training(model: GPT, case: Case) -> Outputs:
     losses = model(tokens, labels, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-    norms = [place(key, GPT_NAMES).view(gradients).norm() for key in case.about["grad_keys"]]
+    known = gpt_places(gradients)
+    norms = [known[key].view(gradients).norm() for key in case.about["grad_keys"]]
     with torch.no_grad():
         logits = model.logits(labels, tokens)
         null_logits = model.logits(torch.full_like(labels, model.null_class), tokens)

@@ -58,16 +58,10 @@ def test_velocity(out):
     check(case, runs.velocity(flextok(case), case, case.run(out)))
 
 
-@pytest.mark.parametrize("out", ["plain", "one_step", "cfg", "apg"])
+@pytest.mark.parametrize("out", ["plain", "one_step", "cfg", "cfg_schedule", "apg"])
 def test_decode(out):
     case = Case.load("flextok/decode")
     check(case, runs.decode_latents(flextok(case, projected_guidance=out == "apg"), case, case.run(out)))
-
-
-def test_decode_with_scheduled_guidance():
-    case = Case.load("flextok/decode")
-    model = flextok(case, projected_guidance=False)
-    check(case, runs.decode_scheduled(model, case, case.run("cfg_schedule")))
 
 
 def test_train():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -142,23 +143,20 @@ def test_columns_first_positions():
 
 
 def test_chunks_in_the_order_of_dit(monkeypatch):
-    original = flextok_module.modulated_residual
-    gates_first_to_dit = {(0, 2, 3): (2, 0, 1), (1, 4, 5): (5, 3, 4)}
-
-    def dit(*args):
-        return original(*args[:-1], gates_first_to_dit[args[-1]])
-
-    monkeypatch.setattr(flextok_module, "modulated_residual", dit)
+    monkeypatch.setattr(flextok_module, "ATTENTION_CHUNKS", (2, 0, 1))
+    monkeypatch.setattr(flextok_module, "MLP_CHUNKS", (5, 3, 4))
     assert velocity_error("all_kept") > 1
 
 
-def test_one_modulation_set_for_all(monkeypatch):
-    original = flextok_module.modulated_residual
+@pytest.mark.parametrize("name", ["modulate", "add_gated"])
+def test_one_modulation_set_for_all(monkeypatch, name):
+    original = getattr(flextok_module, name)
 
-    def shared(x, branch, patch_set, register_set, num_patches, chunks):
-        return original(x, branch, patch_set, patch_set, num_patches, chunks)
+    def shared(*args):
+        pairs = [[arg[0], arg[0]] if isinstance(arg, list) else arg for arg in args]
+        return original(*pairs)
 
-    monkeypatch.setattr(flextok_module, "modulated_residual", shared)
+    monkeypatch.setattr(flextok_module, name, shared)
     assert velocity_error("all_kept") > 1
 
 
@@ -209,13 +207,34 @@ def test_condition(monkeypatch, out, mistake):
     assert (velocity_error(out) > 1) == (mistake != "none")
 
 
+@pytest.mark.parametrize(
+    ("count", "mistake"),
+    [
+        ("masked", lambda counts: None),
+        ("masked", lambda counts: counts + 0.1),
+        ("null", lambda counts: None),
+        ("null", lambda counts: counts - 0.1),
+    ],
+)
+def test_a_register_that_stands_for_several_counted_wrongly(monkeypatch, count, mistake):
+    name = {"masked": "collapsed_condition", "null": "null_condition"}[count]
+    original = getattr(Decoder, name)
+
+    def wrong(self, *args):
+        condition = original(self, *args)
+        return dataclasses.replace(condition, log_counts=mistake(condition.log_counts))
+
+    monkeypatch.setattr(Decoder, name, wrong)
+    assert decode_error("apg") > 1
+
+
 # ---------------------------------------------------------------- flow
 
 
 def test_velocity_sign():
     model = flextok(DECODE)
-    forward = model.decoder.forward
-    model.decoder.forward = lambda *args: -forward(*args)
+    velocity = model.decoder.velocity
+    model.decoder.velocity = lambda *args: -velocity(*args)
     assert worst(DECODE, runs.decode_latents(model, DECODE, DECODE.run("plain"))) > 1
 
 
@@ -230,8 +249,8 @@ def test_times_of_the_wrong_end(monkeypatch):
     def late(velocity, noise, steps, on_step=None):
         x = noise
         for step in range(steps):
-            x = x - velocity(x, 1 - (step + 1) / steps) / steps
-            on_step(step + 1, x)
+            x = x - velocity(x, 1 - min(step + 1, steps - 1) / steps) / steps
+            on_step(step + 1, x, x)
         return x
 
     monkeypatch.setattr(flow, "euler", late)

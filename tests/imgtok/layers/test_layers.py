@@ -51,6 +51,13 @@ def test_attention_has_no_biases_and_one_fused_projection():
     assert shapes == {"qkv_proj.weight": (72, 24), "out_proj.weight": (24, 24)}
 
 
+@pytest.mark.parametrize("queries", [slice(3), slice(3, None)])
+def test_some_queries_are_those_rows_of_all(queries):
+    attention, x, mask = Attention(16, 2, qk_norm=True), randn(2, 5, 16), randn(5, 5, seed=1)
+    some = attention(x, queries=queries, mask=mask[queries])
+    torch.testing.assert_close(some, attention(x, mask=mask)[:, queries], atol=1e-6, rtol=1e-5)
+
+
 def test_a_cache_continues_where_it_stopped():
     torch.manual_seed(0)
     module = Attention(16, 2).eval()
