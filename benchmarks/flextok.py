@@ -277,7 +277,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="the peer's path: materialised masks and scaled_dot_product_attention, or its default, compiled "
         "flex_attention (dense on a CPU, flex on a GPU)",
     )
-    add("--compile", action="store_true", help="compile our encoder and decoder")
+    add("--compile", action="store_true", help="compile the blocks of ours")
     add("--seed", type=int, default=0, help="of weights, latents and ids (0)")
     add("--json", type=Path, metavar="FILE", help="write every call here as well")
     arguments = parser.parse_args(argv)

@@ -39,7 +39,7 @@ class Setup:
     attention: str = "dense"
     """The peer's: "dense" or "flex"."""
     compile: bool = False
-    """Ours: compile encoder and decoder."""
+    """Ours: compile every block."""
 
     @property
     def depths(self) -> tuple[int, int]:

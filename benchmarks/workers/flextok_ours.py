@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import recipe
 import torch
-from models import FLEXTOK_NAMES, as_ours, place
 from protocol import Case, Setup, autocast, serve
 from torch import Tensor
 
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.flextok import FlexTok
+from imgtok.published import as_ours, places, sized_config
 from imgtok.tokens import Tokens
 from imgtok.vae import VAEConfig
 
@@ -24,27 +25,24 @@ class Ours:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.shapes = setup.shapes
-        encoder, decoder = (TrunkConfig(width=64 * depth, depth=depth) for depth in setup.depths)
         blank = VAEConfig(latent_channels=CHANNELS, block_channels=(8,), layers_per_block=1, norm_groups=8)
-        self.model = FlexTok(FlexTokConfig(image_size=SIDE, vae=blank, encoder=encoder, decoder=decoder)).eval()
+        self.model = FlexTok(replace(sized_config(setup.size, blank), image_size=SIDE)).eval()
         self.fill()
         self.model.to(setup.device)
         if setup.compile:
-            self.model.encoder.compile()
-            self.model.decoder.compile()
+            for block in (*self.model.encoder.blocks, *self.model.decoder.blocks):
+                block.compile()
 
     @torch.no_grad()
     def fill(self) -> None:
         """One parameter at a time, so that the weights are in memory once."""
         state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("vae.")}
-        for value in state.values():
-            value.fill_(torch.nan)
-        for name, shape in self.setup.shapes.items():
+        known = places(state)
+        if known.keys() != self.shapes.keys():
+            raise ValueError(f"one side alone has the parameters {sorted(known.keys() ^ self.shapes.keys())}")
+        for name, shape in self.shapes.items():
             drawn = torch.from_numpy(recipe.weight(name, tuple(shape), self.setup.seed))
-            place(name, FLEXTOK_NAMES).view(state).copy_(as_ours(name, drawn))
-        missing = [name for name, value in state.items() if value.isnan().any()]
-        if missing:
-            raise ValueError(f"the peer has no weights for {missing}")
+            known[name].view(state).copy_(as_ours(name, drawn))
 
     def start_from(self, noise: Tensor | None) -> None:
         if noise is not None:
