@@ -1,10 +1,11 @@
-"""GPT over image tokens, class-conditional: LlamaGen (arXiv 2406.06525) and FlexTok's generator.
+"""GPT over image tokens: LlamaGen (arXiv 2406.06525) and FlexTok's generators (arXiv 2502.13967).
 
-A decoder-only transformer reads one condition slot (the class's embedding) and then the tokens, and
-predicts at each position the token that follows. Classes are dropped now and then while training,
-so that sampling can be guided away from the "no class" row, the last of the table. Token sequences
-are either ordered (learned positions; FlexTok) or a raster (two-dimensional rotary; LlamaGen).
-Training and sampling run the same `hidden` path; sampling hands it a key/value cache.
+A decoder-only transformer reads one condition slot and then the tokens, and predicts at each position the
+token that follows. The slot is a class's embedding (LlamaGen), or a learned start vector to which the class's
+embedding is added (FlexTok), or the start vector alone while every block also attends to the features of a
+caption (FlexTok from text). Conditions are dropped now and then while training, so that sampling can be guided
+away from "no class" or the empty caption. Token sequences are ordered (learned positions; FlexTok) or a raster
+(two-dimensional rotary; LlamaGen). Training and sampling run the same `hidden` path; sampling hands it a cache.
 
 Shapes: B batch, L tokens, D width, V vocabulary.
 """
@@ -22,14 +23,18 @@ from torch import Tensor, nn
 
 from generators.sampling import draw, filter_logits, guide
 from imgtok import randomness
+from imgtok.captions import Captions
 from imgtok.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range, check
 from imgtok.hub import Pretrained
-from imgtok.layers.attention import Attention
-from imgtok.layers.cache import KVCache, LayerCache
+from imgtok.layers.attention import Attention, CrossAttention
+from imgtok.layers.cache import KVCache, LayerCache, Memory
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
 from imgtok.tokenizer import Losses
+
+Condition = Tensor | Captions
+"""What images are made for: labels (B,), -1 for no class, or captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +61,31 @@ class GPTConfig:
     so that what is learned of one id helps its neighbours. Training fills it in where `share_digits` is set."""
     positions: Literal["learned", "rotary_2d"] = "learned"
     """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
+    qk_norm: bool = False
+    """Normalise queries and keys over a head's channels, without parameters."""
+    condition: Literal["class_slot", "start_plus_class", "cross_attention"] = "class_slot"
+    """`class_slot`: the first slot is the class's embedding, "no class" being one more row of the table (LlamaGen).
+    `start_plus_class`: it is a learned start vector plus the class's embedding, "no class" adding nothing (FlexTok).
+    `cross_attention`: it is the start vector, and every block attends to the features of a caption (FlexTok)."""
+    text_width: PositiveInt = 2048
+    """Channels of a caption's features; training fills it in from the text cache."""
+    text_length: PositiveInt = 120
+    """Most features of a caption; training fills it in from the text cache."""
+    empty_length: PositiveInt = 1
+    """Features of the empty caption, which stands for none; training fills it in from the text cache."""
+    text_encoder: str | None = None
+    """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
     dropout: Fraction = 0.1
     """Dropout of embeddings, attention and feed-forward outputs."""
+    attention_dropout: Fraction = 0.0
+    """Dropout of attention weights."""
     class_dropout: Fraction = 0.1
-    """Share of training samples whose class is replaced by "no class"."""
+    """Share of training samples whose class or caption is replaced by none."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.empty_length > self.text_length:
+            raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
         if self.width % self.num_heads:
             raise ValueError(f"width: {self.width} is not a multiple of num_heads = {self.num_heads}")
         if self.levels and math.prod(self.levels) != self.vocab_size:
@@ -72,12 +95,37 @@ class GPTConfig:
             raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
 
     @property
+    def reads_text(self) -> bool:
+        """Whether captions are the condition, and not classes."""
+        return self.condition == "cross_attention"
+
+    @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
 
     @property
     def mlp_hidden(self) -> int:
         return -(-(8 * self.width // 3) // self.mlp_multiple) * self.mlp_multiple
+
+
+FLEXTOK_CLASS_DEPTHS = (10, 12, 16, 20, 24, 30)
+FLEXTOK_TEXT_DEPTHS = (12, 18, 26, 36)
+
+
+def flextok_size(depth: int, *, text: bool = False) -> GPTConfig:
+    """FlexTok's generator of this depth, from classes or from text: width 64 x depth, `depth` heads, 256 of 64 000 ids.
+
+    12 (without text) or 16 (with it) x depth x width^2 weights in the blocks: the table of published sizes.
+    """
+    return GPTConfig(
+        vocab_size=64000,
+        width=64 * depth,
+        depth=depth,
+        num_heads=depth,
+        mlp_multiple=1,
+        condition="cross_attention" if text else "start_plus_class",
+        attention_dropout=0.1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +146,38 @@ class SamplingConfig:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated feed-forward, no biases."""
+    """Pre-norm attention, attention to a caption where there are captions, and gated feed-forward; no biases."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config.width, config.num_heads, dropout=config.dropout)
-        self.mlp_norm = RMSNorm(config.width)
-        self.mlp = SwiGLU(config.width, config.mlp_hidden, dropout=config.dropout)
+        width, heads = config.width, config.num_heads
+        dropouts = {"dropout": config.dropout, "weight_dropout": config.attention_dropout}
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(width, heads, qk_norm=config.qk_norm, **dropouts)
+        self.cross_norm = RMSNorm(width) if config.reads_text else None
+        self.cross_attention = (
+            CrossAttention(width, heads, qk_norm=config.qk_norm, **dropouts) if config.reads_text else None
+        )
+        self.mlp_norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, config.mlp_hidden, dropout=config.dropout)
 
-    def forward(self, x: Tensor, table: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """`table` holds the rotary rows of x's positions; a first call with a cache is the prefill."""
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor | None,
+        cache: LayerCache | None,
+        caption: tuple[Tensor, Tensor] | None = None,
+        caption_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`table` holds the rotary rows of x's positions, `caption` this layer's keys and values of the captions; a
+        first call with a cache is the prefill.
+        """
         turn = None if table is None else (lambda y: rotate(y, table))
         causal = x.shape[1] > 1
         x = x + self.attention(self.attention_norm(x), causal=causal, rotate=turn, cache=cache)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            assert caption is not None, "a model that reads text was called without captions"
+            x = x + self.cross_attention(self.cross_norm(x), caption, mask=caption_mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -135,15 +201,18 @@ class DigitRows(nn.Module):
 
 
 class GPT(nn.Module, Pretrained):
-    """Class-conditional GPT. Calling it gives the training loss; `generate` samples."""
+    """Class- or text-conditional GPT. Calling it gives the training loss; `generate` samples."""
 
     config_class: ClassVar[type] = GPTConfig
     rotary: Tensor | None
+    empty_caption: Tensor | None
+    start: nn.Parameter | None
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        rows = 0 if config.reads_text else config.num_classes + (config.condition == "class_slot")
+        self.class_embedding = nn.Embedding(rows, config.width) if rows else None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -157,6 +226,12 @@ class GPT(nn.Module, Pretrained):
         else:
             rotary = rotary_2d(config.head_dim, round(config.num_tokens**0.5), prefix=1)
         self.register_buffer("rotary", rotary, persistent=False)
+        started = config.condition != "class_slot"
+        self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
+        self.text_proj = text_projection(config) if config.reads_text else None
+        # Saved, so that a model folder knows its unconditional branch without the text encoder; see `set_empty_caption`
+        empty = torch.zeros(config.empty_length, config.text_width) if config.reads_text else None
+        self.register_buffer("empty_caption", empty)
         self._initialise()
 
     @torch.no_grad()
@@ -165,35 +240,77 @@ class GPT(nn.Module, Pretrained):
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
+        if self.start is not None:
+            nn.init.normal_(self.start, std=0.02)
         nn.init.zeros_(self.head.weight)
         if self.digit_head is not None:
             nn.init.zeros_(self.digit_head.table)
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class"."""
+        """The label that stands for "no class"; -1 does so too."""
         return self.config.num_classes
+
+    @torch.no_grad()
+    def set_empty_caption(self, features: Tensor) -> None:
+        """Keep the features (empty_length, text_width) of the empty text, which stands for "no caption"."""
+        assert self.empty_caption is not None, "this model reads no captions"
+        self.empty_caption.copy_(features)
+
+    def unconditional(self, condition: Condition) -> Condition:
+        """As many conditions that say nothing."""
+        if isinstance(condition, Tensor):
+            return torch.full_like(condition, self.null_class)
+        assert self.empty_caption is not None
+        length = torch.tensor([len(self.empty_caption)], device=self.empty_caption.device)
+        return Captions(self.empty_caption.to(condition.features)[None], length).repeat(len(condition))
+
+    def slot(self, condition: Condition) -> Tensor:
+        """What stands before the tokens, (B, D)."""
+        if self.class_embedding is None:
+            assert self.start is not None
+            return self.start.expand(len(condition), -1)
+        assert isinstance(condition, Tensor), "a class-conditional model was called with captions"
+        labels_B = torch.where(condition == -1, self.null_class, condition)
+        if self.start is None:
+            return self.class_embedding(labels_B)
+        with_none = F.pad(self.class_embedding.weight, (0, 0, 0, 1))  # (C + 1, D): "no class" adds zeros
+        return self.start + F.embedding(labels_B, with_none)
+
+    def read(self, captions: Captions) -> Memory:
+        """What the blocks' cross-attention looks at."""
+        assert self.text_proj is not None, "a class-conditional model was called with captions"
+        context = self.text_proj(captions.features.to(self.head.weight.dtype))  # (B, T, D)
+        attentions = (module for module in self.blocks.modules() if isinstance(module, CrossAttention))
+        return Memory([attention.keys_values(context) for attention in attentions], captions.mask[:, None, None])
 
     # ------------------------------------------------ one path for training and sampling
 
-    def hidden(self, labels_B: Tensor | None, ids_BL: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[class slot | tokens] -> normed states (B, L or L + 1, D); state i predicts token i.
+    def hidden(self, condition: Condition | None, ids_BL: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[condition slot | tokens] -> normed states (B, L or L + 1, D); state i predicts token i.
 
-        Without `labels_B` the class slot is already in the cache, and ids continue behind what it holds.
+        Without `condition` the slot is already in the cache, and ids continue behind what it holds.
         """
         start = cache.length if cache is not None else 0
+        memory = cache.memory if cache is not None else None
+        if isinstance(condition, Captions):
+            memory = self.read(condition)
+            if cache is not None:
+                cache.memory = memory
         x = self.token_embedding(ids_BL)
         if self.digit_embedding is not None:
             x = x + self.digit_embedding(ids_BL)
-        if labels_B is not None:
-            x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
+        if condition is not None:
+            x = torch.cat([self.slot(condition)[:, None], x], dim=1)
         stop = start + x.shape[1]
         if self.config.positions == "learned":
             x = x + self.positions[start:stop]
         x = self.dropout(x)
         table = None if self.rotary is None else self.rotary[start:stop]
+        mask = memory.mask if memory is not None else None
         for index, block in enumerate(self.blocks):
-            x = block(x, table, cache.layers[index] if cache is not None else None)
+            layer_cache = cache.layers[index] if cache is not None else None
+            x = block(x, table, layer_cache, memory.layers[index] if memory is not None else None, mask)
         return self.norm(x)
 
     def read_out(self, states: Tensor) -> Tensor:
@@ -203,24 +320,32 @@ class GPT(nn.Module, Pretrained):
             logits = logits + F.linear(states, self.digit_head())
         return logits.float()
 
-    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
-        """Logits (B, L, V) in float32 of all L tokens given the class and the tokens before each."""
-        return self.read_out(self.hidden(labels_B, ids_BL[:, :-1]))
+    def logits(self, condition: Condition, ids_BL: Tensor) -> Tensor:
+        """Logits (B, L, V) in float32 of all L tokens given the condition and the tokens before each."""
+        return self.read_out(self.hidden(condition, ids_BL[:, :-1]))
 
-    def forward(self, ids: Tensor, labels: Tensor, *, generator: torch.Generator) -> Losses:
-        """Mean cross-entropy of all tokens; ids (B, L), labels (B,), classes dropped at random."""
-        dropped = torch.rand(len(labels), generator=generator, device=generator.device) < self.config.class_dropout
-        labels = torch.where(dropped.to(labels.device), self.null_class, labels)
-        logits = self.logits(labels, ids)
+    def forward(self, ids: Tensor, condition: Condition, *, generator: torch.Generator) -> Losses:
+        """Mean cross-entropy of all tokens; ids (B, L), labels (B,) or captions, dropped at random."""
+        logits = self.logits(self._drop_some(condition, generator), ids)
         loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
         return Losses(loss, {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])})
+
+    def _drop_some(self, condition: Condition, generator: torch.Generator) -> Condition:
+        """`class_dropout` of the conditions replaced by none."""
+        draws = torch.rand(len(condition), generator=generator, device=generator.device)
+        dropped, none = (draws < self.config.class_dropout).to(self.head.weight.device), self.unconditional(condition)
+        if isinstance(condition, Captions):
+            assert isinstance(none, Captions)
+            return condition.replaced(dropped, none)
+        assert isinstance(none, Tensor)
+        return torch.where(dropped, none, condition)
 
     # ------------------------------------------------ sampling
 
     @torch.no_grad()
     def generate(
         self,
-        labels: Tensor,
+        condition: Condition,
         *,
         seed: int,
         indices: Sequence[int],
@@ -229,18 +354,21 @@ class GPT(nn.Module, Pretrained):
         cached: bool = True,
         on_token: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Ids (B, num_tokens) for labels (B,); row b uses the uniforms of (`seed`, `indices[b]`) alone.
+        """Ids (B, num_tokens) for labels (B,), -1 for no class, or captions; the first ids of a longer request are
+        those of a shorter one, and row b uses the uniforms of (`seed`, `indices[b]`) alone.
 
         `cached=False` recomputes the whole prefix at each step: slow, kept as the oracle of the cache.
-        Raises ValueError for a label outside the table or more tokens than the model knows.
+        Raises ValueError for a condition that the model does not know or more tokens than it draws.
         """
         sampling = sampling or SamplingConfig()
         count = self.config.num_tokens if num_tokens is None else num_tokens
-        self._check_request(labels, count)
+        self._check_request(condition, count)
+        if isinstance(condition, Captions):  # one width for every batch, or the last bits would tell who shared it
+            condition = condition.widen(self.config.text_length)
         uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens")
         guided = sampling.guidance != 1
-        streams = torch.cat([labels, torch.full_like(labels, self.null_class)]) if guided else labels
-        ids = labels.new_empty(len(labels), 0)
+        streams = self._with_unconditional(condition) if guided else condition
+        ids = torch.empty(len(condition), 0, dtype=torch.long, device=self.head.weight.device)
         cache = self._new_cache(len(streams), count) if cached else None
         for step in range(count):
             logits = self._next_logits(streams, ids.repeat(2, 1) if guided else ids, cache)
@@ -253,10 +381,19 @@ class GPT(nn.Module, Pretrained):
                 on_token(step + 1)
         return ids
 
-    def _next_logits(self, labels: Tensor, ids: Tensor, cache: KVCache | None) -> Tensor:
+    def _with_unconditional(self, condition: Condition) -> Condition:
+        """The conditions, then as many that say nothing."""
+        none = self.unconditional(condition)
+        if isinstance(condition, Captions):
+            assert isinstance(none, Captions)
+            return condition.followed_by(none)
+        assert isinstance(none, Tensor)
+        return torch.cat([condition, none])
+
+    def _next_logits(self, condition: Condition, ids: Tensor, cache: KVCache | None) -> Tensor:
         """Logits (B, V) in float32 of the token behind `ids`."""
         if cache is None or cache.length == 0:
-            states = self.hidden(labels, ids, cache)
+            states = self.hidden(condition, ids, cache)
         else:
             states = self.hidden(None, ids[:, -1:], cache)
         return self.read_out(states[:, -1])
@@ -265,11 +402,31 @@ class GPT(nn.Module, Pretrained):
         config = self.config
         return KVCache(config.depth, batch, config.num_heads, capacity, config.head_dim, self.head.weight)
 
-    def _check_request(self, labels: Tensor, count: int) -> None:
-        if not 1 <= count <= self.config.num_tokens:
-            raise ValueError(f"num_tokens: this model draws 1 to {self.config.num_tokens} tokens, asked for {count}")
-        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) <= self.null_class):
+    def _check_request(self, condition: Condition, count: int) -> None:
+        config = self.config
+        if not 1 <= count <= config.num_tokens:
+            raise ValueError(f"num_tokens: this model draws 1 to {config.num_tokens} tokens, asked for {count}")
+        if isinstance(condition, Captions) != config.reads_text:
+            needed, given = ("captions", "labels") if config.reads_text else ("labels", "captions")
+            raise ValueError(f"this model (condition {config.condition}) draws for {needed}, given {given}")
+        if isinstance(condition, Captions):
+            _, columns, width = condition.features.shape
+            if width != config.text_width or columns > config.text_length:
+                raise ValueError(
+                    f"captions of {columns} features of width {width}; this model reads at most {config.text_length} "
+                    f"of width {config.text_width}: encode them with its own text encoder"
+                )
+        elif len(condition) and not (int(condition.min()) >= -1 and int(condition.max()) <= self.null_class):
             raise ValueError(
-                f"labels must lie in 0 to {self.config.num_classes - 1} (or {self.null_class} for no class), "
-                f"got {int(labels.min())} to {int(labels.max())}"
+                f"labels must lie in 0 to {config.num_classes - 1} (or -1 or {self.null_class} for no class), "
+                f"got {int(condition.min())} to {int(condition.max())}"
             )
+
+
+def text_projection(config: GPTConfig) -> nn.Sequential:
+    """A caption's features (.., text_width) -> (.., width): text_width -> text_width -> width, tanh-GELU, no biases."""
+    return nn.Sequential(
+        nn.Linear(config.text_width, config.text_width, bias=False),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(config.text_width, config.width, bias=False),
+    )

@@ -29,6 +29,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("train.tokenizer", "train a tokenizer on images"),
     "train generator": ("train.generator", "train a generator on the tokens of a tokenizer"),
     "cache": ("train.cache_tokens", "write the tokens of a data set to files, for faster training"),
+    "cache text": ("train.cache_text", "write the text features of a data set's captions to files"),
     "sample": ("sample.images", "make new images with a trained generator"),
     "reconstruct": ("sample.reconstruct", "show images beside their reconstructions at several token counts"),
     "evaluate": ("sample.evaluate", "score images or a model"),

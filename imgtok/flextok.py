@@ -13,7 +13,7 @@ Shapes: B batch, C H W latents, N patches, K registers, D width, n FSQ dimension
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -25,9 +25,11 @@ from imgtok import flow, randomness
 from imgtok.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
 from imgtok.layers.attention import Attention
 from imgtok.layers.feed_forward import SwiGLU
+from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
 from imgtok.layers.patches import patchify, unpatchify
 from imgtok.layers.positions import sincos_2d, time_features
+from imgtok.layers.recompute import call_block
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
 from imgtok.tokens import Tokens
@@ -84,10 +86,13 @@ class FlexTokConfig:
     """Share of training samples that keep all tokens whatever `nested_dropout` draws; 0 as published."""
     null_dropout: Fraction = 0.1
     """Share of training samples whose condition is the null vector."""
-    times: Literal["mode", "logit_normal"] = "mode"
-    """Distribution of training times."""
+    times: Literal["mode", "logit_normal", "stratified_logit_normal"] = "mode"
+    """Distribution of training times; "stratified" spreads a batch evenly over the distribution."""
     mode_scale: Annotated[float, Range(-1.0, 1.75)] = 0.25
     """Shape of the mode distribution; 0 is uniform."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Latents to train on: the mean of the autoencoder's posterior, or a fresh sample of it (the published wrapper's
+    default). `encode` takes the mean, so that an image always has the same tokens."""
     noise_fraction: Fraction = 0.0
     """Share of training samples at t = 1, where the tokens alone must explain the image; 0 as published."""
     prediction: Literal["velocity", "data"] = "velocity"
@@ -214,6 +219,7 @@ class Encoder(nn.Module):
         self.registers = nn.Parameter(torch.empty(config.num_registers, trunk.width))
         self.blocks = nn.ModuleList(EncoderBlock(trunk) for _ in range(trunk.depth))
         self.readout = nn.Linear(trunk.width, len(config.levels))
+        self.recompute = False
 
     def forward(self, latents: Tensor, num_tokens: int) -> Tensor:
         """Only the first `num_tokens` registers are computed; later ones could not change them."""
@@ -223,9 +229,10 @@ class Encoder(nn.Module):
         x = torch.cat([patches, registers.to(patches.dtype)], dim=1)
         mask = prefix_causal_mask(patches.shape[1], num_tokens, x.device)
         for block in self.blocks[:-1]:
-            x = block(x, mask)
+            x = call_block(block, x, mask, recompute=self.recompute)
         wanted = slice(patches.shape[1], None)
-        return self.readout(layer_norm(self.blocks[-1](x, mask[wanted], wanted)))
+        x = call_block(self.blocks[-1], x, mask[wanted], wanted, recompute=self.recompute)
+        return self.readout(layer_norm(x))
 
 
 def add_positions(module: nn.Module, config: FlexTokConfig, width: int) -> None:
@@ -290,6 +297,10 @@ class Modulations:
         return Modulations([rows[index : index + 1] for rows in self.blocks], self.readout[index : index + 1])
 
 
+OnBlock = Callable[[int, Tensor], None]
+"""Sees the index of a decoder block and the patch tokens (B, N, D) behind it."""
+
+
 class Decoder(nn.Module):
     """Velocity of noised latents given the tokens' codes and the time."""
 
@@ -310,6 +321,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(trunk) for _ in range(trunk.depth))
         self.readout_modulation = nn.Linear(trunk.width, 2 * trunk.width)
         self.readout = nn.Linear(trunk.width, config.patch_size**2 * config.latent_channels)
+        self.recompute = False
 
     def condition(self, codes: Tensor, keep_B: Tensor, null_B: Tensor | None = None) -> Tensor:
         """Codes (B, k, n), k <= K -> conditioning registers (B, K, D).
@@ -353,11 +365,20 @@ class Decoder(nn.Module):
         blocks = [block.modulation(time) for block in self.blocks if isinstance(block, DecoderBlock)]
         return Modulations(blocks, self.readout_modulation(time))
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, registers_BKD: Tensor) -> Tensor:
-        """Velocity (B, C, H, W); `t_B` has one time an image, or a single one for all of them."""
-        return self.velocity(x_BCHW, Condition(registers_BKD), self.modulations(t_B))
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, registers_BKD: Tensor, on_block: OnBlock | None = None) -> Tensor:
+        """Velocity (B, C, H, W); `t_B` has one time an image, or a single one for all of them.
 
-    def velocity(self, x_BCHW: Tensor, condition: Condition, modulations: Modulations) -> Tensor:
+        `on_block(index, patches)` sees the patch tokens (B, N, D) behind each block.
+        """
+        return self.velocity(x_BCHW, Condition(registers_BKD), self.modulations(t_B), on_block)
+
+    def velocity(
+        self,
+        x_BCHW: Tensor,
+        condition: Condition,
+        modulations: Modulations,
+        on_block: OnBlock | None = None,
+    ) -> Tensor:
         """The same with the time's part already computed, rows (B or 1, ...) of `modulations`."""
         patches = self.patch_proj(patchify(x_BCHW, self.patch_size))
         patches = patches + crop_positions(self.positions, x_BCHW, self.patch_size)
@@ -366,7 +387,9 @@ class Decoder(nn.Module):
         x = torch.cat([patches, condition.registers.to(patches.dtype)], dim=1)
         last = len(self.blocks) - 1
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
-            x = block(x, modulation, num_patches, bias, patches_only=i == last)
+            x = call_block(block, x, modulation, num_patches, bias, i == last, recompute=self.recompute)
+            if on_block is not None:
+                on_block(i, x[:, :num_patches])
         shift, scale = modulations.readout[:, None].chunk(2, dim=-1)
         out = self.readout(torch.addcmul(shift, layer_norm(x), 1 + scale))
         rows, columns = (side // self.patch_size for side in x_BCHW.shape[-2:])
@@ -389,6 +412,7 @@ class FlexTok(Tokenizer):
         self.quantizer = FSQ(config.levels)
         self.decoder = Decoder(config)
         self._initialise()
+        self._note_widths()
 
     @property
     def image_size(self) -> int:
@@ -425,6 +449,13 @@ class FlexTok(Tokenizer):
         if self.config.initialisation == "aligned":
             self._align(modulations)
 
+    def _note_widths(self) -> None:
+        """For muP: matrices that read a trunk's width. Those that read latents, codes or time features do not."""
+        encoder, decoder = self.encoder, self.decoder
+        note_width(self.config.encoder.width, encoder.blocks, encoder.readout)
+        hidden = (decoder.blocks, decoder.time_mlp[2], decoder.readout_modulation, decoder.readout)
+        note_width(self.config.decoder.width, *hidden)
+
     def _vectors(self) -> list[nn.Parameter]:
         """The learned vectors that are added or stand in for something: registers, positions, mask, null."""
         encoder, decoder = self.encoder, self.decoder
@@ -459,9 +490,22 @@ class FlexTok(Tokenizer):
 
     # ------------------------------------------------ training
 
-    def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses:
-        """Flow-matching loss of a batch (B, 3, H, W) in [-1, 1], with nested and null dropout."""
-        latents = self.to_latents(images)
+    def recompute_activations(self) -> None:
+        """From now on compute both trunks' activations again in the backward pass: less memory, a third more work."""
+        self.encoder.recompute = self.decoder.recompute = True
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        generator: torch.Generator,
+        on_block: OnBlock | None = None,
+    ) -> Losses:
+        """Flow-matching loss of a batch (B, 3, H, W) in [-1, 1], with nested and null dropout.
+
+        `on_block(index, patches)` sees the decoder's patch tokens (B, N, D) behind each block.
+        """
+        latents = self.to_latents(images, self.draw_posterior_noise(images, generator))
         z = self.encoder(latents, self.num_tokens)
         codes = self.quantizer(z)
         batch, device = len(images), images.device
@@ -470,7 +514,7 @@ class FlexTok(Tokenizer):
         registers = self.decoder.condition(codes, keep, null.to(device))
         times = self.draw_times(batch, generator).to(device)
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(device)
-        estimate = self.decoder(flow.interpolate(latents, noise, times), times, registers).float()
+        estimate = self.decoder(flow.interpolate(latents, noise, times), times, registers, on_block).float()
         if self.config.prediction == "velocity":
             loss = (estimate - flow.velocity_target(latents, noise)).square().mean()
         else:
@@ -479,6 +523,14 @@ class FlexTok(Tokenizer):
         # A number that is the same for every image carries nothing, and rounding leaves it no gradient to recover by.
         spread = F.relu(1 - z.float().std(dim=0, correction=0)).mean()
         return Losses(loss + self.config.spread_weight * spread, {"flow": loss, "spread": spread})
+
+    def draw_posterior_noise(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The noise that samples the autoencoder's posterior; None, and nothing drawn, to take its mean."""
+        if self.vae is None or self.config.posterior == "mean":
+            return None
+        rows, columns = (side // self.vae.config.factor for side in images.shape[-2:])
+        shape = (len(images), self.config.latent_channels, rows, columns)
+        return torch.randn(shape, generator=generator, device=generator.device).to(images.device)
 
     def draw_keep_counts(self, batch: int, generator: torch.Generator) -> Tensor:
         """How many tokens each sample keeps, (B,) in 1..K: nested dropout, but all for a share `keep_all`."""
@@ -502,18 +554,22 @@ class FlexTok(Tokenizer):
         if self.config.times == "mode":
             times = flow.mode_times(batch, self.config.mode_scale, generator)
         else:
-            times = flow.logit_normal_times(batch, generator)
+            stratified = self.config.times == "stratified_logit_normal"
+            times = flow.logit_normal_times(batch, generator, stratified=stratified)
         at_noise = torch.rand(batch, generator=generator, device=generator.device) < self.config.noise_fraction
         return torch.where(at_noise, torch.ones_like(times), times)
 
     # ------------------------------------------------ images <-> latents
 
-    def to_latents(self, images: Tensor) -> Tensor:
-        """The frozen VAE's scaled posterior mean, in float32 and without gradient; the images themselves in pixels."""
+    def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The frozen VAE's scaled posterior mean, or with standard-normal `noise` a sample of the posterior.
+
+        In float32 and without gradient; in pixels, the images themselves.
+        """
         if self.vae is None:
             return images
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images.float())
+            return self.vae.encode(images.float(), noise)
 
     def to_images(self, latents: Tensor) -> Tensor:
         """Images clamped to [-1, 1]."""

@@ -50,9 +50,13 @@ def mode_times(batch: int, mode_scale: float, generator: torch.Generator) -> Ten
     return 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
-def logit_normal_times(batch: int, generator: torch.Generator) -> Tensor:
-    """Times as the sigmoid of a standard normal."""
-    return torch.randn(batch, generator=generator, device=generator.device).sigmoid()
+def logit_normal_times(batch: int, generator: torch.Generator, *, stratified: bool = False) -> Tensor:
+    """Times as the sigmoid of a standard normal; `stratified`, one from each of `batch` equally likely ranges."""
+    if not stratified:
+        return torch.randn(batch, generator=generator, device=generator.device).sigmoid()
+    ranges = torch.arange(batch, device=generator.device)
+    u = (ranges + torch.rand(batch, generator=generator, device=generator.device)) / batch
+    return torch.special.ndtri(u.double()).sigmoid().float()
 
 
 def euler(velocity: Velocity, noise: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:

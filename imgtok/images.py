@@ -139,6 +139,17 @@ def random_crop(picture: Image.Image, size: int, draws: Sequence[float], zoom: f
     return scaled.crop((left, top, left + size, top + size))
 
 
+def corner_crops(picture: Image.Image, size: int, zoom: float = 1.1) -> list[Image.Image]:
+    """Five size x size squares: the four corners and the middle of the central square of side zoom * size.
+
+    With their mirror images, LlamaGen's "ten-crop" (arXiv 2406.06525).
+    """
+    side = round(zoom * size)
+    square, far, middle = center_crop_adm(picture, side), side - size, (side - size) // 2
+    places = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
+    return [square.crop((left, top, left + size, top + size)) for left, top in places]
+
+
 def _scale_shorter_side(picture: Image.Image, side: int) -> Image.Image:
     if side < 1:
         raise ValueError(f"image size is {side}; it must be 1 or more")

@@ -8,6 +8,7 @@ FlexTok and others hold one frozen inside. A small one for 32-pixel shapes ships
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
+from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.hub import Pretrained
 from imgtok.tokenizer import Losses
 
@@ -103,3 +105,74 @@ def packaged_vae(name: str) -> Path:
         known = sorted(path.name.removeprefix("vae-") for path in root.glob("vae-*"))
         raise FileNotFoundError(f"imgtok ships no autoencoder named {name!r}; it has {known}")
     return folder
+
+
+# ---------------------------------------------------------------- folders of diffusers
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+FIXED = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+"""Settings of an AutoencoderKL that `VAE` does not have, at the only values that it can stand for."""
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""How diffusers once named the parts of its attention, and how it does today."""
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a model that diffusers wrote: its config.json names a class."""
+    try:
+        return "_class_name" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def from_diffusers(folder: Path, scaling_factor: float | None = None) -> VAE:
+    """The `AutoencoderKL` in a folder that diffusers wrote, as a `VAE` in evaluation mode.
+
+    Only the numbers of its config.json are used. `scaling_factor` replaces the one there, and has to be given where
+    there is none. Raises ConfigError for an autoencoder of another kind, FileNotFoundError without safetensors,
+    ValueError for weights that do not fit.
+    """
+    path, weights = folder / "config.json", folder / DIFFUSERS_WEIGHTS
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["_class_name"] != "AutoencoderKL":
+        raise ConfigError(f"{path}: _class_name: {found['_class_name']!r}, must be 'AutoencoderKL'")
+    needed = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}; copy or download the folder again")
+    channels = tuple(found["block_out_channels"])
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    fixed = FIXED | {name: kind * len(channels) for name, kind in blocks.items()}
+    for name, value in fixed.items():
+        if found.get(name, value) != value:
+            raise ConfigError(f"{path}: {name}: {found[name]!r}, imgtok can use {value!r} alone")
+    factor = found.get("scaling_factor") if scaling_factor is None else scaling_factor
+    if factor is None:
+        raise ConfigError(f"{path}: has no scaling_factor; give it yourself, vae_scaling_factor=NUMBER")
+    config = VAEConfig(
+        latent_channels=found["latent_channels"],
+        block_channels=channels,
+        layers_per_block=found["layers_per_block"],
+        norm_groups=found["norm_num_groups"],
+        scaling_factor=float(factor),
+    )
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} has no {weights.name}; other formats may hold code and are not read")
+    tensors = load_file(weights)
+    for old, new in OLD_ATTENTION.items():
+        tensors = {name.replace(old, new) if ".attentions." in name else name: t for name, t in tensors.items()}
+    vae = VAE(config)
+    try:
+        vae.autoencoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{weights}: the weights do not fit {path.name}: {error}") from error
+    return vae.eval()

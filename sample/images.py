@@ -39,7 +39,9 @@ POSITIONAL = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Draws images from a generator: PNGs named by their index, `grid.png`, and `samples.json` with their labels."""
+    """Draws images from a generator: PNGs named by their index, `grid.png`, and `samples.json` with their labels
+    (classes, or numbers of prompts).
+    """
 
     job: Literal["sample"] = "sample"
     """Which program this file is for."""
@@ -50,11 +52,15 @@ class Config:
     out: Path = Path("outputs/samples")
     """Folder of the images."""
     num: PositiveInt = 64
-    """Images to draw; image i is of class classes[i % number of classes]."""
+    """Images to draw; image i is of class classes[i % number of classes], or of prompt i % number of prompts."""
     classes: tuple[int, ...] = ()
-    """Classes to draw; empty draws all in turn."""
+    """Classes to draw, -1 for no class; empty draws all in turn."""
+    prompts: str | None = None
+    """For a generator that reads text: a text file (.txt) with a prompt a line, or one prompt."""
+    text_encoder: str | None = None
+    """Folder or Hub name of the text encoder; null takes the one that the generator names."""
     per_class: PositiveInt | None = None
-    """Images of each class; takes the place of `num`."""
+    """Images of each class or prompt; takes the place of `num`."""
     seed: NonNegativeInt = 0
     """Image i of a seed is the same whatever the batch size or number of processes."""
     batch_size: PositiveInt = 64
@@ -87,6 +93,8 @@ def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
     state = process_state()
     pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads)
+    if config.prompts is not None:
+        pipeline.read_prompts(read_prompts(config.prompts), config.text_encoder)
     labels = plan_labels(config, pipeline.num_classes)
     folder = config.out / ".parts" if config.format == "npz" else config.out
     if state.is_main_process:
@@ -109,8 +117,20 @@ def main(config: Config) -> None:
 
 def plan_labels(config: Config, num_classes: int) -> list[int]:
     """The label of every index, interleaved over the classes. Raises ValueError for a class outside the model's."""
+    if config.prompts is not None and config.classes:
+        raise ValueError("classes: a generator that reads text has none; leave classes out, or prompts")
     count = config.per_class * (len(config.classes) or num_classes) if config.per_class else config.num
-    return labels_in_turn(config.classes, count, num_classes)
+    return labels_in_turn(config.classes, count, num_classes, unlabelled=True)
+
+
+def read_prompts(prompts: str) -> list[str]:
+    """The lines of a .txt file that are not blank, or the one prompt. ValueError for a file without any."""
+    if not prompts.endswith(".txt"):
+        return [prompts]
+    lines = [line.strip() for line in Path(prompts).expanduser().read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ValueError(f"prompts: {prompts} holds no prompt; write one a line")
+    return [line for line in lines if line]
 
 
 def claim_folder(config: Config, labels: Sequence[int]) -> None:
@@ -143,6 +163,10 @@ def describe_request(config: Config) -> dict[str, Any]:
     for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
         del request[field]
     model = find_folder(config.model)
+    if config.prompts is None:  # then the record is that of a version without text
+        del request["prompts"], request["text_encoder"]
+    else:
+        request["prompts"] = read_prompts(config.prompts)
     return request | {
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),
@@ -191,7 +215,7 @@ def finish(config: Config, labels: Sequence[int], folder: Path) -> None:
         shown = [read_image(image_path(folder, i)) for i in range(min(config.grid, len(labels)))]
         pictures.save_png(pictures.make_grid(torch.stack(shown), columns=8), config.out / "grid.png")
     if config.format == "npz":
-        pack_npz(folder, labels, npz_path(config))
+        pack_npz(folder, labels, npz_path(config), labels_name(config))
     logger.info("%d images in %s", len(labels), config.out)
 
 
@@ -204,7 +228,12 @@ def finished_npz(config: Config, count: int) -> bool:
     if config.format != "npz" or not npz_path(config).is_file():
         return False
     with open_npz(npz_path(config)) as arrays:
-        return len(arrays["arr_1"]) == count
+        return len(arrays[labels_name(config)]) == count
+
+
+def labels_name(config: Config) -> str:
+    """Of the labels in the .npz: arr_1 are classes to the ADM evaluator and to ours, which prompts are not."""
+    return "arr_1" if config.prompts is None else "prompts"
 
 
 def unpack_npz(path: Path, folder: Path) -> None:
@@ -216,14 +245,15 @@ def unpack_npz(path: Path, folder: Path) -> None:
             pictures.save_png(image.permute(2, 0, 1), image_path(folder, index))
 
 
-def pack_npz(folder: Path, labels: Sequence[int], path: Path) -> None:
+def pack_npz(folder: Path, labels: Sequence[int], path: Path, labels_as: str = "arr_1") -> None:
     """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: interleaved over the classes, as IS needs it."""
     _, height, width = read_image(image_path(folder, 0)).shape
     images = np.empty((len(labels), height, width, 3), np.uint8)
     for i in range(len(labels)):
         images[i] = read_image(image_path(folder, i)).permute(1, 2, 0).numpy()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images, np.array(labels))
+        arrays: dict[str, Any] = {"arr_0": images, labels_as: np.array(labels)}
+        np.savez(file, **arrays)
     shutil.rmtree(folder)
 
 

@@ -1,9 +1,9 @@
-"""A generator with its tokenizer: from class labels to images, in batches whose size leaves no trace.
+"""A generator with its tokenizer: from classes or prompts to images, in batches whose size leaves no trace.
 
-Image i of seed s depends on (s, i) and its label alone. Noise and token draws are keyed that way; what
-remains is arithmetic. On a CPU the last bits of a result vary with the number of rows (other kernels) and of
-threads (other partial sums), and a last bit can tip a token. So there images are computed in blocks of `ROWS`,
-the last one padded, with a fixed number of threads.
+Image i of seed s depends on (s, i) and its label alone, which is a class or, after `read_prompts`, the number of
+a prompt. Noise and token draws are keyed that way; what remains is arithmetic. On a CPU the last bits of a result
+vary with the number of rows (other kernels) and of threads (other partial sums), and a last bit can tip a token.
+So there images are computed in blocks of `ROWS`, the last one padded, with a fixed number of threads.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generators.gpt import GPT, SamplingConfig
+from generators.gpt import GPT, Condition, SamplingConfig
+from imgtok.captions import Captions
 from imgtok.hub import find_folder, load
 from imgtok.images import to_uint8
 from imgtok.processes import cpu_threads
+from imgtok.text_encoder import TextEncoder
 from imgtok.tokenizer import Tokenizer
 from imgtok.tokens import Tokens
 
@@ -48,6 +50,8 @@ class Pipeline:
         self.tokenizer = tokenizer.to(device).eval()
         self.device = device
         self.threads = threads
+        self.prompts: Sequence[str] = ()
+        self.encoder: TextEncoder | None = None
 
     @classmethod
     def load(cls, model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
@@ -57,8 +61,45 @@ class Pipeline:
         return cls(generator, load(tokenizer_folder(folder, tokenizer), expect=Tokenizer), device, threads)
 
     @property
+    def reads_text(self) -> bool:
+        return self.generator.config.reads_text
+
+    @property
     def num_classes(self) -> int:
-        return self.generator.config.num_classes
+        """Labels lie in [0, num_classes): classes, or prompts. Raises ValueError for text without prompts."""
+        if not self.reads_text:
+            return self.generator.config.num_classes
+        if not self.prompts:
+            raise ValueError(
+                "this generator draws from text: imgtok sample MODEL prompts='a red circle' (or prompts=FILE.txt, a "
+                "prompt a line); then score its images with imgtok evaluate images=FOLDER"
+            )
+        return len(self.prompts)
+
+    def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
+        """Draw for `prompts` from now on, with the text encoder that is named or that the generator names.
+
+        Raises ValueError for a generator without text or another encoder than it was trained with.
+        """
+        config = self.generator.config
+        name = text_encoder or config.text_encoder
+        if not self.reads_text or name is None:
+            why = "the generator names no encoder: say text_encoder=FOLDER" if self.reads_text else "it draws classes"
+            raise ValueError(f"prompts: this generator cannot read them, {why}")
+        try:
+            self.encoder = TextEncoder.load(name, max_length=config.text_length, device=self.device)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
+        assert self.generator.empty_caption is not None
+        self.encoder.check_same(self.generator.empty_caption)
+        self.prompts = prompts
+
+    def condition(self, labels: Sequence[int]) -> Condition:
+        """What the generator draws for. Each prompt is encoded alone, so that its features tell nothing of others."""
+        if self.encoder is None:
+            return torch.tensor(labels, device=self.device)
+        features = {label: self.encoder.encode([self.prompts[label]])[0] for label in sorted(set(labels))}
+        return Captions.pad([features[label] for label in labels])
 
     @torch.no_grad()
     def images(
@@ -71,29 +112,59 @@ class Pipeline:
         decode: DecodeSettings,
     ) -> Tensor:
         """uint8 images (len(indices), 3, H, W)."""
+        count = self.generator.config.num_tokens if decode.num_tokens is None else decode.num_tokens
+        return self.images_at((count,), indices, labels, seed=seed, sampling=sampling, decode=decode)[count]
+
+    @torch.no_grad()
+    def images_at(
+        self,
+        counts: Sequence[int],
+        indices: Sequence[int],
+        labels: Sequence[int],
+        *,
+        seed: int,
+        sampling: SamplingConfig,
+        decode: DecodeSettings,
+    ) -> dict[int, Tensor]:
+        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many tokens.
+
+        Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
+        its own uniform and the tokens before it, so a longer draw begins with the shorter one.
+        """
         with cpu_threads(self.threads):
             blocks = [
-                self._block([indices[row] for row in rows], [labels[row] for row in rows], seed, sampling, decode)
+                self._block(
+                    [indices[row] for row in rows], [labels[row] for row in rows], counts, seed, sampling, decode
+                )
                 for rows in blocks_of(len(indices), self.device)
             ]
-        return torch.cat(blocks)
+        return {count: torch.cat([block[count] for block in blocks]) for count in counts}
 
     def _block(
-        self, indices: list[int], labels: list[int], seed: int, sampling: SamplingConfig, decode: DecodeSettings
-    ) -> Tensor:
+        self,
+        indices: list[int],
+        labels: list[int],
+        counts: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig,
+        decode: DecodeSettings,
+    ) -> dict[int, Tensor]:
         """The images of one block, computed together."""
         padded = pad_to_rows(indices)
         ids = self.generator.generate(
-            torch.tensor(pad_to_rows(labels), device=self.device),
+            self.condition(pad_to_rows(labels)),
             seed=seed,
             indices=padded,
             sampling=sampling,
-            num_tokens=decode.num_tokens,
+            num_tokens=max(counts),
         )
-        images = self.tokenizer.decode(
-            Tokens.full(ids), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
-        )
-        return to_uint8(images[: len(indices)]).cpu()
+        tokens, images = Tokens.full(ids), {}
+        for count in counts:
+            decoded = self.tokenizer.decode(
+                tokens.truncate(count), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
+            )
+            images[count] = to_uint8(decoded[: len(indices)]).cpu()
+        return images
 
 
 def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
@@ -121,13 +192,13 @@ def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + size]
 
 
-def labels_in_turn(classes: Sequence[int], count: int, num_classes: int) -> list[int]:
+def labels_in_turn(classes: Sequence[int], count: int, num_classes: int, *, unlabelled: bool = False) -> list[int]:
     """The label of every index: classes[i % number of classes], or all of the model's `num_classes` for no classes.
 
-    Raises ValueError for a class outside the model's.
+    Raises ValueError for a class outside the model's; -1, no class, is one only if `unlabelled`.
     """
     for label in classes:
-        if not 0 <= label < num_classes:
+        if not (-1 if unlabelled else 0) <= label < num_classes:
             raise ValueError(f"classes: {label} is not a class of the model; it has classes 0 to {num_classes - 1}")
     chosen = classes or range(num_classes)
     return [chosen[i % len(chosen)] for i in range(count)]

@@ -22,6 +22,7 @@ from imgtok.data.oracle import read_classes
 from imgtok.data.shapes import CLASS_NAMES
 from imgtok.files import replacing
 from sample.images import RECORD, image_path, read_image
+from sample.results import Line, Panel, draw_panel
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
@@ -186,11 +187,11 @@ def curves(run: Run, out: Path) -> str:
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     psnr, tokenizer, generator = figure.subplots(1, 3)
+    lines = []
     for name, scores in (("trained", run.figures), ("untrained", run.figures["untrained"])):
         by_tokens: Mapping[str, float] = scores["psnr_by_tokens"]
-        psnr.plot([int(count) for count in by_tokens], list(by_tokens.values()), marker="o", label=name)
-    psnr.set(xscale="log", xlabel="tokens", ylabel="PSNR, dB", title="Reconstruction")
-    psnr.legend()
+        lines.append(Line(name, tuple(int(count) for count in by_tokens), tuple(by_tokens.values())))
+    draw_panel(psnr, Panel("PSNR of reconstructions, dB", tuple(lines)))
     for axis, title, folder in ((tokenizer, "Tokenizer loss", "tokenizer"), (generator, "Generator loss", "generator")):
         steps, losses = read_log(out / folder / "log.jsonl")
         axis.plot(steps, losses)

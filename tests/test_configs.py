@@ -17,15 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 import imgtok
-from generators.gpt import GPT
+from generators.gpt import GPT, flextok_size
 from imgtok.cli import JOBS, main
-from imgtok.config import load, read_yaml
+from imgtok.config import from_dict, load, read_yaml
 from imgtok.flextok import FlexTok, FlexTokConfig
+from imgtok.vae import VAEConfig
 from train.loop import Trainer
 from train.state import complete_steps
 from train.tokenizer import load_vae
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED_VAES = {"EPFL-VILAB/flextok_vae_c16": VAEConfig(latent_channels=16)}
+PUBLISHED_SIZES = {
+    "d12-d12": (85_185_798, 172_251_712),
+    "d18-d18": (287_031_174, 578_292_544),
+    "d18-d28": (287_031_174, 2_169_276_992),
+}
+"""Trained numbers of encoder and decoder: the specification, section 1."""
 ORDER = ("train-tokenizer", "cache", "train-generator")
 
 
@@ -51,15 +59,49 @@ def name(path: Path) -> str:
     return path.relative_to(CONFIGS).as_posix()
 
 
+def autoencoder(name: str) -> VAEConfig:
+    """Of the autoencoder that a configuration names: published, packaged, or what another file trains."""
+    if name in PUBLISHED_VAES:
+        return PUBLISHED_VAES[name]
+    if "/" not in name:
+        return load_vae(name).config
+    trained = {f"{data.get('out')}/final": data.get("model") for data in map(read_yaml, CONFIGS.rglob("*.yaml"))}
+    return from_dict(VAEConfig, trained[name])
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name)
 def test_every_configuration_is_valid(path):
     module, _ = JOBS[job_of(path).replace("-", " ")]
     config = load(importlib.import_module(module).Config, path)
     if job_of(path) == "train-tokenizer" and config.vae is not None:
         assert isinstance(config.model, FlexTokConfig)
-        replace(config.model, vae=load_vae(config.vae).config)  # whose own check knows the size of a patch
+        replace(config.model, vae=autoencoder(config.vae))  # whose own check knows the size of a patch
     words = " ".join(command(path)[:-1])
     assert f"imgtok {words} configs/{name(path)}" in path.read_text(), "the file does not say how it is run"
+
+
+@pytest.mark.parametrize("size", PUBLISHED_SIZES)
+def test_the_published_models_have_the_published_parameter_counts(size):
+    path = CONFIGS / f"tokenizer/flextok-{size}-imagenet.yaml"
+    config = load(importlib.import_module("train.tokenizer").Config, path)
+    with torch.device("meta"):
+        model = FlexTok(replace(config.model, vae=PUBLISHED_VAES[config.vae]))
+    counts = tuple(sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder))
+    assert counts == PUBLISHED_SIZES[size]
+    assert (model.config.grid, model.vocab_size, model.num_tokens) == (16, 64_000, 256)
+    training = config.training
+    assert training.batch_size * training.accumulate * 8 == 2048, "the header promises it"
+    assert training.steps == round(200e9 / 512 / 2048)
+
+
+@pytest.mark.parametrize(
+    ("file", "depth", "text"),
+    [("flextok-d12-imagenet", 12, False), ("flextok-d30-imagenet", 30, False), ("flextok-text-d12", 12, True)],
+)
+def test_flextoks_generators_have_its_sizes(file, depth, text):
+    config = load(importlib.import_module("train.generator").Config, CONFIGS / f"generator/{file}.yaml")
+    assert config.model == replace(flextok_size(depth, text=text), vocab_size=config.model.vocab_size)
+    assert config.training.batch_size * config.training.accumulate * 8 == 1024
 
 
 @pytest.fixture(scope="module")

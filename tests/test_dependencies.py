@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 LAZY_TABLES = {"imgtok/cli.py", "imgtok/hub.py"}  # these name upper packages, as strings
 MODULE_NAMES = {"pillow": "PIL", "PyYAML": "yaml", "torch-fidelity": "torch_fidelity"}
-OPTIONAL = {"wandb"}  # used when installed
+OPTIONAL = {"tokenizers", "transformers", "wandb"}  # used when installed
 NOT_IMPORTED = {"tensorboard"}  # Accelerate imports it for its tracker
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

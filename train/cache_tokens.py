@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
-from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.images import DataConfig, ImageSource, Views, open_images
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
@@ -44,10 +44,19 @@ class Config:
     """Which part of the data, as tokenizer training divided it."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that tokenizer training kept apart."""
+    crops: Literal["center", "five", "random"] = "center"
+    """The centre; the four corners and the centre of the image at `zoom` (LlamaGen's ten-crop, if mirrored); or
+    `num_crops` random squares (FlexTok's ten, mirrored). Each crop is a training sample; not for shapes."""
+    num_crops: PositiveInt = 1
+    """Random crops of each image, for crops=random."""
+    zoom: Annotated[float, Range(1.0, 4.0)] = 1.1
+    """The image's shorter side before cropping over the tokenizer's size: at most (random), exactly (five)."""
     mirrored: bool = False
-    """Tokenize each image a second time, mirrored; not for shapes."""
+    """Tokenize each crop a second time, mirrored; not for shapes."""
+    crop_seed: NonNegativeInt = 0
+    """Seed of random crops; a crop depends on it, on the image's index and on the crop's number alone."""
     batch_size: PositiveInt = 64
-    """Images encoded at once."""
+    """Crops encoded at once."""
     shard_size: PositiveInt = 8192
     """Images in one shard."""
     num_workers: NonNegativeInt = 0
@@ -57,11 +66,25 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.mirrored and isinstance(self.data, ShapesConfig):
+        wanted = "mirrored" if self.mirrored else "crops"
+        if isinstance(self.data, ShapesConfig) and (self.mirrored or self.crops != "center"):
             raise ValueError(
-                "mirrored: not possible with data.kind=shapes, whose generator draws no mirrored crescents: leave it "
+                f"{wanted}: not possible with data.kind=shapes, whose generator draws no mirrored crescents: leave it "
                 "out, and raise data.num_images for more variety"
             )
+        if self.num_crops != 1 and self.crops != "random":
+            raise ValueError(f"num_crops: {self.num_crops} is for crops=random; crops={self.crops} has its own number")
+
+    @property
+    def views(self) -> Views:
+        """Which squares of each image; what plays no part is left at its default, so that it cannot differ."""
+        return Views(
+            crops=self.crops,
+            num_crops=self.num_crops,
+            zoom=self.zoom if self.crops != "center" else 1.0,
+            mirrored=self.mirrored,
+            seed=self.crop_seed if self.crops == "random" else 0,
+        )
 
 
 def main(config: Config) -> None:
@@ -72,6 +95,7 @@ def main(config: Config) -> None:
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=Tokenizer).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
+    views = config.views
     info = TokenCacheInfo(
         fingerprint=fingerprint(folder),
         dataset=json.dumps(to_dict(config.data), sort_keys=True),
@@ -82,7 +106,11 @@ def main(config: Config) -> None:
         num_classes=source.num_classes,
         num_images=len(source),
         shard_size=config.shard_size,
-        mirrored=config.mirrored,
+        crops=views.crops,
+        num_crops=views.num_crops,
+        zoom=views.zoom,
+        mirrored=views.mirrored,
+        crop_seed=views.seed,
     )
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     shards = list(writer.pending())
@@ -93,7 +121,7 @@ def main(config: Config) -> None:
         for shard in shards:
             write_shard(config, tokenizer, source, writer, shard, unreadable, progress)
     state.wait_for_everyone()
-    logger.info("tokens of %d images in %s", len(source), config.out)
+    logger.info("tokens of %d images, %d crop(s) each, in %s", len(source), views.count, config.out)
 
 
 def write_shard(
@@ -105,21 +133,22 @@ def write_shard(
     unreadable: UnreadableImages,
     progress: tqdm,
 ) -> None:
-    """Encodes one shard's images, and their mirror images if asked for, and writes it, if need be without any."""
+    """Encodes one shard's images, every view of each, and writes it, if need be without any."""
     ids: list[Tensor] = [torch.empty(0, writer.info.num_tokens, dtype=torch.int64)]
     labels: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     indices: list[int] = []
-    wanted = writer.info.shard_indices(shard)
+    wanted, views = writer.info.shard_indices(shard), config.views
+    images_at_once = max(1, config.batch_size // views.count)
     for batch in eval_loader(
-        source, config.batch_size, indices=wanted, num_workers=config.num_workers, unreadable=unreadable
+        source, images_at_once, indices=wanted, num_workers=config.num_workers, unreadable=unreadable, views=views
     ):
         images = batch.images.to(next(tokenizer.parameters()).device)
-        for view in (images, images.flip(-1)) if config.mirrored else (images,):
-            ids.append(tokenizer.encode(view).ids.cpu())
-            labels.append(batch.labels)
-            indices.extend(batch.indices)
-        progress.update(len(images))
-    writer.write(shard, torch.cat(ids), torch.cat(labels), indices)
+        ids += [tokenizer.encode(part).ids.cpu() for part in images.split(config.batch_size)]
+        labels.append(batch.labels)
+        indices.extend(batch.indices)
+        progress.update(len(images) // views.count)
+    numbers = [*range(views.count)] * (len(indices) // views.count)
+    writer.write(shard, torch.cat(ids), torch.cat(labels), indices, numbers)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ class TrainingConfig:
     """AdamW's decay rates of the first and second moment, both below 1."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's decoupled weight decay, on tensors of two or more dimensions."""
+    mup_base_width: NonNegativeInt = 0
+    """muP: matrices of a FlexTok that read its width w learn at this / w of the rate, so that a rate found at one width
+    suits another; FlexTok's is 256. 0 gives every parameter the same rate."""
     clip: NonNegativeFloat = 1.0
     """Largest norm of the whole gradient; 0 never clips."""
     warmup: NonNegativeInt = 0

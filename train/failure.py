@@ -39,12 +39,16 @@ def save_failure(
 
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
-    """The tensors among the fields of a batch, on the CPU, by field name."""
+    """The tensors among the fields of a batch and of its parts, on the CPU, by (dotted) field name."""
     if dataclasses.is_dataclass(batch):
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     else:
         fields = vars(batch)
-    return {name: value.detach().cpu().clone() for name, value in fields.items() if isinstance(value, Tensor)}
+    found = {name: value.detach().cpu().clone() for name, value in fields.items() if isinstance(value, Tensor)}
+    for name, value in fields.items():
+        if dataclasses.is_dataclass(value):
+            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors_of(value).items()}
+    return found
 
 
 def explain(values: dict[str, float], step: int, names: Sequence[str], folder: Path) -> str:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok import images as pictures
+from imgtok.captions import Captions
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, check
+from imgtok.data.captions import CaptionDataset
 from imgtok.data.loaders import TokenBatch, token_loader
 from imgtok.data.tokens import TokenDataset, fingerprint
 from imgtok.hub import find_folder, load
@@ -37,10 +39,13 @@ class Config:
     """Folder of cached tokens."""
     tokenizer: str
     """Model folder or Hub name of the tokenizer that made them; copied into `final/tokenizer`."""
+    text: Path | None = None
+    """Folder of cached text features of the same images, for model.condition=cross_attention."""
     made_from: str | None = None
-    """Fingerprint of the tokens' tokenizer and data, filled in at the start: a run goes on only with the same."""
+    """Fingerprint of the tokens' (and texts') models and data, filled in at the start: a run goes on only with the
+    same."""
     model: GPTConfig = GPTConfig()
-    """The model; its vocabulary, length and classes are filled in from the tokens."""
+    """The model; its vocabulary, length and classes are filled in from the tokens, its text fields from `text`."""
     share_digits: bool = False
     """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
     sampling: SamplingConfig = SamplingConfig()
@@ -52,6 +57,14 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.model.reads_text and self.text is None:
+            raise ValueError(
+                "text: is required with model.condition=cross_attention; `imgtok cache text` makes such a folder"
+            )
+        if self.text is not None and not self.model.reads_text:
+            raise ValueError(
+                f"text: model.condition={self.model.condition} reads no text; set model.condition=cross_attention"
+            )
 
 
 def main(config: Config) -> None:
@@ -59,18 +72,38 @@ def main(config: Config) -> None:
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=Tokenizer)
     tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
-    config = with_fingerprint(config, tokens.info.digest)
+    captions = CaptionDataset(config.text) if config.text is not None else None
+    if captions is not None:
+        captions.check_matches(tokens)
+    digests = [tokens.info.digest] + ([captions.info.digest] if captions is not None else [])
+    config = with_fingerprint(config, "-".join(digests))
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    model = GPT(
-        replace(
-            config.model,
-            vocab_size=tokenizer.vocab_size,
-            num_tokens=tokens.ids.shape[1],
-            num_classes=max(tokens.num_classes, 1),
-            levels=tokenizer.levels if config.share_digits else (),
-        )
+    model = GPT(model_config(config, tokens, tokenizer, captions))
+    if captions is not None:
+        model.set_empty_caption(captions.empty)
+    fit(GeneratorJob(config, model, tokens, tokenizer, folder, captions), config.training, config.out, config)
+
+
+def model_config(
+    config: Config, tokens: TokenDataset, tokenizer: Tokenizer, captions: CaptionDataset | None
+) -> GPTConfig:
+    """The model with what the data decides filled in."""
+    model = replace(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        num_tokens=tokens.ids.shape[1],
+        num_classes=max(tokens.num_classes, 1),
+        levels=tokenizer.levels if config.share_digits else (),
     )
-    fit(GeneratorJob(config, model, tokens, tokenizer, folder), config.training, config.out, config)
+    if captions is None:
+        return model
+    return replace(
+        model,
+        text_width=captions.info.width,
+        text_length=captions.info.max_length,
+        empty_length=len(captions.empty),
+        text_encoder=captions.info.encoder,
+    )
 
 
 def with_fingerprint(config: Config, made_from: str) -> Config:
@@ -87,13 +120,20 @@ class GeneratorJob:
     """What the training loop needs to know about a generator."""
 
     def __init__(
-        self, config: Config, model: GPT, tokens: TokenDataset, tokenizer: Tokenizer, tokenizer_folder: Path
+        self,
+        config: Config,
+        model: GPT,
+        tokens: TokenDataset,
+        tokenizer: Tokenizer,
+        tokenizer_folder: Path,
+        captions: CaptionDataset | None = None,
     ) -> None:
         self.config = config
         self.model: nn.Module = model
         self.tokens = tokens
         self.tokenizer = tokenizer
         self.tokenizer_folder = tokenizer_folder
+        self.captions = captions
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch]:
         training = self.config.training
@@ -104,10 +144,12 @@ class GeneratorJob:
             start_step=start_step * training.accumulate,
             rank=rank,
             world=world,
+            captions=self.captions,
         )
 
     def loss(self, model: nn.Module, batch: TokenBatch, generator: torch.Generator) -> Losses:
-        losses: Losses = model(batch.ids, batch.labels, generator=generator)
+        condition = batch.labels if batch.captions is None else batch.captions
+        losses: Losses = model(batch.ids, condition, generator=generator)
         return losses
 
     def names(self, batch: TokenBatch) -> Sequence[str]:
@@ -115,17 +157,24 @@ class GeneratorJob:
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Images of the first classes in turn, always from the same seed."""
+        """Images of the first classes in turn or of the first captions, always from the same seed."""
         if not self.config.num_preview:
             return
         assert isinstance(model, GPT)
         device = model.head.weight.device
         indices = range(self.config.num_preview)
-        labels = torch.tensor([i % model.config.num_classes for i in indices], device=device)
-        ids = model.generate(labels, seed=0, indices=indices, sampling=self.config.sampling)
+        condition = self.preview_condition(model, indices).to(device)
+        ids = model.generate(condition, seed=0, indices=indices, sampling=self.config.sampling)
         self.tokenizer.to(device)
         images: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
         pictures.save_png(pictures.make_grid(images, columns=8), path)
+
+    def preview_condition(self, model: GPT, indices: range) -> Tensor | Captions:
+        """The classes in turn, or the captions of the first images."""
+        if self.captions is None:
+            return torch.tensor([i % model.config.num_classes for i in indices])
+        images = self.tokens.indices.unique()
+        return self.captions.batch([int(images[i % len(images)]) for i in indices])
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the tokenizer inside: all that sampling needs."""

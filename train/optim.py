@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate of each step.
+"""AdamW's parameter groups, with muP's scales, and the learning rate of each step.
 
 The rate is a plain function of the step. It is not a scheduler object that Accelerate prepares: such a one
 advances once per process, so its numbers would change with the number of processes.
@@ -12,21 +12,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from imgtok.layers.mup import noted_width
 from train.config import TrainingConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, decayed and not.
+def parameter_groups(model: nn.Module, weight_decay: float, base_width: int = 0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups that share decay and `rate_scale`, the factor on their learning rate.
 
     Tensors of two or more dimensions (matrices, kernels) decay, vectors and scalars (norms, biases) do not.
+    With a `base_width`, muP (arXiv 2203.03466): matrices that read the network's width learn at base_width / width of
+    the rate. For hidden ones that is the rule itself. For readouts, the rule is an output times base_width / width;
+    since they start at zero, a plain Linear at the smaller rate learns the same function, and is what is saved.
+    Decay is divided by the scale, so that every matrix shrinks alike (and a readout as it would in the other form).
+    Raises ValueError for a `base_width` with a model that notes no widths (imgtok.layers.mup).
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            width = noted_width(parameter) if base_width else None
+            scale = base_width / width if width else 1.0
+            groups.setdefault((parameter.ndim >= 2, scale), []).append(parameter)
+    if base_width and groups and not any(noted_width(p) for ps in groups.values() for p in ps):
+        raise ValueError(
+            f"training.mup_base_width: {base_width}, but this model ({type(model).__name__}) is not made for muP: "
+            "set it to 0 (a FlexTok is)"
+        )
+    return [
+        {"params": groups[decays, scale], "weight_decay": weight_decay / scale if decays else 0.0, "rate_scale": scale}
+        for decays, scale in sorted(groups, reverse=True)
+    ]
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
@@ -34,7 +48,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.devic
 
     Not fused under fp16, whose gradient scaler has to skip whole steps from outside.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.mup_base_width)
     if not groups:
         raise ValueError("the model has no trainable parameter: every parameter has requires_grad = False")
     fused = device.type in ("cpu", "cuda") and config.precision != "fp16"
@@ -58,6 +72,6 @@ def rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the learning rate `rate`."""
+    """Give every parameter group its learning rate: `rate` times the group's scale."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-MAY_CHANGE = {"out"} | {
+MAY_CHANGE = {"out", "checkpoint_activations"} | {
     "training." + name
     for name in (
         "steps",

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imgtok import images as pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, check
+from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, eval_loader, train_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.flextok import FlexTok, FlexTokConfig
-from imgtok.hub import load
+from imgtok.hub import find_folder, load
+from imgtok.repa import AlignedFlexTok, REPAConfig, Teacher, load_teacher
 from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
-from imgtok.vae import VAE, VAEConfig, packaged_vae
+from imgtok.vae import VAE, VAEConfig, from_diffusers, is_diffusers, packaged_vae
 from train.config import TrainingConfig
 from train.loop import fit
 
@@ -47,7 +48,14 @@ class Config:
     model: FlexTokConfig | VAEConfig = FlexTokConfig()
     """The model."""
     vae: str | None = None
-    """The frozen autoencoder under a tokenizer: a folder, a Hub name, or one that ships with imgtok (`shapes32`)."""
+    """The frozen autoencoder under a tokenizer: a folder or a Hub name, of imgtok's or of a diffusers AutoencoderKL, or
+    one that ships with imgtok (`shapes32`)."""
+    vae_scaling_factor: PositiveFloat | None = None
+    """Factor on the autoencoder's latents; null takes its own."""
+    repa: REPAConfig | None = None
+    """Alignment of the decoder with a frozen image encoder while training, such as repa={}; null is none."""
+    checkpoint_activations: bool = False
+    """Compute the trunks' activations again in the backward pass instead of keeping them: memory for time."""
     num_preview: NonNegativeInt = 12
     """Held-out images shown in a preview."""
     half: bool = False
@@ -61,6 +69,13 @@ class Config:
             raise ValueError("image_size: an autoencoder needs the size of its training images")
         if isinstance(self.model, VAEConfig) and self.vae is not None:
             raise ValueError(f"vae: only a tokenizer stands on an autoencoder, given {self.vae!r} with model.kind=vae")
+        if not isinstance(self.model, FlexTokConfig) and (self.repa or self.checkpoint_activations):
+            raise ValueError("repa and checkpoint_activations are for a tokenizer, model.kind=flextok: leave them out")
+        if self.vae_scaling_factor is not None and self.vae is None:
+            raise ValueError("vae_scaling_factor: there is no autoencoder to scale, name one with vae=FOLDER")
+        if self.repa and isinstance(self.model, FlexTokConfig) and self.repa.tap >= self.model.decoder.depth:
+            blocks = self.model.decoder.depth
+            raise ValueError(f"repa.tap: {self.repa.tap}, but the decoder's blocks are 0 to {blocks - 1}")
         if isinstance(self.model, FlexTokConfig) and self.image_size is not None:
             raise ValueError("image_size: a tokenizer has its own, set model.image_size instead")
         if isinstance(self.model, FlexTokConfig) and self.model.vae is not None:
@@ -76,7 +91,11 @@ def main(config: Config) -> None:
     source = open_images(config.data, size, flip=config.flip, crop=config.crop, held_out_fraction=config.held_out)
     split: Literal["train", "held_out"] = "held_out" if config.held_out else "train"
     shown = open_images(config.data, size, split=split, held_out_fraction=config.held_out)
-    job = TokenizerJob(config, model, source, shown)
+    job: TokenizerJob
+    if isinstance(model, FlexTok) and config.repa is not None:
+        job = AlignedJob(config, model, load_teacher(config.repa), source, shown)
+    else:
+        job = TokenizerJob(config, model, source, shown)
     fit(job, config.training, config.out, config)
 
 
@@ -87,20 +106,27 @@ def build_model(config: Config) -> tuple[Tokenizer | VAE, int]:
         assert config.image_size is not None
         return VAE(config.model), config.image_size
     if config.vae is None:
-        return FlexTok(config.model), config.model.image_size
-    vae = load_vae(config.vae)
-    torch.manual_seed(config.training.seed)
-    model = FlexTok(replace(config.model, vae=vae.config))
-    assert model.vae is not None
-    model.vae.load_state_dict(vae.state_dict())
+        model = FlexTok(config.model)
+    else:
+        vae = load_vae(config.vae, config.vae_scaling_factor)
+        torch.manual_seed(config.training.seed)
+        model = FlexTok(replace(config.model, vae=vae.config))
+        assert model.vae is not None
+        model.vae.load_state_dict(vae.state_dict())
+    if config.checkpoint_activations:
+        model.recompute_activations()
     return model, config.model.image_size
 
 
-def load_vae(name: str) -> VAE:
-    """An autoencoder by folder, Hub name or the name of a packaged one."""
-    known = name if "/" in name or Path(name).is_dir() else packaged_vae(name)
-    vae = load(known, expect=VAE)
+def load_vae(name: str, scaling_factor: float | None = None) -> VAE:
+    """An autoencoder by folder, Hub name or the name of a packaged one; `scaling_factor` replaces its own."""
+    folder = find_folder(name) if "/" in name or Path(name).is_dir() else packaged_vae(name)
+    if is_diffusers(folder):
+        return from_diffusers(folder, scaling_factor)
+    vae = load(folder, expect=VAE)
     assert isinstance(vae, VAE)
+    if scaling_factor is not None:
+        vae.config = replace(vae.config, scaling_factor=scaling_factor)
     return vae
 
 
@@ -158,6 +184,39 @@ class TokenizerJob:
         if self.config.half:
             model = copy.deepcopy(model).half()
         model.save_pretrained(folder)
+
+
+class AlignedJob(TokenizerJob):
+    """A FlexTok that is trained with REPA. The teacher is no part of the model: it is neither trained nor saved."""
+
+    def __init__(
+        self, config: Config, model: FlexTok, teacher: Teacher, source: ImageSource, shown: ImageSource
+    ) -> None:
+        assert config.repa is not None
+        super().__init__(config, model, source, shown)
+        self.teacher = teacher
+        self.model = AlignedFlexTok(model, config.repa, teacher.width)
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        losses: Losses = model(batch.images, self.targets(batch.images), generator=generator)
+        return losses
+
+    def targets(self, images: Tensor) -> Tensor:
+        """The teacher's features of the images, in the run's precision."""
+        precision = self.config.training.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(images.device.type, dtype=dtype, enabled=precision != "fp32"):
+            features: Tensor = self.teacher.to(images.device)(images)
+        return features
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        assert isinstance(model, AlignedFlexTok)
+        super().preview(model.tokenizer, path)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The tokenizer alone."""
+        assert isinstance(model, AlignedFlexTok)
+        super().save(model.tokenizer, folder)
 
 
 @torch.no_grad()

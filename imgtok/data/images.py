@@ -14,13 +14,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from imgtok.data.arrow import ArrowRecords, HubConfig, ParquetConfig
 from imgtok.data.shapes import ShapesConfig, ShapesDataset
 from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records
 from imgtok.data.tar import TarConfig, TarRecords
-from imgtok.images import UnreadableImage, center_crop_adm, decode_image, from_uint8, random_crop
+from imgtok.images import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
 from imgtok.randomness import permutation, uniform
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Sample",
     "ShapesConfig",
     "TarConfig",
+    "Views",
     "open_images",
 ]
 
@@ -92,6 +94,43 @@ class Position:
     index: int
 
 
+@dataclass(frozen=True)
+class Views:
+    """Which squares of an image stand for it where it is read once and kept, as in a token cache.
+
+    View v of an image depends on these fields, the image's index and v alone.
+    """
+
+    crops: Literal["center", "five", "random"] = "center"
+    """One centre crop; the four corners and the centre; or `num_crops` at random places and scales."""
+    num_crops: int = 1
+    """Random crops of an image; the others have 1 and 5."""
+    zoom: float = 1.1
+    """The shorter side before cropping, over the size: at most (random), exactly (five)."""
+    mirrored: bool = False
+    """Whether each crop is there a second time, mirrored."""
+    seed: int = 0
+    """Seed of the random crops."""
+
+    @property
+    def count(self) -> int:
+        """Views of one image."""
+        crops = {"center": 1, "five": 5, "random": self.num_crops}[self.crops]
+        return 2 * crops if self.mirrored else crops
+
+    def of(self, picture: Image.Image, size: int, index: int) -> Tensor:
+        """(count, 3, size, size) uint8: the crops, then their mirror images."""
+        if self.crops == "center":
+            squares = [center_crop_adm(picture, size)]
+        elif self.crops == "five":
+            squares = corner_crops(picture, size, self.zoom)
+        else:
+            draws = uniform(self.seed, [index], (self.num_crops, 3), "crops")[0].tolist()
+            squares = [random_crop(picture, size, row, self.zoom) for row in draws]
+        crops = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares])
+        return torch.cat([crops, crops.flip(-1)]) if self.mirrored else crops
+
+
 class ImageSource(Protocol):
     """Images with random access. `num_classes` is 0 for data without labels."""
 
@@ -106,6 +145,12 @@ class ImageSource(Protocol):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Images as they are, in order; unreadable ones are left out."""
+
+    def views(self, indices: Sequence[int], views: Views) -> Batch:
+        """All views of each image, image by image: a row each, with the image's label, name and index."""
+
+    def texts(self, indices: Sequence[int]) -> list[str | None]:
+        """Captions alone, "" where there is none, None where the image cannot be read."""
 
     def training_batch(self, positions: Sequence[Position], seed: int) -> Batch:
         """Augmented images; each unreadable one is replaced by the next readable one."""
@@ -217,6 +262,28 @@ class FileImages:
                 unreadable.append(str(error))
         return _collate(loaded, unreadable, self.size)
 
+    def views(self, indices: Sequence[int], views: Views) -> Batch:
+        loaded: list[tuple[int, Tensor, Record]] = []
+        unreadable: list[str] = []
+        for index in indices:
+            try:
+                record = self._records[int(self._indices[index])]
+                squares = views.of(decode_image(record.data, record.name), self.size, index)
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+            else:
+                loaded += [(index, square, record) for square in squares]
+        return _collate(loaded, unreadable, self.size)
+
+    def texts(self, indices: Sequence[int]) -> list[str | None]:
+        return [self._text(index) for index in indices]
+
+    def _text(self, index: int) -> str | None:
+        try:
+            return self._records[int(self._indices[index])].text
+        except UnreadableImage:
+            return None
+
     def training_batch(self, positions: Sequence[Position], seed: int) -> Batch:
         draws = self._augmentation.draws(seed, positions)
         unreadable: list[str] = []
@@ -299,6 +366,17 @@ class ShapesImages:
         texts = [self._shapes.caption(i).text if config.mode == "text" else "" for i in indices]
         names = [f"shapes/{config.split}/{i}" for i in indices]
         return Batch(images, labels, tuple(names), tuple(texts), tuple(indices))
+
+    def views(self, indices: Sequence[int], views: Views) -> Batch:
+        """The scenes as they are: a moved or mirrored one is not what its caption and the oracle say."""
+        if views.count != 1 or views.crops != "center":
+            raise ValueError("crops and mirror images are not possible with data.kind=shapes")
+        return self.batch(indices)
+
+    def texts(self, indices: Sequence[int]) -> list[str | None]:
+        if self._shapes.config.mode != "text":
+            return [""] * len(indices)
+        return [self._shapes.caption(index).text for index in indices]
 
     def training_batch(self, positions: Sequence[Position], seed: int) -> Batch:
         return self.batch([position.index for position in positions])

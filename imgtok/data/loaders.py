@@ -7,6 +7,7 @@ only decode.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from imgtok.data.captions import CaptionDataset
 from imgtok.data.images import (
     Batch,
     DataError,
     ImageSource,
     Position,
+    Views,
     max_unreadable,
     too_many_unreadable,
 )
@@ -112,29 +115,45 @@ def eval_loader(
     indices: Sequence[int] | None = None,
     num_workers: int = 0,
     unreadable: UnreadableImages | None = None,
+    views: Views | None = None,
 ) -> Iterator[Batch]:
     """Every image once, in order, not augmented; `indices` chooses some (`range(rank, len(source), world)`,
     say).
 
     Unreadable images are left out; `Batch.indices` tells which images are there. Pass one `unreadable` to
-    several calls to count them together.
+    several calls to count them together. With `views`, all views of `batch_size` images make a batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     chosen = range(len(source)) if indices is None else indices
     order = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    batches = _load_batches(source.batch, order, num_workers)
+    load = source.batch if views is None else functools.partial(source.views, views=views)
+    batches = _load_batches(load, order, num_workers)
     checked = _checked(batches, unreadable or UnreadableImages(len(source)))
     yield from (batch for batch in checked if len(batch.names))
 
 
 def token_loader(
-    tokens: TokenDataset, batch_size: int, *, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+    tokens: TokenDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    captions: CaptionDataset | None = None,
 ) -> Iterator[TokenBatch]:
-    """Batches of cached tokens for one process, without end, in the same kind of order as `train_loader`."""
+    """Batches of cached tokens for one process, without end, in the same kind of order as `train_loader`.
+
+    With `captions`, each row carries the features of its image's caption.
+    """
     order = BatchSampler(len(tokens), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
     for positions in order:
-        yield tokens.batch([position.index for position in positions])
+        rows = [position.index for position in positions]
+        batch = tokens.batch(rows)
+        if captions is not None:
+            batch = dataclasses.replace(batch, captions=captions.batch(tokens.indices[rows].tolist()))
+        yield batch
 
 
 def _checked(batches: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:

@@ -31,11 +31,13 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.scale = scale
+        self.weight_dropout = weight_dropout
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -62,7 +64,10 @@ class Attention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        out_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        dropped = self.weight_dropout if self.training else 0.0
+        out_BHLE = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=causal, scale=self.scale
+        )
         return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))
 
     def _project(self, x_BLD: Tensor, queries: slice | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,3 +79,36 @@ class Attention(nn.Module):
         q = rearrange(F.linear(x_BLD[:, queries], query_rows), "b l (h e) -> b h l e", h=self.num_heads)
         k, v = rearrange(F.linear(x_BLD, key_value_rows), "b l (two h e) -> two b h l e", two=2, h=self.num_heads)
         return q, k, v
+
+
+class CrossAttention(nn.Module):
+    """Attention from one sequence to another; the fused projection of the other's has the rows of k, then of v.
+
+    `keys_values` is a step of its own, so that a sampler takes it once and not once a token.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, qk_norm: bool = False, dropout: float = 0.0, weight_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk_norm = qk_norm
+        self.weight_dropout = weight_dropout
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.kv_proj = nn.Linear(width, 2 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def keys_values(self, context_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, T, E) of what is looked at."""
+        k, v = rearrange(self.kv_proj(context_BTD), "b t (two h e) -> two b h t e", two=2, h=self.num_heads)
+        return (layer_norm(k) if self.qk_norm else k), v
+
+    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor], *, mask: Tensor | None = None) -> Tensor:
+        """`mask` is boolean (True = may look) and broadcasts to (B, H, L, T); every row must see something."""
+        q = rearrange(self.q_proj(x_BLD), "b l (h e) -> b h l e", h=self.num_heads)
+        if self.qk_norm:
+            q = layer_norm(q)
+        dropped = self.weight_dropout if self.training else 0.0
+        out_BHLE = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, dropout_p=dropped)
+        return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))

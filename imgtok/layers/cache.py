@@ -5,8 +5,21 @@ Memory for the whole sequence is taken once, so that a step writes in place and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What cross-attention looks at, which does not grow: keys and values (B, H, T, E) of each layer, and which of
+    the T columns a row may see, boolean (B, 1, 1, T).
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    mask: Tensor
 
 
 class LayerCache:
@@ -28,10 +41,14 @@ class LayerCache:
 
 
 class KVCache:
-    """One `LayerCache` a layer. `length` is the number of positions already computed."""
+    """One `LayerCache` a layer, and the `memory` of cross-attention once a prefill has computed it.
+
+    `length` is the number of positions already computed.
+    """
 
     def __init__(self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         shape = (batch, num_heads, capacity, head_dim)
+        self.memory: Memory | None = None
         self.layers = [
             LayerCache(
                 torch.empty(shape, dtype=like.dtype, device=like.device),

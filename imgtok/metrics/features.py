@@ -62,7 +62,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        with _full_precision(self.device):
+        with full_precision(self.device):
             pool, logits = self.net(images.to(self.device))
         # Channels last, so that the values come in TensorFlow's order.
         spatial = self._spatial[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
@@ -89,7 +89,7 @@ def _build_inception(weights: Path) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, no TF32: scores differ in the second decimal otherwise."""
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
@@ -118,7 +118,7 @@ def find_inception_weights(metrics: str, given: Path | None = None, *, trust: bo
     `metrics` are the scores that need it, for the message. `trust` accepts a file with another hash, which then
     stands in the scores' names. Raises FileNotFoundError or ValueError (another hash).
     """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    cached = cached_inception_weights()
     path = given or cached
     if not path.is_file():
         if given is not None:
@@ -127,6 +127,11 @@ def find_inception_weights(metrics: str, given: Path | None = None, *, trust: bo
     if not trust:
         _check_hash(path)
     return path
+
+
+def cached_inception_weights() -> Path:
+    """Where torch.hub's cache keeps the file, whether it is there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
 def _download(path: Path, metrics: str) -> None:

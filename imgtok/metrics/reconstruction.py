@@ -6,6 +6,9 @@ the images' scores (for PSNR that is not the PSNR of the mean error).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +52,24 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     luminance = (2 * mean_1 * mean_2 + c1) / (mean_1 * mean_1 + mean_2 * mean_2 + c1)
     structure = (2 * covariance + c2) / (variance_1 + variance_2 + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+class PixelScores:
+    """psnr, ssim and mae, whichever of them are wanted: a judge of pairs (see `imgtok.metrics.scorers.PairJudge`)."""
+
+    FUNCTIONS: ClassVar = {"psnr": psnr, "ssim": ssim, "mae": mae}
+    protocol = "uint8, mean over images"
+
+    def __init__(self, metrics: Collection[str], device: torch.device | None = None) -> None:
+        """Computes on `device`: on a CPU, SSIM of large images takes longer than decoding them elsewhere."""
+        self.keys = tuple(key for key in self.FUNCTIONS if key in metrics)
+        self.smallest = {"ssim": SSIM_WINDOW} if "ssim" in metrics else {}
+        self._device = device or torch.device("cpu")
+
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """(B, len(keys)); both uint8 (B, 3, H, W)."""
+        pair = images.to(self._device), originals.to(self._device)
+        return torch.stack([self.FUNCTIONS[key](*pair) for key in self.keys], dim=1)
 
 
 def _blur(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ A folder that `imgtok sample` made holds `samples.json` with the label of each n
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from imgtok.images import SUFFIXES, decode_image
 
+logger = logging.getLogger(__name__)
+
 RECORD = "samples.json"
 
 
 class SavedImages:
-    """Images with random access, all of one size; `labels` is None where none were saved."""
+    """Images with random access, all of one size; `labels` is None where none were saved, or no classes drawn."""
 
     def __init__(self, path: Path) -> None:
         """Raises FileNotFoundError or ValueError for a path that holds no images, or only a part of them."""
@@ -41,6 +44,12 @@ class SavedImages:
 
     def __len__(self) -> int:
         return len(self._files) if self._array is None else len(self._array)
+
+    def name(self, index: int) -> str:
+        """What a file is known by in another folder: its path in this one, without the ending; the index in an .npz."""
+        if self._array is not None:
+            return str(index)
+        return self._files[index].relative_to(self.path).with_suffix("").as_posix()
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """uint8 (B, 3, H, W). Raises ValueError naming a file that cannot be read or has another size."""
@@ -66,7 +75,8 @@ class SavedImages:
             return
         # Beside the numbered images the sampler leaves its overview grid, which is no sample.
         self._files = sorted(p for p in self.path.glob("*.png") if p.stem.isdigit())
-        labels = json.loads(record.read_text(encoding="utf-8"))["labels"]
+        recorded = json.loads(record.read_text(encoding="utf-8"))
+        labels = recorded["labels"]
         missing = sorted(set(range(len(labels))) - {int(p.stem) for p in self._files})
         if missing:
             raise ValueError(
@@ -74,7 +84,8 @@ class SavedImages:
                 f"{missing[0]:06d}.png; run the same `imgtok sample` again to finish them"
             )
         self._files = self._files[: len(labels)]
-        self.labels = torch.tensor(labels, dtype=torch.long)
+        from_classes = "prompts" not in recorded.get("request", {}) and min(labels, default=0) >= 0
+        self.labels = torch.tensor(labels, dtype=torch.long) if from_classes else None
 
     def _open_npz(self) -> None:
         with open_npz(self.path) as arrays:
@@ -89,7 +100,41 @@ class SavedImages:
             if labels.shape != (len(array),) or not np.issubdtype(labels.dtype, np.integer):
                 found = f"arr_1 is {labels.dtype} {labels.shape}"
                 raise ValueError(f"{self.path}: {found}, expected {len(array)} integer labels")
-            self.labels = torch.from_numpy(labels.astype(np.int64))
+            self.labels = torch.from_numpy(labels.astype(np.int64)) if labels.min(initial=0) >= 0 else None
+
+
+def partners(images: SavedImages, originals: SavedImages, num: int) -> list[int]:
+    """The original of each of the first `num` images, by name; an .npz goes with another one by index.
+
+    Raises ValueError for an image without an original, a name that two originals have, an .npz beside a folder, or
+    images of another size.
+    """
+    kinds = [saved.path.suffix == ".npz" and saved.path.is_file() for saved in (images, originals)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{images.path} and {originals.path}: a folder and an .npz have no names in common; use one kind"
+        )
+    if images.size != originals.size:
+        given, wanted = (f"{width}x{height}" for height, width in (images.size, originals.size))
+        raise ValueError(
+            f"{images.path}: images of {given}, but the originals in {originals.path} are {wanted}; "
+            "compare with originals that were cropped to the size of the images"
+        )
+    places: dict[str, int] = {}
+    for index in range(len(originals)):
+        name = originals.name(index)
+        if name in places:
+            raise ValueError(f"{originals.path}: two originals are called {name}; keep one of them")
+        places[name] = index
+    lonely = [images.name(index) for index in range(num) if images.name(index) not in places]
+    if lonely:
+        raise ValueError(
+            f"{images.path}: {len(lonely)} of {num} images have no original of their name in {originals.path}; the "
+            f"first is {lonely[0]}, and originals are called {originals.name(0)} and so on"
+        )
+    if len(places) > num:
+        logger.warning("%d of the %d originals in %s are left out", len(places) - num, len(places), originals.path)
+    return [places[images.name(index)] for index in range(num)]
 
 
 def open_npz(path: Path) -> np.lib.npyio.NpzFile:

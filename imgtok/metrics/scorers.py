@@ -7,9 +7,9 @@ what, against what. Scores with different names are not comparable.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from imgtok.data.oracle import class_readings
 from imgtok.data.shapes import COLOURS, VERSION, ShapesConfig, ShapesDataset
 from imgtok.images import from_uint8, to_uint8
-from imgtok.metrics import reconstruction
 from imgtok.metrics.accumulate import InceptionScore, Moments, Reducer, Rows
 from imgtok.metrics.features import FeatureExtractor
 from imgtok.metrics.precision_recall import NEIGHBOURS, precision_recall
@@ -55,6 +54,25 @@ class Score:
     value: float
 
 
+class PairJudge(Protocol):
+    """Numbers for each pair of an image and its original."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the numbers are."""
+
+    @property
+    def protocol(self) -> str:
+        """How they are found, for the names of scores."""
+
+    @property
+    def smallest(self) -> Mapping[str, int]:
+        """Pixels a side that images must have, for the keys that set a limit."""
+
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """(B, len(keys)) of uint8 images and originals (B, 3, H, W)."""
+
+
 class Scorer(Protocol):
     """Fed by every process with its share of the indices; `scores` is asked after `reduce`."""
 
@@ -68,8 +86,35 @@ def short(count: int) -> str:
     return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
 
 
+class OriginalsReference:
+    """Statistics of the originals, taken in the same pass as their reconstructions: what rFID compares with.
+
+    Fed once for each batch, however many reconstructions (token counts) there are of it. Hence both sides are the same
+    images, cropped alike, also when some of them could not be read.
+    """
+
+    name = "own originals"
+
+    def __init__(self, extractor: FeatureExtractor, num: int) -> None:
+        self._extractor = extractor
+        self._sums = FeatureSums(num, spatial=False, keep=0)
+
+    def update(self, batch: ScoredBatch) -> None:
+        """Raises ValueError without originals."""
+        if batch.originals is None:
+            raise ValueError("rfid compares with originals, and these images have none")
+        self._sums.update(batch.indices, self._extractor(batch.originals))
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self._sums.reduce(reducer)
+
+    def reference(self) -> Reference:
+        """What was measured; to be asked for after `reduce`."""
+        return self._sums.reference(self.name, self._extractor.name)
+
+
 class InceptionScorer:
-    """fid, sfid, is, precision and recall, whichever of them are in `metrics`."""
+    """rfid, fid, sfid, is, precision and recall, whichever of them are in `metrics`."""
 
     def __init__(
         self,
@@ -78,11 +123,15 @@ class InceptionScorer:
         num: int,
         reference: Reference | None,
         splits: int = INCEPTION_SCORE_PARTS,
+        *,
+        originals: OriginalsReference | None = None,
     ) -> None:
-        """`reference` may be None for `is` alone."""
+        """`reference` may be None for `is` and `rfid`; the latter needs `originals`, which someone else feeds."""
         self._metrics, self._extractor, self._num, self._splits = set(metrics), extractor, num, splits
-        self._reference = reference
+        self._reference, self._originals = reference, originals
         _check_reference(self._metrics, reference)
+        if "rfid" in self._metrics and originals is None:
+            raise ValueError("rfid compares with originals, and these images have none")
         self._sums = FeatureSums(num, spatial="sfid" in metrics, keep=num if "precision_recall" in metrics else 0)
         self._inception_score: InceptionScore | None = None
 
@@ -103,6 +152,12 @@ class InceptionScorer:
         found = self._sums.reference("", self._extractor.name)
         size = short(found.pool.count)
         scores = []
+        if {"fid", "rfid"} & self._metrics and found.pool.count <= len(found.pool.mean):
+            counts = (found.pool.count, len(found.pool.mean))
+            logger.warning("FID of %d images in %d dimensions: the covariance is rank-deficient", *counts)
+        if "rfid" in self._metrics and self._originals is not None:
+            name = f"rFID-{size}[{self._extractor.name}, {self._originals.name}]"
+            scores.append(Score("rfid", name, found.pool.distance(self._originals.reference().pool)))
         if self._reference is not None:
             scores += self._against(found, self._reference, size)
         if self._inception_score is not None:
@@ -113,9 +168,6 @@ class InceptionScorer:
     def _against(self, found: Reference, reference: Reference, size: str) -> list[Score]:
         scores, protocol = [], f"[{self._extractor.name}, {reference.name}]"
         if "fid" in self._metrics:
-            if found.pool.count <= len(found.pool.mean):
-                counts = (found.pool.count, len(found.pool.mean))
-                logger.warning("FID of %d images in %d dimensions: the covariance is rank-deficient", *counts)
             scores.append(Score("fid", f"FID-{size}{protocol}", found.pool.distance(reference.pool)))
         if found.spatial and reference.spatial:
             scores.append(Score("sfid", f"sFID-{size}{protocol}", found.spatial.distance(reference.spatial)))
@@ -222,26 +274,23 @@ class OracleScorer:
 
 
 class ReconstructionScorer:
-    """psnr, ssim and mae against the originals: means of the images' own scores."""
+    """What a judge says of each reconstruction beside its original: means of the images' own scores."""
 
-    FUNCTIONS: ClassVar = {"psnr": reconstruction.psnr, "ssim": reconstruction.ssim, "mae": reconstruction.mae}
-
-    def __init__(self, metrics: Collection[str], num: int) -> None:
-        self._metrics = [metric for metric in self.FUNCTIONS if metric in metrics]
-        self._rows = Rows(num, len(self._metrics))
+    def __init__(self, judge: PairJudge, num: int) -> None:
+        self._judge = judge
+        self._rows = Rows(num, len(judge.keys))
 
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without originals."""
         if batch.originals is None:
-            raise ValueError(f"{', '.join(self._metrics)} compare with originals, and these images have none")
-        values = [self.FUNCTIONS[metric](batch.images, batch.originals) for metric in self._metrics]
-        self._rows.update(batch.indices, torch.stack(values, dim=1))
+            raise ValueError(f"{', '.join(self._judge.keys)} compare with originals, and these images have none")
+        self._rows.update(batch.indices, self._judge(batch.images, batch.originals))
 
     def reduce(self, reducer: Reducer | None) -> None:
         self._rows.reduce(reducer)
 
     def scores(self) -> list[Score]:
         rows = self._rows.scored
-        protocol = f"-{short(len(rows))}[uint8, mean over images]"
-        means = zip(self._metrics, rows.mean(dim=0), strict=True)
-        return [Score(metric, metric.upper() + protocol, float(value)) for metric, value in means]
+        protocol = f"-{short(len(rows))}[{self._judge.protocol}]"
+        means = zip(self._judge.keys, rows.mean(dim=0), strict=True)
+        return [Score(key, key.upper() + protocol, float(value)) for key, value in means]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import imgtok
-from generators.gpt import GPT, GPTConfig, SamplingConfig
+from generators.gpt import FLEXTOK_CLASS_DEPTHS, FLEXTOK_TEXT_DEPTHS, GPT, GPTConfig, SamplingConfig, flextok_size
 from imgtok.layers.cache import KVCache
 
 TINY = GPTConfig(vocab_size=24, num_tokens=9, num_classes=5, width=32, depth=2, num_heads=2, mlp_multiple=32)
-POSITIONS = ["learned", "rotary_2d"]
+LLAMAGEN, FLEXTOK = {"positions": "rotary_2d"}, {"condition": "start_plus_class", "mlp_multiple": 1, "qk_norm": True}
+VARIANTS = [pytest.param({}, id="learned"), pytest.param(LLAMAGEN, id="llamagen"), pytest.param(FLEXTOK, id="flextok")]
 
 
 def build(*, awake: bool = True, **changes) -> GPT:
@@ -46,6 +48,52 @@ def test_published_feed_forward_widths(width, hidden):
     assert GPTConfig(width=width, num_heads=4).mlp_hidden == hidden
 
 
+CLASS_SIZES = {10: 49, 12: 85, 16: 201, 20: 393, 24: 679, 30: 1330}
+TEXT_SIZES = {12: 113, 18: 382, 26: 1150, 36: 3060}
+
+
+@pytest.mark.parametrize(
+    ("depth", "text", "millions"),
+    [
+        (depth, text, size)
+        for text, sizes in ((False, CLASS_SIZES), (True, TEXT_SIZES))
+        for depth, size in sizes.items()
+    ],
+)
+def test_flextoks_sizes_have_the_published_parameter_counts(depth, text, millions):
+    """Published to three digits, without embeddings: 12 (16 with text) x depth x width^2."""
+    assert depth in (FLEXTOK_TEXT_DEPTHS if text else FLEXTOK_CLASS_DEPTHS)
+    config = flextok_size(depth, text=text)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert (config.width, config.depth, config.num_heads, config.head_dim) == (64 * depth, depth, depth, 64)
+    assert config.mlp_hidden == int(2 * int(4 * config.width) / 3)
+    count = sum(p.numel() for p in model.blocks.parameters())
+    assert abs(count / 1e6 - millions) <= (5 if millions > 1000 else 0.6)
+    assert count == pytest.approx((16 if text else 12) * depth * config.width**2, rel=1e-3)
+    assert model.head.weight.shape == (64000, config.width)
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+
+
+def test_the_defaults_are_those_of_models_saved_before_flextoks(tmp_path):
+    model = build(positions="rotary_2d")
+    model.save_pretrained(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    new = ["qk_norm", "condition", "text_width", "text_length", "empty_length", "text_encoder", "attention_dropout"]
+    for field in new:
+        del old[field]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded = imgtok.load(tmp_path, expect=GPT)
+    assert loaded.config == model.config
+    assert {name.partition(".")[0] for name in model.state_dict()} == {
+        "class_embedding", "token_embedding", "blocks", "norm", "head",
+    }  # fmt: skip
+    assert {name.partition(".")[2] for name in model.blocks.state_dict()} == {
+        "attention_norm.weight", "attention.qkv_proj.weight", "attention.out_proj.weight",
+        "mlp_norm.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight",
+    }  # fmt: skip
+
+
 def test_an_untrained_model_is_uniform():
     model = build(awake=False)
     ids = torch.randint(24, (3, 9), generator=generator())
@@ -55,9 +103,9 @@ def test_an_untrained_model_is_uniform():
 # ---------------------------------------------------------------- one path, causal, cached
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_a_token_sees_the_class_and_the_tokens_before_it(positions):
-    model = build(positions=positions)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_token_sees_the_class_and_the_tokens_before_it(variant):
+    model = build(**variant)
     ids = torch.randint(24, (1, 9), generator=generator())
     with torch.no_grad():
         logits = model.logits(LABELS[:1], ids)
@@ -71,9 +119,9 @@ def test_a_token_sees_the_class_and_the_tokens_before_it(positions):
             assert differs[position + 1 :].any() == (position < 8)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_cached_states_equal_recomputed_ones(positions):
-    model = build(positions=positions)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_states_equal_recomputed_ones(variant):
+    model = build(**variant)
     ids = torch.randint(24, (3, 8), generator=generator())
     with torch.no_grad():
         whole = model.hidden(LABELS, ids)
@@ -87,10 +135,10 @@ def test_cached_states_equal_recomputed_ones(positions):
         torch.testing.assert_close(last, whole[:, 6:7], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_cache_changes_no_token(monkeypatch, positions, guidance):
-    model = build(positions=positions)
+def test_the_cache_changes_no_token(monkeypatch, variant, guidance):
+    model = build(**variant)
     seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     ids = {}
     next_logits = GPT._next_logits
@@ -115,6 +163,56 @@ def test_generated_tokens_follow_the_training_path():
     ids = model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0, top_k=1))
     with torch.no_grad():
         assert torch.equal(model.logits(LABELS, ids).argmax(dim=-1), ids)
+
+
+# ---------------------------------------------------------------- FlexTok's class condition
+
+
+def test_flextoks_slot_is_a_start_vector_plus_the_class():
+    model = build(**FLEXTOK)
+    assert model.class_embedding.weight.shape == (5, 32)  # and no row for no class
+    slots = model.slot(torch.tensor([3, model.null_class, -1]))
+    assert torch.equal(slots[0], model.start + model.class_embedding.weight[3])
+    assert torch.equal(slots[1], model.start)
+    assert torch.equal(slots[2], model.start)
+    assert model.start.norm() > 0
+
+
+def test_no_class_knows_nothing_of_the_classes():
+    model = build(**FLEXTOK)
+    ids = torch.randint(24, (1, 9), generator=generator())
+    with torch.no_grad():
+        before, classed = model.logits(torch.tensor([-1]), ids), model.logits(LABELS[:1], ids)
+        model.class_embedding.weight += 1
+        assert torch.equal(model.logits(torch.tensor([-1]), ids), before)
+        assert not torch.allclose(model.logits(LABELS[:1], ids), classed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_minus_one_is_no_class(variant):
+    model, options = build(**variant), {"seed": 0, "indices": range(3), "sampling": SamplingConfig(guidance=1.0)}
+    none = model.generate(torch.full((3,), -1), **options)
+    assert torch.equal(none, model.generate(torch.full((3,), model.null_class), **options))
+    assert not torch.equal(none, model.generate(LABELS, **options))
+
+
+def test_everything_of_flextoks_model_is_trained():
+    model = build(**FLEXTOK, class_dropout=0.5)
+    model(torch.randint(24, (3, 9), generator=generator()), LABELS, generator=generator(2)).total.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_attention_weights_are_dropped_in_training_only():
+    model = build(dropout=0.0, attention_dropout=0.5)
+    ids = torch.randint(24, (3, 9), generator=generator())
+    with torch.no_grad():
+        asleep = [model.logits(LABELS, ids) for _ in range(2)]
+        model.train()
+        torch.manual_seed(0)
+        awake = [model.logits(LABELS, ids) for _ in range(2)]
+    assert torch.equal(*asleep)
+    assert not torch.allclose(*awake)
+    assert not torch.allclose(asleep[0], awake[0])
 
 
 # ---------------------------------------------------------------- guidance
@@ -143,8 +241,9 @@ def test_guidance_of_zero_is_the_null_class():
 # ---------------------------------------------------------------- randomness
 
 
-def test_a_sample_depends_on_seed_and_index_alone():
-    model = build()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sample_depends_on_seed_and_index_alone(variant):
+    model = build(**variant)
     options = {"sampling": SamplingConfig(guidance=2.0)}
     batch = model.generate(LABELS, seed=9, indices=[10, 11, 12], **options)
     alone = [model.generate(LABELS[i : i + 1], seed=9, indices=[10 + i], **options) for i in range(3)]
@@ -155,11 +254,13 @@ def test_a_sample_depends_on_seed_and_index_alone():
     assert not torch.equal(batch, model.generate(LABELS, seed=9, indices=[0, 1, 2], **options))
 
 
-def test_fewer_tokens_are_the_beginning_of_more():
-    model = build()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_tokens_are_the_beginning_of_more(variant):
+    model = build(**variant)
     whole = model.generate(LABELS, seed=0, indices=range(3))
     assert whole.shape == (3, 9)
-    assert torch.equal(model.generate(LABELS, seed=0, indices=range(3), num_tokens=4), whole[:, :4])
+    for count in range(1, 9):
+        assert torch.equal(model.generate(LABELS, seed=0, indices=range(3), num_tokens=count), whole[:, :count])
 
 
 def test_generate_leaves_the_global_generator_alone_and_reports_progress():
@@ -202,9 +303,9 @@ def model_loss(class_dropout: float, seed: int) -> float:
     return build(class_dropout=class_dropout)(ids, LABELS, generator=generator(seed)).total.item()
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_overfits_four_sequences_and_samples_them_by_class(positions):
-    model = build(awake=False, positions=positions, dropout=0.0, class_dropout=0.0).train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_overfits_four_sequences_and_samples_them_by_class(variant):
+    model = build(awake=False, **variant, dropout=0.0, class_dropout=0.0).train()
     ids = torch.randint(24, (4, 9), generator=generator(1))
     labels = torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -221,9 +322,9 @@ def test_overfits_four_sequences_and_samples_them_by_class(positions):
 # ---------------------------------------------------------------- errors, files
 
 
-@pytest.mark.parametrize("bad", [-1, 6])
+@pytest.mark.parametrize("bad", [-2, 6])
 def test_labels_outside_the_table(bad):
-    with pytest.raises(ValueError, match=r"labels must lie in 0 to 4 \(or 5 for no class\)"):
+    with pytest.raises(ValueError, match=r"labels must lie in 0 to 4 \(or -1 or 5 for no class\)"):
         build().generate(torch.tensor([0, bad]), seed=0, indices=[0, 1])
 
 
@@ -250,9 +351,9 @@ def test_sampling_that_cannot_be(options):
         SamplingConfig(**options)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_saving_and_loading(tmp_path, positions):
-    model = build(positions=positions)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saving_and_loading(tmp_path, variant):
+    model = build(**variant)
     model.save_pretrained(tmp_path)
     loaded = imgtok.load(tmp_path, expect=GPT)
     assert loaded.config == model.config

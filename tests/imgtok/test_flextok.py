@@ -18,6 +18,7 @@ from imgtok.flextok import (
     prefix_causal_mask,
     trunk_attention,
 )
+from imgtok.layers.mup import noted_width
 from imgtok.tokens import Tokens
 from imgtok.vae import VAEConfig
 
@@ -537,6 +538,10 @@ def test_training_times():
     assert torch.equal(
         build(times="logit_normal").draw_times(64, generator(3)), flow.logit_normal_times(64, generator(3))
     )
+    assert torch.equal(
+        build(times="stratified_logit_normal").draw_times(64, generator(3)),
+        flow.logit_normal_times(64, generator(3), stratified=True),
+    )
     times = build(noise_fraction=0.3).draw_times(8000, generator())
     assert 0.27 < (times == 1).float().mean() < 0.33
     assert (build(noise_fraction=1.0).draw_times(8, generator()) == 1).all()
@@ -611,6 +616,52 @@ def test_training_reduces_the_loss_and_the_tokens_tell_images_apart():
     assert decoded[1].mean() > 0.4
 
 
+# ---------------------------------------------------------------- for train.optim, REPA and little memory
+
+
+def test_widths_are_noted_on_what_reads_a_trunk():
+    """The rest reads latents, codes or time features, whose number does not grow with the network."""
+    model = build(encoder=TrunkConfig(width=48, depth=2, head_dim=16))
+    matrices = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    fixed = {name for name, weight in matrices.items() if noted_width(weight) is None}
+    parts = ("encoder.patch_proj", "decoder.patch_proj", "decoder.code_proj", "decoder.time_mlp.0")
+    assert fixed == {f"{part}.weight" for part in parts}
+    for name, parameter in model.named_parameters():
+        width = 48 if name.startswith("encoder.") else 32
+        assert noted_width(parameter) == (width if name in matrices.keys() - fixed else None)
+
+
+def test_each_block_of_the_decoder_can_be_watched(model):
+    registers = model.decoder.condition(torch.randn(2, 8, 3, generator=generator()), torch.tensor([3, 8]))
+    x, t = torch.randn(2, 3, 8, 8, generator=generator(1)), torch.tensor([0.2, 0.9])
+    seen: list[tuple[int, torch.Tensor]] = []
+    behind: list[torch.Tensor] = []
+    hooks = [b.register_forward_hook(lambda *args: behind.append(args[-1])) for b in model.decoder.blocks]
+    with torch.no_grad():
+        watched = model.decoder(x, t, registers, lambda index, patches: seen.append((index, patches)))
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(watched, model.decoder(x, t, registers))
+    assert [index for index, _ in seen] == [0, 1]
+    assert all(torch.equal(patches, whole[:, :16]) for (_, patches), whole in zip(seen, behind, strict=True))
+
+
+def test_recomputed_activations_change_nothing_but_the_work():
+    batch, models, calls = images(4), [build(), build()], []
+    models[1].recompute_activations()
+    for model in models:
+        counted: list[torch.nn.Module] = []
+        for block in [*model.encoder.blocks, *model.decoder.blocks]:
+            block.register_forward_pre_hook(lambda module, _, counted=counted: counted.append(module))
+        model(batch, generator=generator()).total.backward()
+        calls.append(len(counted))
+    kept, recomputed = (dict(model.named_parameters()) for model in models)
+    assert kept.keys() == recomputed.keys()
+    assert all(torch.equal(kept[name].grad, recomputed[name].grad) for name in kept)
+    assert calls == [4, 8]
+    assert torch.equal(models[0].encode(batch).ids, models[1].encode(batch).ids)
+
+
 # ---------------------------------------------------------------- with an autoencoder, and on disk
 
 
@@ -638,6 +689,27 @@ def test_latents_are_the_scaled_posterior_mean():
         torch.testing.assert_close(latents, 0.5 * model.vae.autoencoder.encode(batch).latent_dist.mean)
     assert torch.equal(model.encode(batch).ids, model.encode(batch).ids)
     assert model.decode(model.encode(batch)).shape == (2, 3, 8, 8)
+
+
+def test_training_may_sample_the_posterior(monkeypatch):
+    models = {posterior: build(vae=TINY_VAE, posterior=posterior) for posterior in ("mean", "sample")}
+    batch, seen = images(2), {}
+    for name, model in models.items():
+        encode, latents = model.encoder.forward, []
+        monkeypatch.setattr(
+            model.encoder, "forward", lambda x, k, encode=encode, latents=latents: latents.append(x) or encode(x, k)
+        )
+        losses = [model(batch, generator=generator(seed)).total.item() for seed in (0, 0, 1)]
+        assert losses[0] == losses[1] != losses[2]
+        seen[name] = latents[:]
+        latents.clear()
+    mean, sample = seen["mean"], seen["sample"]
+    assert torch.equal(mean[0], mean[2])
+    assert torch.equal(sample[0], sample[1])
+    assert not torch.equal(sample[0], sample[2])
+    noise = torch.randn(2, 4, 4, 4, generator=generator())
+    assert torch.equal(sample[0], models["mean"].to_latents(batch, noise))
+    assert torch.equal(models["sample"].encode(batch).ids, models["mean"].encode(batch).ids)
 
 
 @pytest.mark.parametrize("vae", [None, TINY_VAE])

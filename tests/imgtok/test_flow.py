@@ -85,7 +85,23 @@ def test_logit_normal_times():
     assert (logits.std() - 1).abs() < 0.03
 
 
-@pytest.mark.parametrize("draw", [lambda g: flow.mode_times(8, 0.25, g), lambda g: flow.logit_normal_times(8, g)])
+def test_stratified_times_fill_every_range_once():
+    times = flow.logit_normal_times(500, torch.Generator().manual_seed(0), stratified=True)
+    below = torch.special.ndtr(times.double().logit())  # the normal's distribution function: uniform
+    assert (below * 500).floor().tolist() == list(range(500))
+    within = (below * 500).frac()
+    assert abs(within.mean() - 0.5) < 0.05
+    assert abs(within.std() - 12**-0.5) < 0.03
+
+
+DRAWS = [
+    lambda g: flow.mode_times(8, 0.25, g),
+    lambda g: flow.logit_normal_times(8, g),
+    lambda g: flow.logit_normal_times(8, g, stratified=True),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
 def test_times_come_from_the_generator_alone(draw):
     state = torch.get_rng_state()
     first, second = (draw(torch.Generator().manual_seed(7)) for _ in range(2))

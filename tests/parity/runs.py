@@ -163,7 +163,7 @@ def train_step(model: FlexTok, case: Case) -> Outputs:
     (run,) = case.runs
     latents = case.input(run["latents"])
     with (
-        patch.object(model, "to_latents", lambda images: images),
+        patch.object(model, "to_latents", lambda images, noise: images),
         patch.object(model, "draw_keep_counts", return_value=torch.tensor(run["keep"])),
         patch.object(model, "draw_times", return_value=torch.tensor(run["sigma"])),
         patch.object(torch, "rand", return_value=1 - torch.tensor(run["null"]).float()),  # 0 < null_dropout <= 1

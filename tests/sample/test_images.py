@@ -19,6 +19,7 @@ from imgtok.cli import main as command_line
 from imgtok.cli import parse
 from imgtok.config import ConfigError
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.metrics.saved_images import SavedImages
 from imgtok.vae import VAEConfig
 from sample.images import Config, main
 from sample.pipeline import ROWS, DecodeSettings, Pipeline
@@ -157,6 +158,15 @@ def test_another_seed_class_or_setting_draws_other_images(generator, samples, tm
         assert (other != reference).any(axis=(1, 2, 3)).all(), name
 
 
+def test_minus_one_draws_without_a_class(generator, tmp_path):
+    out = sample(generator, tmp_path, num=4, classes=(-1, 3))
+    assert record(out)["labels"] == [-1, 3, -1, 3]
+    assert SavedImages(out).labels is None
+    same = sample(generator, tmp_path / "unguided", num=4, classes=(-1, 3), sampling=SamplingConfig(guidance=0.0))
+    assert (pixels(same)[[0, 2]] == pixels(out)[[0, 2]]).all()  # there is nothing to be guided to
+    assert (pixels(same)[[1, 3]] != pixels(out)[[1, 3]]).any()
+
+
 # --------------------------------------------------------------------------------------------- going on
 
 
@@ -230,7 +240,7 @@ def test_the_label_decides_and_not_its_place_in_the_list(generator, samples, tmp
     assert contents(tmp_path).items() <= contents(samples).items()
 
 
-@pytest.mark.parametrize("classes", ["[10]", "[0, -1]"])
+@pytest.mark.parametrize("classes", ["[10]", "[0, -2]"])
 def test_a_class_outside_the_model_is_an_error(generator, tmp_path, capsys, classes):
     assert command_line(["sample", str(generator), f"out={tmp_path / 'out'}", f"classes={classes}"]) == 2
     assert "is not a class of" in (message := capsys.readouterr().err)

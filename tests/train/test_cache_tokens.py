@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from imgtok.data.images import ImageFolderConfig
+import imgtok
+from imgtok.data.images import ImageFolderConfig, Views, open_images
+from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from imgtok.images import save_png
+from imgtok.images import save_png, to_uint8
 from train.cache_tokens import Config, main
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +27,10 @@ TRUNK = TrunkConfig(width=16, depth=1, head_dim=8)
 def tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     config = FlexTokConfig(image_size=8, patch_size=4, num_registers=2, levels=(4, 4), encoder=TRUNK, decoder=TRUNK)
-    FlexTok(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = FlexTok(config)
+    torch.nn.init.normal_(model.encoder.readout.weight)  # with the zeros of a fresh one all images have the same tokens
+    model.save_pretrained(folder)
     return folder
 
 
@@ -37,9 +42,9 @@ def folder(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def cache(tokenizer: Path, folder: Path, out: Path) -> TokenDataset:
+def cache(tokenizer: Path, folder: Path, out: Path, **fields) -> TokenDataset:
     data = ImageFolderConfig(path=folder)
-    main(Config(tokenizer=str(tokenizer), out=out, data=data, held_out=0.0, shard_size=1))
+    main(Config(**{"tokenizer": str(tokenizer), "out": out, "data": data, "held_out": 0.0, "shard_size": 1} | fields))
     return TokenDataset(out)
 
 
@@ -72,3 +77,79 @@ def test_unreadable_images_are_counted_over_all_shards(tokenizer, folder, tmp_pa
         (folder / f"{index}.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="2 of 6 images are unreadable"):
         cache(tokenizer, folder, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ several crops
+
+
+@pytest.fixture
+def noise(tmp_path) -> Path:
+    """Four images of noise, wider than high and larger than the tokenizer's."""
+    for index in range(4):
+        generator = torch.Generator().manual_seed(index)
+        pixels = torch.randint(0, 256, (3, 12, 20), generator=generator, dtype=torch.uint8)
+        save_png(pixels, tmp_path / "noise" / f"{index}.png")
+    return tmp_path / "noise"
+
+
+def test_each_view_is_a_row(tokenizer, noise, tmp_path):
+    """FlexTok's ten random crops and their mirror images, in batches that hold less than an image's."""
+    fields = {"crops": "random", "num_crops": 10, "mirrored": True, "batch_size": 7}
+    tokens = cache(tokenizer, noise, tmp_path / "out", **fields)
+    assert len(tokens) == 4 * 20
+    assert tokens.indices.tolist() == [index for index in range(4) for _ in range(20)]
+    assert tokens.views.tolist() == [*range(20)] * 4
+    views = Views(crops="random", num_crops=10, mirrored=True)
+    images = open_images(ImageFolderConfig(path=noise), 8, held_out_fraction=0.0).views(range(4), views).images
+    assert torch.equal(tokens.ids.long(), imgtok.load(tokenizer).encode(images).ids)
+    assert len(tokens.ids.unique(dim=0)) > 4
+    assert all(len(own.flatten(1).unique(dim=0)) >= 8 for own in images.split(20))  # some places are drawn twice
+    assert torch.equal(images[10:20], images[:10].flip(-1))
+
+
+def test_a_view_depends_on_seed_index_and_number_alone(noise):
+    source = open_images(ImageFolderConfig(path=noise), 8, held_out_fraction=0.0)
+    views = Views(crops="random", num_crops=3, seed=5)
+    together = source.views(range(4), views).images.unflatten(0, (4, 3))
+    assert torch.equal(source.views([2], views).images, together[2])
+    more = source.views([2], Views(crops="random", num_crops=5, seed=5)).images
+    assert torch.equal(more[:3], together[2])
+    assert not torch.equal(source.views([2], Views(crops="random", num_crops=3, seed=6)).images, together[2])
+
+
+def test_five_crops_are_the_corners_and_the_centre(tmp_path):
+    ramp = (torch.arange(10)[:, None] * 16 + torch.arange(10)).to(torch.uint8).expand(3, 10, 10)
+    save_png(ramp.contiguous(), tmp_path / "ramp.png")
+    source = open_images(ImageFolderConfig(path=tmp_path), 8, held_out_fraction=0.0)
+    batch = source.views([0], Views(crops="five", zoom=1.25, mirrored=True))
+    found = to_uint8(batch.images)[:, 0]
+    places = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)]  # top, left
+    assert torch.equal(found[:5], torch.stack([ramp[0, top : top + 8, left : left + 8] for top, left in places]))
+    assert torch.equal(found[5:], found[:5].flip(-1))
+    assert batch.indices == (0,) * 10
+
+
+def test_the_centre_stays_what_it_was(tokenizer, noise, tmp_path):
+    tokens = cache(tokenizer, noise, tmp_path / "out")
+    images = open_images(ImageFolderConfig(path=noise), 8, held_out_fraction=0.0).batch(range(4)).images
+    assert torch.equal(tokens.ids.long(), imgtok.load(tokenizer).encode(images).ids)
+    assert tokens.views.tolist() == [0] * 4
+
+
+def test_a_shard_of_other_crops_is_refused(tokenizer, noise, tmp_path):
+    cache(tokenizer, noise, tmp_path / "out", crops="random", num_crops=2)
+    with pytest.raises(DataError, match="of another token cache .*crop_seed 0 instead of 1"):
+        cache(tokenizer, noise, tmp_path / "out", crops="random", num_crops=2, crop_seed=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_crops": 10}, "num_crops: 10 is for crops=random; crops=center has its own number"),
+        ({"crops": "five", "data": ShapesConfig()}, "crops: not possible with data.kind=shapes"),
+        ({"zoom": 0.9}, "zoom"),
+    ],
+)
+def test_crops_that_cannot_be(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{"tokenizer": "t", "out": tmp_path, "data": ImageFolderConfig(path=tmp_path)} | fields)

@@ -220,9 +220,10 @@ def test_mirrored_tokens(flextok, tmp_path):
         save_png(picture, tmp_path / f"images/{index}.png")
     data = (f"data={{kind: folder, path: {tmp_path / 'images'}}}", "held_out=0", "batch_size=10")
     cached = TokenDataset(cache(tmp_path / "tokens", flextok, "mirrored=true", *data))
-    both = torch.cat([from_uint8(pictures), from_uint8(pictures).flip(-1)])
+    both = torch.stack([from_uint8(pictures), from_uint8(pictures).flip(-1)], dim=1).flatten(0, 1)
     assert torch.equal(cached.ids.long(), imgtok.load(flextok).encode(both).ids)
-    assert cached.indices.tolist() == [*range(5), *range(5)]
+    assert cached.indices.tolist() == [index for index in range(5) for _ in range(2)]
+    assert cached.views.tolist() == [0, 1] * 5
     with pytest.raises(ConfigError, match=r"mirrored: not possible with data.kind=shapes"):
         cache(tmp_path / "shapes", flextok, "mirrored=true")
 

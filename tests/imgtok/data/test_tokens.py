@@ -1,8 +1,11 @@
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from imgtok.data.loaders import token_loader
 from imgtok.data.sources import DataError
@@ -97,11 +100,30 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mirrored_and_left_out_images(tmp_path):
-    info = replace(INFO, num_images=4, mirrored=True)
-    rows = [0, 1, 3, 0, 1, 3]  # image 2 could not be read
-    TokenShardWriter(tmp_path, info).write(0, ids_of(rows), torch.zeros(6), rows)
-    assert TokenDataset(tmp_path).indices.tolist() == rows
+def test_views_and_left_out_images(tmp_path):
+    info = replace(INFO, num_images=4, crops="random", num_crops=2)
+    rows = [0, 0, 1, 1, 3, 3]  # image 2 could not be read
+    TokenShardWriter(tmp_path, info).write(0, ids_of(rows), torch.zeros(6), rows, [0, 1] * 3)
+    tokens = TokenDataset(tmp_path)
+    assert tokens.indices.tolist() == rows
+    assert tokens.views.tolist() == [0, 1] * 3
+    with pytest.raises(DataError, match="crops 'random' instead of 'center'; num_crops 2 instead of 1"):
+        TokenShardWriter(tmp_path, replace(info, crops="center", num_crops=1))
+
+
+def test_a_cache_without_views_is_still_read(tmp_path):
+    """Format 1 as an earlier imgtok wrote it."""
+    info = asdict(replace(INFO, num_images=3, shard_size=3, mirrored=True)) | {"format": 1}
+    for name in ("crops", "num_crops", "zoom", "crop_seed"):
+        del info[name]
+    rows = [0, 1, 2, 0, 1, 2]
+    arrays = {"ids": ids_of(rows).numpy().astype(np.uint16), "labels": np.zeros(6, np.int32), "indices": np.array(rows)}
+    path = tmp_path / "tokens-00000-of-00001.safetensors"
+    save_file(arrays, path, {"imgtok": json.dumps(info)})
+    tokens = TokenDataset(tmp_path, expect_fingerprint=INFO.fingerprint)
+    assert torch.equal(tokens.ids.long(), ids_of(rows))
+    assert tokens.views.tolist() == [0] * 6
+    assert (tokens.info.crops, tokens.info.mirrored) == ("center", True)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -131,8 +153,8 @@ def test_damage_is_named(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path):
-    write(tmp_path, replace(INFO, format=2))
-    with pytest.raises(DataError, match="format 2, this version reads format 1"):
+    write(tmp_path, replace(INFO, format=3))
+    with pytest.raises(DataError, match="token cache of format 3, this version reads format 2"):
         read_info(INFO.shard_path(tmp_path, 0))
 
 

@@ -7,10 +7,12 @@ import torch
 
 from imgtok.data.shapes import ShapesConfig, ShapesDataset
 from imgtok.images import to_uint8
+from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums
 from imgtok.metrics.scorers import (
     InceptionScorer,
     OracleScorer,
+    OriginalsReference,
     ReconstructionScorer,
     ScoredBatch,
     ShapesDistance,
@@ -190,15 +192,56 @@ def test_reconstruction_scores(random_images, reduce_together):
     originals = random_images(9)
     images = originals.clone()
     images[:, :, 3:6] += 1
-    scorer = feed(ReconstructionScorer(("ssim", "psnr", "mae", "oracle"), 9), images, originals=originals)
+    scorer = feed(ReconstructionScorer(PixelScores(("ssim", "psnr", "mae", "oracle")), 9), images, originals=originals)
     scorer.reduce(None)
     found = values(scorer)
     assert set(found) == {"psnr", "ssim", "mae"}
     assert found["psnr"] > 30
     assert 0.5 < found["ssim"] < 1
+    assert found["mae"] == pytest.approx(3 / 16)
     assert scorer.scores()[0].name == "PSNR-9[uint8, mean over images]"
-    pair = [feed(ReconstructionScorer(("psnr", "ssim", "mae"), 9), images, r, 2, originals=originals) for r in range(2)]
+    judge = PixelScores(("psnr", "ssim", "mae"))
+    pair = [feed(ReconstructionScorer(judge, 9), images, r, 2, originals=originals) for r in range(2)]
     reduce_together(*pair)
     assert values(pair[0]) == found
-    with pytest.raises(ValueError, match="compare with originals"):
-        feed(ReconstructionScorer(("psnr",), 9), images)
+    with pytest.raises(ValueError, match="psnr compare with originals"):
+        feed(ReconstructionScorer(PixelScores(("psnr",)), 9), images)
+
+
+# rFID
+
+
+def test_rfid_is_the_distance_to_the_originals_of_the_same_pass(extractor, random_images, reduce_together):
+    originals, images = random_images(41), random_images(41, seed=1)
+
+    def scored(rank=0, processes=1, batch=7):
+        side = OriginalsReference(extractor, 41)
+        scorer = InceptionScorer(("rfid",), extractor, 41, None, originals=side)
+        for part in (side, scorer):
+            feed(part, images, rank, processes, batch, originals=originals)
+        return side, scorer
+
+    side, scorer = scored()
+    side.reduce(None)
+    scorer.reduce(None)
+    expected = reference(extractor, images).pool.distance(reference(extractor, originals).pool)
+    assert [score.name for score in scorer.scores()] == ["rFID-41[inception-v3-compat, own originals]"]
+    assert values(scorer) == {"rfid": pytest.approx(expected)}
+    pairs = [scored(rank, 2, batch=5) for rank in range(2)]
+    reduce_together(*(side for side, _ in pairs))
+    reduce_together(*(scorer for _, scorer in pairs))
+    for _, half in pairs:
+        assert values(half) == pytest.approx(values(scorer), rel=1e-6)
+
+
+def test_rfid_of_the_originals_themselves_is_zero_and_needs_them(extractor, random_images):
+    images = random_images(20)
+    side = feed(OriginalsReference(extractor, 20), images, originals=images)
+    scorer = feed(InceptionScorer(("rfid",), extractor, 20, None, originals=side), images, originals=images)
+    side.reduce(None)
+    scorer.reduce(None)
+    assert values(scorer)["rfid"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="rfid compares with originals"):
+        feed(OriginalsReference(extractor, 20), images)
+    with pytest.raises(ValueError, match="rfid compares with originals"):
+        InceptionScorer(("rfid",), extractor, 20, None)

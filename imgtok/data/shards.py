@@ -1,0 +1,139 @@
+"""Caches in shards: what the folders of cached tokens and of cached text features have in common.
+
+A folder of `PREFIX-00000-of-00008.safetensors`, each with a JSON description of the whole cache in its header. Shard s
+holds images s * shard_size to (s + 1) * shard_size; a shard is there whole or not at all, so an interrupted run
+continues with the missing ones, and several processes write different ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from safetensors import SafetensorError, safe_open
+
+from imgtok.data.sources import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """What a cache was made from; equal in all its shards."""
+
+    PREFIX: ClassVar[str]
+    """How the shards' names begin; "PREFIXs" are what is in them."""
+    COMMAND: ClassVar[str]
+    """The command that writes such a cache."""
+    FORMAT: ClassVar[int]
+    """Version of the layout."""
+
+    fingerprint: str
+    """Of the model that made it."""
+    dataset: str
+    """The data set in words or as configuration text."""
+    split: str
+    """Part of the data set."""
+    num_images: int
+    """Images of the data set."""
+    shard_size: int
+    """Images of one shard."""
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with the model, the data set or any other field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_size)
+
+    def shard_path(self, folder: Path, shard: int) -> Path:
+        return folder / f"{self.PREFIX}s-{shard:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def shard_indices(self, shard: int) -> range:
+        """The images of one shard, as indices of the source."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_images))
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The metadata of every shard."""
+        return {"imgtok": json.dumps(asdict(self), sort_keys=True)}
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The description in a shard; DataError when the file is damaged or of another format."""
+        try:
+            with safe_open(path, framework="np") as file:
+                data = json.loads((file.metadata() or {})["imgtok"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise cls.damaged(path, error) from error
+        data = cls.upgraded(data)
+        if data.get("format") != cls.FORMAT or set(data) != {field.name for field in fields(cls)}:
+            version = f"{cls.PREFIX} cache of format {data.get('format')}, this version reads format {cls.FORMAT}"
+            raise DataError(f"{path}: {version}")
+        return cls(**data)
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The description in the words of this version, where an older one can be said in them."""
+        return data
+
+    @classmethod
+    def damaged(cls, path: Path, error: Exception) -> DataError:
+        what = f"not a whole {cls.PREFIX} shard ({error})"
+        return DataError(f"{path}: {what}; delete it and run `{cls.COMMAND}` again")
+
+
+def open_cache(folder: Path, kind: type[CacheInfo]) -> tuple[Any, list[Path]]:
+    """The description and the shards of a complete cache.
+
+    Raises FileNotFoundError when there is none or shards are missing, DataError when they do not belong together.
+    """
+    paths = sorted(folder.glob(f"{kind.PREFIX}s-*.safetensors"))
+    if not paths:
+        what = f"no {kind.PREFIX} cache ({kind.PREFIX}s-*.safetensors)"
+        raise FileNotFoundError(f"{folder}: {what}; `{kind.COMMAND}` writes one")
+    info = kind.read(paths[0])
+    for path in paths[1:]:
+        _refuse_other(path, kind.read(path), info)
+    expected = [info.shard_path(folder, shard) for shard in range(info.num_shards)]
+    missing = [path.name for path in expected if not path.exists()]
+    if missing:
+        listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        remedy = f"run the same `{kind.COMMAND}` command again, it writes only these"
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(expected)} shards missing ({listed}); {remedy}")
+    return info, paths
+
+
+class PendingShards:
+    """The shards of a cache that one process writes: rank, rank + world, and so on.
+
+    Raises DataError when the folder holds shards of another cache.
+    """
+
+    def __init__(self, folder: Path, info: CacheInfo, *, rank: int = 0, world: int = 1) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}; it must lie in 0 to {world - 1}")
+        self._folder, self._info, self._rank, self._world = folder, info, rank, world
+        for path in sorted(folder.glob(f"{info.PREFIX}s-*.safetensors")):
+            _refuse_other(path, info.read(path), info)
+
+    def __iter__(self) -> Iterator[int]:
+        for shard in range(self._rank, self._info.num_shards, self._world):
+            if not self._info.shard_path(self._folder, shard).exists():
+                yield shard
+
+
+def _refuse_other(path: Path, found: CacheInfo, expected: CacheInfo) -> None:
+    differences = [
+        f"{name} {value!r} instead of {getattr(expected, name)!r}"
+        for name, value in asdict(found).items()
+        if value != getattr(expected, name)
+    ]
+    if differences:
+        remedy = "choose another folder, or delete the old shards"
+        raise DataError(f"{path}: of another {found.PREFIX} cache ({'; '.join(differences)}); {remedy}")

@@ -1,0 +1,84 @@
+"""Judges of pairs that are networks: how alike a reconstruction and its original are to DINOv2 and to LPIPS.
+
+Both sides are uint8 images (B, 3, H, W). DINOv2 is the larger network by far, so its features of the last originals are
+kept: a reconstruction is scored at each token count against the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imgtok.dino import DINOFeatures, DINOv2
+from imgtok.images import from_uint8
+from imgtok.lpips import LPIPS
+from imgtok.metrics.features import full_precision
+
+T = TypeVar("T")
+
+
+class DINOSimilarity:
+    """Cosine similarity of DINOv2's features: 1 for equal images, about 0 for unrelated ones.
+
+    `dino` compares the class tokens, which stand for the whole image (what is in it); `dino_patches` compares the two
+    patch tokens at each place and takes the mean over places (what is where).
+    """
+
+    keys = ("dino", "dino_patches")
+    smallest: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, net: DINOv2, name: str, device: torch.device) -> None:
+        """`name` of the network as it stands in the names of scores."""
+        self.protocol = f"{name}, {net.size} px bicubic, cosine, mean over images"
+        self._net, self._device = net.to(device), device
+        self._of_originals = KeepsLast(self._features)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """(B, 2) float32."""
+        found, real = self._features(images), self._of_originals(originals)
+        places = F.cosine_similarity(found.patches, real.patches, dim=-1).mean(dim=1)
+        return torch.stack([F.cosine_similarity(found.whole, real.whole, dim=-1), places], dim=1)
+
+    def _features(self, images: Tensor) -> DINOFeatures:
+        with full_precision(self._device):
+            features: DINOFeatures = self._net(from_uint8(images.to(self._device)))
+        return features
+
+
+class LPIPSDistance:
+    """`lpips`: 0 for equal images, rarely above 1. The images go in as they are, without resizing, in [-1, 1]."""
+
+    keys = ("lpips",)
+
+    def __init__(self, net: LPIPS, name: str, device: torch.device) -> None:
+        """`name` of the network as it stands in the names of scores."""
+        self.protocol = f"{name}, v0.1, mean over images"
+        self.smallest: Mapping[str, int] = {"lpips": net.smallest}
+        self._net, self._device = net.to(device), device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """(B, 1) float32."""
+        pair = (from_uint8(side.to(self._device)) for side in (images, originals))
+        with full_precision(self._device):
+            distances: Tensor = self._net(*pair)
+        return distances[:, None]
+
+
+class KeepsLast(Generic[T]):
+    """A function of a tensor that remembers its last result, for as long as it is given the same tensor object."""
+
+    def __init__(self, function: Callable[[Tensor], T]) -> None:
+        self._function = function
+        self._last: tuple[Tensor, T] | None = None
+
+    def __call__(self, tensor: Tensor) -> T:
+        if self._last is None or self._last[0] is not tensor:
+            self._last = tensor, self._function(tensor)
+        return self._last[1]

@@ -1,0 +1,302 @@
+"""`imgtok cache text` with a tiny random T5; then training on its features, and pictures from prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save_file
+
+import imgtok
+from imgtok.captions import Captions
+from imgtok.cli import main
+from imgtok.data.captions import CaptionDataset
+from imgtok.data.loaders import token_loader
+from imgtok.data.shapes import VOCABULARY, ShapesConfig, ShapesDataset
+from imgtok.data.sources import DataError
+from imgtok.data.tokens import TokenDataset
+from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.metrics.saved_images import SavedImages
+from imgtok.text_encoder import TextEncoder
+from train import cache_text
+from train.failure import tensors_of
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+CPU = torch.device("cpu")
+SHAPES = ShapesConfig(mode="text", num_images=40)
+
+
+def tiny_t5(folder: Path, seed: int = 0) -> Path:
+    """A random T5 encoder over the words of the shapes' captions, saved as a real one is."""
+    words = ["<pad>", "</s>", "<unk>", *VOCABULARY]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    torch.manual_seed(seed)
+    config = transformers.T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> Path:
+    return tiny_t5(tmp_path_factory.mktemp("t5"))
+
+
+def cache(t5: Path, out: Path, **fields) -> CaptionDataset:
+    fields = {"data": SHAPES, "shard_size": 16, "batch_size": 8, "max_length": 12} | fields
+    cache_text.main(cache_text.Config(encoder=str(t5), out=out, **fields))
+    return CaptionDataset(out)
+
+
+@pytest.fixture(scope="module")
+def text(t5, tmp_path_factory) -> CaptionDataset:
+    return cache(t5, tmp_path_factory.mktemp("text") / "features")
+
+
+# ------------------------------------------------------------------------------------------------ the encoder
+
+
+def test_features_are_those_of_transformers(t5):
+    """Alone and in a padded batch; with its end mark, which a long text keeps."""
+    encoder = TextEncoder.load(str(t5), max_length=4, device=CPU)
+    texts = ["a red circle", "", "a red circle and a blue ring above a small square"]
+    short, empty, long = encoder.encode(texts)
+    assert [len(rows) for rows in (short, empty, long)] == [4, 1, 4]
+    model = transformers.T5EncoderModel.from_pretrained(t5).eval()
+    ids = [2 + 1 + VOCABULARY.index(word) for word in ("a", "red", "circle")]
+    with torch.no_grad():
+        expected = model(torch.tensor([[*ids, 1]])).last_hidden_state[0]
+        torch.testing.assert_close(short, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(empty, model(torch.tensor([[1]])).last_hidden_state[0], atol=1e-5, rtol=1e-5)
+        cut = model(torch.tensor([[*ids, 1]])).last_hidden_state[0]
+    torch.testing.assert_close(long, cut, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode(texts[:1])[0], short, atol=1e-5, rtol=1e-5)
+    assert encoder.width == 16
+
+
+def test_fingerprints_and_empty_captions_tell_encoders_apart(t5, tmp_path):
+    encoder = TextEncoder.load(str(t5), max_length=12, device=CPU)
+    other = TextEncoder.load(str(tiny_t5(tmp_path / "other", seed=1)), max_length=12, device=CPU)
+    again = TextEncoder.load(str(tiny_t5(tmp_path / "again")), max_length=4, device=CPU)
+    assert encoder.fingerprint() == again.fingerprint() != other.fingerprint()
+    empty = encoder.encode([""])[0]
+    again.check_same(empty.half())
+    with pytest.raises(ValueError, match="is not the encoder that the generator was trained with"):
+        other.check_same(empty)
+
+
+def test_folders_that_are_no_text_encoder(t5, tmp_path):
+    folder = tiny_t5(tmp_path / "t5")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(FileNotFoundError, match="pickled weights are not read"):
+        TextEncoder.load(str(folder), max_length=4, device=CPU)
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match="not a T5 text encoder"):
+        TextEncoder.load(str(folder), max_length=4, device=CPU)
+    tensors = load(weights)
+    del tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights missing, such as encoder\.block\.1"):
+        TextEncoder.load(str(folder), max_length=4, device=CPU)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: missing"):
+        TextEncoder.load(str(folder), max_length=4, device=CPU)
+
+
+def test_without_transformers_the_error_says_what_to_install(t5, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"text needs the library transformers.*pip install 'imgtok\[text\]'"):
+        TextEncoder.load(str(t5), max_length=4, device=CPU)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_every_caption_has_its_features(t5, text):
+    shapes, encoder = ShapesDataset(SHAPES, 8), TextEncoder.load(str(t5), max_length=12, device=CPU)
+    assert len(text) == 40
+    texts = [shapes.caption(index).text for index in range(40)]
+    assert len({len(text.features(index)) for index in range(40)}) > 3
+    for index in (0, 7, 16, 39):
+        expected = encoder.encode([texts[index]])[0]
+        torch.testing.assert_close(text.features(index).float(), expected, atol=2e-3, rtol=2e-3)
+    assert torch.equal(text.empty, encoder.encode([""])[0].half().float())
+
+
+def test_an_interrupted_command_writes_only_what_is_missing(t5, text, tmp_path):
+    cache(t5, tmp_path)
+    whole = {path.name: path.read_bytes() for path in text.folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    first, second, _ = sorted(tmp_path.iterdir())
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    cache(t5, tmp_path)
+    assert second.read_bytes() == whole[second.name]
+    assert first.stat().st_mtime_ns == before
+
+
+def test_data_without_captions_is_refused(t5, tmp_path):
+    with pytest.raises(DataError, match="images 0 to 15 of shapes data have no captions"):
+        cache(t5, tmp_path, data=ShapesConfig(num_images=40))
+
+
+# ------------------------------------------------------------------------------------------------ to pictures
+
+
+@pytest.fixture(scope="module")
+def trained(t5, tmp_path_factory) -> Path:
+    """Tokens and text features of the same shapes, and a generator trained on both through the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    trunk = TrunkConfig(width=16, depth=1, head_dim=8)
+    torch.manual_seed(0)
+    tokenizer = FlexTok(
+        FlexTokConfig(
+            image_size=16, patch_size=4, num_registers=4, levels=(4, 4), encoder=trunk, decoder=trunk, decode_steps=2
+        )
+    )
+    for parameter in tokenizer.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # with the zeros of a fresh model nothing depends on the image
+            torch.nn.init.normal_(parameter, std=0.5)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    data = ("data.kind=shapes", "data.mode=text", "data.num_images=12")
+    run("cache", folder / "tokenizer", f"out={folder / 'tokens'}", *data)
+    run("cache", "text", t5, f"out={folder / 'text'}", "max_length=24", *data)
+    run(
+        "train", "generator", f"out={folder / 'run'}", f"tokens={folder / 'tokens'}", f"text={folder / 'text'}",
+        f"tokenizer={folder / 'tokenizer'}", "num_preview=2", "model.condition=cross_attention", "model.width=32",
+        "model.depth=1", "model.num_heads=2", "model.mlp_multiple=1", "model.dropout=0.0", "training.steps=80",
+        "training.batch_size=12", "training.learning_rate=2e-2", "training.ema=0", "training.trackers=[]",
+    )  # fmt: skip
+    return folder
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def test_training_fills_in_the_text_and_learns(trained, t5):
+    model = imgtok.load(trained / "run/final")
+    config = model.config
+    assert (config.text_width, config.text_length, config.empty_length) == (16, 24, 1)
+    assert config.text_encoder == str(t5)
+    assert torch.equal(model.empty_caption, CaptionDataset(trained / "text").empty)
+    lines = [json.loads(line) for line in (trained / "run/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (trained / "run/samples/step_0000080.png").is_file()
+
+
+def test_each_caption_was_joined_to_its_image(trained):
+    """The model finds an image's tokens likelier after its own caption than after the next image's."""
+    model, tokens = imgtok.load(trained / "run/final"), TokenDataset(trained / "tokens")
+    text, indices, ids = CaptionDataset(trained / "text"), tokens.indices.tolist(), tokens.ids.long()
+    with torch.no_grad():
+        logits = [model.logits(text.batch(rows), ids) for rows in (indices, indices[1:] + indices[:1])]
+    own, other = (F.cross_entropy(these.flatten(0, 1), ids.flatten()) for these in logits)
+    assert own < other - 0.2
+
+
+def test_prompts_become_pictures(trained, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue ring above a small square\n", encoding="utf-8")
+    model = trained / "run/final"
+    run("sample", model, f"prompts={prompts}", "num=5", f"out={tmp_path / 'five'}")
+    record = json.loads((tmp_path / "five/samples.json").read_text())
+    assert record["labels"] == [0, 1, 0, 1, 0]
+    assert record["request"]["prompts"] == ["a red circle", "a blue ring above a small square"]
+    pictures = [(tmp_path / f"five/{i:06d}.png").read_bytes() for i in range(5)]
+    assert len(set(pictures)) == 5
+    # image 1 drawn with another batch size and among others is the same; with another prompt it is not
+    run("sample", model, f"prompts={prompts}", "num=2", "batch_size=1", "grid=0", f"out={tmp_path / 'two'}")
+    assert [(tmp_path / f"two/{i:06d}.png").read_bytes() for i in range(2)] == pictures[:2]
+    run("sample", model, "prompts=a red circle", "num=2", "num_tokens=2", "grid=0", f"out={tmp_path / 'one'}")
+    assert json.loads((tmp_path / "one/samples.json").read_text())["request"]["prompts"] == ["a red circle"]
+    assert (tmp_path / "one/000001.png").read_bytes() != pictures[1]
+    assert SavedImages(tmp_path / "five").labels is None  # the numbers of prompts are no classes
+    for _ in range(2):  # the second time there is nothing to do
+        run("sample", model, f"prompts={prompts}", "num=2", "format=npz", f"out={tmp_path / 'npz'}")
+    with np.load(tmp_path / "npz/samples.npz") as arrays:
+        assert arrays["prompts"].tolist() == [0, 1]
+        assert "arr_1" not in arrays
+    prompts.write_text("a red circle\na pink star\n", encoding="utf-8")
+    assert main(["sample", str(model), f"prompts={prompts}", "num=5", f"out={tmp_path / 'five'}"]) == 2
+
+
+def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
+    from generators.gpt import SamplingConfig
+    from sample.pipeline import Pipeline
+
+    pipeline = Pipeline.load(str(trained / "run/final"), None, CPU)
+    pipeline.read_prompts(["a red circle", "a pink star"], None)
+    condition = pipeline.condition([1, 0, 1])
+    encoder = TextEncoder.load(str(t5), max_length=24, device=CPU)
+    expected = Captions.pad([encoder.encode([text])[0] for text in ("a pink star", "a red circle", "a pink star")])
+    assert torch.equal(condition.features, expected.features)
+    greedy = SamplingConfig(top_k=1, guidance=1.0)
+    ids = pipeline.generator.generate(condition, seed=0, indices=range(3), sampling=greedy)
+    assert torch.equal(ids[0], ids[2])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "this generator draws from text"),
+        (["prompts=a red circle", "classes=[1]"], "classes: a generator that reads text has none"),
+        (["prompts=nowhere.txt"], "nowhere.txt: No such file"),
+        (["prompts=a red circle", "text_encoder=nowhere"], "say where the text encoder is with text_encoder=FOLDER"),
+    ],
+)
+def test_sampling_mistakes_are_said(trained, tmp_path, capsys, words, message):
+    assert main(["sample", str(trained / "run/final"), f"out={tmp_path / 'out'}", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scoring_asks_for_pictures_of_prompts(trained, tmp_path, capsys):
+    words = [
+        f"model={trained / 'run/final'}",
+        "data.kind=shapes",
+        "metrics=[oracle]",
+        f"out={tmp_path / 'scores.json'}",
+    ]
+    assert main(["evaluate", *words]) == 2
+    assert "score its images with imgtok evaluate images=FOLDER" in capsys.readouterr().err
+
+
+def test_a_failed_batch_is_kept_with_its_captions(trained):
+    tokens, text = TokenDataset(trained / "tokens"), CaptionDataset(trained / "text")
+    kept = tensors_of(next(token_loader(tokens, 3, seed=0, captions=text)))
+    assert set(kept) == {"ids", "labels", "captions.features", "captions.lengths"}
+    assert len(kept["captions.features"]) == 3
+
+
+def test_another_text_encoder_is_refused(trained, tmp_path, capsys):
+    other = tiny_t5(tmp_path / "other", seed=1)
+    words = [f"text_encoder={other}", "prompts=a red circle", f"out={tmp_path / 'out'}"]
+    assert main(["sample", str(trained / "run/final"), *words]) == 2
+    assert "is not the encoder that the generator was trained with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.condition=cross_attention"], "text: is required with model.condition=cross_attention"),
+        (["text={text}"], "text: model.condition=class_slot reads no text"),
+    ],
+)
+def test_training_mistakes_are_said(trained, tmp_path, capsys, words, message):
+    words = [word.format(text=trained / "text") for word in words]
+    given = [f"tokens={trained / 'tokens'}", f"tokenizer={trained / 'tokenizer'}", f"out={tmp_path}"]
+    training = ["training.steps=1", "training.batch_size=2", "training.learning_rate=1e-3"]
+    assert main(["train", "generator", *given, *training, *words]) == 2
+    assert message in capsys.readouterr().err

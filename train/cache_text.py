@@ -1,0 +1,112 @@
+"""`imgtok cache text`: runs a text encoder over a data set's captions once and keeps the features for training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imgtok.cli import run_job
+from imgtok.config import PositiveInt, Range, check, to_dict
+from imgtok.data.captions import DTYPES, CaptionCacheInfo, CaptionShardWriter
+from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.shapes import ShapesConfig
+from imgtok.data.sources import DataError
+from imgtok.processes import process_state
+from imgtok.text_encoder import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+POSITIONAL = "encoder"
+NO_SIZE = 32  # of images, of which none is drawn or decoded here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Writes the text features of every caption as safetensors shards; an interrupted run goes on at the next shard."""
+
+    job: Literal["cache-text"] = "cache-text"
+    """Which program this file is for."""
+    encoder: str = "google/flan-t5-xl"
+    """Folder or Hub name of a T5 text encoder; FlexTok's is FLAN-T5-XL."""
+    out: Path
+    """Folder of the shards."""
+    data: DataConfig = ShapesConfig(mode="text")
+    """Images whose captions are read: the same as for `imgtok cache`."""
+    split: Literal["train", "held_out"] = "train"
+    """Which part of the data: the same as for `imgtok cache`."""
+    held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
+    """Share of the images that tokenizer training kept apart: the same as for `imgtok cache`."""
+    max_length: PositiveInt = 120
+    """Most features of a caption; longer texts are cut off."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """How features are stored; the encoder computes in float32."""
+    batch_size: PositiveInt = 64
+    """Captions encoded at once."""
+    shard_size: PositiveInt = 4096
+    """Captions in one shard."""
+    threads: PositiveInt | None = None
+    """CPU threads; null leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def main(config: Config) -> None:
+    """Encodes the shards that are still missing; under several processes each writes its own."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    state = process_state()
+    source = open_images(config.data, NO_SIZE, split=config.split, held_out_fraction=config.held_out)
+    encoder = TextEncoder.load(config.encoder, max_length=config.max_length, device=state.device)
+    info = CaptionCacheInfo(
+        fingerprint=encoder.fingerprint(),
+        dataset=json.dumps(to_dict(config.data), sort_keys=True),
+        split=config.split,
+        num_images=len(source),
+        shard_size=config.shard_size,
+        encoder=config.encoder,
+        width=encoder.width,
+        max_length=config.max_length,
+        dtype=config.dtype,
+    )
+    empty = encoder.encode([""])[0].cpu()
+    writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)
+    shards = list(writer.pending())
+    logger.info("%d shards to write in this process, one of %d", len(shards), state.num_processes)
+    captions = sum(len(info.shard_indices(shard)) for shard in shards)
+    with tqdm(total=captions, unit="caption", desc="cache text", disable=not state.is_main_process) as progress:
+        for shard in shards:
+            write_shard(config, encoder, source, writer, shard, progress)
+    state.wait_for_everyone()
+    logger.info("text features of %d images in %s", len(source), config.out)
+
+
+def write_shard(
+    config: Config, encoder: TextEncoder, source: ImageSource, writer: CaptionShardWriter, shard: int, progress: tqdm
+) -> None:
+    """Encodes the captions of one shard's images and writes it; images that cannot be read have none."""
+    wanted = writer.info.shard_indices(shard)
+    texts = {index: text for index, text in zip(wanted, source.texts(wanted), strict=True) if text is not None}
+    if texts and not any(texts.values()):
+        what = f"images {wanted[0]} to {wanted[-1]} of {config.data.kind} data have no captions"
+        remedy = "data.text_column names a column of them, KEY.txt holds one in a tar, data.mode=text makes shapes' own"
+        raise DataError(f"{what}; {remedy}")
+    features: list[Tensor] = []
+    indices = list(texts)
+    for start in range(0, len(indices), config.batch_size):
+        chunk = indices[start : start + config.batch_size]
+        features += [rows.to("cpu", DTYPES[config.dtype]) for rows in encoder.encode([texts[i] for i in chunk])]
+        progress.update(len(chunk))
+    writer.write(shard, features, indices)
+
+
+if __name__ == "__main__":
+    run_job(sys.modules[__name__])
