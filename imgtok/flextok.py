@@ -92,7 +92,7 @@ class FlexTokConfig:
     """Shape of the mode distribution; 0 is uniform."""
     posterior: Literal["mean", "sample"] = "mean"
     """Latents to train on: the mean of the autoencoder's posterior, or a fresh sample of it (the published wrapper's
-    default). `encode` takes the mean, so that an image always has the same tokens."""
+    default). `encode` takes the mean unless it is given a seed, so that an image always has the same tokens."""
     noise_fraction: Fraction = 0.0
     """Share of training samples at t = 1, where the tokens alone must explain the image; 0 as published."""
     prediction: Literal["velocity", "data"] = "velocity"
@@ -581,17 +581,26 @@ class FlexTok(Tokenizer):
     # ------------------------------------------------ tokens
 
     @torch.no_grad()
-    def encode(self, images: Tensor | Sequence[Tensor], *, num_tokens: int | Sequence[int] | None = None) -> Tokens:
+    def encode(
+        self,
+        images: Tensor | Sequence[Tensor],
+        *,
+        num_tokens: int | Sequence[int] | None = None,
+        posterior_seed: int | None = None,
+    ) -> Tokens:
         """Images (B, 3, H, W) in [-1, 1] -> their first `num_tokens` tokens, a number each or for all (all by default).
 
-        A sequence of (3, H, W) images may hold several sizes, up to `image_size` a side. Raises ValueError for pixels
-        that are not finite, a size that does not divide into patches or is larger than the position table, and a
-        number of tokens outside 1..K.
+        A sequence of (3, H, W) images may hold several sizes, up to `image_size` a side. With `posterior_seed` the
+        autoencoder's posterior is sampled, image b with the noise of (seed, b), instead of its mean taken. Raises
+        ValueError for pixels that are not finite, a size that does not divide into patches or is larger than the
+        position table, and a number of tokens outside 1..K.
         """
         if isinstance(images, Tensor):
             check_finite(images)
-            return self.encode_latents(self.to_latents(images), num_tokens=num_tokens)
-        latents = [self._latents_of(image, row) for row, image in enumerate(images)]
+            return self.encode_latents(self._latents(images, 0, posterior_seed), num_tokens=num_tokens)
+        for row, image in enumerate(images):
+            check_finite(image[None], row)
+        latents = [self._latents(image[None], row, posterior_seed)[0] for row, image in enumerate(images)]
         counts = self._token_counts(num_tokens, len(latents))
         ids = torch.zeros(len(latents), max(counts), dtype=torch.long, device=latents[0].device)
         for shape in dict.fromkeys(one.shape for one in latents):
@@ -600,9 +609,14 @@ class FlexTok(Tokenizer):
             ids[rows] = self.encode_latents(same_size, num_tokens=max(counts)).ids
         return Tokens(ids, torch.tensor(counts, device=ids.device)).padded()
 
-    def _latents_of(self, image: Tensor, row: int) -> Tensor:
-        check_finite(image[None], row)
-        return self.to_latents(image[None])[0]
+    def _latents(self, images: Tensor, first: int, seed: int | None) -> Tensor:
+        """`to_latents` of images `first` onwards, with the posterior's noise of `seed` unless that is None."""
+        if self.config.vae is None or seed is None:
+            return self.to_latents(images)
+        sides = (side // self.config.vae.factor for side in images.shape[-2:])
+        shape = (self.config.latent_channels, *sides)
+        noise = randomness.normal(seed, range(first, first + len(images)), shape, "posterior")
+        return self.to_latents(images, noise.to(images.device))
 
     @torch.no_grad()
     def encode_latents(self, latents: Tensor, *, num_tokens: int | Sequence[int] | None = None) -> Tokens:

@@ -402,6 +402,17 @@ def test_decode_with_an_autoencoder_at_another_size():
     assert model.decode(tokens, size=(8, 16)).shape == (2, 3, 8, 16)
 
 
+def test_a_sample_of_the_posterior_depends_on_its_seed_and_place():
+    model = build(vae=TINY_VAE, image_size=16)
+    batch = images(3, 16)
+    mean, one, again, other = (model.encode(batch, posterior_seed=seed).ids for seed in (None, 1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, mean)
+    assert not torch.equal(one, other)
+    assert torch.equal(model.encode(list(batch), posterior_seed=1).ids, one)
+    assert torch.equal(build().encode(images(2), posterior_seed=1).ids, build().encode(images(2)).ids)  # in pixels
+
+
 def test_the_second_order_solver_is_closer_to_the_limit(model):
     tokens = model.encode(images(4)).truncate(4)
     limit = model.decode(tokens, steps=200)
