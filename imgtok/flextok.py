@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from imgtok import flow, randomness
 from imgtok.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
-from imgtok.layers.attention import Attention
+from imgtok.layers.attention import Attention, Look
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
@@ -152,10 +152,10 @@ class EncoderBlock(nn.Module):
         self.attention = trunk_attention(config)
         self.mlp = SwiGLU(config.width, config.mlp_hidden)
 
-    def forward(self, x: Tensor, mask: Tensor, wanted: slice | None = None) -> Tensor:
-        """The positions in `wanted`, all by default: what nobody reads behind the last block is not computed."""
-        x, inputs = (x if wanted is None else x[:, wanted]), layer_norm(x)
-        x = x + self.attention(inputs, queries=wanted, mask=mask)
+    def forward(self, x: Tensor, looks: Sequence[Look], wanted: slice | None = None) -> Tensor:
+        """The positions in `wanted`, which `looks` ask for; all of them by default."""
+        attended = self.attention(layer_norm(x), looks=looks)
+        x = (x if wanted is None else x[:, wanted]) + attended
         return x + self.mlp(layer_norm(x))
 
 
@@ -168,21 +168,20 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(config.width, config.mlp_hidden)
         self.modulation = nn.Linear(config.width, 12 * config.width)
 
-    def forward(
-        self, x: Tensor, modulation: Tensor, num_patches: int, bias: Tensor | None = None, patches_only: bool = False
-    ) -> Tensor:
-        """`modulation` (B or 1, 12 D) is this block's row for the time; the first `num_patches` of x are patches.
+    def forward(self, x: Tensor, modulation: Tensor, packing: Packing, patches_only: bool = False) -> Tensor:
+        """`modulation` (B or 1, 12 D) is this block's row for the time.
 
-        `bias` is added to the attention's logits. With `patches_only`, registers are looked at but not computed.
+        With `patches_only`, registers are looked at but not computed: what nobody reads behind the last block.
         """
         patch_set, register_set = modulation.unflatten(-1, (2, 6, 1, -1)).unbind(1)  # (B or 1, 6, 1, D)
         gates, shifts, scales = ([patch_set[:, i], register_set[:, i]] for i in ATTENTION_CHUNKS)
-        inputs = modulate(layer_norm(x), num_patches, shifts, scales)
-        wanted = slice(num_patches) if patches_only else None
-        x = x if wanted is None else x[:, wanted]
-        x = add_gated(x, self.attention(inputs, queries=wanted, mask=bias), num_patches, gates)
+        inputs = modulate(layer_norm(x), packing.lengths, shifts, scales)
+        attended = self.attention(inputs, looks=packing.looks(patches_only))
+        if patches_only:
+            x, packing = packing.patches(x), packing.without_registers()
+        x = add_gated(x, attended, packing.lengths, gates)
         gates, shifts, scales = ([patch_set[:, i], register_set[:, i]] for i in MLP_CHUNKS)
-        return add_gated(x, self.mlp(modulate(layer_norm(x), num_patches, shifts, scales)), num_patches, gates)
+        return add_gated(x, self.mlp(modulate(layer_norm(x), packing.lengths, shifts, scales)), packing.lengths, gates)
 
 
 ATTENTION_CHUNKS = (0, 2, 3)
@@ -190,16 +189,53 @@ ATTENTION_CHUNKS = (0, 2, 3)
 MLP_CHUNKS = (1, 4, 5)
 
 
-def modulate(x: Tensor, num_patches: int, shifts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    """X * (1 + scale) + shift, patches by the first pair and registers by the second."""
-    segments = x[:, :num_patches], x[:, num_patches:]
-    return torch.cat([torch.addcmul(b, part, 1 + a) for part, a, b in zip(segments, scales, shifts, strict=True)], 1)
+@dataclass(frozen=True)
+class Packing:
+    """Several sequences [patches | registers] one behind the other, as guidance needs two of them.
+
+    Layers that treat every position alike see all in one go, which makes better use of the weights than one pass each;
+    attention keeps the sequences apart.
+    """
+
+    num_patches: int
+    num_registers: tuple[int, ...]
+    biases: tuple[Tensor | None, ...]
+    """What is added to the attention logits of each sequence."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Patches, registers, patches, registers, and so on."""
+        return [length for count in self.num_registers for length in (self.num_patches, count)]
+
+    def looks(self, patches_only: bool) -> list[Look]:
+        """Within each sequence everything looks at everything."""
+        looks, start = [], 0
+        for count, bias in zip(self.num_registers, self.biases, strict=True):
+            patches, stop = start + self.num_patches, start + self.num_patches + count
+            looks.append(Look(slice(start, patches if patches_only else stop), slice(start, stop), bias))
+            start = stop
+        return looks
+
+    def patches(self, x: Tensor) -> Tensor:
+        """The patches of all sequences."""
+        parts = x.split(self.lengths, dim=1)[::2]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def without_registers(self) -> Packing:
+        return replace(self, num_registers=(0,) * len(self.num_registers))
 
 
-def add_gated(x: Tensor, branch: Tensor, num_patches: int, gates: Sequence[Tensor]) -> Tensor:
-    """X + gate * branch, patches by the first gate and registers by the second."""
-    segments = (slice(num_patches), slice(num_patches, None))
-    return torch.cat([torch.addcmul(x[:, s], branch[:, s], g) for s, g in zip(segments, gates, strict=True)], 1)
+def modulate(x: Tensor, lengths: Sequence[int], shifts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """X * (1 + scale) + shift; stretches of x take the pair for patches and the one for registers in turn."""
+    factors = [1 + scale for scale in scales]
+    parts = x.split(lengths, dim=1)
+    return torch.cat([torch.addcmul(shifts[i % 2], part, factors[i % 2]) for i, part in enumerate(parts)], dim=1)
+
+
+def add_gated(x: Tensor, branch: Tensor, lengths: Sequence[int], gates: Sequence[Tensor]) -> Tensor:
+    """X + gate * branch, in the same stretches."""
+    pairs = zip(x.split(lengths, dim=1), branch.split(lengths, dim=1), strict=True)
+    return torch.cat([torch.addcmul(part, added, gates[i % 2]) for i, (part, added) in enumerate(pairs)], dim=1)
 
 
 # ---------------------------------------------------------------- encoder and decoder
@@ -227,11 +263,11 @@ class Encoder(nn.Module):
         patches = patches + crop_positions(self.positions, latents, self.patch_size)
         registers = self.registers[:num_tokens].expand(len(latents), -1, -1)
         x = torch.cat([patches, registers.to(patches.dtype)], dim=1)
-        mask = prefix_causal_mask(patches.shape[1], num_tokens, x.device)
+        looks = encoder_looks(patches.shape[1], num_tokens, x.device)
         for block in self.blocks[:-1]:
-            x = call_block(block, x, mask, recompute=self.recompute)
-        wanted = slice(patches.shape[1], None)
-        x = call_block(self.blocks[-1], x, mask[wanted], wanted, recompute=self.recompute)
+            x = call_block(block, x, looks, recompute=self.recompute)
+        # behind the last block only registers are read
+        x = call_block(self.blocks[-1], x, looks[-1:], looks[-1].queries, recompute=self.recompute)
         return self.readout(layer_norm(x))
 
 
@@ -256,6 +292,14 @@ def crop_positions(table: Tensor, latents: Tensor, patch_size: int) -> Tensor:
             f"{table.shape[0]} x {table.shape[1]}: resize the image or train with a larger image_size"
         )
     return table[:rows, :columns].flatten(0, 1)
+
+
+def encoder_looks(num_patches: int, num_registers: int, device: torch.device) -> list[Look]:
+    """`prefix_causal_mask` in two parts: patches among themselves, where nothing is masked, and the registers."""
+    patches, registers = slice(num_patches), slice(num_patches, None)
+    seen = prefix_causal_mask(num_patches, num_registers, device)[registers]
+    hidden = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf)
+    return [Look(patches, patches), Look(registers, slice(None), hidden)]
 
 
 def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:
@@ -380,20 +424,34 @@ class Decoder(nn.Module):
         on_block: OnBlock | None = None,
     ) -> Tensor:
         """The same with the time's part already computed, rows (B or 1, ...) of `modulations`."""
+        return self.velocities(x_BCHW, [condition], modulations, on_block)[0]
+
+    def velocities(
+        self,
+        x_BCHW: Tensor,
+        conditions: Sequence[Condition],
+        modulations: Modulations,
+        on_block: OnBlock | None = None,
+    ) -> list[Tensor]:
+        """The velocity under each of the conditions, in one pass; `on_block` sees the first one's patches."""
         patches = self.patch_proj(patchify(x_BCHW, self.patch_size))
         patches = patches + crop_positions(self.positions, x_BCHW, self.patch_size)
         num_patches = patches.shape[1]
-        bias = condition.attention_bias(num_patches)
-        x = torch.cat([patches, condition.registers.to(patches.dtype)], dim=1)
+        packing = Packing(
+            num_patches,
+            tuple(condition.registers.shape[1] for condition in conditions),
+            tuple(condition.attention_bias(num_patches) for condition in conditions),
+        )
+        x = torch.cat([part for each in conditions for part in (patches, each.registers.to(patches.dtype))], dim=1)
         last = len(self.blocks) - 1
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
-            x = call_block(block, x, modulation, num_patches, bias, i == last, recompute=self.recompute)
+            x = call_block(block, x, modulation, packing, i == last, recompute=self.recompute)
             if on_block is not None:
                 on_block(i, x[:, :num_patches])
         shift, scale = modulations.readout[:, None].chunk(2, dim=-1)
         out = self.readout(torch.addcmul(shift, layer_norm(x), 1 + scale))
         rows, columns = (side // self.patch_size for side in x_BCHW.shape[-2:])
-        return unpatchify(out, self.patch_size, rows, columns)
+        return [unpatchify(part, self.patch_size, rows, columns) for part in out.split(num_patches, dim=1)]
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -730,14 +788,13 @@ class FlexTok(Tokenizer):
         apg = flow.AdaptiveProjectedGuidance() if self.config.projected_guidance else None
         combine = apg or flow.classifier_free_guidance
 
-        def velocity(x: Tensor, t: float, condition: Condition) -> Tensor:
-            estimate = self.decoder.velocity(x, condition, modulations.row(rows[t]))
-            return estimate if self.config.prediction == "velocity" else (x - estimate) / t
-
         def guided(x: Tensor, t: float) -> Tensor:
             scale = guidance(t) if callable(guidance) else guidance
-            v_cond = velocity(x, t, condition)
-            return v_cond if scale == 1 else combine(v_cond, velocity(x, t, null), scale)
+            conditions = [condition] if scale == 1 else [condition, null]
+            estimates = self.decoder.velocities(x, conditions, modulations.row(rows[t]))
+            if self.config.prediction == "data":
+                estimates = [(x - estimate) / t for estimate in estimates]
+            return estimates[0] if scale == 1 else combine(*estimates, scale)
 
         return guided
 

@@ -8,8 +8,10 @@ Shapes: B batch, L sequence, D width, H heads, E head width, S cached plus new k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -18,6 +20,16 @@ from imgtok.layers.cache import LayerCache
 from imgtok.layers.norms import layer_norm
 
 Rotation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Positions `queries` of a sequence look at its positions `keys`, and at nothing else."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None = None
+    """Boolean (True = may look) or additive; broadcasts to (B, H, queries, keys)."""
 
 
 class Attention(nn.Module):
@@ -46,7 +58,7 @@ class Attention(nn.Module):
         self,
         x_BLD: Tensor,
         *,
-        queries: slice | None = None,
+        looks: Sequence[Look] = (),
         mask: Tensor | None = None,
         causal: bool = False,
         rotate: Rotation | None = None,
@@ -54,31 +66,29 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`mask` is boolean (True = may look) or additive, and broadcasts to (B, H, L, S).
 
-        Only the positions in `queries` (all by default) are computed; the others are still looked at. With a
-        `cache`, keys and values of earlier calls are prepended, and the new ones kept.
+        With `looks` in place of a mask, the output has their queries' positions, one look behind the other: parts that
+        do not see each other cost nothing, and what no look asks for is not computed. With a `cache`, keys and values
+        of earlier calls are prepended, and the new ones kept.
         """
-        q, k, v = self._project(x_BLD, queries)
+        q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
         if self.qk_norm:
             q, k = layer_norm(q), layer_norm(k)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        dropped = self.weight_dropout if self.training else 0.0
-        out_BHLE = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=causal, scale=self.scale
-        )
+        if looks:
+            parts = [self._attend(q[:, :, a.queries], k[:, :, a.keys], v[:, :, a.keys], a.mask) for a in looks]
+            out_BHLE = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        else:
+            out_BHLE = self._attend(q, k, v, mask, causal)
         return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))
 
-    def _project(self, x_BLD: Tensor, queries: slice | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, H, L, E) each."""
-        if queries is None:
-            q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
-            return q, k, v
-        query_rows, key_value_rows = self.qkv_proj.weight.tensor_split((x_BLD.shape[-1],))
-        q = rearrange(F.linear(x_BLD[:, queries], query_rows), "b l (h e) -> b h l e", h=self.num_heads)
-        k, v = rearrange(F.linear(x_BLD, key_value_rows), "b l (two h e) -> two b h l e", two=2, h=self.num_heads)
-        return q, k, v
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        dropped = self.weight_dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=causal, scale=self.scale
+        )
 
 
 class CrossAttention(nn.Module):

@@ -352,19 +352,19 @@ def test_one_register_stands_for_the_null_condition(model):
 
 def test_unguided_steps_leave_out_the_null_pass(model, monkeypatch):
     """Guidance as a function of the time, which is 1 in the second half."""
-    calls: list[int] = []
-    velocity = type(model.decoder).velocity
+    calls: list[list[int]] = []
+    velocities = type(model.decoder).velocities
 
-    def counting(self, x, condition, modulations):
-        calls.append(condition.registers.shape[1])
-        return velocity(self, x, condition, modulations)
+    def counting(self, x, conditions, modulations):
+        calls.append([condition.registers.shape[1] for condition in conditions])
+        return velocities(self, x, conditions, modulations)
 
-    monkeypatch.setattr(type(model.decoder), "velocity", counting)
+    monkeypatch.setattr(type(model.decoder), "velocities", counting)
     tokens = model.encode(images(2)).truncate(3)
     times: list[float] = []
     model.decode(tokens, steps=4, guidance=lambda t: times.append(t) or (3.0 if t > 0.6 else 1.0))
     assert times == [1, 0.75, 0.5, 0.25]
-    assert calls == [4, 1, 4, 1, 4, 4]
+    assert calls == [[4, 1], [4, 1], [4], [4]]
 
 
 # ------------------------------------------------ counts, sizes and solvers

@@ -20,6 +20,7 @@ import generators.gpt
 from generators.gpt import GPT, SamplingConfig
 from imgtok import flow, randomness
 from imgtok.flextok import FlexTok, crop_positions, prefix_causal_mask
+from imgtok.layers.attention import Look
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.published import as_published, places
 from imgtok.quantizers.fsq import FSQ
@@ -99,7 +100,8 @@ def encode_square(model: FlexTok, case: Case) -> Outputs:
     hook.remove()
     rows, columns = (side // model.config.patch_size for side in latents.shape[-2:])
     one = prefix_causal_mask(rows * columns, model.num_tokens, latents.device)
-    trunk = last(reached[0], one)  # `encoder` itself computes only the registers of its last block
+    everything = [Look(slice(None), slice(None), one)]
+    trunk = last(reached[0], everything)  # `encoder` itself computes only the registers of its last block
     return {
         **codes_of(model, z, "square"),
         "square.patch_features": trunk[:, : rows * columns].unflatten(1, (rows, columns)),

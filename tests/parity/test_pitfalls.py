@@ -107,19 +107,16 @@ def test_layer_norm_epsilon(monkeypatch, out):
     assert velocity_error(out) > 1
 
 
-def test_causal_patches(monkeypatch):
-    def causal(patches: int, registers: int, device: torch.device) -> torch.Tensor:
-        return torch.ones(patches + registers, patches + registers, dtype=torch.bool).tril()
+@pytest.mark.parametrize("causal", [True, False], ids=["causal patches", "patches that see registers"])
+def test_wrong_masks_of_the_encoder(monkeypatch, causal):
+    def looks(patches: int, registers: int, device: torch.device) -> list[attention.Look]:
+        mask = torch.ones(patches + registers, patches + registers, dtype=torch.bool)
+        mask[patches:] = mask.tril()[patches:]  # registers as they should be
+        mask = mask.tril() if causal else mask
+        queries = slice(patches), slice(patches, None)
+        return [attention.Look(part, slice(None), mask[part]) for part in queries]
 
-    monkeypatch.setattr(flextok_module, "prefix_causal_mask", causal)
-    assert encode_error() > 1
-
-
-def test_patches_that_see_registers(monkeypatch):
-    def full(patches: int, registers: int, device: torch.device) -> torch.Tensor:
-        return torch.ones(patches + registers, patches + registers, dtype=torch.bool)
-
-    monkeypatch.setattr(flextok_module, "prefix_causal_mask", full)
+    monkeypatch.setattr(flextok_module, "encoder_looks", looks)
     assert encode_error() > 1
 
 
@@ -153,8 +150,9 @@ def test_one_modulation_set_for_all(monkeypatch, name):
     original = getattr(flextok_module, name)
 
     def shared(*args):
-        pairs = [[arg[0], arg[0]] if isinstance(arg, list) else arg for arg in args]
-        return original(*pairs)
+        return original(
+            *([arg[0], arg[0]] if isinstance(arg, list) and isinstance(arg[0], torch.Tensor) else arg for arg in args)
+        )
 
     monkeypatch.setattr(flextok_module, name, shared)
     assert velocity_error("all_kept") > 1
@@ -233,8 +231,8 @@ def test_a_register_that_stands_for_several_counted_wrongly(monkeypatch, count, 
 
 def test_velocity_sign():
     model = flextok(DECODE)
-    velocity = model.decoder.velocity
-    model.decoder.velocity = lambda *args: -velocity(*args)
+    velocities = model.decoder.velocities
+    model.decoder.velocities = lambda *args: [-velocity for velocity in velocities(*args)]
     assert worst(DECODE, runs.decode_latents(model, DECODE, DECODE.run("plain"))) > 1
 
 

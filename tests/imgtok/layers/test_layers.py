@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imgtok.layers.attention import Attention
+from imgtok.layers.attention import Attention, Look
 from imgtok.layers.cache import KVCache, LayerCache
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm, layer_norm
@@ -51,11 +51,17 @@ def test_attention_has_no_biases_and_one_fused_projection():
     assert shapes == {"qkv_proj.weight": (72, 24), "out_proj.weight": (24, 24)}
 
 
-@pytest.mark.parametrize("queries", [slice(3), slice(3, None)])
-def test_some_queries_are_those_rows_of_all(queries):
-    attention, x, mask = Attention(16, 2, qk_norm=True), randn(2, 5, 16), randn(5, 5, seed=1)
-    some = attention(x, queries=queries, mask=mask[queries])
-    torch.testing.assert_close(some, attention(x, mask=mask)[:, queries], atol=1e-6, rtol=1e-5)
+def test_looks_are_parts_of_a_mask():
+    """Two stretches that do not see each other, and some rows of one of them."""
+    attention, x, bias = Attention(16, 2, qk_norm=True), randn(2, 5, 16), randn(2, 2, seed=1)
+    mask = torch.full((5, 5), -torch.inf)
+    mask[:3, :3], mask[3:, 3:] = 0, bias
+    whole = attention(x, mask=mask)
+    first, second = Look(slice(3), slice(3)), Look(slice(3, None), slice(3, None), bias)
+    torch.testing.assert_close(attention(x, looks=[first, second]), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attention(x, looks=[second]), whole[:, 3:], atol=1e-6, rtol=1e-5)
+    some = attention(x, looks=[Look(slice(1, 2), slice(3)), second])
+    torch.testing.assert_close(some, whole[:, [1, 3, 4]], atol=1e-6, rtol=1e-5)
 
 
 def test_a_cache_continues_where_it_stopped():
