@@ -794,7 +794,7 @@ class FlexTok(Tokenizer):
             estimates = self.decoder.velocities(x, conditions, modulations.row(rows[t]))
             if self.config.prediction == "data":
                 estimates = [(x - estimate) / t for estimate in estimates]
-            return estimates[0] if scale == 1 else combine(*estimates, scale)
+            return estimates[0] if scale == 1 else combine(estimates[0], estimates[1], scale)
 
         return guided
 
