@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +13,19 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it over `path` if the block succeeds, delete it if not.
 
+    The file gets the permissions of an ordinary new one, whatever the program that writes it gave to the temporary one.
     The data is flushed to the disk before the move, so after a power cut `path` holds the old or the new
     content, never a part of one. The folder is created when it is missing. Raises OSError (a full disk,
     for example) with the previous content of `path` untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    ordinary = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves
     try:
         yield temporary
+        temporary.chmod(ordinary)  # safetensors writes files that only their owner can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,20 @@ def test_the_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_a_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+    path = tmp_path / "file.txt"
+    before = os.umask(umask)
+    try:
+        with replacing(path) as temporary:
+            temporary.unlink(missing_ok=True)
+            temporary.touch(mode=0o600 if mode != 0o600 else 0o644)
+            temporary.write_text("new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def write_half(path: Path) -> None:
