@@ -14,23 +14,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from imgtok import dino
 from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, check
+from imgtok.dino import DINOv2
 from imgtok.flextok import FlexTok
-from imgtok.hub import find_folder
 from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
 from imgtok.tokenizer import Losses
-
-WEIGHT_FILES = (".safetensors", ".pth", ".bin")
-"""What teacher weights may be stored as; the last two are read with `weights_only`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +36,7 @@ class REPAConfig:
     """timm's name of the teacher: any DINOv2, or another vision transformer."""
     weights: str | None = None
     """Its weights: a file (.safetensors, or .pth and .bin without code), or a folder or Hub repository with
-    model.safetensors; null is timm's repository of that name, timm/ENCODER."""
+    model.safetensors; null is timm's repository of that name, downloaded unless a cache of this machine has it."""
     image_size: PositiveInt = 518
     """Pixels a side at which the teacher sees images; divided by its patch size, the grid to which the decoder's map is
     interpolated (518 / 14 = 37)."""
@@ -61,90 +56,24 @@ class REPAConfig:
 # ---------------------------------------------------------------- the teacher
 
 
-class Teacher(nn.Module):
-    """A frozen vision transformer of timm's that maps images in [-1, 1] to a grid of patch features."""
-
-    model: Any
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: Any, image_size: int) -> None:
-        """`model` takes images of `image_size` pixels a side; raises ValueError if it is not a vision transformer."""
-        super().__init__()
-        from timm.data import resolve_model_data_config
-
-        patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-        if patch_size is None or not hasattr(model, "num_prefix_tokens"):
-            raise ValueError(f"repa.encoder: {type(model).__name__} has no patch tokens; choose a vision transformer")
-        if image_size % patch_size[0]:
-            raise ValueError(f"repa.image_size: {image_size} is not a multiple of the teacher's patch, {patch_size[0]}")
-        self.model = model
-        self.image_size = image_size
-        self.grid = image_size // patch_size[0]
-        self.width = int(model.num_features)
-        preparation = resolve_model_data_config(model)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(preparation[name])[:, None, None], persistent=False)
-        self.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, C, H, W) in float32 of the patches of images (B, 3, any, any)."""
-        size = (self.image_size, self.image_size)
-        images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(-1, 1)
-        tokens = self.model.forward_features(((images + 1) / 2 - self.mean) / self.std)
-        patches: Tensor = tokens[:, self.model.num_prefix_tokens :].float()  # without class token and registers
-        return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-
-
-def load_teacher(config: REPAConfig) -> Teacher:
-    """The frozen teacher with its weights; positions are interpolated to `image_size` where they have to be.
+def load_teacher(config: REPAConfig) -> DINOv2:
+    """The frozen teacher; its weights are downloaded if need be.
 
     Raises ValueError for a name that timm does not know and for weights that do not fit, FileNotFoundError for
     weights that are not there.
     """
-    import timm
-
-    if not timm.is_model(config.encoder):
-        similar = timm.list_models("*dinov2*")
-        raise ValueError(f"repa.encoder: timm has no model {config.encoder!r}; its DINOv2 models: {', '.join(similar)}")
-    path = find_weights(config)
+    fields = dino.Fields("repa.encoder", "repa.weights", "repa.image_size")
     try:
-        with torch.random.fork_rng(devices=[]):  # its first weights are overwritten: leave the caller's RNG alone
-            model: Any = timm.create_model(
-                config.encoder,
-                pretrained=True,
-                pretrained_cfg_overlay={"file": str(path), "custom_load": False},
-                img_size=config.image_size,
-            )
-    except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"repa.encoder: cannot make timm's {config.encoder!r} of {config.image_size} pixels (repa.image_size) with "
-            f"the weights in {path} (repa.weights): {error}"
-        ) from error
-    model.reset_classifier(0)  # not sooner: timm then lets missing and unknown weights pass
-    return Teacher(model, config.image_size)
-
-
-def find_weights(config: REPAConfig) -> Path:
-    """The file of the teacher's weights, downloaded if need be; FileNotFoundError says what to do without a network."""
-    name = config.weights or f"timm/{config.encoder}"
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in WEIGHT_FILES:
-            raise ValueError(f"repa.weights: {path} is none of {', '.join(WEIGHT_FILES)}")
-        return path
-    try:
-        path = find_folder(name) / "model.safetensors"
+        path = dino.find_weights(config.encoder, config.weights, fields, download=True)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"repa.weights: no weights for the teacher {config.encoder!r} at {name!r}: {error}. Where there is a "
-            f"network, fetch model.safetensors of https://huggingface.co/timm/{config.encoder}, and give its path, "
-            "repa.weights=FILE; or train without a teacher, repa=null"
-        ) from error
-    if not path.is_file():
-        raise FileNotFoundError(f"repa.weights: the folder {path.parent} holds no {path.name}")
-    return path
+        raise FileNotFoundError(f"{error} Without a teacher: repa=null") from error
+    return dino.load(config.encoder, path, config.image_size, fields)
+
+
+def teacher_features(teacher: DINOv2, images: Tensor) -> Tensor:
+    """What the head is to predict: features (B, C, H, W) in float32 of the patches of images (B, 3, any, any)."""
+    patches = teacher(images).patches.float()  # (B, H W, C)
+    return patches.transpose(1, 2).unflatten(2, (teacher.grid, teacher.grid))
 
 
 # ---------------------------------------------------------------- what is trained

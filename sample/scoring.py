@@ -203,7 +203,7 @@ def _open_judges(config: Config, device: torch.device, weights: dict[str, str]) 
         name = f"{config.lpips_net}:{weights['lpips_backbone'][:8]}:{weights['lpips_heads'][:8]}"
         judges.append(LPIPSDistance(LPIPS.from_files(config.lpips_net, *files), name, device))
     if "dino" in config.chosen_metrics:
-        path = dino.find_weights(config.dino_model, config.dino_weights, "dino")
+        path = dino.find_weights(config.dino_model, config.dino_weights)
         weights["dino"] = file_sha256(path)
         net = dino.load(config.dino_model, path, config.dino_size)
         judges.append(DINOSimilarity(net, f"{config.dino_model}:{weights['dino'][:8]}", device))

@@ -18,9 +18,10 @@ from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, train_loader
 from imgtok.data.shapes import ShapesConfig
+from imgtok.dino import DINOv2
 from imgtok.flextok import FlexTok, FlexTokConfig
 from imgtok.hub import find_folder, load
-from imgtok.repa import AlignedFlexTok, REPAConfig, Teacher, load_teacher
+from imgtok.repa import AlignedFlexTok, REPAConfig, load_teacher, teacher_features
 from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
 from imgtok.vae import VAE, from_diffusers, is_diffusers, packaged_vae
 from train.config import TrainingConfig
@@ -173,7 +174,7 @@ class AlignedJob(TokenizerJob):
     """A FlexTok that is trained with REPA. The teacher is no part of the model: it is neither trained nor saved."""
 
     def __init__(
-        self, config: Config, model: FlexTok, teacher: Teacher, source: ImageSource, shown: ImageSource
+        self, config: Config, model: FlexTok, teacher: DINOv2, source: ImageSource, shown: ImageSource
     ) -> None:
         assert config.repa is not None
         super().__init__(config, model, source, shown)
@@ -189,8 +190,7 @@ class AlignedJob(TokenizerJob):
         precision = self.config.training.precision
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         with torch.autocast(images.device.type, dtype=dtype, enabled=precision != "fp32"):
-            features: Tensor = self.teacher.to(images.device)(images)
-        return features
+            return teacher_features(self.teacher.to(images.device), images)
 
     def preview(self, model: nn.Module, path: Path) -> None:
         assert isinstance(model, AlignedFlexTok)

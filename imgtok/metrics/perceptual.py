@@ -33,7 +33,9 @@ class DINOSimilarity:
     smallest: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, net: DINOv2, name: str, device: torch.device) -> None:
-        """`name` of the network as it stands in the names of scores."""
+        """`name` of the network as it stands in the names of scores; ValueError for one without a class token."""
+        if not net.has_class_token:
+            raise ValueError(f"dino_model: {name} has no class token, which the score dino compares; choose a DINOv2")
         self.protocol = f"{name}, {net.size} px bicubic, cosine, mean over images"
         self._net, self._device = net.to(device), device
         self._of_originals = KeepsLast(self._features)
@@ -42,6 +44,8 @@ class DINOSimilarity:
     def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
         """(B, 2) float32."""
         found, real = self._features(images), self._of_originals(originals)
+        assert found.whole is not None
+        assert real.whole is not None
         places = F.cosine_similarity(found.patches, real.patches, dim=-1).mean(dim=1)
         return torch.stack([F.cosine_similarity(found.whole, real.whole, dim=-1), places], dim=1)
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from imgtok import repa
+from imgtok import dino
+from imgtok.dino import DINOv2
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from imgtok.repa import AlignedFlexTok, Projection, REPAConfig, Teacher, alignment_loss, load_teacher
+from imgtok.repa import AlignedFlexTok, Projection, REPAConfig, alignment_loss, load_teacher, teacher_features
 
 TINY = FlexTokConfig(
     image_size=8,
@@ -37,7 +38,7 @@ def config(tmp_path_factory) -> REPAConfig:
 
 
 @pytest.fixture(scope="module")
-def teacher(config) -> Teacher:
+def teacher(config) -> DINOv2:
     return load_teacher(config)
 
 
@@ -54,36 +55,37 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def test_targets_are_the_patch_features_of_the_prepared_image(teacher):
     batch = images(2, side=160)
-    features = teacher(batch)
+    features = teacher_features(teacher, batch)
     assert features.shape == (2, 64, 10, 10)
     assert (teacher.grid, teacher.width) == (10, 64)
-    mean, std = (torch.tensor(teacher.model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    mean, std = (torch.tensor(teacher.net.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():
-        tokens = teacher.model.forward_features(((batch + 1) / 2 - mean) / std)
+        tokens = teacher.net.forward_features(((batch + 1) / 2 - mean) / std)
     assert tokens.shape[1] == 101  # a class token in front
     assert torch.allclose(features[1, :, 3, 7], tokens[1, 1 + 3 * 10 + 7], atol=1e-5)
 
 
 def test_images_of_any_size_are_brought_to_that_of_the_teacher(teacher):
-    assert teacher(images(2, side=24)).shape == (2, 64, 10, 10)
+    assert teacher_features(teacher, images(2, side=24)).shape == (2, 64, 10, 10)
     flat = torch.full((1, 3, 8, 8), 0.3)
-    assert torch.allclose(teacher(flat), teacher(torch.full((1, 3, 160, 160), 0.3)), atol=1e-4)
+    large = torch.full((1, 3, 160, 160), 0.3)
+    assert torch.allclose(teacher_features(teacher, flat), teacher_features(teacher, large), atol=1e-4)
 
 
 def test_the_teacher_has_the_weights_of_the_file_and_is_frozen(config, teacher):
     torch.manual_seed(0)
     stored = timm.create_model("test_vit").state_dict()
-    assert all(torch.equal(value, stored[name]) for name, value in teacher.model.state_dict().items())
+    assert all(torch.equal(value, stored[name]) for name, value in teacher.net.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher.training
-    assert not teacher(images(1).requires_grad_()).requires_grad
+    assert not teacher_features(teacher, images(1).requires_grad_()).requires_grad
 
 
 def test_positions_are_interpolated_to_another_size(config):
     state = torch.get_rng_state()
     small = load_teacher(dataclasses.replace(config, image_size=32))
     assert torch.equal(state, torch.get_rng_state()), "loading the teacher drew from the global generator"
-    assert small(images(1)).shape == (1, 64, 2, 2)
+    assert teacher_features(small, images(1)).shape == (1, 64, 2, 2)
 
 
 def test_weights_in_a_folder(config, tmp_path):
@@ -92,7 +94,7 @@ def test_weights_in_a_folder(config, tmp_path):
 
 
 def test_a_name_that_timm_does_not_know():
-    with pytest.raises(ValueError, match=r"repa.encoder: timm has no model 'vit_huge_dino'.*patch14_dinov2"):
+    with pytest.raises(ValueError, match=r"repa.encoder: timm publishes no model 'vit_huge_dino'.*patch14_dinov2"):
         load_teacher(REPAConfig(encoder="vit_huge_dino"))
 
 
@@ -100,23 +102,30 @@ def test_weights_that_are_not_there_name_path_and_repository(tmp_path):
     missing = REPAConfig(encoder="test_vit.r160_in1k", weights=str(tmp_path / "dino.safetensors"))
     with pytest.raises(FileNotFoundError) as error:
         load_teacher(missing)
-    for words in (str(tmp_path / "dino.safetensors"), "huggingface.co/timm/test_vit.r160_in1k", "repa.weights=FILE"):
+    for words in (
+        str(tmp_path / "dino.safetensors"),
+        "hf download timm/test_vit.r160_in1k ",
+        "repa.weights=FILE",
+        "repa=null",
+    ):
         assert words in str(error.value)
 
 
 def test_without_a_path_the_hub_is_asked(monkeypatch, config, tmp_path):
     asked: list[str] = []
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def offline(name: str):
+    def offline(name: str, **options):
         asked.append(name)
         raise FileNotFoundError("the Hub cannot be reached")
 
-    monkeypatch.setattr(repa, "find_folder", offline)
+    monkeypatch.setattr(dino, "find_folder", offline)
     hub = dataclasses.replace(config, weights=None)
-    with pytest.raises(FileNotFoundError, match="'timm/test_vit'.*cannot be reached.*repa.weights=FILE"):
+    with pytest.raises(FileNotFoundError, match="(?s)timm/test_vit.r160_in1k.*cannot be reached.*repa.weights=FILE"):
         load_teacher(hub)
-    assert asked == ["timm/test_vit"]
-    monkeypatch.setattr(repa, "find_folder", lambda name: tmp_path)
+    assert asked == ["timm/test_vit.r160_in1k"]
+    monkeypatch.setattr(dino, "find_folder", lambda name, **options: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors"):
         load_teacher(hub)
     (tmp_path / "model.safetensors").symlink_to(config.weights)
@@ -130,10 +139,10 @@ def test_weights_of_another_model(config, tmp_path):
     lacking = {name: value for name, value in weights.items() if name != "blocks.5.mlp.fc2.bias"}
     for name, tensors in {"fc2.bias": lacking, "more": weights | {"more": torch.zeros(2)}}.items():
         save_file(tensors, path)
-        with pytest.raises(ValueError, match=rf"(?s)other.safetensors \(repa.weights\).*{name}"):
+        with pytest.raises(ValueError, match=rf"repa.weights: .*other.safetensors: .*{name}"):
             load_teacher(dataclasses.replace(config, weights=str(path)))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="other.safetensors"):
+    with pytest.raises(ValueError, match="repa.weights: .*other.safetensors: not a readable"):
         load_teacher(dataclasses.replace(config, weights=str(path)))
 
 
@@ -143,22 +152,22 @@ def test_weights_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "harmed"),)
 
     torch.save({"cls_token": Harmful()}, tmp_path / "dino.pth")
-    with pytest.raises(ValueError, match="repa.weights"):
+    with pytest.raises(ValueError, match="repa.weights: .*dino.pth: holds more than tensors"):
         load_teacher(REPAConfig(encoder="test_vit", weights=str(tmp_path / "dino.pth"), image_size=160))
     assert not (tmp_path / "harmed").exists()
     (tmp_path / "dino.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of .safetensors"):
+    with pytest.raises(ValueError, match="repa.weights: .*none of .safetensors"):
         load_teacher(REPAConfig(encoder="test_vit", weights=str(tmp_path / "dino.npz")))
 
 
 def test_a_size_that_does_not_divide_into_patches(config):
-    with pytest.raises(ValueError, match=r"repa.image_size: 40 .*patch, 16"):
+    with pytest.raises(ValueError, match=r"repa.image_size: 40 .*patches of 16"):
         load_teacher(dataclasses.replace(config, image_size=40))
 
 
-def test_a_network_without_patch_tokens():
-    with pytest.raises(ValueError, match="Linear has no patch tokens"):
-        Teacher(torch.nn.Linear(2, 2), 32)
+def test_a_network_without_patch_tokens(config):
+    with pytest.raises(ValueError, match="repa.encoder: test_convnext: not a vision transformer, but a ConvNeXt"):
+        load_teacher(REPAConfig(encoder="test_convnext", weights=config.weights))
 
 
 # ---------------------------------------------------------------- the loss
@@ -205,7 +214,7 @@ def aligned(config: REPAConfig, **changes) -> AlignedFlexTok:
 def test_the_gradient_of_the_alignment_reaches_all_up_to_the_tap(config, teacher, tap):
     model = aligned(config, tap=tap)
     batch = images(4)
-    model(batch, teacher(batch), generator=generator()).parts["repa"].backward()
+    model(batch, teacher_features(teacher, batch), generator=generator()).parts["repa"].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     blocks = {f"tokenizer.decoder.blocks.{i}." for i in range(3)}
     assert {b for b in blocks if any(name.startswith(b) for name in reached)} == {
@@ -215,12 +224,12 @@ def test_the_gradient_of_the_alignment_reaches_all_up_to_the_tap(config, teacher
     assert set(others) <= reached, "encoder and head"
     assert "tokenizer.decoder.readout.weight" not in reached
     assert all(p.grad is None for p in teacher.parameters())
-    assert not any("teacher" in name or "model" in name for name in model.state_dict())
+    assert not any("teacher" in name or "net" in name for name in model.state_dict())
 
 
 def test_the_alignment_is_weighted_and_added(config, teacher):
     batch = images(4)
-    targets = teacher(batch)
+    targets = teacher_features(teacher, batch)
     plain = aligned(config).tokenizer(batch, generator=generator())
     losses = aligned(config, weight=0.5)(batch, targets, generator=generator())
     assert losses.total.item() == pytest.approx((plain.total + 0.5 * losses.parts["repa"]).item(), rel=1e-6)
@@ -231,7 +240,7 @@ def test_alignment_is_learnt(config, teacher):
     """Four flat images: an answer that is the same for all of them comes to -0.25, the images' own to -1."""
     colours = torch.tensor([[-0.9, -0.9, -0.9], [0.9, -0.5, -0.5], [-0.5, 0.9, 0.9], [0.8, 0.8, -0.8]])
     batch = colours[:, :, None, None].expand(4, 3, 8, 8)
-    targets = teacher(batch)
+    targets = teacher_features(teacher, batch)
     same_for_all = F.cosine_similarity(targets, targets.mean(dim=0, keepdim=True), dim=1).mean()
     assert 0 < same_for_all < 0.4
     model = aligned(config)

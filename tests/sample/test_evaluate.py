@@ -492,7 +492,10 @@ def test_a_part_of_a_folder_is_from_all_over_it(tokenizer, tmp_path):
     ("fields", "message"),
     [
         ({"metrics": ("lpips",)}, r"lpips: the backbone of LPIPS with vgg: missing: looked for .*lpips_backbone=PATH"),
-        ({"metrics": ("dino",)}, r"dino: the weights of vit_large.* missing: looked for .*dinov2_vitl14_pretrain"),
+        (
+            {"metrics": ("dino",)},
+            r"dino_weights: the weights of vit_large.* missing: looked for .*dinov2_vitl14_pretrain",
+        ),
         ({"metrics": ("dino",), "dino_weights": Path("no.pth")}, r"looked for no\.pth"),
         ({"metrics": ("rfid",)}, r"rfid: the Inception weights .* are missing"),
     ],

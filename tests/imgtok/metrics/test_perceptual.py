@@ -38,6 +38,11 @@ def test_dino_is_the_cosine_of_class_tokens_and_of_patches_at_each_place(dino, n
     assert dino.protocol == "test_vit:12345678, 32 px bicubic, cosine, mean over images"
 
 
+def test_a_network_without_a_class_token_is_refused():
+    with pytest.raises(ValueError, match="dino_model: test_vit2:1 has no class token"):
+        DINOSimilarity(DINOv2(timm.create_model("test_vit2", num_classes=0), 160), "test_vit2:1", CPU)
+
+
 def test_equal_images_are_alike_and_others_less(dino, random_images):
     images = random_images(4, size=48)
     torch.testing.assert_close(dino(images, images.clone()), torch.ones(4, 2))
