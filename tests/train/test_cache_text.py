@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load, save_file
 
 import imgtok
@@ -26,8 +28,6 @@ from imgtok.text_encoder import TextEncoder
 from train import cache_text
 from train.failure import tensors_of
 
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 CPU = torch.device("cpu")
 SHAPES = ShapesConfig(mode="text", num_images=40)
 
