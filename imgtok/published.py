@@ -35,7 +35,7 @@ from imgtok.published_config import (
     read_numbers,
     write_config,
 )
-from imgtok.vae import VAE, VAEConfig
+from imgtok.vae import DIFFUSERS_WEIGHTS, VAE, VAEConfig, todays_names
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +179,16 @@ def _load(file: Any, weights: Path, path: Path, map_location: str | torch.device
         blank = FlexTok(config)
     shapes = _tensors(blank)
     wanted = places(shapes)
-    stored = [name for name in sorted(file.keys()) if name != TRAINING_ONLY or not numbers["learnable_logvar"]]
+    stored = todays_names(  # name -> name in the file
+        name for name in sorted(file.keys()) if name != TRAINING_ONLY or not numbers["learnable_logvar"]
+    )
     hub.check_tensors(
-        {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in stored},
+        {name: torch.empty(file.get_slice(old).get_shape(), device="meta") for name, old in stored.items()},
         {name: as_published(name, place.view(shapes)) for name, place in wanted.items()},
         weights,
         f"FlexTok that {'its header' if source == weights else source.name}",
     )
-    whole = [name for name in stored if not file.get_slice(name).get_dtype().startswith(("F", "BF"))]
+    whole = [name for name in stored.values() if not file.get_slice(name).get_dtype().startswith(("F", "BF"))]
     if whole:
         raise ValueError(f"{weights}: {', '.join(sorted(whole))}: not floating-point numbers")
     tables = {NAMES[name]: file.get_tensor(NAMES[name]) for name in TABLES}
@@ -197,7 +199,7 @@ def _load(file: Any, weights: Path, path: Path, map_location: str | torch.device
         model = FlexTok(config)
     state = model.state_dict()
     for name, place in places(state).items():
-        place.view(state).copy_(as_ours(name, file.get_tensor(name)))
+        place.view(state).copy_(as_ours(name, file.get_tensor(stored[name])))
     return model.to(map_location).eval()
 
 
@@ -263,7 +265,7 @@ def _save_autoencoder(vae: VAE, folder: Path) -> None:
     state = {name: value.detach().contiguous() for name, value in vae.autoencoder.state_dict().items()}
     with (
         replacing(folder / hub.CONFIG_NAME) as description,
-        replacing(folder / "diffusion_pytorch_model.safetensors") as weights,
+        replacing(folder / DIFFUSERS_WEIGHTS) as weights,
     ):
         description.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         hub.write_tensors(state, weights, {"format": "pt"})

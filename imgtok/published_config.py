@@ -16,12 +16,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from imgtok import hub
 from imgtok.config import ConfigError
 from imgtok.flextok import FlexTokConfig, TrunkConfig
-from imgtok.vae import VAEConfig
+from imgtok.vae import VAEConfig, diffusers_config
 
 # ---------------------------------------------------------------- what a description may say
 
@@ -350,9 +350,10 @@ DESCRIPTION: Mapping[str, Module | Mapping[str, Module]] = {
             "timesteps_write_key": "timesteps",
             "sigmas_write_key": "sigmas",
             "ln": Number("logit_normal", bool, default=True),
+            "stratisfied": Number("stratified", bool, default=False),
             "mode_scale": Number("mode_scale", float, default=0.0),
         },
-        free=("stratisfied", "noise_write_key", "noise_read_key"),
+        free=("noise_write_key", "noise_read_key"),
     ),
     "pipeline": Module(
         "flextok.flow_matching.pipelines.MinRFPipeline",
@@ -549,6 +550,14 @@ def _show(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+TIMES: Mapping[tuple[bool, bool], Literal["mode", "logit_normal", "stratified_logit_normal"]] = {
+    (False, False): "mode",
+    (True, False): "logit_normal",
+    (True, True): "stratified_logit_normal",
+}
+"""Whether times are logit-normal, and whether these are stratified (others never are) -> `FlexTokConfig.times`."""
+
+
 def our_config(numbers: Mapping[str, Any], source: Path) -> FlexTokConfig:
     """The configuration of ours that the numbers of a description amount to.
 
@@ -598,9 +607,9 @@ def _config(numbers: Mapping[str, Any], vae: VAEConfig) -> FlexTokConfig:
         max_timestep=numbers["max_timestep"],
         nested_dropout=numbers["nested_dropout"],
         null_dropout=numbers["null_dropout"],
-        times="logit_normal" if numbers["logit_normal"] else "mode",
+        times=TIMES[numbers["logit_normal"], numbers["logit_normal"] and numbers["stratified"]],
         mode_scale=numbers["mode_scale"],
-        # A choice between mean and sample of the posterior would be read from numbers["sample_posterior"] here.
+        posterior="sample" if numbers["sample_posterior"] else "mean",
         decode_steps=25,
         decode_guidance=7.5,
         projected_guidance=True,
@@ -611,7 +620,7 @@ def _vae_config(numbers: Mapping[str, Any], source: Path) -> VAEConfig:
     """The autoencoder: of the published shape, or of the shape of the one that `hf_hub_path` names."""
     factor, named = numbers["scaling_factor"], numbers["autoencoder"]
     if named is not None:
-        return _diffusers_config(_autoencoder_config(named, source), factor)
+        return diffusers_config(_autoencoder_config(named, source), factor, DIFFUSERS_SCALING_FACTOR)
     with _named(source):
         if not factor:
             raise ValueError(
@@ -633,28 +642,6 @@ def _autoencoder_config(name: str, source: Path) -> Path:
             f"{source}: vae.hf_hub_path: the shape of the autoencoder is in the {hub.CONFIG_NAME} of {name!r}, which "
             f"was not found ({error}); put that file into {source.parent / name}"
         ) from error
-
-
-def _diffusers_config(path: Path, factor: float | None) -> VAEConfig:
-    """The shape that diffusers' config.json of an `AutoencoderKL` describes; `factor` goes before its own."""
-    found = hub.read_json(path)
-    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    with _named(path):
-        for name, kind in blocks.items():
-            if not _is_list(found.get(name)) or set(found[name]) != {kind}:
-                raise ValueError(f"{name}: given {_show(found.get(name))}, must be a list of {kind}")
-        if found.get("act_fn", "silu") != "silu":
-            raise ValueError(f"act_fn: given {_show(found['act_fn'])}, must be 'silu'")
-        try:
-            return VAEConfig(
-                latent_channels=found["latent_channels"],
-                block_channels=tuple(found["block_out_channels"]),
-                layers_per_block=found["layers_per_block"],
-                norm_groups=found["norm_num_groups"],
-                scaling_factor=factor or found.get("scaling_factor", DIFFUSERS_SCALING_FACTOR),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the configuration of an AutoencoderKL: {error}") from error
 
 
 DIFFUSERS_SCALING_FACTOR = 0.18215
@@ -688,12 +675,13 @@ def write_config(config: FlexTokConfig) -> dict[str, Any]:
         "max_timestep": config.max_timestep,
         "nested_dropout": config.nested_dropout,
         "null_dropout": config.null_dropout,
-        "logit_normal": config.times == "logit_normal",
+        "logit_normal": config.times != "mode",
+        "stratified": config.times == "stratified_logit_normal",
         "mode_scale": config.mode_scale,
         "vae_channels": config.latent_channels,
         "scaling_factor": config.vae.scaling_factor,
         "autoencoder": None if standard else AUTOENCODER_FOLDER,
-        "sample_posterior": False,  # `encode` takes the mean
+        "sample_posterior": config.posterior == "sample",
         "learnable_logvar": False,
     }
     for short, part in (("enc", config.encoder), ("dec", config.decoder)):

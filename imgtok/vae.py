@@ -9,6 +9,7 @@ others hold one frozen inside. A small one for 32-pixel shapes ships with the pa
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
-from imgtok.hub import Pretrained
+from imgtok.hub import Pretrained, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,8 @@ FIXED = {
     "mid_block_add_attention": True,
 }
 """Settings of an AutoencoderKL that `VAE` does not have, at the only values that it can stand for."""
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+"""The kind of block that every level has."""
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """How diffusers once named the parts of its attention, and how it does today."""
 
@@ -136,6 +139,52 @@ def is_diffusers(folder: Path) -> bool:
         return False
 
 
+def diffusers_config(path: Path, scaling_factor: float | None = None, default_factor: float | None = None) -> VAEConfig:
+    """The shape that diffusers' config.json of an `AutoencoderKL` describes.
+
+    `scaling_factor` goes before the one there, `default_factor` stands where there is none. Raises ConfigError for an
+    autoencoder of another kind, or without any factor.
+    """
+    found = read_json(path)
+    if found.get("_class_name") != "AutoencoderKL":
+        raise ConfigError(f"{path}: _class_name: {found.get('_class_name')!r}, must be 'AutoencoderKL'")
+    needed = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", *BLOCKS)
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}; copy or download the folder again")
+    if not isinstance(found["block_out_channels"], list):
+        raise ConfigError(f"{path}: block_out_channels: {found['block_out_channels']!r}, must be a list of integers")
+    channels = tuple(found["block_out_channels"])
+    for name, value in (FIXED | {name: [kind] * len(channels) for name, kind in BLOCKS.items()}).items():
+        if found.get(name, value) != value:
+            raise ConfigError(f"{path}: {name}: {found[name]!r}, imgtok can use {value!r} alone")
+    factor = next((n for n in (scaling_factor, found.get("scaling_factor"), default_factor) if n is not None), None)
+    if factor is None:
+        raise ConfigError(f"{path}: has no scaling_factor; give it yourself, vae_scaling_factor=NUMBER")
+    try:
+        return VAEConfig(
+            latent_channels=found["latent_channels"],
+            block_channels=channels,
+            layers_per_block=found["layers_per_block"],
+            norm_groups=found["norm_num_groups"],
+            scaling_factor=factor,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def todays_names(stored: Iterable[str]) -> dict[str, str]:
+    """Diffusers' name of today -> the name in a file, for all the names in it; none is lost if it has both."""
+    names = list(stored)
+    found = {}
+    for name in names:
+        today = name
+        for old, new in OLD_ATTENTION.items() if ".attentions." in name else ():
+            today = today.replace(old, new)
+        found[name if today in names else today] = name
+    return found
+
+
 def from_diffusers(folder: Path, scaling_factor: float | None = None) -> VAE:
     """The `AutoencoderKL` in a folder that diffusers wrote, as a `VAE` in evaluation mode.
 
@@ -144,34 +193,11 @@ def from_diffusers(folder: Path, scaling_factor: float | None = None) -> VAE:
     ValueError for weights that do not fit.
     """
     path, weights = folder / "config.json", folder / DIFFUSERS_WEIGHTS
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["_class_name"] != "AutoencoderKL":
-        raise ConfigError(f"{path}: _class_name: {found['_class_name']!r}, must be 'AutoencoderKL'")
-    needed = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
-    missing = [name for name in needed if name not in found]
-    if missing:
-        raise ConfigError(f"{path}: lacks {', '.join(missing)}; copy or download the folder again")
-    channels = tuple(found["block_out_channels"])
-    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
-    fixed = FIXED | {name: kind * len(channels) for name, kind in blocks.items()}
-    for name, value in fixed.items():
-        if found.get(name, value) != value:
-            raise ConfigError(f"{path}: {name}: {found[name]!r}, imgtok can use {value!r} alone")
-    factor = found.get("scaling_factor") if scaling_factor is None else scaling_factor
-    if factor is None:
-        raise ConfigError(f"{path}: has no scaling_factor; give it yourself, vae_scaling_factor=NUMBER")
-    config = VAEConfig(
-        latent_channels=found["latent_channels"],
-        block_channels=channels,
-        layers_per_block=found["layers_per_block"],
-        norm_groups=found["norm_num_groups"],
-        scaling_factor=float(factor),
-    )
+    config = diffusers_config(path, scaling_factor)
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no {weights.name}; other formats may hold code and are not read")
-    tensors = load_file(weights)
-    for old, new in OLD_ATTENTION.items():
-        tensors = {name.replace(old, new) if ".attentions." in name else name: t for name, t in tensors.items()}
+    stored = load_file(weights)
+    tensors = {today: stored[name] for today, name in todays_names(stored).items()}
     vae = VAE(config)
     try:
         vae.autoencoder.load_state_dict(tensors)

@@ -85,6 +85,10 @@ def test_old_names_of_the_attention(written, tmp_path):
     (tmp_path / DIFFUSERS_WEIGHTS).unlink()
     save_file(tensors, tmp_path / DIFFUSERS_WEIGHTS)
     assert same(from_diffusers(tmp_path), model)
+    both = tensors | load_file(folder / DIFFUSERS_WEIGHTS)
+    save_file(both, tmp_path / DIFFUSERS_WEIGHTS)
+    with pytest.raises(ValueError, match=r"(?s)Unexpected key.*attentions\.0\.proj_attn"):
+        from_diffusers(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from imgtok.config import ConfigError
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.published_config import DESCRIPTION, our_config, read_numbers, write_config
 from imgtok.tokenizer import Tokenizer
-from imgtok.vae import VAE, VAEConfig
+from imgtok.vae import OLD_ATTENTION, VAE, VAEConfig
 
 TINY = FlexTokConfig(
     image_size=16,
@@ -210,6 +210,39 @@ def test_the_variance_of_the_published_autoencoder_loss_is_left(model, folder):
     edit_tensors(folder, lambda tensors: tensors.update({"vae.logvar": torch.zeros(())}))
     edit(folder, "vae.learnable_logvar", True)
     assert alike(model, imgtok.load(folder))
+
+
+def test_old_names_of_the_attention_of_the_autoencoder(model, folder):
+    def rename(tensors):
+        for name in [name for name in tensors if ".attentions." in name]:
+            old = name
+            for was, now in OLD_ATTENTION.items():
+                old = old.replace(now, was)
+            tensors[old] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    assert "vae.vae.encoder.mid_block.attentions.0.proj_attn.weight" in load_file(folder / "model.safetensors")
+    assert alike(model, imgtok.load(folder))
+
+
+def test_permissions_are_those_of_a_new_file(saved, tmp_path):
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in saved.rglob("*.*")} == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+@pytest.mark.parametrize("times", ["mode", "logit_normal", "stratified_logit_normal"])
+def test_how_the_posterior_and_times_are_drawn_goes_there_and_back(posterior, times, tmp_path):
+    data = released(12, 12)
+    noise = {"ln": times != "mode", "stratisfied": times == "stratified_logit_normal"}
+    data["flow_matching_noise_module"] |= noise
+    data["vae"]["sample_posterior"] = posterior == "sample"
+    config = read(data, tmp_path)
+    assert (config.posterior, config.times) == (posterior, times)
+    written = write_config(config)
+    assert written["vae"]["sample_posterior"] == (posterior == "sample")
+    assert noise.items() <= written["flow_matching_noise_module"].items()
+    assert read(written, tmp_path) == config
 
 
 def test_integers_are_not_weights(folder):
@@ -476,7 +509,7 @@ def read(data: dict[str, Any], folder: Path) -> FlexTokConfig:
 def test_a_released_description_is_its_size(size, depths, tmp_path):
     config = read(released(*depths), tmp_path)
     vae = VAEConfig(latent_channels=16, scaling_factor=0.5)
-    assert config == replace(published.sized_config(size, vae), decode_guidance=7.5)
+    assert config == replace(published.sized_config(size, vae), posterior="sample", decode_guidance=7.5)
     assert read(write_config(config), tmp_path) == config
     assert write_config(config)["vae"]["hf_hub_path"] is None  # needs no folder beside it
 
@@ -552,12 +585,22 @@ def test_a_named_autoencoder_gives_its_shape_and_factor(tmp_path, monkeypatch):
     ):
         read(data, tmp_path)
     config.write_text(json.dumps(AUTOENCODER | {"act_fn": "gelu"}))
-    with pytest.raises(ConfigError, match="act_fn: given 'gelu', must be 'silu'"):
+    with pytest.raises(ConfigError, match="act_fn: 'gelu', imgtok can use 'silu' alone"):
         read(data, tmp_path)
     config.write_text("{}")
-    with pytest.raises(
-        ConfigError, match="config.json: down_block_types: given null, must be a list of DownEncoderBlock2D"
+    with pytest.raises(ConfigError, match="config.json: _class_name: None, must be 'AutoencoderKL'"):
+        read(data, tmp_path)
+    for wrong, message in (
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types: .*, imgtok can use .*'DownEncoder"),
+        ({"up_block_types": None}, "up_block_types: None, imgtok can use"),
+        ({"block_out_channels": 128}, "block_out_channels: 128, must be a list"),
+        ({"norm_num_groups": 3}, "config.json: block_channels: 128 is not a positive multiple of norm_groups = 3"),
     ):
+        config.write_text(json.dumps(AUTOENCODER | wrong))
+        with pytest.raises(ConfigError, match=message):
+            read(data, tmp_path)
+    config.write_text(json.dumps({name: v for name, v in AUTOENCODER.items() if name != "down_block_types"}))
+    with pytest.raises(ConfigError, match="config.json: lacks down_block_types"):
         read(data, tmp_path)
 
 
