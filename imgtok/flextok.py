@@ -61,7 +61,7 @@ class TrunkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlexTokConfig:
-    """A FlexTok; the defaults are the published d12-d12."""
+    """A FlexTok; the defaults are the published d12-d12, as far as it is known (docs/flextok.md, Training)."""
 
     kind: Literal["flextok"] = "flextok"
     image_size: PositiveInt = 256
@@ -498,6 +498,10 @@ class FlexTok(Tokenizer):
                     nn.init.xavier_uniform_(module.weight)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
+        for block in self._blocks():  # q, k, v and gate, up are matrices of their own, though they lie in one
+            for fused, count in ((block.attention.qkv_proj, 3), (block.mlp.gate_up_proj, 2)):
+                for matrix in fused.weight.chunk(count):
+                    nn.init.xavier_uniform_(matrix)
         modulations = [block.modulation for block in self.decoder.blocks if isinstance(block, DecoderBlock)]
         for linear in (*modulations, self.decoder.readout_modulation, self.decoder.readout):
             nn.init.zeros_(linear.weight)
@@ -506,6 +510,10 @@ class FlexTok(Tokenizer):
             nn.init.trunc_normal_(vector, std=0.02, a=-0.04, b=0.04)
         if self.config.initialisation == "aligned":
             self._align(modulations)
+
+    def _blocks(self) -> list[EncoderBlock | DecoderBlock]:
+        blocks = (*self.encoder.blocks, *self.decoder.blocks)
+        return [block for block in blocks if isinstance(block, EncoderBlock | DecoderBlock)]
 
     def _note_widths(self) -> None:
         """For muP: matrices that read a trunk's width. Those that read latents, codes or time features do not."""
@@ -535,10 +543,13 @@ class FlexTok(Tokenizer):
         ):
             nn.init.normal_(part.positions)
             registers.copy_(part.positions.flatten(0, 1)[facing])
-            for block in part.blocks:
-                assert isinstance(block, EncoderBlock | DecoderBlock)
-                queries, keys, _ = block.attention.qkv_proj.weight.chunk(3)
-                keys.copy_(queries)
+        for block in self._blocks():
+            # what was measured in docs/quickstart.md started with the bound of the fused matrices, which is smaller
+            for fused, count in ((block.attention.qkv_proj, 3), (block.mlp.gate_up_proj, 2)):
+                inputs, outputs = fused.in_features, fused.out_features
+                fused.weight.mul_(((inputs + outputs / count) / (inputs + outputs)) ** 0.5)
+            queries, keys, _ = block.attention.qkv_proj.weight.chunk(3)
+            keys.copy_(queries)
         for vector in (self.decoder.mask_vector, self.decoder.null_vector):
             nn.init.normal_(vector, std=0.5)
         nn.init.normal_(self.decoder.code_proj.weight, std=0.5)
@@ -624,6 +635,10 @@ class FlexTok(Tokenizer):
 
         In float32 and without gradient; in pixels, the images themselves.
         """
+        cell = self.image_size // self.config.grid
+        height, width = images.shape[-2:]
+        if height % cell or width % cell:
+            raise ValueError(f"an image of {height} x {width} pixels does not divide into patches of {cell} x {cell}")
         if self.vae is None:
             return images
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -683,6 +698,7 @@ class FlexTok(Tokenizer):
         Only as many registers are computed as the longest row needs: later ones could not change them.
         """
         counts = self._token_counts(num_tokens, len(latents))
+        check_finite(latents)
         codes = self.quantizer(self.encoder(latents, max(counts)))
         return Tokens(self.quantizer.codes_to_ids(codes), torch.tensor(counts, device=latents.device)).padded()
 
@@ -747,7 +763,7 @@ class FlexTok(Tokenizer):
         on_step: flow.OnStep | None = None,
     ) -> Tensor:
         """`decode` up to the latents (B, C, H, W)."""
-        self._check_tokens(tokens)
+        self._check_tokens(tokens, indices)
         device = self.decoder.null_vector.device
         times = flow.step_times(self.config.decode_steps if steps is None else steps)
         shape = self._latent_shape(size)
@@ -760,8 +776,12 @@ class FlexTok(Tokenizer):
         solve = {"euler": flow.euler, "adams": flow.adams}[solver or self.config.decode_solver]
         return solve(velocity, noise, len(times), on_step)
 
-    def _check_tokens(self, tokens: Tokens) -> None:
+    def _check_tokens(self, tokens: Tokens, indices: Sequence[int] | None) -> None:
         columns, lengths = tokens.ids.shape[1], tokens.lengths
+        if not len(tokens):
+            raise ValueError("there are no tokens to decode: the batch is empty")
+        if indices is not None and len(indices) != len(tokens):
+            raise ValueError(f"indices: {len(indices)} numbers for {len(tokens)} sequences of tokens")
         if columns > self.num_tokens or int(lengths.min()) < 1 or int(lengths.max()) > columns:
             raise ValueError(
                 f"decode takes 1 to {self.num_tokens} tokens an image, got lengths {int(lengths.min())} to "
@@ -804,4 +824,4 @@ def check_finite(images: Tensor, first: int = 0) -> None:
     bad = ~images.isfinite().flatten(1).all(dim=1)
     if bool(bad.any()):
         row = first + int(bad.nonzero()[0])
-        raise ValueError(f"image {row} has pixels that are not finite (NaN or infinite): images lie in [-1, 1]")
+        raise ValueError(f"image {row} has pixels that are not finite (NaN or infinite); images lie in [-1, 1]")

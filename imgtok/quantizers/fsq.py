@@ -45,9 +45,13 @@ class FSQ(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Codes in [-1, 1], rounded, with the straight-through gradient; float32 whatever z is."""
         with torch.autocast(z.device.type, enabled=False):
-            bounded = torch.tanh(z.float() + self.shift) * self.half_range - self.offset
+            bounded = self.bound(z)
             rounded = bounded + (bounded.round() - bounded).detach()
             return rounded / self.half_width
+
+    def bound(self, z: Tensor) -> Tensor:
+        """What is rounded: z squeezed into a little more than [-L / 2, L / 2 - 1] (L even) or +-(L - 1) / 2 (L odd)."""
+        return torch.tanh(z.float() + self.shift) * self.half_range - self.offset
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Codes (..., n) -> int64 ids (...). The sum stays in integers."""

@@ -117,9 +117,11 @@ def test_the_published_initialisation():
     for vector in (model.encoder.registers, decoder.register_positions, decoder.mask_vector, decoder.null_vector):
         assert 0.012 < vector.std() < 0.025
         assert vector.abs().max() <= 0.04
-    bound = (6 / (32 + 2 * TRUNK.mlp_hidden)) ** 0.5
-    weights = model.encoder.blocks[0].mlp.gate_up_proj.weight
-    assert 0.95 * bound < weights.abs().max() <= bound
+    block = model.encoder.blocks[0]
+    parts = [*block.attention.qkv_proj.weight.chunk(3), *block.mlp.gate_up_proj.weight.chunk(2)]
+    for weights in (*parts, block.attention.out_proj.weight, block.mlp.down_proj.weight):
+        bound = (6 / sum(weights.shape)) ** 0.5
+        assert 0.95 * bound < weights.abs().max() <= bound
     starts_at_zero = [name for name, p in model.named_parameters() if not p.any()]
     biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
     modulations = [f"decoder.blocks.{i}.modulation.weight" for i in range(2)]
@@ -441,6 +443,25 @@ def test_encode_refuses_pixels_that_are_no_numbers(model, value):
         model.encode(batch)
     with pytest.raises(ValueError, match="image 1 has pixels that are not finite"):
         model.encode(list(batch))
+
+
+@pytest.mark.parametrize(("vae", "size"), [(None, (7, 8)), (TINY_VAE, (16, 14)), (TINY_VAE, (17, 16))])
+def test_encode_refuses_sizes_that_do_not_divide(vae, size):
+    model = build(vae=vae, image_size=16 if vae else 8)
+    with pytest.raises(ValueError, match=r"does not divide into patches of (2 x 2|4 x 4)"):
+        model.encode(torch.zeros(1, 3, *size))
+
+
+def test_decode_refuses_an_empty_batch_and_other_indices(model):
+    with pytest.raises(ValueError, match="no tokens to decode"):
+        model.decode(Tokens.full(torch.zeros(0, 4, dtype=torch.long)))
+    with pytest.raises(ValueError, match="indices: 3 numbers for 2 sequences"):
+        model.decode(model.encode(images(2)), indices=[0, 1, 2])
+
+
+def test_encode_refuses_latents_that_are_no_numbers(model):
+    with pytest.raises(ValueError, match="image 0 has pixels that are not finite"):
+        model.encode_latents(torch.full((1, 3, 8, 8), torch.nan))
 
 
 @pytest.mark.parametrize("size", [(10, 8), (8, 7), (0, 8)])

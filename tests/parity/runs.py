@@ -62,6 +62,7 @@ def quantizer(case: Case, run: Mapping[str, Any]) -> Outputs:
     return {
         f"{run['out']}.{name}": value
         for name, value in {
+            "bounded": fsq.bound(z),
             "codes": codes,
             "indices": fsq.codes_to_ids(codes),
             "codes_of_ids": fsq.ids_to_codes(case.input(run["ids"])),
