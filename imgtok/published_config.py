@@ -562,7 +562,7 @@ def our_config(numbers: Mapping[str, Any], source: Path) -> FlexTokConfig:
     """The configuration of ours that the numbers of a description amount to.
 
     An autoencoder that is named by a path is looked for beside `source`, then there, then on the Hub (its
-    config.json alone). How to decode is not described: as in the published examples, with 25 steps and
+    config.json alone). How to decode is not described: as in the authors' later release, with 25 steps and
     projected guidance of 7.5. Raises ConfigError.
     """
     vae = _vae_config(numbers, source)

@@ -55,8 +55,8 @@ class Config:
     """Model folder or Hub name of a tokenizer: alone, its reconstructions of `data` are scored; with `model`, it
     decodes the samples (null takes the tokenizer inside the generator's folder)."""
     metrics: tuple[Metric, ...] = ()
-    """Scores; empty takes what fits: oracle and fd_shapes for shapes; for reconstructions mae, psnr and ssim, and where
-    there are weights rfid (not for shapes), lpips and dino; else fid and is."""
+    """Scores; empty takes what fits: oracle and fd_shapes for shapes; for reconstructions mae, psnr, ssim, rfid where
+    Inception's weights are found (not for shapes), lpips and dino where the path of theirs is given; else fid, is."""
     data: DataConfig | None = None
     """Images to reconstruct, or real images for fid and others; for shapes (data.kind=shapes), the profile."""
     reference: Path | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from imgtok import images as pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
-from imgtok.data.images import DataConfig, ImageSource, open_images
-from imgtok.data.loaders import Batch, train_loader
+from imgtok.data.images import DataConfig, ImageSource
+from imgtok.data.loaders import Batch
 from imgtok.data.shapes import ShapesConfig
 from imgtok.dino import DINOv2
 from imgtok.flextok import FlexTok, FlexTokConfig
@@ -25,6 +24,7 @@ from imgtok.repa import AlignedFlexTok, REPAConfig, load_teacher, teacher_featur
 from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
 from imgtok.vae import VAE, from_diffusers, is_diffusers, packaged_vae
 from train.config import TrainingConfig
+from train.image_job import ImageJob, open_split
 from train.loop import fit
 
 
@@ -80,9 +80,7 @@ def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
     model = build_model(config)
     size = model.image_size
-    source = open_images(config.data, size, flip=config.flip, crop=config.crop, held_out_fraction=config.held_out)
-    split: Literal["train", "held_out"] = "held_out" if config.held_out else "train"
-    shown = open_images(config.data, size, split=split, held_out_fraction=config.held_out)
+    source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job: TokenizerJob
     if isinstance(model, FlexTok) and config.repa is not None:
         job = AlignedJob(config, model, load_teacher(config.repa), source, shown)
@@ -119,33 +117,17 @@ def load_vae(name: str, scaling_factor: float | None = None) -> VAE:
     return vae
 
 
-class TokenizerJob:
+class TokenizerJob(ImageJob):
     """What the training loop needs to know about a tokenizer."""
 
     def __init__(self, config: Config, model: Tokenizer, source: ImageSource, shown: ImageSource) -> None:
+        super().__init__(source, shown, config.training)
         self.config = config
         self.model: nn.Module = model
-        self.source = source
-        self.shown = shown
-
-    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Batch]:
-        training = self.config.training
-        return train_loader(
-            self.source,
-            training.batch_size,
-            seed=training.seed,
-            start_step=start_step * training.accumulate,
-            rank=rank,
-            world=world,
-            num_workers=training.num_workers,
-        )
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         losses: Losses = model(batch.images, generator=generator)
         return losses
-
-    def names(self, batch: Batch) -> Sequence[str]:
-        return batch.names
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:

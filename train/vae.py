@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from imgtok import images as pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check
-from imgtok.data.images import DataConfig, ImageSource, open_images
-from imgtok.data.loaders import Batch, eval_loader, train_loader
+from imgtok.data.images import DataConfig, ImageSource
+from imgtok.data.loaders import Batch, eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.discriminator import PatchDiscriminator, adversarial_loss, balance, hinge_loss
 from imgtok.lpips import LPIPS, LPIPSNet, find_lpips_weights
 from imgtok.tokenizer import Losses
 from imgtok.vae import VAE, VAEConfig
 from train.config import TrainingConfig
+from train.image_job import ImageJob, open_split
 from train.loop import fit
 
 
@@ -118,9 +119,7 @@ def main(config: Config) -> None:
     perceptual = load_perceptual(config)  # first: what a missing file has to say should not wait for the data
     model = build_model(config)
     size = config.image_size
-    source = open_images(config.data, size, flip=config.flip, crop=config.crop, held_out_fraction=config.held_out)
-    split: Literal["train", "held_out"] = "held_out" if config.held_out else "train"
-    shown = open_images(config.data, size, split=split, held_out_fraction=config.held_out)
+    source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     fit(VAEJob(config, model, perceptual, source, shown), config.training, config.out, config)
 
 
@@ -198,38 +197,22 @@ class VAETraining(nn.Module):
         return Losses(total, parts)
 
 
-class VAEJob:
+class VAEJob(ImageJob):
     """What the training loop needs to know about an autoencoder."""
 
     def __init__(
         self, config: Config, model: VAETraining, perceptual: LPIPS | None, source: ImageSource, shown: ImageSource
     ) -> None:
+        super().__init__(source, shown, config.training)
         self.config = config
         self.model: nn.Module = model
         self.perceptual = perceptual
-        self.source = source
-        self.shown = shown
-
-    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Batch]:
-        training = self.config.training
-        return train_loader(
-            self.source,
-            training.batch_size,
-            seed=training.seed,
-            start_step=start_step * training.accumulate,
-            rank=rank,
-            world=world,
-            num_workers=training.num_workers,
-        )
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         if self.perceptual is not None:
             self.perceptual.to(batch.images.device)
         losses: Losses = model(batch.images, generator=generator, perceptual=self.perceptual)
         return losses
-
-    def names(self, batch: Batch) -> Sequence[str]:
-        return batch.names
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
