@@ -116,10 +116,9 @@ class FlexTokConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        cell = self.patch_size * (self.vae.factor if self.vae else 1)
-        if self.image_size % cell:
+        if self.image_size % self.cell:
             raise ValueError(
-                f"image_size: {self.image_size} is not a multiple of {cell}, the pixels a side of one patch"
+                f"image_size: {self.image_size} is not a multiple of {self.cell}, the pixels a side of one patch"
             )
         if self.initialisation == "aligned" and self.positions != "learned":
             raise ValueError("initialisation: aligned needs positions: learned")
@@ -133,7 +132,17 @@ class FlexTokConfig:
     @property
     def grid(self) -> int:
         """Patches a side."""
-        return self.image_size // (self.patch_size * (self.vae.factor if self.vae else 1))
+        return self.image_size // self.cell
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent cell; 1 in pixels."""
+        return self.vae.factor if self.vae else 1
+
+    @property
+    def cell(self) -> int:
+        """Pixels a side of one patch."""
+        return self.patch_size * self.factor
 
 
 # ---------------------------------------------------------------- blocks
@@ -635,7 +644,7 @@ class FlexTok(Tokenizer):
 
         In float32 and without gradient; in pixels, the images themselves.
         """
-        cell = self.image_size // self.config.grid
+        cell = self.config.cell
         height, width = images.shape[-2:]
         if height % cell or width % cell:
             raise ValueError(f"an image of {height} x {width} pixels does not divide into patches of {cell} x {cell}")
@@ -668,27 +677,24 @@ class FlexTok(Tokenizer):
         ValueError for pixels that are not finite, a size that does not divide into patches or is larger than the
         position table, and a number of tokens outside 1..K.
         """
+        counts = self._token_counts(num_tokens, len(images))
         if isinstance(images, Tensor):
-            check_finite(images)
-            return self.encode_latents(self._latents(images, 0, posterior_seed), num_tokens=num_tokens)
-        for row, image in enumerate(images):
-            check_finite(image[None], row)
-        latents = [self._latents(image[None], row, posterior_seed)[0] for row, image in enumerate(images)]
-        counts = self._token_counts(num_tokens, len(latents))
-        ids = torch.zeros(len(latents), max(counts), dtype=torch.long, device=latents[0].device)
-        for shape in dict.fromkeys(one.shape for one in latents):
-            rows = [row for row, one in enumerate(latents) if one.shape == shape]
-            same_size = torch.stack([latents[row] for row in rows])
-            ids[rows] = self.encode_latents(same_size, num_tokens=max(counts)).ids
+            latents = self._latents(images, range(len(images)), posterior_seed)
+            return self.encode_latents(latents, num_tokens=counts)
+        ids = torch.zeros(len(images), max(counts), dtype=torch.long, device=images[0].device)
+        for shape in dict.fromkeys(image.shape for image in images):
+            rows = [row for row, image in enumerate(images) if image.shape == shape]
+            latents = self._latents(torch.stack([images[row] for row in rows]), rows, posterior_seed)
+            ids[rows] = self.encode_latents(latents, num_tokens=max(counts)).ids
         return Tokens(ids, torch.tensor(counts, device=ids.device)).padded()
 
-    def _latents(self, images: Tensor, first: int, seed: int | None) -> Tensor:
-        """`to_latents` of images `first` onwards, with the posterior's noise of `seed` unless that is None."""
+    def _latents(self, images: Tensor, rows: Sequence[int], seed: int | None) -> Tensor:
+        """`to_latents` of the images `rows` of a batch, with the posterior's noise of `seed` unless that is None."""
+        check_finite(images, rows)
         if self.config.vae is None or seed is None:
             return self.to_latents(images)
-        sides = (side // self.config.vae.factor for side in images.shape[-2:])
-        shape = (self.config.latent_channels, *sides)
-        noise = randomness.normal(seed, range(first, first + len(images)), shape, "posterior")
+        sides = (side // self.config.factor for side in images.shape[-2:])
+        noise = randomness.normal(seed, rows, (self.config.latent_channels, *sides), "posterior")
         return self.to_latents(images, noise.to(images.device))
 
     @torch.no_grad()
@@ -698,7 +704,7 @@ class FlexTok(Tokenizer):
         Only as many registers are computed as the longest row needs: later ones could not change them.
         """
         counts = self._token_counts(num_tokens, len(latents))
-        check_finite(latents)
+        check_finite(latents, range(len(latents)))
         codes = self.quantizer(self.encoder(latents, max(counts)))
         return Tokens(self.quantizer.codes_to_ids(codes), torch.tensor(counts, device=latents.device)).padded()
 
@@ -791,14 +797,13 @@ class FlexTok(Tokenizer):
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image of `size` pixels."""
         height, width = size or (self.image_size, self.image_size)
-        cell = self.image_size // self.config.grid
+        cell = self.config.cell
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % cell or side > self.image_size:
                 raise ValueError(
                     f"size: a {name} of {side} pixels; this model decodes multiples of {cell} up to {self.image_size}"
                 )
-        factor = self.config.vae.factor if self.config.vae else 1
-        return (self.config.latent_channels, height // factor, width // factor)
+        return (self.config.latent_channels, height // self.config.factor, width // self.config.factor)
 
     def _guided_velocity(self, condition: Condition, times: Sequence[float], guidance: flow.Guidance) -> flow.Velocity:
         """The decoder as a function of (x, t), t one of `times`, guided against the null condition unless by 1."""
@@ -819,9 +824,9 @@ class FlexTok(Tokenizer):
         return guided
 
 
-def check_finite(images: Tensor, first: int = 0) -> None:
-    """Raises ValueError that names the first image with a pixel that is NaN or infinite."""
+def check_finite(images: Tensor, rows: Sequence[int]) -> None:
+    """Raises ValueError that names the first of the images `rows` with a pixel that is NaN or infinite."""
     bad = ~images.isfinite().flatten(1).all(dim=1)
     if bool(bad.any()):
-        row = first + int(bad.nonzero()[0])
+        row = rows[int(bad.nonzero()[0])]
         raise ValueError(f"image {row} has pixels that are not finite (NaN or infinite); images lie in [-1, 1]")

@@ -21,7 +21,8 @@ from imgtok import images as pictures
 from imgtok.data.oracle import read_classes
 from imgtok.data.shapes import CLASS_NAMES
 from imgtok.files import replacing
-from sample.images import RECORD, image_path, read_image
+from imgtok.metrics.saved_images import RECORD
+from sample.images import image_path, read_image
 from sample.results import Line, Panel, draw_panel
 
 STYLE = """

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from imgtok import config as configuration
+from imgtok.processes import on_cpu
 from train.config import TrainingConfig
 from train.log import check_trackers
 from train.state import complete_steps, read_progress, remove_leftovers
@@ -43,13 +43,12 @@ def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
     from accelerate.utils import ProjectConfiguration
 
     check_trackers(config)
-    on_cpu = not torch.accelerator.is_available()
-    if config.precision == "fp16" and on_cpu:
+    if config.precision == "fp16" and on_cpu():
         raise ValueError("training.precision=fp16 needs a GPU, and there is none: choose fp32 or bf16")
     # A process may train several models (the quickstart does); the precision of the first is kept otherwise.
     AcceleratorState._reset_state()
     return Accelerator(
-        cpu=on_cpu,
+        cpu=on_cpu(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         gradient_accumulation_steps=config.accumulate,
         log_with=list(config.trackers) or None,
