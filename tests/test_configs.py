@@ -21,10 +21,9 @@ from generators.gpt import GPT, flextok_size
 from imgtok.cli import JOBS, main
 from imgtok.config import from_dict, load, read_yaml
 from imgtok.flextok import FlexTok, FlexTokConfig
-from imgtok.vae import VAEConfig
+from imgtok.vae import VAEConfig, load_vae
 from train.loop import Trainer
 from train.state import complete_steps
-from train.tokenizer import load_vae
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED_VAES = {"EPFL-VILAB/flextok_vae_c16": VAEConfig(latent_channels=16)}
@@ -35,7 +34,7 @@ PUBLISHED_SIZES = {
 }
 """Trained numbers of encoder and decoder: the specification, section 1."""
 TRAINING = ("train-vae", "train-tokenizer", "train-generator")
-ORDER = ("train-vae", "train-tokenizer", "cache", "train-generator")
+ORDER = ("train-vae", "train-tokenizer", "cache", "cache-latents", "train-generator")
 
 
 def job_of(path: Path) -> str:

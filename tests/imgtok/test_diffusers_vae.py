@@ -11,8 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from imgtok.config import ConfigError
-from imgtok.vae import DIFFUSERS_WEIGHTS, OLD_ATTENTION, from_diffusers, is_diffusers, packaged_vae
-from train.tokenizer import load_vae
+from imgtok.vae import DIFFUSERS_WEIGHTS, OLD_ATTENTION, from_diffusers, is_diffusers, load_vae, packaged_vae
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def test_old_names_of_the_attention(written, tmp_path):
         ({"_class_name": "AutoencoderDC"}, "_class_name: 'AutoencoderDC', must be 'AutoencoderKL'"),
         ({"act_fn": "gelu"}, "act_fn: 'gelu', imgtok can use 'silu' alone"),
         ({"shift_factor": 0.1}, "shift_factor: 0.1"),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]}, "down_block_types"),
         ({"latent_channels": None}, "lacks latent_channels"),
     ],
 )
