@@ -1,4 +1,4 @@
-"""A generator with its tokenizer: from classes or prompts to images, in batches whose size leaves no trace.
+"""A generator with its tokenizer or autoencoder: from classes or prompts to images, in batches that leave no trace.
 
 Image i of seed s depends on (s, i) and its label alone, which is a class or, after `read_prompts`, the number of
 a prompt. Noise and token draws are keyed that way; what remains is arithmetic. On a CPU the last bits of a result
@@ -8,6 +8,7 @@ So there images are computed in blocks of `ROWS`, the last one padded, with a fi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from generators.gpt import GPT, Condition, SamplingConfig
+from generators.xar import XAR, FlowSampling
 from imgtok.captions import Captions
 from imgtok.hub import find_folder, load
 from imgtok.images import to_uint8
@@ -23,6 +25,7 @@ from imgtok.processes import cpu_threads
 from imgtok.text_encoder import TextEncoder
 from imgtok.tokenizer import Tokenizer
 from imgtok.tokens import Tokens
+from imgtok.vae import VAE
 
 ROWS = 16
 """Images that a CPU computes at once."""
@@ -37,10 +40,113 @@ class DecodeSettings:
     guidance: float | None = None
 
 
-class Pipeline:
-    """A loaded generator and tokenizer on one device; `threads` is how many of a CPU it uses."""
+class Pipeline(ABC):
+    """A loaded generator with what makes images of its draws, on one device; `threads` is how many of a CPU it uses."""
+
+    generator: GPT | XAR
+    tokenizer: Tokenizer | VAE
+    reads_text = False
+    most_tokens: int | None = None
+    """Tokens that an image can have; None for a generator of latents."""
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self.device = device
+        self.threads = threads
+        self.prompts: Sequence[str] = ()
+
+    @staticmethod
+    def load(model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
+        """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
+        folder = find_folder(model)
+        generator = load(folder)
+        if not isinstance(generator, GPT | XAR):
+            name = type(generator).__name__
+            raise ValueError(
+                f"{folder} holds a {name} (kind {generator.config.kind!r}), but a GPT or XAR is needed here"
+            )
+        place = tokenizer_folder(folder, tokenizer)
+        if isinstance(generator, XAR):
+            return LatentPipeline(generator, load(place, expect=VAE), device, threads)
+        return TokenPipeline(generator, load(place, expect=Tokenizer), device, threads)
+
+    @property
+    def num_classes(self) -> int:
+        """Labels lie in [0, num_classes): classes, or prompts. Raises ValueError for text without prompts."""
+        return self.generator.config.num_classes
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Pixels a side."""
+
+    @abstractmethod
+    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> SamplingConfig | FlowSampling:
+        """Which of the two this generator draws by. Raises ValueError if the other was changed."""
+
+    def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
+        """Draw for `prompts` from now on. Raises ValueError for a generator without text."""
+        raise ValueError("prompts: this generator cannot read them, it draws classes")
+
+    @torch.no_grad()
+    def images(
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        *,
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> Tensor:
+        """uint8 images (len(indices), 3, H, W)."""
+        count = decode.num_tokens
+        return self.images_at((count,), indices, labels, seed=seed, sampling=sampling, decode=decode)[count]
+
+    @torch.no_grad()
+    def images_at(
+        self,
+        counts: Sequence[int | None],
+        indices: Sequence[int],
+        labels: Sequence[int],
+        *,
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> dict[int | None, Tensor]:
+        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many; None is all.
+
+        Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
+        its own uniform and the tokens before it, so a longer draw begins with the shorter one.
+        """
+        with cpu_threads(self.threads):
+            blocks = [
+                self._block(
+                    [indices[row] for row in rows], [labels[row] for row in rows], counts, seed, sampling, decode
+                )
+                for rows in blocks_of(len(indices), self.device)
+            ]
+        return {count: torch.cat([block[count] for block in blocks]) for count in counts}
+
+    @abstractmethod
+    def _block(
+        self,
+        indices: list[int],
+        labels: list[int],
+        counts: Sequence[int | None],
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> dict[int | None, Tensor]:
+        """The images of one block, computed together."""
+
+
+class TokenPipeline(Pipeline):
+    """A GPT and the tokenizer whose ids it draws."""
+
+    generator: GPT
+    tokenizer: Tokenizer
 
     def __init__(self, generator: GPT, tokenizer: Tokenizer, device: torch.device, threads: int = 1) -> None:
+        super().__init__(device, threads)
         if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
             raise ValueError(
                 f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
@@ -48,25 +154,12 @@ class Pipeline:
             )
         self.generator = generator.to(device).eval()
         self.tokenizer = tokenizer.to(device).eval()
-        self.device = device
-        self.threads = threads
-        self.prompts: Sequence[str] = ()
+        self.reads_text = generator.config.reads_text
+        self.most_tokens = generator.config.num_tokens
         self.encoder: TextEncoder | None = None
-
-    @classmethod
-    def load(cls, model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
-        """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
-        folder = find_folder(model)
-        generator = load(folder, expect=GPT)
-        return cls(generator, load(tokenizer_folder(folder, tokenizer), expect=Tokenizer), device, threads)
-
-    @property
-    def reads_text(self) -> bool:
-        return self.generator.config.reads_text
 
     @property
     def num_classes(self) -> int:
-        """Labels lie in [0, num_classes): classes, or prompts. Raises ValueError for text without prompts."""
         if not self.reads_text:
             return self.generator.config.num_classes
         if not self.prompts:
@@ -75,6 +168,15 @@ class Pipeline:
                 "prompt a line); then score its images with imgtok evaluate images=FOLDER"
             )
         return len(self.prompts)
+
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.image_size
+
+    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> SamplingConfig:
+        if flow != FlowSampling():
+            raise ValueError("flow: this generator draws tokens and not latents; use the fields of `sampling`")
+        return sampling
 
     def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
         """Draw for `prompts` from now on, with the text encoder that is named or that the generator names.
@@ -101,70 +203,79 @@ class Pipeline:
         features = {label: self.encoder.encode([self.prompts[label]])[0] for label in sorted(set(labels))}
         return Captions.pad([features[label] for label in labels])
 
-    @torch.no_grad()
-    def images(
-        self,
-        indices: Sequence[int],
-        labels: Sequence[int],
-        *,
-        seed: int,
-        sampling: SamplingConfig,
-        decode: DecodeSettings,
-    ) -> Tensor:
-        """uint8 images (len(indices), 3, H, W)."""
-        count = self.generator.config.num_tokens if decode.num_tokens is None else decode.num_tokens
-        return self.images_at((count,), indices, labels, seed=seed, sampling=sampling, decode=decode)[count]
-
-    @torch.no_grad()
-    def images_at(
-        self,
-        counts: Sequence[int],
-        indices: Sequence[int],
-        labels: Sequence[int],
-        *,
-        seed: int,
-        sampling: SamplingConfig,
-        decode: DecodeSettings,
-    ) -> dict[int, Tensor]:
-        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many tokens.
-
-        Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
-        its own uniform and the tokens before it, so a longer draw begins with the shorter one.
-        """
-        with cpu_threads(self.threads):
-            blocks = [
-                self._block(
-                    [indices[row] for row in rows], [labels[row] for row in rows], counts, seed, sampling, decode
-                )
-                for rows in blocks_of(len(indices), self.device)
-            ]
-        return {count: torch.cat([block[count] for block in blocks]) for count in counts}
-
     def _block(
         self,
         indices: list[int],
         labels: list[int],
-        counts: Sequence[int],
+        counts: Sequence[int | None],
         seed: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | FlowSampling,
         decode: DecodeSettings,
-    ) -> dict[int, Tensor]:
-        """The images of one block, computed together."""
-        padded = pad_to_rows(indices)
+    ) -> dict[int | None, Tensor]:
+        assert isinstance(sampling, SamplingConfig), "see `choose`"
+        padded, total = pad_to_rows(indices), self.generator.config.num_tokens
         ids = self.generator.generate(
             self.condition(pad_to_rows(labels)),
             seed=seed,
             indices=padded,
             sampling=sampling,
-            num_tokens=max(counts),
+            num_tokens=max(total if count is None else count for count in counts),
         )
         tokens, images = Tokens.full(ids), {}
         for count in counts:
+            shown = tokens.truncate(total if count is None else count)
             decoded = self.tokenizer.decode(
-                tokens.truncate(count), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
+                shown, seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
             )
             images[count] = to_uint8(decoded[: len(indices)]).cpu()
         return images
+
+
+class LatentPipeline(Pipeline):
+    """An xAR and the autoencoder whose latents it draws."""
+
+    generator: XAR
+    tokenizer: VAE
+
+    def __init__(self, generator: XAR, autoencoder: VAE, device: torch.device, threads: int = 1) -> None:
+        super().__init__(device, threads)
+        drawn, decoded = generator.config.latent_channels, autoencoder.config.latent_channels
+        if drawn != decoded:
+            raise ValueError(
+                f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were "
+                "not trained together"
+            )
+        self.generator = generator.to(device).eval()
+        self.tokenizer = autoencoder.to(device).eval()
+
+    @property
+    def image_size(self) -> int:
+        size: int = self.generator.config.grid * self.tokenizer.config.factor
+        return size
+
+    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> FlowSampling:
+        if sampling != SamplingConfig():
+            raise ValueError("sampling: this generator draws latents and not tokens; use the fields of `flow`")
+        return flow
+
+    def _block(
+        self,
+        indices: list[int],
+        labels: list[int],
+        counts: Sequence[int | None],
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> dict[int | None, Tensor]:
+        assert isinstance(sampling, FlowSampling), "see `choose`"
+        if tuple(counts) != (None,) or decode != DecodeSettings():
+            raise ValueError(
+                "num_tokens, decode_steps, decode_guidance: this generator draws whole latents, which its autoencoder "
+                "decodes in one go; leave them out (flow.steps are the generator's)"
+            )
+        rows = torch.tensor(pad_to_rows(labels), device=self.device)
+        latents = self.generator.generate(rows, seed=seed, indices=pad_to_rows(indices), sampling=sampling)
+        return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)].clamp(-1, 1)).cpu()}
 
 
 def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:

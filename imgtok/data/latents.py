@@ -9,6 +9,7 @@ row by row as they are asked for. MAR's folders, with one .npz per image, are re
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
@@ -144,6 +145,8 @@ class Latents(ABC):
     mirrored: bool
     labels: Tensor
     """(N,) int64."""
+    digest: str
+    """16 hexadecimal digits that change with what the latents were made from."""
     indices: Tensor
     """(N,) int64: which image of the source each row is; its randomness goes by this number."""
 
@@ -196,7 +199,7 @@ class LatentDataset(Latents):
             made, wanted = f"autoencoder {info.fingerprint}", f"autoencoder {expect_fingerprint}"
             raise DataError(f"{folder}: latents of {made}, but {wanted} is asked for; {REMEDY}")
         self.latent_channels, self.grid, self.mirrored = info.latent_channels, info.grid, info.mirrored
-        self.num_classes, self.scaling_factor = info.num_classes, info.scaling_factor
+        self.num_classes, self.scaling_factor, self.digest = info.num_classes, info.scaling_factor, info.digest
         columns = [_read_columns(path, info) for path in self._paths]
         labels, indices = (torch.cat([column[part] for column in columns]) for part in (0, 1))
         self.labels, self.indices = labels.long(), indices
@@ -265,6 +268,8 @@ class MARLatents(Latents):
         if empty:
             raise DataError(f"{folder / empty[0]}: a class folder without .npz files; remove it or fill it")
         self.num_classes = len(classes)
+        names = "\n".join(os.path.relpath(path, folder) for path in self._paths)
+        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         self.labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(g) for g in files]))
         self.indices = torch.arange(len(self._paths))
         self._shape: tuple[int, ...] = ()
