@@ -151,12 +151,14 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         width, heads = config.width, config.num_heads
-        dropouts = {"dropout": config.dropout, "weight_dropout": config.attention_dropout}
         self.attention_norm = RMSNorm(width)
-        self.attention = Attention(width, heads, qk_norm=config.qk_norm, **dropouts)
+        dropout, weight_dropout, qk_norm = config.dropout, config.attention_dropout, config.qk_norm
+        self.attention = Attention(width, heads, qk_norm=qk_norm, dropout=dropout, weight_dropout=weight_dropout)
         self.cross_norm = RMSNorm(width) if config.reads_text else None
         self.cross_attention = (
-            CrossAttention(width, heads, qk_norm=config.qk_norm, **dropouts) if config.reads_text else None
+            CrossAttention(width, heads, qk_norm=qk_norm, dropout=dropout, weight_dropout=weight_dropout)
+            if config.reads_text
+            else None
         )
         self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width, config.mlp_hidden, dropout=config.dropout)

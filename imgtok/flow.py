@@ -8,7 +8,8 @@ and the network predicts the velocity v = noise - x0. Sampling therefore walks f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,6 +83,41 @@ def adams(velocity: Velocity, noise: Tensor, steps: int, on_step: OnStep | None 
         if on_step is not None:
             on_step(step + 1, moved, x - t * v)
         x, before = moved, v
+    return x
+
+
+STOCHASTIC_LAST = 0.04
+"""Where `stochastic_euler` stops adding noise (xAR, as published)."""
+
+
+def stochastic_times(steps: int) -> list[float]:
+    """Where `stochastic_euler` calls the model: evenly from 1 to 0.04.
+
+    Raises ValueError for fewer than two steps: a single one would start and end at once.
+    """
+    if steps < 2:
+        raise ValueError(f"a stochastic flow sampler needs at least 2 steps, not {steps}")
+    times: list[float] = torch.linspace(1, STOCHASTIC_LAST, steps, dtype=torch.float64).tolist()
+    return times
+
+
+def stochastic_euler(
+    velocity: Velocity, noise: Tensor, steps: int, draws: Sequence[Tensor], on_step: OnStep | None = None
+) -> Tensor:
+    """Euler-Maruyama on the reverse SDE with diffusion 2 t (xAR as published, after SiT, arXiv 2401.08740).
+
+    The score is -(x + (1 - t) v) / t, so the drift v - t score is x + (2 - t) v. Each step but the last adds
+    sqrt(2 t) sqrt(dt) times one of the `steps` - 1 `draws`; the last, from 0.04 to 0, adds none.
+    """
+    x = noise
+    for step, (t, after) in enumerate(pairwise([*stochastic_times(steps), 0.0])):
+        v = velocity(x, t)
+        moved = x + (after - t) * (x + (2 - t) * v)
+        if after > 0:
+            moved = moved + math.sqrt(2 * t * (t - after)) * draws[step]
+        if on_step is not None:
+            on_step(step + 1, moved, x - t * v)
+        x = moved
     return x
 
 

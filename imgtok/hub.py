@@ -33,6 +33,7 @@ KINDS: Mapping[str, str] = {
     "vae": "imgtok.vae:VAE",
     "flextok": "imgtok.flextok:FlexTok",
     "gpt": "generators.gpt:GPT",
+    "xar": "generators.xar:XAR",
 }
 """`kind` in config.json -> class. Strings, so that imgtok imports no generator before one is asked for."""
 

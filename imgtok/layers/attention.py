@@ -42,6 +42,7 @@ class Attention(nn.Module):
         *,
         qk_norm: bool = False,
         scale: float | None = None,
+        bias: bool = False,
         dropout: float = 0.0,
         weight_dropout: float = 0.0,
     ) -> None:
@@ -50,8 +51,8 @@ class Attention(nn.Module):
         self.qk_norm = qk_norm
         self.scale = scale
         self.weight_dropout = weight_dropout
-        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=bias)
+        self.out_proj = nn.Linear(width, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -63,12 +64,14 @@ class Attention(nn.Module):
         causal: bool = False,
         rotate: Rotation | None = None,
         cache: LayerCache | None = None,
+        keep: int | None = None,
     ) -> Tensor:
         """`mask` is boolean (True = may look) or additive, and broadcasts to (B, H, L, S).
 
         With `looks` in place of a mask, the output has their queries' positions, one look behind the other: parts that
         do not see each other cost nothing, and what no look asks for is not computed. With a `cache`, keys and values
-        of earlier calls are prepended, and the new ones kept.
+        of earlier calls are prepended, and the new ones kept, or the first `keep` of them; looks count from the cache's
+        first key.
         """
         q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
         if self.qk_norm:
@@ -76,7 +79,7 @@ class Attention(nn.Module):
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.append(k, v, keep)
         if looks:
             parts = [self._attend(q[:, :, a.queries], k[:, :, a.keys], v[:, :, a.keys], a.mask) for a in looks]
             out_BHLE = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

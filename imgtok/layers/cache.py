@@ -5,6 +5,7 @@ Memory for the whole sequence is taken once, so that a step writes in place and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,18 +26,21 @@ class Memory:
 class LayerCache:
     """Keys and values of one attention layer, (B, H, capacity, E) each, filled from the left."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
         self.keys = keys
         self.values = values
-        self.length = 0
+        self.length = length
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, H, L, E) keys and values behind the stored ones and returns all of them."""
+    def append(self, k: Tensor, v: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, L, E) keys and values behind the stored ones and returns all of them.
+
+        With `keep`, only the first so many stay: the next call writes over the others.
+        """
         end = self.length + k.shape[2]
         assert end <= self.keys.shape[2], "the cache was made for a shorter sequence"
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
-        self.length = end
+        self.length = end if keep is None else self.length + keep
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -60,3 +64,9 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.layers[0].length
+
+    def rows(self, rows: slice, length: int) -> KVCache:
+        """Some rows of the batch as a cache on the same memory, the first `length` positions of which are filled."""
+        part = copy.copy(self)
+        part.layers = [LayerCache(layer.keys[rows], layer.values[rows], length) for layer in self.layers]
+        return part

@@ -15,8 +15,13 @@ def layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
+def rms_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """RMS normalisation, x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 (xAR's blocks)."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, cast back, times a learned weight (LlamaGen)."""
+    """`rms_norm` times a learned weight (LlamaGen, xAR)."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -24,4 +29,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.eps) * self.weight

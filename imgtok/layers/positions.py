@@ -42,16 +42,21 @@ def rotary_2d(head_dim: int, side: int, prefix: int, base: float = 10000.0) -> T
     turns with the row, the second with the column. The prefix rows are **zeros**, not the
     identity: published weights were trained with queries and keys of the prefix set to nought.
     """
+    raster = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    table = rotary_of(raster.float(), head_dim, base)
+    return torch.cat([table.new_zeros(prefix, head_dim // 2, 2), table])
+
+
+def rotary_of(places_L2: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Rotary table (L, head_dim / 2, 2) with [cos, sin] for tokens at (row, column): the first half of the pairs turns
+    with the row, the second with the column.
+    """
     if head_dim % 4:
         raise ValueError(f"a head width of {head_dim} cannot be rotated in two dimensions: it must be a multiple of 4")
     half = head_dim // 2
     frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
-    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies
-    rows = angles[:, None, :].expand(side, side, -1)
-    columns = angles[None, :, :].expand(side, side, -1)
-    grid = torch.cat([rows, columns], dim=-1).reshape(side * side, half)
-    table = torch.stack([grid.cos(), grid.sin()], dim=-1)
-    return torch.cat([table.new_zeros(prefix, half, 2), table])
+    angles = (places_L2[:, :, None] * frequencies).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x: Tensor, table_LP2: Tensor) -> Tensor:

@@ -47,14 +47,15 @@ class Case:
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters under their published names."""
-        seed = self.about["weight_seed"] if "weight_seed" in self.about else self.about["weights_seed"]
+        places = {**self.about.get("config", {}), **self.about}
+        seed = places["weight_seed"] if "weight_seed" in places else places["weights_seed"]
         return {key: torch.from_numpy(value) for key, value in recipe.weights(self.about["shapes"], seed).items()}
 
-    def errors(self, ours: Mapping[str, Tensor]) -> dict[str, float]:
-        """Name -> max|ours - recorded| / tolerance, for every output in `ours`."""
-        return {name: self._error(name, value.detach()) for name, value in ours.items()}
+    def errors(self, ours: Mapping[str, Tensor], tolerance: float = 1e-4) -> dict[str, float]:
+        """Name -> max|ours - recorded| / (tolerance max(1, max|recorded|)), for every output in `ours`."""
+        return {name: self._error(name, value.detach(), tolerance) for name, value in ours.items()}
 
-    def _error(self, name: str, ours: Tensor) -> float:
+    def _error(self, name: str, ours: Tensor, tolerance: float) -> float:
         reference = self.recorded[name]
         assert ours.shape == reference.shape, f"{name}: {tuple(ours.shape)}, recorded {tuple(reference.shape)}"
         if not reference.is_floating_point():
@@ -63,7 +64,7 @@ class Case:
         largest = reference.double().abs().max().item()
         if "grad" in name.split(".")[1:2] or "grad_norms" in name:  # as the `train` cases say
             return difference / (1e-3 * largest)
-        return difference / (1e-4 * max(1.0, largest))
+        return difference / (tolerance * max(1.0, largest)) if difference else 0.0
 
 
 def draw(entry: Mapping[str, Any], seed: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Our models, built as a case describes and filled with its weights.
 
-Where a published parameter lives in a FlexTok of ours is known to imgtok.published; in a GPT, to this file.
+Where a published parameter lives in a FlexTok or xAR of ours is known to imgtok.published and
+generators.published_xar; in a GPT, to this file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from cases import Case
 from torch import nn
 
+from generators import published_xar
+from generators.entities import Cells
 from generators.gpt import GPT, GPTConfig
+from generators.xar import XAR, XARConfig
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.published import Place, as_ours, places
 from imgtok.vae import VAEConfig
@@ -100,4 +104,27 @@ def gpt(case: Case) -> GPT:
     )
     model = GPT(config).eval()
     fill(model, case, gpt_places)
+    return model
+
+
+def xar(case: Case) -> XAR:
+    """The case's xAR."""
+    about = case.about["config"]
+    config = XARConfig(
+        latent_channels=about["latent_channels"],
+        grid=about["latent_grid"][0],
+        num_classes=about["classes"],
+        entities=Cells(height=about["cell"][0], width=about["cell"][1]),
+        width=about["width"],
+        depth=about["first_stack_blocks"],
+        num_heads=about["heads"],
+        dropout=about["dropout"],
+        class_dropout=about["class_drop"],
+    )
+    model = XAR(config).eval()
+    state = model.state_dict()
+    known, weights = places(state, published_xar.NAMES, published_xar.FUSED), case.weights()
+    assert known.keys() == weights.keys(), f"the case has other weights: {known.keys() ^ weights.keys()}"
+    for published, value in weights.items():
+        known[published].view(state).copy_(published_xar.as_ours(published, value))
     return model

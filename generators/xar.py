@@ -1,0 +1,567 @@
+"""xAR (arXiv 2502.20388): next-X prediction, where X is an entity of a continuous latent, drawn by flow matching.
+
+The latent of an image is cut into a few large entities (`generators/entities.py`). A transformer sees the
+sequence of all entities, each moved towards noise by its own time, and predicts each token's velocity; full
+attention within an entity and back to earlier ones, none forward. Training needs no clean copy of the
+sequence: *Noisy Context Learning* lets every entity be at once what is denoised and the noisy context of
+those behind it. Sampling integrates the entities one after the other; the finished ones stand in the
+key/value cache as they are, at time 0. Time and class reach every block as gates, scales and shifts, which are
+the same for all tokens of an entity. Read downwards: configuration, blocks, network, loss, sampling.
+
+Shapes: B images, C channels, G grid side, L tokens, N entities, W width, R rows of a sampling call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generators.entities import Cells, Entities, EntityConfig
+from imgtok import flow, randomness
+from imgtok.config import Fraction, NonNegativeFloat, PositiveInt, check
+from imgtok.hub import Pretrained
+from imgtok.layers.attention import Attention, Look
+from imgtok.layers.cache import KVCache, LayerCache
+from imgtok.layers.norms import RMSNorm, rms_norm
+from imgtok.layers.positions import rotary_of, rotate, time_features
+from imgtok.layers.recompute import call_block
+from imgtok.tokenizer import Losses
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSampling:
+    """How entities are drawn. What is left out is as the model's configuration says, or else as for xAR-B: 40 steps of
+    stochastic Euler, guidance 2.7 at all times.
+    """
+
+    steps: tuple[PositiveInt, ...] | None = None
+    """Calls of the network for an entity: one number for all, or one each (DiSA takes fewer for later ones)."""
+    guidance: tuple[NonNegativeFloat, ...] | None = None
+    """Guidance scale. One number rises linearly from 1 at the first entity to itself at the last, as published; a
+    number for each entity is taken as it stands. At 1 and below nothing is guided."""
+    interval: tuple[Fraction, Fraction] | None = None
+    """Times between which guidance is at work."""
+    solver: Literal["stochastic", "euler", "adams"] | None = None
+    """Stochastic Euler as published; or without added noise, Euler or two-step Adams-Bashforth."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name, value in (("steps", self.steps), ("guidance", self.guidance)):
+            if value == ():
+                raise ValueError(f"{name}: give one number, or one for each entity")
+        if self.interval is not None and self.interval[0] > self.interval[1]:
+            raise ValueError(f"interval: {list(self.interval)} must be [lower, upper]")
+
+    def over(self, defaults: FlowSampling) -> FlowSampling:
+        """What is set here, and the defaults for the rest."""
+        mine = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(defaults, **mine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class XARConfig:
+    """An xAR; the defaults are xAR-B for 256-pixel images in KL-16 latents."""
+
+    kind: Literal["xar"] = "xar"
+    latent_channels: PositiveInt = 16
+    """Channels of the latent; training fills it in from the latent cache."""
+    grid: PositiveInt = 16
+    """Positions a side of the latent; training fills it in from the latent cache."""
+    num_classes: PositiveInt = 1000
+    """Classes; training fills it in from the latent cache. One more row of the table stands for "no class"."""
+    entities: EntityConfig = Cells()
+    """What is predicted next: the X of the paper."""
+    width: PositiveInt = 768
+    """Channels; a multiple of num_heads."""
+    depth: PositiveInt = 8
+    """Blocks of each of the two stacks."""
+    num_heads: PositiveInt = 12
+    """Attention heads; their width is a multiple of 4."""
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Training times: the sigmoid of a normal (the published code), or uniform (the paper)."""
+    whole_times: bool = True
+    """Cut 1000 t down to a whole number for the time embedding, as published weights were trained."""
+    dropout: Fraction = 0.1
+    """Dropout of attention weights, attention outputs, and within and behind the feed-forward layer."""
+    class_dropout: Fraction = 0.1
+    """Share of training samples whose class is replaced by none."""
+    sampling: FlowSampling = FlowSampling()
+    """How `generate` draws unless it is told otherwise."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.width % self.num_heads or self.head_dim % 4:
+            raise ValueError(f"width: {self.width} must be a multiple of 4 num_heads = {4 * self.num_heads}")
+        plan_entities(self.sampling, len(self.entities.lay_out(self.grid)))
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return 2 * (4 * self.width) // 3
+
+
+XAR_SIZES = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
+"""Width, blocks of a stack and heads of the published models."""
+
+
+def xar_size(name: Literal["B", "L", "H"]) -> XARConfig:
+    """xAR-B, -L or -H (table 2), with the sampling of the published README."""
+    width, depth, heads = XAR_SIZES[name]
+    steps, guidance = {"B": (40, 2.7), "L": (50, 2.3), "H": (50, 2.2)}[name]
+    sampling = FlowSampling(steps=(steps,), guidance=(guidance,))
+    return XARConfig(width=width, depth=depth, num_heads=heads, sampling=sampling)
+
+
+@dataclass(frozen=True)
+class EntityPlan:
+    """How one entity is drawn."""
+
+    solver: Literal["stochastic", "euler", "adams"]
+    steps: int
+    guidance: float
+    interval: tuple[float, float]
+
+    @property
+    def times(self) -> list[float]:
+        """Where the network is called."""
+        return flow.stochastic_times(self.steps) if self.solver == "stochastic" else flow.step_times(self.steps)
+
+    def guided(self, t: float) -> bool:
+        return self.guidance > 1 and self.interval[0] <= t <= self.interval[1]
+
+    @property
+    def ever_guided(self) -> bool:
+        return any(self.guided(t) for t in self.times)
+
+
+def plan_entities(sampling: FlowSampling, count: int) -> list[EntityPlan]:
+    """The plan of each of `count` entities.
+
+    Raises ValueError for a list of another length, and for fewer steps than the solver needs.
+    """
+    steps, guidance = sampling.steps or (40,), sampling.guidance or (2.7,)
+    for name, values in (("steps", steps), ("guidance", guidance)):
+        if len(values) not in (1, count):
+            raise ValueError(f"{name}: {len(values)} numbers for {count} entities; give one, or one for each entity")
+    if len(steps) == 1:
+        steps = steps * count
+    if len(guidance) == 1 and count > 1:
+        guidance = tuple(1 + (guidance[0] - 1) * entity / (count - 1) for entity in range(count))
+    solver, interval = sampling.solver or "stochastic", sampling.interval or (0.0, 1.0)
+    plans = [EntityPlan(solver, steps[i], guidance[i], interval) for i in range(count)]
+    for plan in plans:
+        try:
+            _ = plan.times
+        except ValueError as error:
+            raise ValueError(f"steps: {error}") from error
+    return plans
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class GEGLU(nn.Module):
+    """fc2(GELU(fc1_g h) * fc1_x h), all with bias. The published class is named SwiGLU and handed an exact GELU.
+
+    One fused projection holds the gate's rows first, then the other's.
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(width, 2 * hidden)
+        self.down_proj = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.dropout(self.down_proj(self.dropout(F.gelu(gate) * up)))
+
+
+class XARBlock(nn.Module):
+    """Pre-norm attention and gated feed-forward, each between a scale and shift and a gate of its entity."""
+
+    def __init__(self, config: XARConfig) -> None:
+        super().__init__()
+        self.attention = Attention(
+            config.width, config.num_heads, bias=True, dropout=config.dropout, weight_dropout=config.dropout
+        )
+        self.mlp = GEGLU(config.width, config.mlp_hidden, config.dropout)
+        self.modulation = nn.Linear(config.width, 6 * config.width)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        span: Span,
+        rotary: Tensor,
+        cache: LayerCache | None,
+        last_only: bool,
+    ) -> Tensor:
+        """X (R, L, W), `modulation` (R, N, 6 W). With `last_only` the earlier entities are looked at, not computed."""
+        gates, scales, shifts = modulation.chunk(3, dim=-1)  # for attention and feed-forward: this order is published
+        (gate_a, gate_m), (scale_a, scale_m), (shift_a, shift_m) = (
+            part.chunk(2, dim=-1) for part in (gates, 1 + scales, shifts)
+        )
+        inputs = span.apply(shift_a, rms_norm(x, EPS), scale_a)
+        attended = self.attention(
+            inputs,
+            looks=[span.last_look] if last_only else span.looks,
+            rotate=lambda y: rotate(y, rotary),
+            cache=cache,
+            keep=span.kept,
+        )
+        if last_only:
+            x, span = x[:, span.last_look.queries], span.only_last()
+            gate_a, gate_m, scale_m, shift_m = (part[:, -1:] for part in (gate_a, gate_m, scale_m, shift_m))
+        x = span.apply(x, attended, gate_a)
+        return span.apply(x, self.mlp(span.apply(shift_m, rms_norm(x, EPS), scale_m)), gate_m)
+
+
+EPS = 1e-6
+"""Of every norm."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive entities that go through the network in one call."""
+
+    sizes: tuple[int, ...]
+    looks: Sequence[Look]
+    """What they see, in the keys of the cache and of this call."""
+    last_look: Look
+    """What the last of them sees."""
+    kept: int | None
+    """Tokens that stay in the cache."""
+
+    @classmethod
+    def of(cls, entities: Entities, first: int, stop: int, *, device: torch.device, kept: int | None = None) -> Span:
+        """Entities `first` to `stop`, all that came before being in the cache.
+
+        A look for each entity computes nothing that is masked; beyond a few, one mask is faster than many looks.
+        """
+        offsets, start, end = entities.offsets, entities.offsets[first], entities.offsets[stop]
+        last = Look(slice(offsets[stop - 1] - start, end - start), slice(0, end))
+        if stop - first <= MOST_LOOKS:
+            looks = [
+                Look(slice(offsets[i] - start, offsets[i + 1] - start), slice(0, offsets[i + 1]))
+                for i in range(first, stop)
+            ]
+        else:
+            looks = [Look(slice(None), slice(None), entities.may_look()[start:end, :end].to(device))]
+        return cls(entities.sizes[first:stop], looks, last, kept)
+
+    @property
+    def length(self) -> int:
+        return sum(self.sizes)
+
+    def only_last(self) -> Span:
+        """The last entity alone, which still sees all."""
+        return Span(self.sizes[-1:], [self.last_look], self.last_look, self.kept)
+
+    def apply(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+        """Base + x * factor, where x is (R, L, W) and the others are that or (R, N, W), one row an entity."""
+        if len(set(self.sizes)) == 1:  # as a view: nothing is copied out to the tokens
+            count = len(self.sizes)
+            x4, base4 = (part.unflatten(1, (count, -1)) for part in (x, base))
+            return torch.addcmul(base4, x4, factor[:, :, None]).flatten(1, 2)
+        lengths = torch.tensor(self.sizes, device=x.device)
+        base, factor = (
+            part if part.shape[1] == x.shape[1] else part.repeat_interleave(lengths, dim=1) for part in (base, factor)
+        )
+        return torch.addcmul(base, x, factor)
+
+
+MOST_LOOKS = 16
+"""Entities that attend one after the other; more of them go through one masked attention."""
+
+
+# ---------------------------------------------------------------- the network
+
+
+class XAR(nn.Module, Pretrained):
+    """Class-conditional xAR. Calling it gives the training loss; `generate` samples."""
+
+    config_class: ClassVar[type] = XARConfig
+    rotary: Tensor
+
+    def __init__(self, config: XARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.entities = config.entities.lay_out(config.grid)
+        width, length = config.width, self.entities.length
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.input_proj = nn.Linear(config.latent_channels, width)
+        self.first_positions = nn.Parameter(torch.empty(length, width))
+        self.input_norm = RMSNorm(width, EPS)
+        self.first_blocks = nn.ModuleList(XARBlock(config) for _ in range(config.depth))
+        self.first_norm = RMSNorm(width, EPS)
+        self.middle_proj = nn.Linear(width, width)
+        self.second_positions = nn.Parameter(torch.empty(length, width))
+        self.second_blocks = nn.ModuleList(XARBlock(config) for _ in range(config.depth))
+        self.second_norm = RMSNorm(width, EPS)
+        self.readout = nn.Linear(width, config.latent_channels)
+        self.register_buffer("rotary", rotary_of(self.entities.places, config.head_dim), persistent=False)
+        self.recompute = False
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Xavier for every matrix, modulation and readout included; 0.02 for tables (section 3.4 of the code)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:  # gate and up are matrices of their own, though they lie in one
+            for matrix in block.mlp.gate_up_proj.weight.chunk(2):
+                nn.init.xavier_uniform_(matrix)
+        for table in (self.class_embedding.weight, self.first_positions, self.second_positions):
+            nn.init.normal_(table, std=0.02)
+
+    @property
+    def blocks(self) -> list[XARBlock]:
+        """Of both stacks, in order."""
+        both = (*self.first_blocks, *self.second_blocks)
+        return [block for block in both if isinstance(block, XARBlock)]
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class"; -1 does so too."""
+        return self.config.num_classes
+
+    def recompute_activations(self) -> None:
+        """From now on keep only the blocks' inputs for the backward pass."""
+        self.recompute = True
+
+    # ------------------------------------------------ one path for training and sampling
+
+    def condition(self, t: Tensor, labels: Tensor) -> Tensor:
+        """Embedding of times in [0, 1] plus that of labels, -1 for none; shapes (...) that broadcast -> (..., W)."""
+        thousandths = t.float() * 1000  # in float64 the product would sometimes lie below the next whole number
+        if self.config.whole_times:
+            thousandths = thousandths.trunc()
+        features = time_features(thousandths.flatten(), max_period=10000.0).unflatten(0, t.shape)
+        rows = torch.where(labels == -1, self.null_class, labels)
+        return self.time_mlp(features.to(self.readout.weight.dtype)) + self.class_embedding(rows)
+
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """What a condition (..., W) does to each block, (..., 6 W) each."""
+        active = F.silu(condition)
+        return [block.modulation(active) for block in self.blocks]
+
+    def velocity(
+        self,
+        x: Tensor,
+        modulations: Sequence[Tensor],
+        span: Span,
+        start: int = 0,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Velocities (R, L, C) of the tokens x (R, L, C) of a span of entities whose first token is number `start`.
+
+        `modulations` (R, N, 6 W) for each block. With `last_only`, the velocities of the last entity.
+        """
+        places = slice(start, start + span.length)
+        rotary = self.rotary[places]
+        layers = [None] * len(self.blocks) if cache is None else cache.layers
+        h = self.input_norm(self.input_proj(x) + self.first_positions[places])
+        for index, block in enumerate(self.blocks):
+            if index == self.config.depth:
+                h = self.middle_proj(self.first_norm(h)) + self.second_positions[places]
+            is_end = index == len(self.blocks) - 1
+            h = call_block(
+                block,
+                h,
+                modulations[index],
+                span,
+                rotary,
+                layers[index],
+                last_only and is_end,
+                recompute=self.recompute,
+            )
+        return self.readout(self.second_norm(h))
+
+    # ------------------------------------------------ training
+
+    def forward(self, latents: Tensor, labels: Tensor, *, generator: torch.Generator) -> Losses:
+        """Noisy Context Learning (section 3.4): mean squared error of all velocities.
+
+        `latents` (B, C, G, G), scaled to about unit deviation; `labels` (B,), -1 for none, dropped at random.
+        """
+        batch, count, device = len(latents), len(self.entities), latents.device
+        labels = self._drop_some(labels, generator)
+        tokens = self.entities.cut(latents)  # (B, L, C)
+        t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
+        noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)
+        sizes = torch.tensor(self.entities.sizes, device=device)
+        t_token = t.repeat_interleave(sizes, dim=1)[..., None]  # (B, L, 1)
+        noisy = t_token * noise + (1 - t_token) * tokens
+        modulations = self.modulations(self.condition(t, labels[:, None]))
+        span = Span.of(self.entities, 0, count, device=device)
+        v = self.velocity(noisy, modulations, span)
+        errors = (v.float() - flow.velocity_target(tokens, noise)).square().mean(dim=(0, 2))  # (L,)
+        first = errors[: self.entities.sizes[0]].mean()
+        return Losses(errors.mean(), {"flow": errors.mean(), "first_entity": first})
+
+    def _draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        if self.config.times == "uniform":
+            return torch.rand(count, generator=generator, device=generator.device)
+        return flow.logit_normal_times(count, generator)
+
+    def _drop_some(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """`class_dropout` of the labels replaced by none."""
+        draws = torch.rand(len(labels), generator=generator, device=generator.device).to(labels.device)
+        return torch.where(draws < self.config.class_dropout, self.null_class, labels)
+
+    # ------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int,
+        indices: Sequence[int],
+        sampling: FlowSampling | None = None,
+        cached: bool = True,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Latents (B, C, G, G) for labels (B,), -1 for no class; row b uses the noise of (`seed`, `indices[b]`) alone.
+
+        `on_step` is told the entity and the steps done in it. `cached=False` computes the finished entities again at
+        every call: slow, kept as the oracle of the cache. Raises ValueError for a label outside the table.
+        """
+        self._check_labels(labels)
+        plans = plan_entities((sampling or FlowSampling()).over(self.config.sampling), len(self.entities))
+        network = SamplingNetwork(self, labels, plans, cached=cached)
+        for entity, plan in enumerate(plans):
+            shape = (plan.steps, self.entities.sizes[entity], self.config.latent_channels)
+            draws = randomness.normal(seed, indices, shape, f"entity {entity}")
+            draws = draws.transpose(0, 1).to(labels.device, self.readout.weight.dtype)  # the start, then a step's each
+            velocity = network.guided(plan)
+            report = None if on_step is None else (lambda step, x, guess, entity=entity: on_step(entity, step))
+            if plan.solver == "stochastic":
+                x = flow.stochastic_euler(velocity, draws[0], plan.steps, list(draws[1:]), report)
+            else:
+                walk = flow.euler if plan.solver == "euler" else flow.adams
+                x = walk(velocity, draws[0], plan.steps, report)
+            network.finished.append(x)
+        return self.entities.join(torch.cat(network.finished, dim=1))
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and not (int(labels.min()) >= -1 and int(labels.max()) <= self.null_class):
+            raise ValueError(
+                f"labels must lie in 0 to {self.config.num_classes - 1} (or -1 or {self.null_class} for no class), "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
+
+
+class SamplingNetwork:
+    """The network of one `generate` call: the entities finished so far, and the cache.
+
+    Rows are the images with their classes and, if anything is guided, the same images without: two branches. An entity
+    enters the cache once, finished and at time 0: the first call behind it carries it in front of the current one. A
+    branch that is not called (no guidance for an entity, or at a time) falls behind and catches up in the same way, so
+    the null branch of a first entity with guidance 1 is never computed.
+    """
+
+    def __init__(self, model: XAR, labels: Tensor, plans: Sequence[EntityPlan], *, cached: bool) -> None:
+        guided = any(plan.ever_guided for plan in plans)
+        rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+        self.model = model
+        self.batch = len(labels)
+        self.modulations = ModulationTable(model, rows, list(dict.fromkeys(t for plan in plans for t in plan.times)))
+        self.finished: list[Tensor] = []
+        self.held = [0, 0]  # entities in the cache, by branch
+        config, length = model.config, model.entities.length
+        self.cache = (
+            KVCache(2 * config.depth, len(rows), config.num_heads, length, config.head_dim, model.readout.weight)
+            if cached
+            else None
+        )
+
+    def guided(self, plan: EntityPlan) -> flow.Velocity:
+        """The velocity of the entity behind the finished ones, as its plan guides it."""
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if not plan.guided(t):
+                return self._call(x, t, CONDITIONAL)
+            if self.held[0] == self.held[1]:
+                v_cond, v_null = self._call(x, t, BOTH).chunk(2)
+            else:
+                v_cond, v_null = self._call(x, t, CONDITIONAL), self._call(x, t, NULL)
+            return flow.classifier_free_guidance(v_cond, v_null, plan.guidance)
+
+        return velocity
+
+    def _call(self, x: Tensor, t: float, branches: range) -> Tensor:
+        """Velocities of the current entity x (B, L, C), for the rows of the branches."""
+        current, held = len(self.finished), self.held[branches.start]
+        new, rows = self.finished[held:], slice(branches.start * self.batch, branches.stop * self.batch)
+        offsets = self.model.entities.offsets
+        cache = None
+        if self.cache is not None:
+            cache = self.cache.rows(rows, offsets[held])
+            self.held[branches.start : branches.stop] = [current] * len(branches)
+        return self.model.velocity(
+            torch.cat([*new, x], dim=1).repeat(len(branches), 1, 1),
+            self.modulations.of_span(len(new), t, rows),
+            Span.of(self.model.entities, held, current + 1, device=x.device, kept=offsets[current] - offsets[held]),
+            offsets[held],
+            cache,
+            last_only=True,
+        )
+
+
+CONDITIONAL, NULL, BOTH = range(1), range(1, 2), range(2)
+"""Branches of a sampling call."""
+
+
+class ModulationTable:
+    """What times and classes do to the blocks, a third of the weights, for all calls of a `generate` at once.
+
+    It depends on nothing else, and all entities share the times: so it is computed in a few large products and not in
+    one small product a block and call. Times are taken together as far as `MOST_NUMBERS` goes.
+    """
+
+    def __init__(self, model: XAR, labels: Tensor, times: Sequence[float]) -> None:
+        self.model = model
+        known = torch.where(labels == -1, model.null_class, labels)
+        self.labels, self.row = torch.unique(known, return_inverse=True)
+        self.times = times
+        numbers = len(self.labels) * len(model.blocks) * 6 * model.config.width
+        self.together = max(1, MOST_NUMBERS // numbers)
+        self.clean = self._compute([0.0])
+        self.loaded, self.part = -1, self.clean
+
+    def of_span(self, clean: int, t: float, rows: slice) -> list[Tensor]:
+        """For each block (R, clean + 1, 6 W): so many finished entities, then one at time t."""
+        part, place = divmod(self.times.index(t), self.together)
+        if part != self.loaded:
+            self.loaded = part
+            self.part = self._compute(self.times[part * self.together : (part + 1) * self.together])
+        row = self.row[rows]
+        return [
+            torch.stack([*[finished[0, row]] * clean, noisy[place, row]], dim=1)
+            for finished, noisy in zip(self.clean, self.part, strict=True)
+        ]
+
+    def _compute(self, times: Sequence[float]) -> list[Tensor]:
+        """(T, classes, 6 W) for each block."""
+        t = torch.tensor(times, device=self.labels.device)
+        return self.model.modulations(self.model.condition(t[:, None], self.labels[None]))
+
+
+MOST_NUMBERS = 1 << 26
+"""Of a `ModulationTable` in memory at once: 256 MB in float32."""
