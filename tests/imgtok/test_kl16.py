@@ -137,6 +137,13 @@ def test_foreign_files(tmp_path, capsys, content, message):
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["kl16.ckpt", "weights/kl16.ckpt", "/nowhere/kl16.safetensors"])
+def test_missing_files(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file of an autoencoder"):
+        load_vae(name)
+
+
 def test_damaged_files(path, tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="kl16.ckpt: not a .*file"):
