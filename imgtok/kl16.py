@@ -13,6 +13,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -115,23 +116,28 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise hub.damaged(path, error) from error
+    with path.open("rb") as file:
+        found = _unpickled(file, path)
+    weights = found.get("model") if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        held = ", ".join(map(str, found))[:200] if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: no weights under the key `model`, where kl16.ckpt has them (found: {held})")
+    return weights
+
+
+def _unpickled(file: BinaryIO, path: Path) -> Any:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path}: not a file of weights alone, and imgtok runs no code from one ({reason}). If you trust its "
             "source, copy the tensors under `model` to a .safetensors file (safetensors.torch.save_file) and give that"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: not a whole file of torch.save ({path.stat().st_size} bytes; {error}); copy or download it again"
         ) from error
-    weights = found.get("model") if isinstance(found, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        held = ", ".join(map(str, found))[:200] if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: no weights under the key `model`, where kl16.ckpt has them (found: {held})")
-    return weights
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path, scaling_factor: float) -> VAEConfig:
@@ -152,7 +158,7 @@ def _config(tensors: Mapping[str, Tensor], path: Path, scaling_factor: float) ->
             scaling_factor=scaling_factor,
             encoder_attention=f"encoder.down.{levels - 1}.attn.0.norm.weight" in tensors,
         )
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: a single number where a kernel should be
         raise ValueError(f"{path}: an autoencoder that imgtok cannot stand for: {error}") from error
 
 

@@ -143,6 +143,8 @@ def load_vae(name: str | Path, scaling_factor: float | None = None) -> VAE:
         from imgtok import kl16  # which imports this module
 
         return kl16.load(path, scaling_factor)
+    if path.suffix in (".ckpt", ".safetensors"):  # or it would be taken for a Hub repository
+        raise FileNotFoundError(f"{path}: no such file of an autoencoder")
     folder = find_folder(name) if "/" in str(name) or path.is_dir() else packaged_vae(str(name))
     if is_diffusers(folder):
         return from_diffusers(folder, scaling_factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -21,6 +22,7 @@ from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shapes import ShapesConfig
 from imgtok.processes import process_state
 from imgtok.vae import VAE, load_vae
+from train.shards import write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +101,9 @@ def main(config: Config) -> None:
     )
     vae.to(state.device)
     writer = LatentShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
-    shards = list(writer.pending())
-    logger.info("%d shards to write in this process, one of %d", len(shards), state.num_processes)
     unreadable = UnreadableImages(len(source))
-    images = sum(len(info.shard_indices(shard)) for shard in shards)
-    with tqdm(total=images, unit="image", desc="cache latents", disable=not state.is_main_process) as progress:
-        for shard in shards:
-            write_shard(config, vae, source, writer, shard, unreadable, progress)
-    state.wait_for_everyone()
+    write = functools.partial(write_shard, config, vae, source, writer, unreadable)
+    write_missing(writer, state, write, command="cache latents")
     logger.info("latents of %d images in %s", len(source), config.out)
 
 
@@ -116,8 +113,8 @@ def write_shard(
     vae: VAE,
     source: ImageSource,
     writer: LatentShardWriter,
-    shard: int,
     unreadable: UnreadableImages,
+    shard: int,
     progress: tqdm,
 ) -> None:
     """Encodes one shard's images, and their mirror images where wanted, and writes it, if need be without any."""
