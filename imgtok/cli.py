@@ -35,7 +35,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "sample": ("sample.images", "make new images with a trained generator"),
     "reconstruct": ("sample.reconstruct", "show images beside their reconstructions at several token counts"),
     "evaluate": ("sample.evaluate", "score images or a model"),
-    "export": ("sample.export", "write a FlexTok as its published code reads it, or a published one as imgtok's"),
+    "export": ("sample.export", "write a FlexTok or xAR as its published code reads it, or such a one as imgtok's"),
     "quickstart": (
         "sample.quickstart",
         "train, sample and score on the built-in shapes, in minutes on a CPU",
@@ -45,7 +45,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
 
 TOOLS = {
     "config": "CONFIG.yaml [JOB] [key=value ...]: check a configuration and print it with all its defaults",
-    "info": "MODEL: print the kind, the parameter counts and the configuration of a model folder",
+    "info": "MODEL: print the kind, the parameter counts and the configuration of a model",
 }
 
 USAGE = "[CONFIG.yaml] [key=value ...] [--key value ...]"

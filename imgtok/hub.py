@@ -2,9 +2,9 @@
 
 A model mixes in `Pretrained`, is built by `Class(config)` and keeps that frozen dataclass as `config`; this
 gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. `load` finds the class by the `kind` in
-`config.json`, and hands what has its published layout to `imgtok.published` (a FlexTok) or `imgtok.kl16`
-(the autoencoder's file). Loading is strict (every tensor, every field), runs no code from a file, and imports
-only the modules in `KINDS`; saving replaces files in one step, so a full disk leaves the previous model readable.
+`config.json`, and hands what has a published layout to the module that reads it (`LAYOUTS`). Loading is strict
+(every tensor, every field), runs no code from a file, and imports only the modules in `KINDS` and `LAYOUTS`; saving
+replaces files in one step, so a full disk leaves the previous model readable.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import imgtok
 from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import replacing
+from imgtok.pickles import load_pickle
 
 KINDS: Mapping[str, str] = {
     "vae": "imgtok.vae:VAE",
@@ -36,6 +37,14 @@ KINDS: Mapping[str, str] = {
     "xar": "generators.xar:XAR",
 }
 """`kind` in config.json -> class. Strings, so that imgtok imports no generator before one is asked for."""
+
+LAYOUTS: Mapping[str, str] = {
+    "encoder.down.0.block.0.conv1.weight": "imgtok.kl16:VAE",
+    "z_proj.weight": "generators.published_xar:XAR",
+}
+"""A tensor that a published file of weights has -> the module that reads such files, and the class it gives."""
+FLEXTOK_LAYOUT = "imgtok.published:FlexTok"
+"""Of published folders, and of .safetensors files, whose header describes them."""
 
 PUBLISHED_ENTRIES = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 """What is at the top of the config.json of a published FlexTok, which has no `kind`."""
@@ -142,10 +151,9 @@ def load(
     """The model in a folder or a Hub repository, of the class that its `kind` names, in evaluation mode.
 
     A FlexTok in its published layout will do as well: a folder, a repository such as
-    "EPFL-VILAB/flextok_d18_d28_in1k", or its .safetensors file alone; and the file of an autoencoder in the layout
-    of `kl16.ckpt`. `expect` is the class (or base class)
-    that the caller can use; another one raises ValueError, as do damaged or unsuitable weights. Raises
-    FileNotFoundError for a missing folder or file.
+    "EPFL-VILAB/flextok_d18_d28_in1k", or its .safetensors file alone; and a file of weights like `kl16.ckpt` (an
+    autoencoder) or `xAR-B.pth`. `expect` is the class (or base class) that the caller can use; another one raises
+    ValueError, as do damaged or unsuitable weights. Raises FileNotFoundError for a missing folder or file.
     """
     folder = _find(name_or_path, revision)
     if is_published(folder):
@@ -160,6 +168,8 @@ def load(
     return _build(model_class, folder, map_location)
 
 
+LONE_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
+"""How the name of a file of weights can end."""
 MODEL_FILES = ("*.json", "*.safetensors", "README.md")
 
 
@@ -169,7 +179,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None, *, files:
     if path.is_dir():
         return path
     if path.exists():
-        hint = "; `imgtok export` makes one of a published checkpoint" if path.suffix == ".safetensors" else ""
+        hint = "; `imgtok export` makes one of a published checkpoint" if path.suffix in LONE_FILES else ""
         raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}{hint}")
     name = str(name_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -255,20 +265,48 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str,
 def _find(name_or_path: str | Path, revision: str | None) -> Path:
     """The local folder of a model; or, where that was given, a lone weights file."""
     path = Path(name_or_path).expanduser()
-    lone = path.is_file() and path.suffix in (".safetensors", ".ckpt")
-    return path if lone else find_folder(name_or_path, revision)
+    if path.suffix in LONE_FILES and not path.exists():  # or it might be taken for a Hub repository
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    return path if path.is_file() and path.suffix in LONE_FILES else find_folder(name_or_path, revision)
 
 
 def _load_published(path: Path, expect: type[Any] | None, map_location: str | torch.device) -> Any:
-    from imgtok import kl16, published  # which import this module
-    from imgtok.flextok import FlexTok
-    from imgtok.vae import VAE
-
-    autoencoder = path.is_file() and kl16.is_published(path)
-    model_class = VAE if autoencoder else FlexTok
+    module_name, _, name = _layout(path).partition(":")
+    module = importlib.import_module(module_name)
+    model_class = getattr(module, name)
     if expect is not None and not issubclass(model_class, expect):
-        raise ValueError(f"{path} holds a published {model_class.__name__}, but a {expect.__name__} is needed here")
-    return kl16.load(path, map_location=map_location) if autoencoder else published.load(path, map_location)
+        raise ValueError(f"{path} holds a published {name}, but a {expect.__name__} is needed here")
+    return module.load(path, map_location=map_location)
+
+
+def _layout(path: Path) -> str:
+    """Who reads a folder or file in a published layout, as in `LAYOUTS`."""
+    if path.is_dir():
+        return FLEXTOK_LAYOUT
+    names = _names_in_file(path)
+    for name, layout in LAYOUTS.items():
+        if name in names:
+            return layout
+    if path.suffix == ".safetensors":
+        return FLEXTOK_LAYOUT
+    raise ValueError(
+        f"{path}: neither an autoencoder like kl16.ckpt nor an xAR like xAR-B.pth, whose weights are by name in the "
+        f"file or in its entries model and model_ema (found: {', '.join(names[:4]) or 'nothing'})"
+    )
+
+
+def _names_in_file(path: Path) -> list[str]:
+    """Of the tensors in a lone file of weights."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            raise damaged(path, error) from error
+    stored = load_pickle(path)
+    if isinstance(stored, Mapping):
+        stored = next((stored[entry] for entry in ("model_ema", "model") if entry in stored), stored)
+    return [str(name) for name in stored] if isinstance(stored, Mapping) else []
 
 
 def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> Any:

@@ -9,18 +9,17 @@ channels are read off the tensors; the 32 groups of the normalisations and the s
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from imgtok import hub
+from imgtok.pickles import load_pickle
 from imgtok.vae import VAE, VAEConfig
 
 logger = logging.getLogger(__name__)
@@ -95,17 +94,6 @@ def load(path: Path, scaling_factor: float | None = None, map_location: str | to
     return vae.to(map_location).eval()
 
 
-def is_published(path: Path) -> bool:
-    """Whether a lone weights file is one of these: any pickle, and a safetensors file with their names."""
-    if path.suffix != ".safetensors":
-        return True
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "encoder.down.0.block.0.conv1.weight" in set(file.keys())
-    except SafetensorError as error:
-        raise hub.damaged(path, error) from error
-
-
 def _as_published(published: str, value: Tensor) -> Tensor:
     return value[..., None, None] if is_kernel(published) else value
 
@@ -116,28 +104,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise hub.damaged(path, error) from error
-    with path.open("rb") as file:
-        found = _unpickled(file, path)
+    found = load_pickle(path)
     weights = found.get("model") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         held = ", ".join(map(str, found))[:200] if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{path}: no weights under the key `model`, where kl16.ckpt has them (found: {held})")
     return weights
-
-
-def _unpickled(file: BinaryIO, path: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path}: not a file of weights alone, and imgtok runs no code from one ({reason}). If you trust its "
-            "source, copy the tensors under `model` to a .safetensors file (safetensors.torch.save_file) and give that"
-        ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a whole file of torch.save ({path.stat().st_size} bytes; {error}); copy or download it again"
-        ) from error
 
 
 def _config(tensors: Mapping[str, Tensor], path: Path, scaling_factor: float) -> VAEConfig:

@@ -1,4 +1,4 @@
-"""`imgtok export`: a FlexTok from its published layout into ours, and from ours into the published one."""
+"""`imgtok export`: a FlexTok or an xAR from its published layout into ours, and from ours into the published one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from generators import published_xar
+from generators.xar import XAR
 from imgtok import published
 from imgtok.cli import run_job
 from imgtok.config import check
 from imgtok.flextok import FlexTok
 from imgtok.hub import load
+from imgtok.vae import load_vae
+from sample.pipeline import check_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -21,31 +25,61 @@ POSITIONAL = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes a FlexTok, of either layout, to a folder in the layout that is asked for; its numbers stay as they are."""
+    """Writes a FlexTok or an xAR, of either layout, in the layout that is asked for; its numbers stay as they are."""
 
     job: Literal["export"] = "export"
     """Which program this file is for."""
     model: str
-    """Model folder, Hub name, or lone .safetensors file of a published FlexTok."""
+    """Model folder, Hub name, or lone file of published weights (a FlexTok's .safetensors, an xAR's .pth)."""
     out: Path
-    """Folder of the new config.json and model.safetensors; files of these names in it are replaced."""
+    """Folder of the new config.json and model.safetensors, which are replaced; for an xAR in the published layout, the
+    .pth or .safetensors file."""
     layout: Literal["imgtok", "published"] = "published"
-    """Whose: "imgtok" as every program here reads it, "published" as the code that FlexTok was published with does."""
+    """Whose: "imgtok" as every program here reads it, "published" as the code that the model was published with."""
+    vae: str | None = None
+    """Autoencoder that goes into the folder of an xAR as `tokenizer/`, so that `imgtok sample` finds it: a folder, Hub
+    name or file such as kl16.ckpt."""
+    raw: bool = False
+    """Takes the plain weights and not the averaged ones of an xAR's training checkpoint."""
     revision: str | None = None
     """Commit, branch or tag of a Hub repository; null takes the newest."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.vae is not None and self.layout == "published":
+            raise ValueError("vae: the published layout has no place for an autoencoder; leave it out")
 
 
 def main(config: Config) -> None:
-    """Writes the folder `out`."""
-    model = load(config.model, expect=FlexTok, revision=config.revision)
-    if config.layout == "published":
-        published.save(model, config.out)
-    else:
+    """Writes the folder or file `out`."""
+    model: Any = (
+        published_xar.load(Path(config.model).expanduser(), raw=True)
+        if config.raw
+        else load(config.model, revision=config.revision)
+    )
+    if not isinstance(model, FlexTok | XAR):
+        name = type(model).__name__
+        raise ValueError(
+            f"{config.model} holds a {name} (kind {model.config.kind!r}), but a FlexTok or XAR is needed here"
+        )
+    if config.vae is not None:
+        add_autoencoder(model, config.vae, config.out / "tokenizer")
+    if config.layout == "imgtok":
         model.save_pretrained(config.out)
+    elif isinstance(model, XAR):
+        published_xar.save(model, config.out)
+    else:
+        published.save(model, config.out)
     logger.info("wrote %s in the layout %s", config.out, config.layout)
+
+
+def add_autoencoder(model: FlexTok | XAR, vae: str, folder: Path) -> None:
+    """Raises ValueError for a model that needs none, or another one."""
+    if not isinstance(model, XAR):
+        raise ValueError("vae: a FlexTok brings its own autoencoder; leave vae out")
+    autoencoder = load_vae(vae)
+    check_autoencoder(model, autoencoder)
+    autoencoder.save_pretrained(folder)
 
 
 if __name__ == "__main__":

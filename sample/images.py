@@ -31,7 +31,7 @@ from imgtok.files import replacing
 from imgtok.hub import find_folder
 from imgtok.metrics.saved_images import RECORD, open_npz
 from imgtok.processes import process_state
-from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn, tokenizer_folder
+from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_by_class, labels_in_turn, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class Config:
     out: Path = Path("outputs/samples")
     """Folder of the images."""
     num: PositiveInt = 64
-    """Images to draw; image i is of class classes[i % number of classes], or of prompt i % number of prompts."""
+    """Images to draw; image i is of class classes[i % number of classes], or of prompt i % number of prompts, unless
+    `order` says otherwise."""
     classes: tuple[int, ...] = ()
     """Classes to draw, -1 for no class; empty draws all in turn."""
     prompts: str | None = None
@@ -62,6 +63,8 @@ class Config:
     """Folder or Hub name of the text encoder; null takes the one that the generator names."""
     per_class: PositiveInt | None = None
     """Images of each class or prompt; takes the place of `num`."""
+    order: Literal["in_turn", "by_class"] = "in_turn"
+    """Classes or prompts in turn, or `per_class` images of one and then of the next, as papers number them."""
     seed: NonNegativeInt = 0
     """Image i of a seed is the same whatever the batch size or number of processes."""
     batch_size: PositiveInt = 64
@@ -86,6 +89,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.order == "by_class" and self.per_class is None:
+            raise ValueError("order: by_class needs per_class, the number of images of each class")
 
     @property
     def decode(self) -> DecodeSettings:
@@ -119,9 +124,12 @@ def main(config: Config) -> None:
 
 
 def plan_labels(config: Config, num_classes: int) -> list[int]:
-    """The label of every index, interleaved over the classes. Raises ValueError for a class outside the model's."""
+    """The label of every index, in the order that is asked for. Raises ValueError for a class outside the model's."""
     if config.prompts is not None and config.classes:
         raise ValueError("classes: a generator that reads text has none; leave classes out, or prompts")
+    if config.order == "by_class":
+        assert config.per_class is not None, "see Config"
+        return labels_by_class(config.classes, config.per_class, num_classes, unlabelled=True)
     count = config.per_class * (len(config.classes) or num_classes) if config.per_class else config.num
     return labels_in_turn(config.classes, count, num_classes, unlabelled=True)
 
@@ -139,14 +147,16 @@ def read_prompts(prompts: str) -> list[str]:
 def claim_folder(config: Config, labels: Sequence[int]) -> None:
     """Records the request in the folder; refuses one that holds images of another request or of unknown origin.
 
-    A larger or smaller number of images is the same request: what is there already is kept.
+    A larger or smaller number of images is the same request: what is there already is kept. With order=by_class it is
+    another one, since the classes of the images then depend on it.
     """
     request = describe_request(config)
     path = config.out / RECORD
     if path.exists():
         previous = json.loads(path.read_text(encoding="utf-8")).get("request")
         if previous != request:
-            changed = [key for key in request if not isinstance(previous, dict) or previous.get(key) != request[key]]
+            known = previous if isinstance(previous, dict) else {}
+            changed = [key for key in request | known if known.get(key) != request.get(key)]
             raise ValueError(
                 f"{config.out} holds images of another request (different: {', '.join(changed)}); "
                 "choose another folder with out=FOLDER, or delete it"
@@ -166,6 +176,10 @@ def describe_request(config: Config) -> dict[str, Any]:
     for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
         del request[field]
     model = find_folder(config.model)
+    if config.order == "by_class":
+        request["per_class"] = config.per_class
+    else:  # then the record is that of a version without the other order
+        del request["order"]
     if config.prompts is None:  # then the record is that of a version without text
         del request["prompts"], request["text_encoder"]
     else:
@@ -252,7 +266,9 @@ def unpack_npz(path: Path, folder: Path) -> None:
 
 
 def pack_npz(folder: Path, labels: Sequence[int], path: Path, labels_as: str = "arr_1") -> None:
-    """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: interleaved over the classes, as IS needs it."""
+    """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: in turn over the classes, as the ADM evaluator's
+    IS needs it, unless another order was asked for.
+    """
     _, height, width = read_image(image_path(folder, 0)).shape
     images = np.empty((len(labels), height, width, 3), np.uint8)
     for i in range(len(labels)):

@@ -239,12 +239,7 @@ class LatentPipeline(Pipeline):
 
     def __init__(self, generator: XAR, autoencoder: VAE, device: torch.device, threads: int = 1) -> None:
         super().__init__(device, threads)
-        drawn, decoded = generator.config.latent_channels, autoencoder.config.latent_channels
-        if drawn != decoded:
-            raise ValueError(
-                f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were "
-                "not trained together"
-            )
+        check_autoencoder(generator, autoencoder)
         self.generator = generator.to(device).eval()
         self.tokenizer = autoencoder.to(device).eval()
 
@@ -278,6 +273,16 @@ class LatentPipeline(Pipeline):
         return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)].clamp(-1, 1)).cpu()}
 
 
+def check_autoencoder(generator: XAR, autoencoder: VAE) -> None:
+    """Raises ValueError for an autoencoder of other latents than the generator's."""
+    drawn, decoded = generator.config.latent_channels, autoencoder.config.latent_channels
+    if drawn != decoded:
+        raise ValueError(
+            f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were not "
+            "trained together"
+        )
+
+
 def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
     """The folder of the tokenizer that is named, or of the one inside the generator's folder."""
     if tokenizer is not None:
@@ -308,8 +313,19 @@ def labels_in_turn(classes: Sequence[int], count: int, num_classes: int, *, unla
 
     Raises ValueError for a class outside the model's; -1, no class, is one only if `unlabelled`.
     """
+    chosen = check_classes(classes, num_classes, unlabelled=unlabelled)
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def labels_by_class(classes: Sequence[int], each: int, num_classes: int, *, unlabelled: bool = False) -> list[int]:
+    """The label of every index, class after class: classes[i // each]. Otherwise as `labels_in_turn`."""
+    chosen = check_classes(classes, num_classes, unlabelled=unlabelled)
+    return [label for label in chosen for _ in range(each)]
+
+
+def check_classes(classes: Sequence[int], num_classes: int, *, unlabelled: bool) -> Sequence[int]:
+    """The classes, or all of them for none; see `labels_in_turn`."""
     for label in classes:
         if not (-1 if unlabelled else 0) <= label < num_classes:
             raise ValueError(f"classes: {label} is not a class of the model; it has classes 0 to {num_classes - 1}")
-    chosen = classes or range(num_classes)
-    return [chosen[i % len(chosen)] for i in range(count)]
+    return classes or range(num_classes)

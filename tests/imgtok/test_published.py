@@ -629,6 +629,8 @@ def test_export_there_and_back(model, tmp_path, monkeypatch, capsys):
     assert alike(model, imgtok.load("lone"))
     capsys.readouterr()
     model.vae.save_pretrained("vae-alone")
+    assert main(["export", "ours", "out=x", "vae=vae-alone", "layout=imgtok"]) == 2
+    assert "a FlexTok brings its own autoencoder" in capsys.readouterr().err
     assert main(["export", "vae-alone", "out=x"]) == 2
-    assert "holds a VAE (kind 'vae'), but a FlexTok is needed here" in capsys.readouterr().err
+    assert "holds a VAE (kind 'vae'), but a FlexTok or XAR is needed here" in capsys.readouterr().err
     assert not Path("x").exists()

@@ -235,6 +235,38 @@ def test_images_of_each_class(generator, tmp_path):
     assert len(contents(tmp_path)) == 6
 
 
+def test_classes_in_their_order(generator, samples, tmp_path):
+    arguments = ["--per-class", "2", "--order", "by_class", "--sampling.guidance", "1.5", "--grid", "0"]
+    assert command_line(["sample", str(generator), "--out", str(tmp_path), *arguments]) == 0
+    assert record(tmp_path)["labels"] == [index // 2 for index in range(20)]
+    drawn = contents(tmp_path)
+    assert len(drawn) == 20
+    same = [index for index in range(20) if index // 2 == index % 10]
+    assert same == [0, 19]
+    for index in range(20):  # an image depends on its index and its label, however that came to it
+        name = f"{index:06d}.png"
+        assert (drawn[name] == contents(samples)[name]) == (index in same)
+    sample(generator, tmp_path / "two", classes=(7, 2), per_class=3, order="by_class", grid=0)
+    assert record(tmp_path / "two")["labels"] == [7, 7, 7, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"), [({"per_class": 2}, "per_class"), ({"order": "in_turn"}, "order, per_class")]
+)
+def test_in_class_order_another_number_is_another_request(generator, tmp_path, fields, names):
+    fixed = {"classes": (7, 2), "per_class": 1, "order": "by_class", "grid": 0}
+    sample(generator, tmp_path, **fixed)
+    before = contents(tmp_path)
+    sample(generator, tmp_path, **fixed)
+    with pytest.raises(ValueError, match=rf"another request \(different: {names}\)"):
+        sample(generator, tmp_path, **fixed | fields)
+    assert contents(tmp_path) == before
+
+
+def test_the_record_of_a_job_in_turn_says_nothing_of_order(samples):
+    assert record(samples)["request"].keys().isdisjoint({"order", "per_class", "num"})
+
+
 def test_the_label_decides_and_not_its_place_in_the_list(generator, samples, tmp_path):
     sample(generator, tmp_path, num=2, classes=(0, 1), grid=0)  # as `samples` begins: 0, 1
     assert contents(tmp_path).items() <= contents(samples).items()
@@ -253,6 +285,8 @@ def test_a_class_outside_the_model_is_an_error(generator, tmp_path, capsys, clas
     [
         ("num=0", "num: given 0"),
         ("per_class=-1", "per_class: given -1"),
+        ("order=by_class", "order: by_class needs per_class, the number of images of each class"),
+        ("order=shuffled", "order: given 'shuffled'"),
         ("num_tokens=9", "draws 1 to 8 tokens, asked for 9"),
         ("sampling.top_p=0", "sampling.top_p: given 0"),
         ("format=jpg", "format: given 'jpg'"),
