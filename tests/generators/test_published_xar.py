@@ -18,8 +18,8 @@ from torch import Tensor
 
 import imgtok
 from generators.entities import Cells, Patches, Scales
-from generators.published_xar import FUSED, NAMES, as_published, load, save
-from generators.xar import XAR, FlowSampling, XARConfig
+from generators.published_xar import FUSED, NAMES, as_published, config_of, load, save
+from generators.xar import XAR, FlowSampling, XARConfig, xar_size
 from imgtok.cli import main
 from imgtok.config import ConfigError
 from imgtok.hub import find_folder
@@ -120,6 +120,13 @@ def test_without_its_tables_heads_are_64_wide(tmp_path, caplog):
     assert found.config.num_heads == 2
     assert same(found, model)
     assert "no rotary table tells the heads of an xAR 128 wide: taken as 2" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["B", "L", "H"])
+def test_published_sizes_are_known_by_their_shapes(name):
+    with torch.device("meta"):
+        model = XAR(xar_size(name))
+    assert config_of(weights(model), Path("xAR.pth")) == xar_size(name)
 
 
 def checkpoint(**more) -> dict:
