@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generators.gpt import GPT, Condition, SamplingConfig
+from generators.conditioning import Condition
+from generators.gpt import GPT, SamplingConfig
 from generators.xar import XAR, FlowSampling
 from imgtok.captions import Captions
 from imgtok.hub import find_folder, load
@@ -43,16 +44,16 @@ class DecodeSettings:
 class Pipeline(ABC):
     """A loaded generator with what makes images of its draws, on one device; `threads` is how many of a CPU it uses."""
 
-    generator: GPT | XAR
     tokenizer: Tokenizer | VAE
-    reads_text = False
     most_tokens: int | None = None
     """Tokens that an image can have; None for a generator of latents."""
 
-    def __init__(self, device: torch.device, threads: int) -> None:
+    def __init__(self, generator: GPT | XAR, device: torch.device, threads: int) -> None:
+        self.generator = generator.to(device).eval()
         self.device = device
         self.threads = threads
         self.prompts: Sequence[str] = ()
+        self.encoder: TextEncoder | None = None
 
     @staticmethod
     def load(model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
@@ -72,7 +73,19 @@ class Pipeline(ABC):
     @property
     def num_classes(self) -> int:
         """Labels lie in [0, num_classes): classes, or prompts. Raises ValueError for text without prompts."""
-        return self.generator.config.num_classes
+        if not self.reads_text:
+            return self.generator.config.num_classes
+        if not self.prompts:
+            raise ValueError(
+                "this generator draws from text: imgtok sample MODEL prompts='a red circle' (or prompts=FILE.txt, a "
+                "prompt a line); then score its images with imgtok evaluate images=FOLDER"
+            )
+        return len(self.prompts)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it draws for prompts, and not for classes."""
+        return self.generator.config.reads_text
 
     @property
     @abstractmethod
@@ -84,8 +97,29 @@ class Pipeline(ABC):
         """Which of the two this generator draws by. Raises ValueError if the other was changed."""
 
     def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
-        """Draw for `prompts` from now on. Raises ValueError for a generator without text."""
-        raise ValueError("prompts: this generator cannot read them, it draws classes")
+        """Draw for `prompts` from now on, with the text encoder that is named or that the generator names.
+
+        Raises ValueError for a generator without text or another encoder than it was trained with.
+        """
+        config = self.generator.config
+        name = text_encoder or config.text_encoder
+        if not self.reads_text or name is None:
+            why = "the generator names no encoder: say text_encoder=FOLDER" if self.reads_text else "it draws classes"
+            raise ValueError(f"prompts: this generator cannot read them, {why}")
+        try:
+            self.encoder = TextEncoder.load(name, max_length=config.text_length, device=self.device)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
+        assert self.generator.empty_caption is not None
+        self.encoder.check_same(self.generator.empty_caption)
+        self.prompts = prompts
+
+    def condition(self, labels: Sequence[int]) -> Condition:
+        """What the generator draws for. Each prompt is encoded alone, so that its features tell nothing of others."""
+        if self.encoder is None:
+            return torch.tensor(labels, device=self.device)
+        features = {label: self.encoder.encode([self.prompts[label]])[0] for label in sorted(set(labels))}
+        return Captions.pad([features[label] for label in labels])
 
     @torch.no_grad()
     def images(
@@ -146,28 +180,14 @@ class TokenPipeline(Pipeline):
     tokenizer: Tokenizer
 
     def __init__(self, generator: GPT, tokenizer: Tokenizer, device: torch.device, threads: int = 1) -> None:
-        super().__init__(device, threads)
         if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
             raise ValueError(
                 f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
                 f"tokenizer decodes {tokenizer.num_tokens} of {tokenizer.vocab_size}: they were not trained together"
             )
-        self.generator = generator.to(device).eval()
+        super().__init__(generator, device, threads)
         self.tokenizer = tokenizer.to(device).eval()
-        self.reads_text = generator.config.reads_text
         self.most_tokens = generator.config.num_tokens
-        self.encoder: TextEncoder | None = None
-
-    @property
-    def num_classes(self) -> int:
-        if not self.reads_text:
-            return self.generator.config.num_classes
-        if not self.prompts:
-            raise ValueError(
-                "this generator draws from text: imgtok sample MODEL prompts='a red circle' (or prompts=FILE.txt, a "
-                "prompt a line); then score its images with imgtok evaluate images=FOLDER"
-            )
-        return len(self.prompts)
 
     @property
     def image_size(self) -> int:
@@ -177,31 +197,6 @@ class TokenPipeline(Pipeline):
         if flow != FlowSampling():
             raise ValueError("flow: this generator draws tokens and not latents; use the fields of `sampling`")
         return sampling
-
-    def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
-        """Draw for `prompts` from now on, with the text encoder that is named or that the generator names.
-
-        Raises ValueError for a generator without text or another encoder than it was trained with.
-        """
-        config = self.generator.config
-        name = text_encoder or config.text_encoder
-        if not self.reads_text or name is None:
-            why = "the generator names no encoder: say text_encoder=FOLDER" if self.reads_text else "it draws classes"
-            raise ValueError(f"prompts: this generator cannot read them, {why}")
-        try:
-            self.encoder = TextEncoder.load(name, max_length=config.text_length, device=self.device)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
-        assert self.generator.empty_caption is not None
-        self.encoder.check_same(self.generator.empty_caption)
-        self.prompts = prompts
-
-    def condition(self, labels: Sequence[int]) -> Condition:
-        """What the generator draws for. Each prompt is encoded alone, so that its features tell nothing of others."""
-        if self.encoder is None:
-            return torch.tensor(labels, device=self.device)
-        features = {label: self.encoder.encode([self.prompts[label]])[0] for label in sorted(set(labels))}
-        return Captions.pad([features[label] for label in labels])
 
     def _block(
         self,
@@ -238,9 +233,8 @@ class LatentPipeline(Pipeline):
     tokenizer: VAE
 
     def __init__(self, generator: XAR, autoencoder: VAE, device: torch.device, threads: int = 1) -> None:
-        super().__init__(device, threads)
         check_autoencoder(generator, autoencoder)
-        self.generator = generator.to(device).eval()
+        super().__init__(generator, device, threads)
         self.tokenizer = autoencoder.to(device).eval()
 
     @property
@@ -268,8 +262,8 @@ class LatentPipeline(Pipeline):
                 "num_tokens, decode_steps, decode_guidance: this generator draws whole latents, which its autoencoder "
                 "decodes in one go; leave them out (flow.steps are the generator's)"
             )
-        rows = torch.tensor(pad_to_rows(labels), device=self.device)
-        latents = self.generator.generate(rows, seed=seed, indices=pad_to_rows(indices), sampling=sampling)
+        condition = self.condition(pad_to_rows(labels))
+        latents = self.generator.generate(condition, seed=seed, indices=pad_to_rows(indices), sampling=sampling)
         return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)].clamp(-1, 1)).cpu()}
 
 

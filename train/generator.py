@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from generators.gpt import GPT, GPTConfig, SamplingConfig
 from generators.xar import XAR, XARConfig
 from imgtok import images as pictures
-from imgtok.captions import Captions
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, check
 from imgtok.data.captions import CaptionDataset
@@ -30,6 +29,7 @@ from imgtok.hub import find_folder, load
 from imgtok.tokenizer import Losses, Tokenizer
 from imgtok.tokens import Tokens
 from imgtok.vae import load_vae
+from train.captions import digest_with, open_captions, preview_condition, with_text_fields
 from train.config import TrainingConfig
 from train.latent_generator import LatentGeneratorJob
 from train.loop import fit
@@ -79,10 +79,8 @@ class Config:
             raise ValueError(f"{needed}: is required with model.kind={self.model.kind}; `{what}` makes such a folder")
         if getattr(self, other) is not None:
             raise ValueError(f"{other}: model.kind={self.model.kind} learns from {needed}; leave {other} out")
-        if isinstance(self.model, XARConfig):
-            if self.text is not None or self.share_digits:
-                raise ValueError("text, share_digits: only for model.kind=gpt; leave them out")
-            return
+        if isinstance(self.model, XARConfig) and self.share_digits:
+            raise ValueError("share_digits: only for model.kind=gpt, latents have no digits; leave it out")
         if self.model.reads_text and self.text is None:
             raise ValueError(
                 "text: is required with model.condition=cross_attention; `imgtok cache text` makes such a folder"
@@ -106,18 +104,21 @@ def train_on_latents(config: Config, model_config: XARConfig) -> None:
     assert config.latents is not None, "Config has checked this"
     vae = load_vae(config.tokenizer)
     latents = open_latents(config.latents, vae)
-    config = with_fingerprint(config, latents.digest)
+    captions = open_captions(config.text, latents)
+    config = with_fingerprint(config, digest_with(latents.digest, captions))
     model_config = replace(
-        model_config,
+        with_text_fields(model_config, captions),
         latent_channels=latents.latent_channels,
         grid=latents.grid,
         num_classes=max(latents.num_classes, 1),
     )
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = XAR(model_config)
+    if captions is not None:
+        model.set_empty_caption(captions.empty)
     if config.checkpoint_activations:
         model.recompute_activations()
-    job = LatentGeneratorJob(model, latents, vae, config.training, config.num_preview)
+    job = LatentGeneratorJob(model, latents, vae, config.training, config.num_preview, captions)
     fit(job, config.training, config.out, config)
 
 
@@ -127,11 +128,8 @@ def train_on_tokens(config: Config, model_config: GPTConfig) -> None:
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=Tokenizer)
     tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
-    captions = CaptionDataset(config.text) if config.text is not None else None
-    if captions is not None:
-        captions.check_matches(tokens)
-    digests = [tokens.info.digest] + ([captions.info.digest] if captions is not None else [])
-    config = with_fingerprint(config, "-".join(digests))
+    captions = open_captions(config.text, tokens)
+    config = with_fingerprint(config, digest_with(tokens.info.digest, captions))
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = GPT(filled_in(config, model_config, tokens, tokenizer, captions))
     if captions is not None:
@@ -143,21 +141,12 @@ def filled_in(
     config: Config, model: GPTConfig, tokens: TokenDataset, tokenizer: Tokenizer, captions: CaptionDataset | None
 ) -> GPTConfig:
     """The model with what the data decides filled in."""
-    model = replace(
-        model,
+    return replace(
+        with_text_fields(model, captions),
         vocab_size=tokenizer.vocab_size,
         num_tokens=tokens.ids.shape[1],
         num_classes=max(tokens.num_classes, 1),
         levels=tokenizer.levels if config.share_digits else (),
-    )
-    if captions is None:
-        return model
-    return replace(
-        model,
-        text_width=captions.info.width,
-        text_length=captions.info.max_length,
-        empty_length=len(captions.empty),
-        text_encoder=captions.info.encoder,
     )
 
 
@@ -218,18 +207,12 @@ class GeneratorJob:
         assert isinstance(model, GPT)
         device = model.head.weight.device
         indices = range(self.config.num_preview)
-        condition = self.preview_condition(model, indices).to(device)
+        classes, images = model.config.num_classes, self.tokens.indices
+        condition = preview_condition(len(indices), classes, images, self.captions, device)
         ids = model.generate(condition, seed=0, indices=indices, sampling=self.config.sampling)
         self.tokenizer.to(device)
-        images: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
-        pictures.save_png(pictures.make_grid(images, columns=8), path)
-
-    def preview_condition(self, model: GPT, indices: range) -> Tensor | Captions:
-        """The classes in turn, or the captions of the first images."""
-        if self.captions is None:
-            return torch.tensor([i % model.config.num_classes for i in indices])
-        images = self.tokens.indices.unique()
-        return self.captions.batch([int(images[i % len(images)]) for i in indices])
+        drawn: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
+        pictures.save_png(pictures.make_grid(drawn, columns=8), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the tokenizer inside: all that sampling needs."""

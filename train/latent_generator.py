@@ -10,22 +10,33 @@ from torch import nn
 
 from generators.xar import XAR
 from imgtok import images as pictures
+from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import LatentBatch, Latents
 from imgtok.data.loaders import latent_loader
 from imgtok.tokenizer import Losses
 from imgtok.vae import VAE
+from train.captions import preview_condition
 from train.config import TrainingConfig
 
 
 class LatentGeneratorJob:
     """An xAR on cached latents; the autoencoder is there for previews, and saved beside the model."""
 
-    def __init__(self, model: XAR, latents: Latents, vae: VAE, training: TrainingConfig, num_preview: int) -> None:
+    def __init__(
+        self,
+        model: XAR,
+        latents: Latents,
+        vae: VAE,
+        training: TrainingConfig,
+        num_preview: int,
+        captions: CaptionDataset | None = None,
+    ) -> None:
         self.model: nn.Module = model
         self.latents = latents
         self.vae = vae
         self.training = training
         self.num_preview = num_preview
+        self.captions = captions
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[LatentBatch]:
         return latent_loader(
@@ -36,10 +47,12 @@ class LatentGeneratorJob:
             rank=rank,
             world=world,
             num_workers=self.training.num_workers,
+            captions=self.captions,
         )
 
     def loss(self, model: nn.Module, batch: LatentBatch, generator: torch.Generator) -> Losses:
-        losses: Losses = model(batch.latents, batch.labels, generator=generator)
+        condition = batch.labels if batch.captions is None else batch.captions
+        losses: Losses = model(batch.latents, condition, generator=generator)
         return losses
 
     def names(self, batch: LatentBatch) -> Sequence[str]:
@@ -47,14 +60,15 @@ class LatentGeneratorJob:
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Images of the first classes in turn, always from the same seed."""
+        """Images of the first classes in turn or of the first captions, always from the same seed."""
         if not self.num_preview:
             return
         assert isinstance(model, XAR)
         device = model.readout.weight.device
         indices = range(self.num_preview)
-        labels = torch.tensor([i % model.config.num_classes for i in indices], device=device)
-        latents = model.generate(labels, seed=0, indices=indices)
+        classes, sources = model.config.num_classes, self.latents.indices
+        condition = preview_condition(len(indices), classes, sources, self.captions, device)
+        latents = model.generate(condition, seed=0, indices=indices)
         images = self.vae.to(device).decode(latents).clamp(-1, 1)
         pictures.save_png(pictures.make_grid(images, columns=8), path)
 

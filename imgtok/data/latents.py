@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imgtok import randomness
+from imgtok.captions import Captions
 from imgtok.data.images import Position
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
@@ -123,15 +124,18 @@ class LatentBatch:
     """(B,) int64."""
     names: tuple[str, ...]
     """Which images they are, for messages."""
+    captions: Captions | None = None
+    """Features of their captions, for a generator that reads text."""
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """The same batch on another device."""
         latents, labels = (tensor.to(device, non_blocking=True) for tensor in (self.latents, self.labels))
-        return LatentBatch(latents, labels, self.names)
+        return LatentBatch(latents, labels, self.names, self.captions.to(device) if self.captions is not None else None)
 
     def pin_memory(self) -> LatentBatch:
         """The same batch in page-locked memory, from which a GPU copies while the processor goes on."""
-        return LatentBatch(self.latents.pin_memory(), self.labels.pin_memory(), self.names)
+        captions = self.captions.pin_memory() if self.captions is not None else None
+        return LatentBatch(self.latents.pin_memory(), self.labels.pin_memory(), self.names, captions)
 
 
 class Latents(ABC):

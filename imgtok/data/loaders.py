@@ -169,10 +169,25 @@ def latent_loader(
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
+    captions: CaptionDataset | None = None,
 ) -> Iterator[LatentBatch]:
-    """Batches of cached latents for one process, without end, in the same order as `train_loader`."""
+    """Batches of cached latents for one process, without end, in the same order as `train_loader`.
+
+    With `captions`, each row carries the features of its image's caption.
+    """
     order = BatchSampler(len(latents), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
-    yield from _load_batches(functools.partial(latents.training_batch, seed=seed), order, num_workers)
+    load = functools.partial(_latent_batch, latents=latents, captions=captions, seed=seed)
+    yield from _load_batches(load, order, num_workers)
+
+
+def _latent_batch(
+    positions: Sequence[Position], *, latents: Latents, captions: CaptionDataset | None, seed: int
+) -> LatentBatch:
+    batch = latents.training_batch(positions, seed)
+    if captions is None:
+        return batch
+    images = latents.indices[[position.index for position in positions]]
+    return dataclasses.replace(batch, captions=captions.batch(images.tolist()))
 
 
 def _checked(batches: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,9 @@ MODEL = XARConfig(
     num_heads=2,
     sampling=FlowSampling(steps=(2,), guidance=(1.5,)),
 )
+
+
+TEXT = replace(MODEL, condition="cross_attention")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,8 @@ def test_activations_computed_again_train_to_the_same_weights(made, tmp_path):
         ({"latents": None}, "latents: is required with model.kind=xar; `imgtok cache latents` makes"),
         ({"tokens": Path("tokens")}, "tokens: model.kind=xar learns from latents; leave tokens out"),
         ({"share_digits": True}, "share_digits: only for model.kind=gpt"),
+        ({"model": TEXT}, "text: is required with model.condition=cross_attention; `imgtok cache text` makes"),
+        ({"text": Path("text")}, "text: model.condition=class reads no text; set model.condition=cross_attention"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(made, tmp_path, fields, message):
@@ -96,6 +102,15 @@ def test_the_latents_of_another_scale_are_refused(made, tmp_path):
     vae.save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match=r"scaling_factor 0\.5, not 0\.25"):
         main(job(made, tmp_path / "out", tokenizer=str(tmp_path / "other")))
+
+
+def test_latents_of_unknown_images_have_no_captions(made, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "mar" / name).mkdir(parents=True)
+        moments = np.zeros((4, 4, 4), np.float32)
+        np.savez(tmp_path / "mar" / name / "0.npz", moments=moments, moments_flip=moments)
+    with pytest.raises(ValueError, match="text: the latents in .*mar do not say which images they are of"):
+        main(job(made, tmp_path / "out", latents=tmp_path / "mar", text=tmp_path / "text", model=TEXT))
 
 
 def test_a_grid_that_the_cells_do_not_tile_is_refused(made, tmp_path):
