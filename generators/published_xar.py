@@ -196,7 +196,7 @@ def save(model: XAR, path: Path) -> None:
     """
     if path.suffix not in (".pth", ".safetensors"):
         raise ValueError(f"{path}: an xAR is published as a file: give a name that ends in .pth or .safetensors")
-    fixed = {"grid": 16, "num_classes": 1000, "entities": Cells(height=8, width=8)}
+    fixed = {"condition": "class", "grid": 16, "num_classes": 1000, "entities": Cells(height=8, width=8)}
     for name, value in fixed.items():
         if getattr(model.config, name) != value:
             raise ConfigError(f"{name}: the published code runs {value} alone, this xAR has {vars(model.config)[name]}")

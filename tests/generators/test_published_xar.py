@@ -292,7 +292,10 @@ def test_what_is_written_is_what_is_published(tmp_path, ending):
         ({"entities": Patches()}, "entities: the published code runs Cells.* alone, this xAR has Patches"),
         ({"entities": Scales(sides=(4, 16))}, "entities: the published code"),
         ({"entities": Cells(height=4, width=16)}, "entities: the published code"),
-        ({"condition": "cross_attention"}, "condition: cross_attention, which the published code does not know"),
+        (
+            {"condition": "cross_attention"},
+            "condition: the published code runs class alone, this xAR has cross_attention",
+        ),
         ({"whole_times": False}, "whole_times: False, which the published code does not know"),
     ],
 )
