@@ -21,24 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
 from generators.sampling import draw, filter_logits, guide
 from imgtok import randomness
 from imgtok.captions import Captions
 from imgtok.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range, check
-from imgtok.hub import Pretrained
 from imgtok.layers.attention import Attention, CrossAttention
-from imgtok.layers.cache import KVCache, LayerCache, Memory
+from imgtok.layers.cache import KVCache, LayerCache
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
 from imgtok.tokenizer import Losses
 
-Condition = Tensor | Captions
-"""What images are made for: labels (B,), -1 for no class, or captions."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class GPTConfig:
+class GPTConfig(ConditionConfig):
     """A GPT; the defaults are LlamaGen-B in size."""
 
     kind: Literal["gpt"] = "gpt"
@@ -46,8 +43,6 @@ class GPTConfig:
     """Token ids; training fills it in from the token cache."""
     num_tokens: PositiveInt = 256
     """Tokens of an image; training fills it in from the token cache."""
-    num_classes: PositiveInt = 1000
-    """Classes; training fills it in from the token cache."""
     width: PositiveInt = 768
     """Channels; a multiple of num_heads."""
     depth: PositiveInt = 12
@@ -67,25 +62,13 @@ class GPTConfig:
     """`class_slot`: the first slot is the class's embedding, "no class" being one more row of the table (LlamaGen).
     `start_plus_class`: it is a learned start vector plus the class's embedding, "no class" adding nothing (FlexTok).
     `cross_attention`: it is the start vector, and every block attends to the features of a caption (FlexTok)."""
-    text_width: PositiveInt = 2048
-    """Channels of a caption's features; training fills it in from the text cache."""
-    text_length: PositiveInt = 120
-    """Most features of a caption; training fills it in from the text cache."""
-    empty_length: PositiveInt = 1
-    """Features of the empty caption, which stands for none; training fills it in from the text cache."""
-    text_encoder: str | None = None
-    """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
     dropout: Fraction = 0.1
     """Dropout of embeddings, attention and feed-forward outputs."""
     attention_dropout: Fraction = 0.0
     """Dropout of attention weights."""
-    class_dropout: Fraction = 0.1
-    """Share of training samples whose class or caption is replaced by none."""
 
     def __post_init__(self) -> None:
-        check(self)
-        if self.empty_length > self.text_length:
-            raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"width: {self.width} is not a multiple of num_heads = {self.num_heads}")
         if self.levels and math.prod(self.levels) != self.vocab_size:
@@ -93,11 +76,6 @@ class GPTConfig:
             raise ValueError(f"levels: {made}, but vocab_size is {self.vocab_size}")
         if self.positions == "rotary_2d" and round(self.num_tokens**0.5) ** 2 != self.num_tokens:
             raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether captions are the condition, and not classes."""
-        return self.condition == "cross_attention"
 
     @property
     def head_dim(self) -> int:
@@ -202,12 +180,12 @@ class DigitRows(nn.Module):
         return F.embedding_bag(digits.flatten(0, -2), self.table, mode="sum").unflatten(0, digits.shape[:-1])
 
 
-class GPT(nn.Module, Pretrained):
+class GPT(ConditionalGenerator):
     """Class- or text-conditional GPT. Calling it gives the training loss; `generate` samples."""
 
     config_class: ClassVar[type] = GPTConfig
+    config: GPTConfig
     rotary: Tensor | None
-    empty_caption: Tensor | None
     start: nn.Parameter | None
 
     def __init__(self, config: GPTConfig) -> None:
@@ -230,10 +208,7 @@ class GPT(nn.Module, Pretrained):
         self.register_buffer("rotary", rotary, persistent=False)
         started = config.condition != "class_slot"
         self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
-        self.text_proj = text_projection(config) if config.reads_text else None
-        # Saved, so that a model folder knows its unconditional branch without the text encoder; see `set_empty_caption`
-        empty = torch.zeros(config.empty_length, config.text_width) if config.reads_text else None
-        self.register_buffer("empty_caption", empty)
+        self._add_text(config.width)
         self._initialise()
 
     @torch.no_grad()
@@ -248,25 +223,6 @@ class GPT(nn.Module, Pretrained):
         if self.digit_head is not None:
             nn.init.zeros_(self.digit_head.table)
 
-    @property
-    def null_class(self) -> int:
-        """The label that stands for "no class"; -1 does so too."""
-        return self.config.num_classes
-
-    @torch.no_grad()
-    def set_empty_caption(self, features: Tensor) -> None:
-        """Keep the features (empty_length, text_width) of the empty text, which stands for "no caption"."""
-        assert self.empty_caption is not None, "this model reads no captions"
-        self.empty_caption.copy_(features)
-
-    def unconditional(self, condition: Condition) -> Condition:
-        """As many conditions that say nothing."""
-        if isinstance(condition, Tensor):
-            return torch.full_like(condition, self.null_class)
-        assert self.empty_caption is not None
-        length = torch.tensor([len(self.empty_caption)], device=self.empty_caption.device)
-        return Captions(self.empty_caption.to(condition.features)[None], length).repeat(len(condition))
-
     def slot(self, condition: Condition) -> Tensor:
         """What stands before the tokens, (B, D)."""
         if self.class_embedding is None:
@@ -278,13 +234,6 @@ class GPT(nn.Module, Pretrained):
             return self.class_embedding(labels_B)
         with_none = F.pad(self.class_embedding.weight, (0, 0, 0, 1))  # (C + 1, D): "no class" adds zeros
         return self.start + F.embedding(labels_B, with_none)
-
-    def read(self, captions: Captions) -> Memory:
-        """What the blocks' cross-attention looks at."""
-        assert self.text_proj is not None, "a class-conditional model was called with captions"
-        context = self.text_proj(captions.features.to(self.head.weight.dtype))  # (B, T, D)
-        attentions = (module for module in self.blocks.modules() if isinstance(module, CrossAttention))
-        return Memory([attention.keys_values(context) for attention in attentions], captions.mask[:, None, None])
 
     # ------------------------------------------------ one path for training and sampling
 
@@ -332,16 +281,6 @@ class GPT(nn.Module, Pretrained):
         loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
         return Losses(loss, {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])})
 
-    def _drop_some(self, condition: Condition, generator: torch.Generator) -> Condition:
-        """`class_dropout` of the conditions replaced by none."""
-        draws = torch.rand(len(condition), generator=generator, device=generator.device)
-        dropped, none = (draws < self.config.class_dropout).to(self.head.weight.device), self.unconditional(condition)
-        if isinstance(condition, Captions):
-            assert isinstance(none, Captions)
-            return condition.replaced(dropped, none)
-        assert isinstance(none, Tensor)
-        return torch.where(dropped, none, condition)
-
     # ------------------------------------------------ sampling
 
     @torch.no_grad()
@@ -364,12 +303,12 @@ class GPT(nn.Module, Pretrained):
         """
         sampling = sampling or SamplingConfig()
         count = self.config.num_tokens if num_tokens is None else num_tokens
-        self._check_request(condition, count)
-        if isinstance(condition, Captions):  # one width for every batch, or the last bits would tell who shared it
-            condition = condition.widen(self.config.text_length)
+        if not 1 <= count <= self.config.num_tokens:
+            raise ValueError(f"num_tokens: this model draws 1 to {self.config.num_tokens} tokens, asked for {count}")
+        condition = self._checked(condition)
         uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens")
         guided = sampling.guidance != 1
-        streams = self._with_unconditional(condition) if guided else condition
+        streams = self.with_unconditional(condition) if guided else condition
         ids = torch.empty(len(condition), 0, dtype=torch.long, device=self.head.weight.device)
         cache = self._new_cache(len(streams), count) if cached else None
         for step in range(count):
@@ -383,15 +322,6 @@ class GPT(nn.Module, Pretrained):
                 on_token(step + 1)
         return ids
 
-    def _with_unconditional(self, condition: Condition) -> Condition:
-        """The conditions, then as many that say nothing."""
-        none = self.unconditional(condition)
-        if isinstance(condition, Captions):
-            assert isinstance(none, Captions)
-            return condition.followed_by(none)
-        assert isinstance(none, Tensor)
-        return torch.cat([condition, none])
-
     def _next_logits(self, condition: Condition, ids: Tensor, cache: KVCache | None) -> Tensor:
         """Logits (B, V) in float32 of the token behind `ids`."""
         if cache is None or cache.length == 0:
@@ -403,32 +333,3 @@ class GPT(nn.Module, Pretrained):
     def _new_cache(self, batch: int, capacity: int) -> KVCache:
         config = self.config
         return KVCache(config.depth, batch, config.num_heads, capacity, config.head_dim, self.head.weight)
-
-    def _check_request(self, condition: Condition, count: int) -> None:
-        config = self.config
-        if not 1 <= count <= config.num_tokens:
-            raise ValueError(f"num_tokens: this model draws 1 to {config.num_tokens} tokens, asked for {count}")
-        if isinstance(condition, Captions) != config.reads_text:
-            needed, given = ("captions", "labels") if config.reads_text else ("labels", "captions")
-            raise ValueError(f"this model (condition {config.condition}) draws for {needed}, given {given}")
-        if isinstance(condition, Captions):
-            _, columns, width = condition.features.shape
-            if width != config.text_width or columns > config.text_length:
-                raise ValueError(
-                    f"captions of {columns} features of width {width}; this model reads at most {config.text_length} "
-                    f"of width {config.text_width}: encode them with its own text encoder"
-                )
-        elif len(condition) and not (int(condition.min()) >= -1 and int(condition.max()) <= self.null_class):
-            raise ValueError(
-                f"labels must lie in 0 to {config.num_classes - 1} (or -1 or {self.null_class} for no class), "
-                f"got {int(condition.min())} to {int(condition.max())}"
-            )
-
-
-def text_projection(config: GPTConfig) -> nn.Sequential:
-    """A caption's features (.., text_width) -> (.., width): text_width -> text_width -> width, tanh-GELU, no biases."""
-    return nn.Sequential(
-        nn.Linear(config.text_width, config.text_width, bias=False),
-        nn.GELU(approximate="tanh"),
-        nn.Linear(config.text_width, config.width, bias=False),
-    )

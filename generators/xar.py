@@ -6,7 +6,8 @@ attention within an entity and back to earlier ones, none forward. Training need
 sequence: *Noisy Context Learning* lets every entity be at once what is denoised and the noisy context of
 those behind it. Sampling integrates the entities one after the other; the finished ones stand in the
 key/value cache as they are, at time 0. Time and class reach every block as gates, scales and shifts, which are
-the same for all tokens of an entity. Read downwards: configuration, blocks, network, loss, sampling.
+the same for all tokens of an entity; a caption, which neither the paper nor its code knows, is attended to.
+Read downwards: configuration, blocks, network, loss, sampling.
 
 Shapes: B images, C channels, G grid side, L tokens, N entities, W width, R rows of a sampling call.
 """
@@ -21,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
 from generators.entities import Cells, Entities, EntityConfig
 from imgtok import flow, randomness
+from imgtok.captions import Captions
 from imgtok.config import Fraction, NonNegativeFloat, PositiveInt, check
-from imgtok.hub import Pretrained
-from imgtok.layers.attention import Attention, Look
-from imgtok.layers.cache import KVCache, LayerCache
+from imgtok.layers.attention import Attention, CrossAttention, Look
+from imgtok.layers.cache import KVCache, LayerCache, Memory
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
@@ -66,7 +68,7 @@ class FlowSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class XARConfig:
+class XARConfig(ConditionConfig):
     """An xAR; the defaults are xAR-B for 256-pixel images in KL-16 latents."""
 
     kind: Literal["xar"] = "xar"
@@ -74,8 +76,10 @@ class XARConfig:
     """Channels of the latent; training fills it in from the latent cache."""
     grid: PositiveInt = 16
     """Positions a side of the latent; training fills it in from the latent cache."""
-    num_classes: PositiveInt = 1000
-    """Classes; training fills it in from the latent cache. One more row of the table stands for "no class"."""
+    condition: Literal["class", "cross_attention"] = "class"
+    """`class`: its embedding, "no class" being one more row of the table, joins that of the time. `cross_attention`:
+    every block attends to the features of a caption, and is modulated by the time alone; this is ours, the paper has
+    no text."""
     entities: EntityConfig = Cells()
     """What is predicted next: the X of the paper."""
     width: PositiveInt = 768
@@ -90,13 +94,11 @@ class XARConfig:
     """Cut 1000 t down to a whole number for the time embedding, as published weights were trained."""
     dropout: Fraction = 0.1
     """Dropout of attention weights, attention outputs, and within and behind the feed-forward layer."""
-    class_dropout: Fraction = 0.1
-    """Share of training samples whose class is replaced by none."""
     sampling: FlowSampling = FlowSampling()
     """How `generate` draws unless it is told otherwise."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.width % self.num_heads or self.head_dim % 4:
             raise ValueError(f"width: {self.width} must be a multiple of 4 num_heads = {4 * self.num_heads}")
         plan_entities(self.sampling, len(self.entities.lay_out(self.grid)))
@@ -188,12 +190,21 @@ class GEGLU(nn.Module):
 
 
 class XARBlock(nn.Module):
-    """Pre-norm attention and gated feed-forward, each between a scale and shift and a gate of its entity."""
+    """Pre-norm attention and gated feed-forward, each between a scale and shift and a gate of its entity.
+
+    Between the two, where there are captions, attention to them: behind the same norm without parameters, and without
+    gate, scale or shift. That place and form are ours; neither the paper nor its code conditions on text.
+    """
 
     def __init__(self, config: XARConfig) -> None:
         super().__init__()
         self.attention = Attention(
             config.width, config.num_heads, bias=True, dropout=config.dropout, weight_dropout=config.dropout
+        )
+        self.cross_attention = (
+            CrossAttention(config.width, config.num_heads, dropout=config.dropout, weight_dropout=config.dropout)
+            if config.reads_text
+            else None
         )
         self.mlp = GEGLU(config.width, config.mlp_hidden, config.dropout)
         self.modulation = nn.Linear(config.width, 6 * config.width)
@@ -206,8 +217,12 @@ class XARBlock(nn.Module):
         rotary: Tensor,
         cache: LayerCache | None,
         last_only: bool,
+        caption: tuple[Tensor, Tensor] | None = None,
+        caption_mask: Tensor | None = None,
     ) -> Tensor:
-        """X (R, L, W), `modulation` (R, N, 6 W). With `last_only` the earlier entities are looked at, not computed."""
+        """X (R, L, W), `modulation` (R, N, 6 W), `caption` this layer's keys and values of the captions. With
+        `last_only` the earlier entities are looked at, not computed.
+        """
         gates, scales, shifts = modulation.chunk(3, dim=-1)  # for attention and feed-forward: this order is published
         (gate_a, gate_m), (scale_a, scale_m), (shift_a, shift_m) = (
             part.chunk(2, dim=-1) for part in (gates, 1 + scales, shifts)
@@ -224,6 +239,9 @@ class XARBlock(nn.Module):
             x, span = x[:, span.last_look.queries], span.only_last()
             gate_a, gate_m, scale_m, shift_m = (part[:, -1:] for part in (gate_a, gate_m, scale_m, shift_m))
         x = span.apply(x, attended, gate_a)
+        if self.cross_attention is not None:
+            assert caption is not None, "a model that reads text was called without captions"
+            x = x + self.cross_attention(rms_norm(x, EPS), caption, mask=caption_mask)
         return span.apply(x, self.mlp(span.apply(shift_m, rms_norm(x, EPS), scale_m)), gate_m)
 
 
@@ -288,10 +306,11 @@ MOST_LOOKS = 16
 # ---------------------------------------------------------------- the network
 
 
-class XAR(nn.Module, Pretrained):
-    """Class-conditional xAR. Calling it gives the training loss; `generate` samples."""
+class XAR(ConditionalGenerator):
+    """Class- or text-conditional xAR. Calling it gives the training loss; `generate` samples."""
 
     config_class: ClassVar[type] = XARConfig
+    config: XARConfig
     rotary: Tensor
 
     def __init__(self, config: XARConfig) -> None:
@@ -299,7 +318,7 @@ class XAR(nn.Module, Pretrained):
         self.config = config
         self.entities = config.entities.lay_out(config.grid)
         width, length = config.width, self.entities.length
-        self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.class_embedding = None if config.reads_text else nn.Embedding(config.num_classes + 1, width)
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.input_proj = nn.Linear(config.latent_channels, width)
         self.first_positions = nn.Parameter(torch.empty(length, width))
@@ -312,6 +331,7 @@ class XAR(nn.Module, Pretrained):
         self.second_norm = RMSNorm(width, EPS)
         self.readout = nn.Linear(width, config.latent_channels)
         self.register_buffer("rotary", rotary_of(self.entities.places, config.head_dim), persistent=False)
+        self._add_text(width)
         self.recompute = False
         self._initialise()
 
@@ -321,11 +341,13 @@ class XAR(nn.Module, Pretrained):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for block in self.blocks:  # gate and up are matrices of their own, though they lie in one
             for matrix in block.mlp.gate_up_proj.weight.chunk(2):
                 nn.init.xavier_uniform_(matrix)
-        for table in (self.class_embedding.weight, self.first_positions, self.second_positions):
+        classes = () if self.class_embedding is None else (self.class_embedding.weight,)
+        for table in (*classes, self.first_positions, self.second_positions):
             nn.init.normal_(table, std=0.02)
 
     @property
@@ -334,25 +356,26 @@ class XAR(nn.Module, Pretrained):
         both = (*self.first_blocks, *self.second_blocks)
         return [block for block in both if isinstance(block, XARBlock)]
 
-    @property
-    def null_class(self) -> int:
-        """The label that stands for "no class"; -1 does so too."""
-        return self.config.num_classes
-
     def recompute_activations(self) -> None:
         """From now on keep only the blocks' inputs for the backward pass."""
         self.recompute = True
 
     # ------------------------------------------------ one path for training and sampling
 
-    def condition(self, t: Tensor, labels: Tensor) -> Tensor:
-        """Embedding of times in [0, 1] plus that of labels, -1 for none; shapes (...) that broadcast -> (..., W)."""
+    def condition(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Embedding of times in [0, 1] plus that of labels, -1 for none; shapes (...) that broadcast -> (..., W).
+
+        Without a table of classes, which a model that reads text has not, that of the times alone.
+        """
         thousandths = t.float() * 1000  # in float64 the product would sometimes lie below the next whole number
         if self.config.whole_times:
             thousandths = thousandths.trunc()
         features = time_features(thousandths.flatten(), max_period=10000.0).unflatten(0, t.shape)
-        rows = torch.where(labels == -1, self.null_class, labels)
-        return self.time_mlp(features.to(self.readout.weight.dtype)) + self.class_embedding(rows)
+        embedded: Tensor = self.time_mlp(features.to(self.readout.weight.dtype))
+        if self.class_embedding is None:
+            return embedded
+        assert labels is not None, "a class-conditional model was called without labels"
+        return embedded + self.class_embedding(torch.where(labels == -1, self.null_class, labels))
 
     def modulations(self, condition: Tensor) -> list[Tensor]:
         """What a condition (..., W) does to each block, (..., 6 W) each."""
@@ -367,10 +390,12 @@ class XAR(nn.Module, Pretrained):
         start: int = 0,
         cache: KVCache | None = None,
         last_only: bool = False,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Velocities (R, L, C) of the tokens x (R, L, C) of a span of entities whose first token is number `start`.
 
-        `modulations` (R, N, 6 W) for each block. With `last_only`, the velocities of the last entity.
+        `modulations` (R, N, 6 W) for each block, `memory` what `read` made of R captions. With `last_only`, the
+        velocities of the last entity.
         """
         places = slice(start, start + span.length)
         rotary = self.rotary[places]
@@ -388,28 +413,33 @@ class XAR(nn.Module, Pretrained):
                 rotary,
                 layers[index],
                 last_only and is_end,
+                None if memory is None else memory.layers[index],
+                None if memory is None else memory.mask,
                 recompute=self.recompute,
             )
         return self.readout(self.second_norm(h))
 
     # ------------------------------------------------ training
 
-    def forward(self, latents: Tensor, labels: Tensor, *, generator: torch.Generator) -> Losses:
+    def forward(self, latents: Tensor, condition: Condition, *, generator: torch.Generator) -> Losses:
         """Noisy Context Learning (section 3.4): mean squared error of all velocities.
 
-        `latents` (B, C, G, G), scaled to about unit deviation; `labels` (B,), -1 for none, dropped at random.
+        `latents` (B, C, G, G), scaled to about unit deviation; labels (B,), -1 for none, or captions, dropped at
+        random.
         """
         batch, count, device = len(latents), len(self.entities), latents.device
-        labels = self._drop_some(labels, generator)
+        condition = self._drop_some(condition, generator)
+        labels = condition[:, None] if isinstance(condition, Tensor) else None
+        memory = self.read(condition) if isinstance(condition, Captions) else None
         tokens = self.entities.cut(latents)  # (B, L, C)
         t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
         noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)
         sizes = torch.tensor(self.entities.sizes, device=device)
         t_token = t.repeat_interleave(sizes, dim=1)[..., None]  # (B, L, 1)
         noisy = t_token * noise + (1 - t_token) * tokens
-        modulations = self.modulations(self.condition(t, labels[:, None]))
+        modulations = self.modulations(self.condition(t, labels))
         span = Span.of(self.entities, 0, count, device=device)
-        v = self.velocity(noisy, modulations, span)
+        v = self.velocity(noisy, modulations, span, memory=memory)
         errors = (v.float() - flow.velocity_target(tokens, noise)).square().mean(dim=(0, 2))  # (L,)
         first = errors[: self.entities.sizes[0]].mean()
         return Losses(errors.mean(), {"flow": errors.mean(), "first_entity": first})
@@ -419,17 +449,12 @@ class XAR(nn.Module, Pretrained):
             return torch.rand(count, generator=generator, device=generator.device)
         return flow.logit_normal_times(count, generator)
 
-    def _drop_some(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """`class_dropout` of the labels replaced by none."""
-        draws = torch.rand(len(labels), generator=generator, device=generator.device).to(labels.device)
-        return torch.where(draws < self.config.class_dropout, self.null_class, labels)
-
     # ------------------------------------------------ sampling
 
     @torch.no_grad()
     def generate(
         self,
-        labels: Tensor,
+        condition: Condition,
         *,
         seed: int,
         indices: Sequence[int],
@@ -437,18 +462,20 @@ class XAR(nn.Module, Pretrained):
         cached: bool = True,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Latents (B, C, G, G) for labels (B,), -1 for no class; row b uses the noise of (`seed`, `indices[b]`) alone.
+        """Latents (B, C, G, G) for labels (B,), -1 for no class, or captions; row b uses the noise of (`seed`,
+        `indices[b]`) alone.
 
         `on_step` is told the entity and the steps done in it. `cached=False` computes the finished entities again at
-        every call: slow, kept as the oracle of the cache. Raises ValueError for a label outside the table.
+        every call: slow, kept as the oracle of the cache. Raises ValueError for a condition that the model does not
+        know.
         """
-        self._check_labels(labels)
         plans = plan_entities((sampling or FlowSampling()).over(self.config.sampling), len(self.entities))
-        network = SamplingNetwork(self, labels, plans, cached=cached)
+        network = SamplingNetwork(self, self._checked(condition), plans, cached=cached)
+        like = self.readout.weight
         for entity, plan in enumerate(plans):
             shape = (plan.steps, self.entities.sizes[entity], self.config.latent_channels)
             draws = randomness.normal(seed, indices, shape, f"entity {entity}")
-            draws = draws.transpose(0, 1).to(labels.device, self.readout.weight.dtype)  # the start, then a step's each
+            draws = draws.transpose(0, 1).to(like)  # the start, then a step's each
             velocity = network.guided(plan)
             report = None if on_step is None else (lambda step, x, guess, entity=entity: on_step(entity, step))
             if plan.solver == "stochastic":
@@ -459,28 +486,22 @@ class XAR(nn.Module, Pretrained):
             network.finished.append(x)
         return self.entities.join(torch.cat(network.finished, dim=1))
 
-    def _check_labels(self, labels: Tensor) -> None:
-        if len(labels) and not (int(labels.min()) >= -1 and int(labels.max()) <= self.null_class):
-            raise ValueError(
-                f"labels must lie in 0 to {self.config.num_classes - 1} (or -1 or {self.null_class} for no class), "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
-
 
 class SamplingNetwork:
     """The network of one `generate` call: the entities finished so far, and the cache.
 
-    Rows are the images with their classes and, if anything is guided, the same images without: two branches. An entity
-    enters the cache once, finished and at time 0: the first call behind it carries it in front of the current one. A
-    branch that is not called (no guidance for an entity, or at a time) falls behind and catches up in the same way, so
-    the null branch of a first entity with guidance 1 is never computed.
+    Rows are the images with their classes or captions and, if anything is guided, the same images without: two
+    branches. An entity enters the cache once, finished and at time 0: the first call behind it carries it in front of
+    the current one. A branch that is not called (no guidance for an entity, or at a time) falls behind and catches up
+    in the same way, so the null branch of a first entity with guidance 1 is never computed. Captions are read once.
     """
 
-    def __init__(self, model: XAR, labels: Tensor, plans: Sequence[EntityPlan], *, cached: bool) -> None:
+    def __init__(self, model: XAR, condition: Condition, plans: Sequence[EntityPlan], *, cached: bool) -> None:
         guided = any(plan.ever_guided for plan in plans)
-        rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+        rows = model.with_unconditional(condition) if guided else condition
         self.model = model
-        self.batch = len(labels)
+        self.batch = len(condition)
+        self.memory = model.read(rows) if isinstance(rows, Captions) else None
         self.modulations = ModulationTable(model, rows, list(dict.fromkeys(t for plan in plans for t in plan.times)))
         self.finished: list[Tensor] = []
         self.held = [0, 0]  # entities in the cache, by branch
@@ -521,6 +542,7 @@ class SamplingNetwork:
             offsets[held],
             cache,
             last_only=True,
+            memory=None if self.memory is None else self.memory.rows(rows),
         )
 
 
@@ -535,12 +557,16 @@ class ModulationTable:
     one small product a block and call. Times are taken together as far as `MOST_NUMBERS` goes.
     """
 
-    def __init__(self, model: XAR, labels: Tensor, times: Sequence[float]) -> None:
+    def __init__(self, model: XAR, condition: Condition, times: Sequence[float]) -> None:
         self.model = model
-        known = torch.where(labels == -1, model.null_class, labels)
-        self.labels, self.row = torch.unique(known, return_inverse=True)
+        self.labels: Tensor | None = None
+        if isinstance(condition, Captions):  # the modulation knows the time alone: one row of it serves all
+            self.row = torch.zeros(len(condition), dtype=torch.long, device=condition.features.device)
+        else:
+            known = torch.where(condition == -1, model.null_class, condition)
+            self.labels, self.row = torch.unique(known, return_inverse=True)
         self.times = times
-        numbers = len(self.labels) * len(model.blocks) * 6 * model.config.width
+        numbers = (1 if self.labels is None else len(self.labels)) * len(model.blocks) * 6 * model.config.width
         self.together = max(1, MOST_NUMBERS // numbers)
         self.clean = self._compute([0.0])
         self.loaded, self.part = -1, self.clean
@@ -558,9 +584,9 @@ class ModulationTable:
         ]
 
     def _compute(self, times: Sequence[float]) -> list[Tensor]:
-        """(T, classes, 6 W) for each block."""
-        t = torch.tensor(times, device=self.labels.device)
-        return self.model.modulations(self.model.condition(t[:, None], self.labels[None]))
+        """(T, classes, 6 W) for each block; (T, 1, 6 W) without classes."""
+        t = torch.tensor(times, device=self.row.device)
+        return self.model.modulations(self.model.condition(t[:, None], self.labels))
 
 
 MOST_NUMBERS = 1 << 26

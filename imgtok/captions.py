@@ -38,6 +38,10 @@ class Captions:
         """The same captions on another device."""
         return Captions(self.features.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Captions:
+        """The same captions in page-locked memory."""
+        return Captions(self.features.pin_memory(), self.lengths.pin_memory())
+
     def widen(self, columns: int) -> Captions:
         """The same captions, padded to at least `columns`."""
         missing = max(0, columns - self.features.shape[1])

@@ -30,6 +30,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "train vae": ("train.vae", "train the continuous autoencoder that a tokenizer stands on"),
     "train generator": ("train.generator", "train a generator on the tokens of a tokenizer"),
     "cache": ("train.cache_tokens", "write the tokens of a data set to files, for faster training"),
+    "cache latents": ("train.cache_latents", "write the latents of a data set to files, for generators of latents"),
     "cache text": ("train.cache_text", "write the text features of a data set's captions to files"),
     "sample": ("sample.images", "make new images with a trained generator"),
     "reconstruct": ("sample.reconstruct", "show images beside their reconstructions at several token counts"),

@@ -97,8 +97,7 @@ def stochastic_times(steps: int) -> list[float]:
     """
     if steps < 2:
         raise ValueError(f"a stochastic flow sampler needs at least 2 steps, not {steps}")
-    times: list[float] = torch.linspace(1, STOCHASTIC_LAST, steps, dtype=torch.float64).tolist()
-    return times
+    return [1 - (1 - STOCHASTIC_LAST) * step / (steps - 1) for step in range(steps)]
 
 
 def stochastic_euler(

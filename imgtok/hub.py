@@ -2,9 +2,9 @@
 
 A model mixes in `Pretrained`, is built by `Class(config)` and keeps that frozen dataclass as `config`; this
 gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. `load` finds the class by the `kind` in
-`config.json`, and hands a FlexTok in its published layout to `imgtok.published`. Loading is strict (every
-tensor, every field), never unpickles, and imports only the modules in `KINDS`; saving replaces files in one
-step, so a full disk leaves the previous model readable.
+`config.json`, and hands what has its published layout to `imgtok.published` (a FlexTok) or `imgtok.kl16`
+(the autoencoder's file). Loading is strict (every tensor, every field), runs no code from a file, and imports
+only the modules in `KINDS`; saving replaces files in one step, so a full disk leaves the previous model readable.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def load(
     """The model in a folder or a Hub repository, of the class that its `kind` names, in evaluation mode.
 
     A FlexTok in its published layout will do as well: a folder, a repository such as
-    "EPFL-VILAB/flextok_d18_d28_in1k", or its .safetensors file alone. `expect` is the class (or base class)
+    "EPFL-VILAB/flextok_d18_d28_in1k", or its .safetensors file alone; and the file of an autoencoder in the layout
+    of `kl16.ckpt`. `expect` is the class (or base class)
     that the caller can use; another one raises ValueError, as do damaged or unsuitable weights. Raises
     FileNotFoundError for a missing folder or file.
     """
@@ -177,7 +178,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None, *, files:
 
 
 def is_published(path: Path) -> bool:
-    """Whether `path` is laid out as FlexTok was published: a lone weights file, or a folder whose config.json says so.
+    """Whether `path` is a lone weights file, or a folder whose config.json is that of a published FlexTok.
 
     Raises FileNotFoundError or ConfigError for a folder without a readable config.json.
     """
@@ -254,16 +255,20 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str,
 def _find(name_or_path: str | Path, revision: str | None) -> Path:
     """The local folder of a model; or, where that was given, a lone weights file."""
     path = Path(name_or_path).expanduser()
-    return path if path.is_file() and path.suffix == ".safetensors" else find_folder(name_or_path, revision)
+    lone = path.is_file() and path.suffix in (".safetensors", ".ckpt")
+    return path if lone else find_folder(name_or_path, revision)
 
 
 def _load_published(path: Path, expect: type[Any] | None, map_location: str | torch.device) -> Any:
-    from imgtok import published  # which imports FlexTok, which imports this module
+    from imgtok import kl16, published  # which import this module
     from imgtok.flextok import FlexTok
+    from imgtok.vae import VAE
 
-    if expect is not None and not issubclass(FlexTok, expect):
-        raise ValueError(f"{path} holds a published FlexTok, but a {expect.__name__} is needed here")
-    return published.load(path, map_location)
+    autoencoder = path.is_file() and kl16.is_published(path)
+    model_class = VAE if autoencoder else FlexTok
+    if expect is not None and not issubclass(model_class, expect):
+        raise ValueError(f"{path} holds a published {model_class.__name__}, but a {expect.__name__} is needed here")
+    return kl16.load(path, map_location=map_location) if autoencoder else published.load(path, map_location)
 
 
 def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> Any:

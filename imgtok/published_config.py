@@ -697,7 +697,7 @@ def write_config(config: FlexTokConfig) -> dict[str, Any]:
     return entries
 
 
-VAE_SHAPE = ("block_channels", "layers_per_block", "norm_groups")
+VAE_SHAPE = ("block_channels", "layers_per_block", "norm_groups", "encoder_attention")
 AUTOENCODER_FOLDER = "vae"
 """Where an export puts an autoencoder of another shape: the published code can only be pointed to a folder."""
 

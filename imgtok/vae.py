@@ -3,14 +3,16 @@
 Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) with f = 2^(levels - 1), multiplied by
 `scaling_factor` so that they have about unit deviation. Here it is wrapped with the suite's
 configuration and file format; `imgtok train vae` trains it (train/vae.py has the losses), FlexTok and
-others hold one frozen inside. A small one for 32-pixel shapes ships with the package.
+others hold one frozen inside, or are trained on its cached moments (imgtok.data.latents). `load_vae`
+takes every form that one comes in. A small one for 32-pixel shapes ships with the package.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
-from imgtok.hub import Pretrained, read_json
+from imgtok.hub import Pretrained, find_folder, load, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class VAEConfig:
     """Multiplies latents after encoding; measured at the end of training as 1 / their deviation."""
     kl_weight: NonNegativeFloat = 1e-6
     """Weight of the KL divergence in training (in nats, summed over an image's latent, per image element)."""
+    encoder_attention: bool = False
+    """Attention after each residual block of the encoder's last level, as KL-16 has it."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -75,7 +79,7 @@ class VAE(nn.Module, Pretrained):
         levels = len(config.block_channels)
         self.autoencoder = AutoencoderKL(
             block_out_channels=config.block_channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
+            down_block_types=encoder_blocks(levels, config.encoder_attention),
             up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=config.layers_per_block,
             norm_num_groups=config.norm_groups,
@@ -89,15 +93,65 @@ class VAE(nn.Module, Pretrained):
         decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
         return Reconstruction(decoded, posterior.kl().sum() / images.numel())
 
+    def moments(self, images: Tensor) -> Tensor:
+        """The posteriors, not scaled: means, then log-variances from -30 to 20, (B, 2 C, H / f, W / f)."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents: the posterior's mean, or with standard-normal `noise` a sample of it."""
-        posterior = self.autoencoder.encode(images).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return latents * self.config.scaling_factor
+        return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in about [-1, 1], not clamped."""
         return self.autoencoder.decode(latents / self.config.scaling_factor).sample
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the weights or the shape, not with the scale or the kind of file."""
+        shape = {k: v for k, v in asdict(self.config).items() if k not in ("scaling_factor", "kl_weight")}
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+def latents_of_moments(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:
+    """Scaled latents (B, C, h, w) of `VAE.moments` (B, 2 C, h, w): with standard-normal noise (B, C, h, w) samples of
+    the posteriors, without any their means.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    if noise is not None:  # clamped here too: caches of other programs may hold what their encoder gave
+        mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+    return mean * scaling_factor
+
+
+def encoder_blocks(levels: int, attention: bool) -> tuple[str, ...]:
+    """Diffusers' names of the encoder's levels."""
+    plain, last = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+    return (plain,) * (levels - 1) + (last if attention else plain,)
+
+
+def load_vae(name: str | Path, scaling_factor: float | None = None) -> VAE:
+    """An autoencoder in evaluation mode, by any of its names: a folder or Hub repository of imgtok's or of diffusers, a
+    file in the layout of `kl16.ckpt`, or one that ships with imgtok ("shapes32").
+
+    `scaling_factor` replaces its own. Raises FileNotFoundError, ConfigError or ValueError that name the file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        from imgtok import kl16  # which imports this module
+
+        return kl16.load(path, scaling_factor)
+    if path.suffix in (".ckpt", ".safetensors"):  # or it would be taken for a Hub repository
+        raise FileNotFoundError(f"{path}: no such file of an autoencoder")
+    folder = find_folder(name) if "/" in str(name) or path.is_dir() else packaged_vae(str(name))
+    if is_diffusers(folder):
+        return from_diffusers(folder, scaling_factor)
+    vae: VAE = load(folder, expect=VAE)
+    if scaling_factor is not None:
+        vae.config = replace(vae.config, scaling_factor=scaling_factor)
+    return vae
 
 
 def packaged_vae(name: str) -> Path:
@@ -125,8 +179,8 @@ FIXED = {
     "mid_block_add_attention": True,
 }
 """Settings of an AutoencoderKL that `VAE` does not have, at the only values that it can stand for."""
-BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-"""The kind of block that every level has."""
+BLOCKS = ("down_block_types", "up_block_types")
+"""Where the kinds of its levels stand."""
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """How diffusers once named the parts of its attention, and how it does today."""
 
@@ -155,7 +209,12 @@ def diffusers_config(path: Path, scaling_factor: float | None = None, default_fa
     if not isinstance(found["block_out_channels"], list):
         raise ConfigError(f"{path}: block_out_channels: {found['block_out_channels']!r}, must be a list of integers")
     channels = tuple(found["block_out_channels"])
-    for name, value in (FIXED | {name: [kind] * len(channels) for name, kind in BLOCKS.items()}).items():
+    encoder_attention = found["down_block_types"] == [*encoder_blocks(len(channels), True)]
+    blocks = {
+        "down_block_types": [*encoder_blocks(len(channels), encoder_attention)],
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+    }
+    for name, value in (FIXED | blocks).items():
         if found.get(name, value) != value:
             raise ConfigError(f"{path}: {name}: {found[name]!r}, imgtok can use {value!r} alone")
     factor = next((n for n in (scaling_factor, found.get("scaling_factor"), default_factor) if n is not None), None)
@@ -168,6 +227,7 @@ def diffusers_config(path: Path, scaling_factor: float | None = None, default_fa
             layers_per_block=found["layers_per_block"],
             norm_groups=found["norm_num_groups"],
             scaling_factor=factor,
+            encoder_attention=encoder_attention,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error

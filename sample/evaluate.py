@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import imgtok
 from generators.gpt import SamplingConfig
+from generators.xar import FlowSampling
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig
@@ -75,6 +76,8 @@ class Config:
     """Images at once in one process; scores do not depend on it."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How `model` draws tokens."""
+    flow: FlowSampling = field(default_factory=FlowSampling)
+    """How `model` draws latents (xAR); what is left out is as the model's own configuration says."""
     num_tokens: tuple[PositiveInt, ...] = ()
     """Token counts, each of which is scored; empty takes the powers of two up to all for a tokenizer, all tokens for a
     model."""

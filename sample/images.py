@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from generators.gpt import SamplingConfig
+from generators.xar import FlowSampling
 from imgtok import images as pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, check, to_dict
@@ -69,6 +70,8 @@ class Config:
     """Numbered PNGs, or one `samples.npz` as the ADM evaluator reads it."""
     sampling: SamplingConfig = SamplingConfig()
     """How tokens are drawn."""
+    flow: FlowSampling = FlowSampling()
+    """How latents are drawn (xAR); what is left out is as the model's own configuration says."""
     num_tokens: PositiveInt | None = None
     """Tokens drawn for each image; null draws all that the generator knows."""
     decode_steps: PositiveInt | None = None
@@ -167,6 +170,8 @@ def describe_request(config: Config) -> dict[str, Any]:
         del request["prompts"], request["text_encoder"]
     else:
         request["prompts"] = read_prompts(config.prompts)
+    if config.flow == FlowSampling():  # likewise of a version without xAR
+        del request["flow"]
     return request | {
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),
@@ -194,9 +199,10 @@ def generate(
     config: Config, pipeline: Pipeline, labels: Sequence[int], indices: Sequence[int]
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Batches of (indices, uint8 images (B, 3, H, W)); `labels` is that of the whole job, by index."""
+    sampling = pipeline.choose(config.sampling, config.flow)
     for chunk in batches_of(indices, config.batch_size):
         chunk_labels = [labels[i] for i in chunk]
-        images = pipeline.images(chunk, chunk_labels, seed=config.seed, sampling=config.sampling, decode=config.decode)
+        images = pipeline.images(chunk, chunk_labels, seed=config.seed, sampling=sampling, decode=config.decode)
         yield chunk, images
 
 

@@ -1,4 +1,4 @@
-"""A generator with its tokenizer: from classes or prompts to images, in batches whose size leaves no trace.
+"""A generator with its tokenizer or autoencoder: from classes or prompts to images, in batches that leave no trace.
 
 Image i of seed s depends on (s, i) and its label alone, which is a class or, after `read_prompts`, the number of
 a prompt. Noise and token draws are keyed that way; what remains is arithmetic. On a CPU the last bits of a result
@@ -8,6 +8,7 @@ So there images are computed in blocks of `ROWS`, the last one padded, with a fi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generators.gpt import GPT, Condition, SamplingConfig
+from generators.conditioning import Condition
+from generators.gpt import GPT, SamplingConfig
+from generators.xar import XAR, FlowSampling
 from imgtok.captions import Captions
 from imgtok.hub import find_folder, load
 from imgtok.images import to_uint8
@@ -23,6 +26,7 @@ from imgtok.processes import cpu_threads
 from imgtok.text_encoder import TextEncoder
 from imgtok.tokenizer import Tokenizer
 from imgtok.tokens import Tokens
+from imgtok.vae import VAE
 
 ROWS = 16
 """Images that a CPU computes at once."""
@@ -37,32 +41,34 @@ class DecodeSettings:
     guidance: float | None = None
 
 
-class Pipeline:
-    """A loaded generator and tokenizer on one device; `threads` is how many of a CPU it uses."""
+class Pipeline(ABC):
+    """A loaded generator with what makes images of its draws, on one device; `threads` is how many of a CPU it uses."""
 
-    def __init__(self, generator: GPT, tokenizer: Tokenizer, device: torch.device, threads: int = 1) -> None:
-        if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
-            raise ValueError(
-                f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
-                f"tokenizer decodes {tokenizer.num_tokens} of {tokenizer.vocab_size}: they were not trained together"
-            )
+    tokenizer: Tokenizer | VAE
+    most_tokens: int | None = None
+    """Tokens that an image can have; None for a generator of latents."""
+
+    def __init__(self, generator: GPT | XAR, device: torch.device, threads: int) -> None:
         self.generator = generator.to(device).eval()
-        self.tokenizer = tokenizer.to(device).eval()
         self.device = device
         self.threads = threads
         self.prompts: Sequence[str] = ()
         self.encoder: TextEncoder | None = None
 
-    @classmethod
-    def load(cls, model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
+    @staticmethod
+    def load(model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
         """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
         folder = find_folder(model)
-        generator = load(folder, expect=GPT)
-        return cls(generator, load(tokenizer_folder(folder, tokenizer), expect=Tokenizer), device, threads)
-
-    @property
-    def reads_text(self) -> bool:
-        return self.generator.config.reads_text
+        generator = load(folder)
+        if not isinstance(generator, GPT | XAR):
+            name = type(generator).__name__
+            raise ValueError(
+                f"{folder} holds a {name} (kind {generator.config.kind!r}), but a GPT or XAR is needed here"
+            )
+        place = tokenizer_folder(folder, tokenizer)
+        if isinstance(generator, XAR):
+            return LatentPipeline(generator, load(place, expect=VAE), device, threads)
+        return TokenPipeline(generator, load(place, expect=Tokenizer), device, threads)
 
     @property
     def num_classes(self) -> int:
@@ -75,6 +81,20 @@ class Pipeline:
                 "prompt a line); then score its images with imgtok evaluate images=FOLDER"
             )
         return len(self.prompts)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it draws for prompts, and not for classes."""
+        return self.generator.config.reads_text
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Pixels a side."""
+
+    @abstractmethod
+    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> SamplingConfig | FlowSampling:
+        """Which of the two this generator draws by. Raises ValueError if the other was changed."""
 
     def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
         """Draw for `prompts` from now on, with the text encoder that is named or that the generator names.
@@ -108,25 +128,25 @@ class Pipeline:
         labels: Sequence[int],
         *,
         seed: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | FlowSampling,
         decode: DecodeSettings,
     ) -> Tensor:
         """uint8 images (len(indices), 3, H, W)."""
-        count = self.generator.config.num_tokens if decode.num_tokens is None else decode.num_tokens
+        count = decode.num_tokens
         return self.images_at((count,), indices, labels, seed=seed, sampling=sampling, decode=decode)[count]
 
     @torch.no_grad()
     def images_at(
         self,
-        counts: Sequence[int],
+        counts: Sequence[int | None],
         indices: Sequence[int],
         labels: Sequence[int],
         *,
         seed: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | FlowSampling,
         decode: DecodeSettings,
-    ) -> dict[int, Tensor]:
-        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many tokens.
+    ) -> dict[int | None, Tensor]:
+        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many; None is all.
 
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
@@ -140,31 +160,116 @@ class Pipeline:
             ]
         return {count: torch.cat([block[count] for block in blocks]) for count in counts}
 
+    @abstractmethod
     def _block(
         self,
         indices: list[int],
         labels: list[int],
-        counts: Sequence[int],
+        counts: Sequence[int | None],
         seed: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | FlowSampling,
         decode: DecodeSettings,
-    ) -> dict[int, Tensor]:
+    ) -> dict[int | None, Tensor]:
         """The images of one block, computed together."""
-        padded = pad_to_rows(indices)
+
+
+class TokenPipeline(Pipeline):
+    """A GPT and the tokenizer whose ids it draws."""
+
+    generator: GPT
+    tokenizer: Tokenizer
+
+    def __init__(self, generator: GPT, tokenizer: Tokenizer, device: torch.device, threads: int = 1) -> None:
+        if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
+            raise ValueError(
+                f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
+                f"tokenizer decodes {tokenizer.num_tokens} of {tokenizer.vocab_size}: they were not trained together"
+            )
+        super().__init__(generator, device, threads)
+        self.tokenizer = tokenizer.to(device).eval()
+        self.most_tokens = generator.config.num_tokens
+
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.image_size
+
+    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> SamplingConfig:
+        if flow != FlowSampling():
+            raise ValueError("flow: this generator draws tokens and not latents; use the fields of `sampling`")
+        return sampling
+
+    def _block(
+        self,
+        indices: list[int],
+        labels: list[int],
+        counts: Sequence[int | None],
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> dict[int | None, Tensor]:
+        assert isinstance(sampling, SamplingConfig), "see `choose`"
+        padded, total = pad_to_rows(indices), self.generator.config.num_tokens
         ids = self.generator.generate(
             self.condition(pad_to_rows(labels)),
             seed=seed,
             indices=padded,
             sampling=sampling,
-            num_tokens=max(counts),
+            num_tokens=max(total if count is None else count for count in counts),
         )
         tokens, images = Tokens.full(ids), {}
         for count in counts:
+            shown = tokens.truncate(total if count is None else count)
             decoded = self.tokenizer.decode(
-                tokens.truncate(count), seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
+                shown, seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
             )
             images[count] = to_uint8(decoded[: len(indices)]).cpu()
         return images
+
+
+class LatentPipeline(Pipeline):
+    """An xAR and the autoencoder whose latents it draws."""
+
+    generator: XAR
+    tokenizer: VAE
+
+    def __init__(self, generator: XAR, autoencoder: VAE, device: torch.device, threads: int = 1) -> None:
+        drawn, decoded = generator.config.latent_channels, autoencoder.config.latent_channels
+        if drawn != decoded:
+            raise ValueError(
+                f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were "
+                "not trained together"
+            )
+        super().__init__(generator, device, threads)
+        self.tokenizer = autoencoder.to(device).eval()
+
+    @property
+    def image_size(self) -> int:
+        size: int = self.generator.config.grid * self.tokenizer.config.factor
+        return size
+
+    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> FlowSampling:
+        if sampling != SamplingConfig():
+            raise ValueError("sampling: this generator draws latents and not tokens; use the fields of `flow`")
+        return flow
+
+    def _block(
+        self,
+        indices: list[int],
+        labels: list[int],
+        counts: Sequence[int | None],
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> dict[int | None, Tensor]:
+        assert isinstance(sampling, FlowSampling), "see `choose`"
+        if tuple(counts) != (None,) or decode != DecodeSettings():
+            raise ValueError(
+                "num_tokens, decode_steps, decode_guidance: this generator draws whole latents, which its autoencoder "
+                "decodes in one go; leave them out (flow.steps are the generator's)"
+            )
+        condition = self.condition(pad_to_rows(labels))
+        latents = self.generator.generate(condition, seed=seed, indices=pad_to_rows(indices), sampling=sampling)
+        return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)].clamp(-1, 1)).cpu()}
 
 
 def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from generators.gpt import SamplingConfig
+from generators.xar import FlowSampling
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.images import to_uint8
@@ -25,6 +26,7 @@ from imgtok.metrics.scorers import ScoredBatch
 from imgtok.processes import cpu_threads
 from imgtok.randomness import permutation
 from imgtok.tokenizer import Tokenizer
+from imgtok.vae import VAE
 from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn
 from sample.reconstruct import reconstruct, token_counts
 
@@ -50,8 +52,8 @@ class Procedure:
     """Flow steps of the decoder."""
     decode_guidance: float | None = None
     """Guidance scale of the decoder."""
-    sampling: SamplingConfig | None = None
-    """How tokens were drawn."""
+    sampling: SamplingConfig | FlowSampling | None = None
+    """How tokens or latents were drawn."""
     tokenizer: Any = None
     """The tokenizer's configuration: solver, kind of guidance and what else it decodes by."""
     generator: Any = None
@@ -115,21 +117,22 @@ class GeneratorSource:
         counts: Sequence[int] = (),
         *,
         seed: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | FlowSampling,
         decode: DecodeSettings,
     ) -> None:
         """Raises ValueError for a class or a count that the generator does not have."""
         self._pipeline, self._seed, self._sampling, self._decode = pipeline, seed, sampling, decode
         self._labels = labels_in_turn(classes, num, pipeline.num_classes)
-        self.num, self.size = num, (pipeline.tokenizer.image_size,) * 2
-        known = pipeline.generator.config.num_tokens
-        if any(not 1 <= count <= known for count in counts):
+        self.num, self.size = num, (pipeline.image_size,) * 2
+        known = pipeline.most_tokens
+        if known is None and counts:
+            raise ValueError("num_tokens: this generator draws whole latents, not tokens; leave num_tokens out")
+        if known is not None and any(not 1 <= count <= known for count in counts):
             raise ValueError(f"num_tokens: the generator draws 1 to {known} tokens, given {list(counts)}")
-        self._counts = tuple(counts) or (known,)
         self.token_counts: tuple[int | None, ...] = tuple(counts) or (None,)
         self.procedure = Procedure(
             images="samples of a generator, classes in turn",
-            tokens=_counts_in_words(self._counts),
+            tokens=None if known is None else _counts_in_words(tuple(counts) or (known,)),
             decode_steps=steps_of(pipeline.tokenizer, decode),
             decode_guidance=guidance_of(pipeline.tokenizer, decode),
             sampling=sampling,
@@ -141,13 +144,10 @@ class GeneratorSource:
         for chunk in batches_of(indices, batch_size):
             labels = [self._labels[index] for index in chunk]
             drawn = self._pipeline.images_at(
-                self._counts, chunk, labels, seed=self._seed, sampling=self._sampling, decode=self._decode
+                self.token_counts, chunk, labels, seed=self._seed, sampling=self._sampling, decode=self._decode
             )
             truth = torch.tensor(labels)
-            yield {
-                asked: ScoredBatch(chunk, drawn[count], truth)
-                for asked, count in zip(self.token_counts, self._counts, strict=True)
-            }
+            yield {count: ScoredBatch(chunk, images, truth) for count, images in drawn.items()}
 
 
 class ReconstructionSource:
@@ -220,13 +220,13 @@ def check_num(num: int | None, available: int, where: str) -> int:
     return num or available
 
 
-def steps_of(tokenizer: Tokenizer, decode: DecodeSettings) -> int | None:
+def steps_of(tokenizer: Tokenizer | VAE, decode: DecodeSettings) -> int | None:
     """The decoder's flow steps: those asked for, else the tokenizer's own; None for one that takes no steps."""
     own: int | None = getattr(tokenizer.config, "decode_steps", None)
     return own if decode.steps is None else decode.steps
 
 
-def guidance_of(tokenizer: Tokenizer, decode: DecodeSettings) -> float | None:
+def guidance_of(tokenizer: Tokenizer | VAE, decode: DecodeSettings) -> float | None:
     """The decoder's guidance scale, likewise."""
     own: float | None = getattr(tokenizer.config, "decode_guidance", None)
     return own if decode.guidance is None else decode.guidance

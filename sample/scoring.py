@@ -251,13 +251,14 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
         folder = find_folder(config.model)
         weights["model"] = file_sha256(folder / WEIGHTS_NAME)
         weights["tokenizer"] = file_sha256(tokenizer_folder(folder, config.tokenizer) / WEIGHTS_NAME)
+        pipeline = Pipeline.load(config.model, config.tokenizer, device, config.threads)
         return GeneratorSource(
-            Pipeline.load(config.model, config.tokenizer, device, config.threads),
+            pipeline,
             config.num or SAMPLES_OF_A_MODEL,
             config.classes,
             config.num_tokens,
             seed=config.seed,
-            sampling=config.sampling,
+            sampling=pipeline.choose(config.sampling, config.flow),
             decode=DecodeSettings(None, config.decode_steps, config.decode_guidance),
         )
     assert config.tokenizer is not None

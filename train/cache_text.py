@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -21,6 +22,7 @@ from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
 from imgtok.processes import process_state
 from imgtok.text_encoder import TextEncoder
+from train.shards import write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +81,8 @@ def main(config: Config) -> None:
     )
     empty = encoder.encode([""])[0].cpu()
     writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)
-    shards = list(writer.pending())
-    logger.info("%d shards to write in this process, one of %d", len(shards), state.num_processes)
-    captions = sum(len(info.shard_indices(shard)) for shard in shards)
-    with tqdm(total=captions, unit="caption", desc="cache text", disable=not state.is_main_process) as progress:
-        for shard in shards:
-            write_shard(config, encoder, source, writer, shard, progress)
-    state.wait_for_everyone()
+    write = functools.partial(write_shard, config, encoder, source, writer)
+    write_missing(writer, state, write, command="cache text", unit="caption")
     logger.info("text features of %d images in %s", len(source), config.out)
 
 

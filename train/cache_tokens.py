@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -22,6 +23,7 @@ from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
 from imgtok.hub import find_folder, load
 from imgtok.processes import process_state
 from imgtok.tokenizer import Tokenizer
+from train.shards import write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +115,9 @@ def main(config: Config) -> None:
         crop_seed=views.seed,
     )
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
-    shards = list(writer.pending())
-    logger.info("%d shards to write in this process, one of %d", len(shards), state.num_processes)
     unreadable = UnreadableImages(len(source))
-    images = sum(len(info.shard_indices(shard)) for shard in shards)
-    with tqdm(total=images, unit="image", desc="cache", disable=not state.is_main_process) as progress:
-        for shard in shards:
-            write_shard(config, tokenizer, source, writer, shard, unreadable, progress)
-    state.wait_for_everyone()
+    write = functools.partial(write_shard, config, tokenizer, source, writer, unreadable)
+    write_missing(writer, state, write, command="cache")
     logger.info("tokens of %d images, %d crop(s) each, in %s", len(source), views.count, config.out)
 
 
@@ -129,8 +126,8 @@ def write_shard(
     tokenizer: Tokenizer,
     source: ImageSource,
     writer: TokenShardWriter,
-    shard: int,
     unreadable: UnreadableImages,
+    shard: int,
     progress: tqdm,
 ) -> None:
     """Encodes one shard's images, every view of each, and writes it, if need be without any."""

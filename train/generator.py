@@ -1,4 +1,8 @@
-"""`imgtok train generator`: trains a generator on the cached tokens of a frozen tokenizer."""
+"""`imgtok train generator`: trains a generator on the cached tokens or latents of a frozen tokenizer.
+
+A GPT learns from the ids that `imgtok cache` wrote, an xAR (`train/latent_generator.py` has its job) from the latents
+of an autoencoder that `imgtok cache latents` wrote.
+"""
 
 from __future__ import annotations
 
@@ -13,50 +17,70 @@ import torch
 from torch import Tensor, nn
 
 from generators.gpt import GPT, GPTConfig, SamplingConfig
+from generators.xar import XAR, XARConfig
 from imgtok import images as pictures
-from imgtok.captions import Captions
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, check
 from imgtok.data.captions import CaptionDataset
+from imgtok.data.latents import open_latents
 from imgtok.data.loaders import TokenBatch, token_loader
 from imgtok.data.tokens import TokenDataset, fingerprint
 from imgtok.hub import find_folder, load
 from imgtok.tokenizer import Losses, Tokenizer
 from imgtok.tokens import Tokens
+from imgtok.vae import load_vae
+from train.captions import digest_with, open_captions, preview_condition, with_text_fields
 from train.config import TrainingConfig
+from train.latent_generator import LatentGeneratorJob
 from train.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains a generator on tokens that `imgtok cache` wrote; `final/` holds it with its tokenizer, ready to sample."""
+    """Trains a generator on what `imgtok cache` or `imgtok cache latents` wrote; `final/` holds it with its tokenizer,
+    ready to sample.
+    """
 
     job: Literal["train-generator"] = "train-generator"
     """Which program this file is for."""
     out: Path
     """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
-    tokens: Path
-    """Folder of cached tokens."""
+    tokens: Path | None = None
+    """Folder of cached tokens, for model.kind=gpt."""
+    latents: Path | None = None
+    """Folder of cached latents, for model.kind=xar: of `imgtok cache latents`, or MAR's .npz files."""
     tokenizer: str
-    """Model folder or Hub name of the tokenizer that made them; copied into `final/tokenizer`."""
+    """Model folder or Hub name of the tokenizer that made the tokens; for latents the autoencoder, also as a file like
+    kl16.ckpt or one that ships with imgtok (`shapes32`). Copied into `final/tokenizer`."""
     text: Path | None = None
     """Folder of cached text features of the same images, for model.condition=cross_attention."""
     made_from: str | None = None
     """Fingerprint of the tokens' (and texts') models and data, filled in at the start: a run goes on only with the
     same."""
-    model: GPTConfig = GPTConfig()
-    """The model; its vocabulary, length and classes are filled in from the tokens, its text fields from `text`."""
+    model: GPTConfig | XARConfig = GPTConfig()
+    """The model. What the data decides is filled in: vocabulary, length and classes from the tokens, text fields from
+    `text`; channels, grid and classes from the latents."""
     share_digits: bool = False
     """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
     sampling: SamplingConfig = SamplingConfig()
-    """How previews are drawn."""
+    """How previews of a GPT are drawn; an xAR's are as `model.sampling` says."""
     num_preview: NonNegativeInt = 64
     """Images in a preview."""
+    checkpoint_activations: bool = False
+    """Compute an xAR's blocks again in the backward pass instead of keeping their activations: memory for time."""
     training: TrainingConfig
     """Length, optimiser, precision, logging."""
 
     def __post_init__(self) -> None:
         check(self)
+        needed, other = ("latents", "tokens") if isinstance(self.model, XARConfig) else ("tokens", "latents")
+        if getattr(self, needed) is None:
+            what = "imgtok cache latents" if needed == "latents" else "imgtok cache"
+            raise ValueError(f"{needed}: is required with model.kind={self.model.kind}; `{what}` makes such a folder")
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other}: model.kind={self.model.kind} learns from {needed}; leave {other} out")
+        if isinstance(self.model, XARConfig) and self.share_digits:
+            raise ValueError("share_digits: only for model.kind=gpt, latents have no digits; leave it out")
         if self.model.reads_text and self.text is None:
             raise ValueError(
                 "text: is required with model.condition=cross_attention; `imgtok cache text` makes such a folder"
@@ -69,40 +93,60 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
+    if isinstance(config.model, XARConfig):
+        train_on_latents(config, config.model)
+    else:
+        train_on_tokens(config, config.model)
+
+
+def train_on_latents(config: Config, model_config: XARConfig) -> None:
+    """An xAR."""
+    assert config.latents is not None, "Config has checked this"
+    vae = load_vae(config.tokenizer)
+    latents = open_latents(config.latents, vae)
+    captions = open_captions(config.text, latents)
+    config = with_fingerprint(config, digest_with(latents.digest, captions))
+    model_config = replace(
+        with_text_fields(model_config, captions),
+        latent_channels=latents.latent_channels,
+        grid=latents.grid,
+        num_classes=max(latents.num_classes, 1),
+    )
+    torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
+    model = XAR(model_config)
+    if captions is not None:
+        model.set_empty_caption(captions.empty)
+    if config.checkpoint_activations:
+        model.recompute_activations()
+    job = LatentGeneratorJob(model, latents, vae, config.training, config.num_preview, captions)
+    fit(job, config.training, config.out, config)
+
+
+def train_on_tokens(config: Config, model_config: GPTConfig) -> None:
+    """A GPT."""
+    assert config.tokens is not None, "Config has checked this"
     folder = find_folder(config.tokenizer)
     tokenizer = load(folder, expect=Tokenizer)
     tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
-    captions = CaptionDataset(config.text) if config.text is not None else None
-    if captions is not None:
-        captions.check_matches(tokens)
-    digests = [tokens.info.digest] + ([captions.info.digest] if captions is not None else [])
-    config = with_fingerprint(config, "-".join(digests))
+    captions = open_captions(config.text, tokens)
+    config = with_fingerprint(config, digest_with(tokens.info.digest, captions))
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    model = GPT(model_config(config, tokens, tokenizer, captions))
+    model = GPT(filled_in(config, model_config, tokens, tokenizer, captions))
     if captions is not None:
         model.set_empty_caption(captions.empty)
     fit(GeneratorJob(config, model, tokens, tokenizer, folder, captions), config.training, config.out, config)
 
 
-def model_config(
-    config: Config, tokens: TokenDataset, tokenizer: Tokenizer, captions: CaptionDataset | None
+def filled_in(
+    config: Config, model: GPTConfig, tokens: TokenDataset, tokenizer: Tokenizer, captions: CaptionDataset | None
 ) -> GPTConfig:
     """The model with what the data decides filled in."""
-    model = replace(
-        config.model,
+    return replace(
+        with_text_fields(model, captions),
         vocab_size=tokenizer.vocab_size,
         num_tokens=tokens.ids.shape[1],
         num_classes=max(tokens.num_classes, 1),
         levels=tokenizer.levels if config.share_digits else (),
-    )
-    if captions is None:
-        return model
-    return replace(
-        model,
-        text_width=captions.info.width,
-        text_length=captions.info.max_length,
-        empty_length=len(captions.empty),
-        text_encoder=captions.info.encoder,
     )
 
 
@@ -110,8 +154,8 @@ def with_fingerprint(config: Config, made_from: str) -> Config:
     """Fills in `made_from`, which `fit` compares with that of the run in `out`: remade tokens have the same path."""
     if config.made_from not in (None, made_from):
         raise ValueError(
-            f"made_from: {config.tokens} holds tokens {made_from}, and {config.made_from} is asked for: made again by "
-            "another tokenizer or of other data; choose another `out` and leave made_from out"
+            f"made_from: {config.tokens or config.latents} holds {made_from}, and {config.made_from} is asked for: "
+            "made again by another tokenizer or of other data; choose another `out` and leave made_from out"
         )
     return replace(config, made_from=made_from)
 
@@ -163,18 +207,12 @@ class GeneratorJob:
         assert isinstance(model, GPT)
         device = model.head.weight.device
         indices = range(self.config.num_preview)
-        condition = self.preview_condition(model, indices).to(device)
+        classes, images = model.config.num_classes, self.tokens.indices
+        condition = preview_condition(len(indices), classes, images, self.captions, device)
         ids = model.generate(condition, seed=0, indices=indices, sampling=self.config.sampling)
         self.tokenizer.to(device)
-        images: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
-        pictures.save_png(pictures.make_grid(images, columns=8), path)
-
-    def preview_condition(self, model: GPT, indices: range) -> Tensor | Captions:
-        """The classes in turn, or the captions of the first images."""
-        if self.captions is None:
-            return torch.tensor([i % model.config.num_classes for i in indices])
-        images = self.tokens.indices.unique()
-        return self.captions.batch([int(images[i % len(images)]) for i in indices])
+        drawn: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
+        pictures.save_png(pictures.make_grid(drawn, columns=8), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the tokenizer inside: all that sampling needs."""

@@ -19,10 +19,9 @@ from imgtok.data.loaders import Batch
 from imgtok.data.shapes import ShapesConfig
 from imgtok.dino import DINOv2
 from imgtok.flextok import FlexTok, FlexTokConfig
-from imgtok.hub import find_folder, load
 from imgtok.repa import AlignedFlexTok, REPAConfig, load_teacher, teacher_features
 from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
-from imgtok.vae import VAE, from_diffusers, is_diffusers, packaged_vae
+from imgtok.vae import load_vae
 from train.config import TrainingConfig
 from train.image_job import ImageJob, open_split
 from train.loop import fit
@@ -47,8 +46,8 @@ class Config:
     model: FlexTokConfig = FlexTokConfig()
     """The model."""
     vae: str | None = None
-    """The frozen autoencoder under a tokenizer: a folder or a Hub name, of imgtok's or of a diffusers AutoencoderKL, or
-    one that ships with imgtok (`shapes32`)."""
+    """The frozen autoencoder under a tokenizer: a folder or a Hub name, of imgtok's or of a diffusers AutoencoderKL, a
+    file in the layout of `kl16.ckpt`, or one that ships with imgtok (`shapes32`)."""
     vae_scaling_factor: PositiveFloat | None = None
     """Factor on the autoencoder's latents; null takes its own."""
     repa: REPAConfig | None = None
@@ -103,18 +102,6 @@ def build_model(config: Config) -> Tokenizer:
     if config.checkpoint_activations:
         model.recompute_activations()
     return model
-
-
-def load_vae(name: str, scaling_factor: float | None = None) -> VAE:
-    """An autoencoder by folder, Hub name or the name of a packaged one; `scaling_factor` replaces its own."""
-    folder = find_folder(name) if "/" in name or Path(name).is_dir() else packaged_vae(name)
-    if is_diffusers(folder):
-        return from_diffusers(folder, scaling_factor)
-    vae = load(folder, expect=VAE)
-    assert isinstance(vae, VAE)
-    if scaling_factor is not None:
-        vae.config = replace(vae.config, scaling_factor=scaling_factor)
-    return vae
 
 
 class TokenizerJob(ImageJob):

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from imgtok.captions import Captions
+from imgtok.data.latents import LatentDataset
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
@@ -124,18 +125,20 @@ class CaptionDataset:
         """The captions of the given images, padded to the longest."""
         return Captions.pad([self.features(index) for index in indices])
 
-    def check_matches(self, tokens: TokenDataset) -> None:
-        """Raises DataError unless these are the captions of the very images that `tokens` are of."""
+    def check_matches(self, images: TokenDataset | LatentDataset) -> None:
+        """Raises DataError unless these are the captions of the very images that those tokens or latents are of."""
+        info, what = images.info, f"the {images.info.PREFIX}s"
         different = [
-            f"{name} {getattr(self.info, name)!r}, not {getattr(tokens.info, name)!r}"
+            f"{name} {getattr(self.info, name)!r}, not {getattr(info, name)!r}"
             for name in ("dataset", "split", "num_images")
-            if getattr(self.info, name) != getattr(tokens.info, name)
+            if getattr(self.info, name) != getattr(info, name)
         ]
         if different:
-            remedy = "run `imgtok cache text` with the data, split and held_out of `imgtok cache`"
-            raise DataError(
-                f"{self.folder}: captions of other images than the tokens ({'; '.join(different)}); {remedy}"
-            )
-        missing = set(tokens.indices.tolist()) - self._places.keys()
+            remedy = f"run `imgtok cache text` with the data, split and held_out of `{info.COMMAND}`"
+            raise DataError(f"{self.folder}: captions of other images than {what} ({'; '.join(different)}); {remedy}")
+        missing = set(images.indices.tolist()) - self._places.keys()
         if missing:
-            raise DataError(f"{self.folder}: no caption of {len(missing)} images of the tokens, such as {min(missing)}")
+            raise DataError(f"{self.folder}: no caption of {len(missing)} images of {what}, such as {min(missing)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}  # a worker process opens the files itself

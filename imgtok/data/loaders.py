@@ -27,15 +27,18 @@ from imgtok.data.images import (
     max_unreadable,
     too_many_unreadable,
 )
+from imgtok.data.latents import LatentBatch, Latents
 from imgtok.data.tokens import TokenBatch, TokenDataset
 from imgtok.randomness import permutation
 
 __all__ = [
     "Batch",
     "BatchSampler",
+    "LatentBatch",
     "TokenBatch",
     "UnreadableImages",
     "eval_loader",
+    "latent_loader",
     "token_loader",
     "train_loader",
 ]
@@ -43,6 +46,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+B = TypeVar("B", Batch, LatentBatch)
 
 
 class BatchSampler(Sampler[list[Position]]):
@@ -156,28 +160,58 @@ def token_loader(
         yield batch
 
 
+def latent_loader(
+    latents: Latents,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+    captions: CaptionDataset | None = None,
+) -> Iterator[LatentBatch]:
+    """Batches of cached latents for one process, without end, in the same order as `train_loader`.
+
+    With `captions`, each row carries the features of its image's caption.
+    """
+    order = BatchSampler(len(latents), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
+    load = functools.partial(_latent_batch, latents=latents, captions=captions, seed=seed)
+    yield from _load_batches(load, order, num_workers)
+
+
+def _latent_batch(
+    positions: Sequence[Position], *, latents: Latents, captions: CaptionDataset | None, seed: int
+) -> LatentBatch:
+    batch = latents.training_batch(positions, seed)
+    if captions is None:
+        return batch
+    images = latents.indices[[position.index for position in positions]]
+    return dataclasses.replace(batch, captions=captions.batch(images.tolist()))
+
+
 def _checked(batches: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:
     for batch in batches:
         unreadable.add(batch.unreadable)
         yield batch
 
 
-class _Batches(Dataset[Batch | DataError]):
+class _Batches(Dataset[Any]):
     """What a worker runs. A DataError travels as a value: raised there, its message would be buried in a
     traceback.
     """
 
-    def __init__(self, load: Callable[[Any], Batch]) -> None:
+    def __init__(self, load: Callable[[Any], Any]) -> None:
         self._load = load
 
-    def __getitem__(self, key: Any) -> Batch | DataError:
+    def __getitem__(self, key: Any) -> Any:
         try:
             return self._load(key)
         except DataError as error:
             return error
 
 
-def _load_batches(load: Callable[[T], Batch], order: Sequence[T] | Sampler[T], num_workers: int) -> Iterator[Batch]:
+def _load_batches(load: Callable[[T], B], order: Sequence[T] | Sampler[T], num_workers: int) -> Iterator[B]:
     loader = DataLoader(
         _Batches(load),
         batch_size=None,

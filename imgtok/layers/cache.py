@@ -22,6 +22,10 @@ class Memory:
     layers: Sequence[tuple[Tensor, Tensor]]
     mask: Tensor
 
+    def rows(self, rows: slice) -> Memory:
+        """What some rows of the batch look at."""
+        return Memory([(keys[rows], values[rows]) for keys, values in self.layers], self.mask[rows])
+
 
 class LayerCache:
     """Keys and values of one attention layer, (B, H, capacity, E) each, filled from the left."""

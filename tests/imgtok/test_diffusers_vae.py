@@ -11,8 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from imgtok.config import ConfigError
-from imgtok.vae import DIFFUSERS_WEIGHTS, OLD_ATTENTION, from_diffusers, is_diffusers, packaged_vae
-from train.tokenizer import load_vae
+from imgtok.vae import DIFFUSERS_WEIGHTS, OLD_ATTENTION, from_diffusers, is_diffusers, load_vae, packaged_vae
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +62,21 @@ def test_a_folder_of_diffusers_is_the_same_autoencoder(written):
     assert same(load_vae(str(folder)), model)
 
 
+def test_attention_in_the_last_level_of_the_encoder(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=3,
+    ).save_pretrained(tmp_path)
+    vae = from_diffusers(tmp_path)
+    assert vae.config.encoder_attention
+    assert same(vae, AutoencoderKL.from_pretrained(tmp_path).eval())
+
+
 def test_another_scaling_factor(written, tmp_path):
     folder, model = written
     for vae in (from_diffusers(folder, 0.5), load_vae(str(folder), 0.5)):
@@ -97,7 +111,7 @@ def test_old_names_of_the_attention(written, tmp_path):
         ({"_class_name": "AutoencoderDC"}, "_class_name: 'AutoencoderDC', must be 'AutoencoderKL'"),
         ({"act_fn": "gelu"}, "act_fn: 'gelu', imgtok can use 'silu' alone"),
         ({"shift_factor": 0.1}, "shift_factor: 0.1"),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]}, "down_block_types"),
         ({"latent_channels": None}, "lacks latent_channels"),
     ],
 )

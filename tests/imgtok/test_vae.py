@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 import imgtok
-from imgtok.vae import VAE, VAEConfig, packaged_vae
+from imgtok.vae import VAE, VAEConfig, latents_of_moments, packaged_vae
 
 TINY = VAEConfig(latent_channels=3, block_channels=(8, 16), layers_per_block=1, norm_groups=4, scaling_factor=0.5)
 
@@ -37,6 +40,35 @@ def test_a_sample_needs_its_noise_from_outside(model):
     posterior = model.autoencoder.encode(images()).latent_dist
     torch.testing.assert_close(model.encode(images(), noise), 0.5 * (posterior.mean + posterior.std * noise))
     assert torch.equal(model.encode(images(), torch.zeros_like(noise)), model.encode(images()))
+
+
+@torch.no_grad()
+def test_moments_are_what_a_sample_needs(model):
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    posterior = model.autoencoder.encode(images()).latent_dist
+    moments = model.moments(images())
+    assert torch.equal(moments, torch.cat([posterior.mean, posterior.logvar], dim=1))
+    assert torch.equal(latents_of_moments(moments, noise, 0.5), model.encode(images(), noise))
+    assert torch.equal(latents_of_moments(moments, None, 0.5), model.encode(images()))
+
+
+def test_log_variances_of_any_origin_are_clamped():
+    moments = torch.tensor([1.0, 200.0]).reshape(1, 2, 1, 1)
+    noise = torch.ones(1, 1, 1, 1)
+    torch.testing.assert_close(latents_of_moments(moments, noise, 1.0).item(), 1 + math.exp(10), rtol=1e-6, atol=0)
+
+
+def test_a_fingerprint_is_of_the_weights_and_the_shape(model):
+    assert len(model.fingerprint()) == 16
+    again = VAE(replace(TINY, scaling_factor=2.0, kl_weight=1.0))
+    again.load_state_dict(model.state_dict())
+    assert again.fingerprint() == model.fingerprint()
+    other = VAE(replace(TINY, norm_groups=2))
+    other.load_state_dict(model.state_dict())
+    assert other.fingerprint() != model.fingerprint()
+    with torch.no_grad():
+        next(again.parameters()).flatten()[0] += 1e-6
+    assert again.fingerprint() != model.fingerprint()
 
 
 def test_training_decodes_a_sample_and_measures_its_divergence(model):

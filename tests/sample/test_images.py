@@ -323,7 +323,7 @@ def test_images_of_unknown_origin_are_refused(generator, tmp_path, name):
 
 
 def test_a_tokenizer_in_place_of_a_generator(generator, tmp_path):
-    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a GPT is needed"):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a GPT or XAR is needed"):
         sample(generator / "tokenizer", tmp_path)
 
 

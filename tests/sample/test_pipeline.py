@@ -7,7 +7,7 @@ import torch
 
 from generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from sample.pipeline import DecodeSettings, Pipeline
+from sample.pipeline import DecodeSettings, Pipeline, TokenPipeline
 
 SAMPLING = SamplingConfig(guidance=2.0, top_k=12)
 
@@ -23,7 +23,7 @@ def pipeline() -> Pipeline:
         torch.nn.init.normal_(parameter, std=0.2)
     generator = GPT(GPTConfig(vocab_size=16, num_tokens=8, num_classes=5, width=32, depth=2, num_heads=2))
     torch.nn.init.normal_(generator.head.weight, std=0.5)
-    return Pipeline(generator, tokenizer, torch.device("cpu"))
+    return TokenPipeline(generator, tokenizer, torch.device("cpu"))
 
 
 def test_a_longer_draw_begins_with_the_shorter_one(pipeline):

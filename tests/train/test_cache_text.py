@@ -25,6 +25,7 @@ from imgtok.data.tokens import TokenDataset
 from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.text_encoder import TextEncoder
+from imgtok.vae import VAE, VAEConfig
 from train import cache_text
 from train.failure import tensors_of
 
@@ -300,3 +301,49 @@ def test_training_mistakes_are_said(trained, tmp_path, capsys, words, message):
     training = ["training.steps=1", "training.batch_size=2", "training.learning_rate=1e-3"]
     assert main(["train", "generator", *given, *training, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ through latents
+
+
+@pytest.fixture(scope="module")
+def trained_on_latents(t5, tmp_path_factory) -> Path:
+    """Latents and text features of the same shapes, and an xAR trained on both through the command line."""
+    folder = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    vae = VAE(
+        VAEConfig(latent_channels=2, block_channels=(4, 4), layers_per_block=1, norm_groups=2, scaling_factor=1.0)
+    )
+    vae.save_pretrained(folder / "vae")
+    data = ("data.kind=shapes", "data.mode=text", "data.num_images=12")
+    run("cache", "latents", folder / "vae", f"out={folder / 'latents'}", "image_size=8", *data)
+    run("cache", "text", t5, f"out={folder / 'text'}", "max_length=24", *data)
+    run(
+        "train", "generator", f"out={folder / 'run'}", f"latents={folder / 'latents'}", f"text={folder / 'text'}",
+        f"tokenizer={folder / 'vae'}", "num_preview=3", "model.kind=xar", "model.condition=cross_attention",
+        "model.entities.kind=cell", "model.entities.height=2", "model.entities.width=2", "model.width=16",
+        "model.depth=1", "model.num_heads=2", "model.sampling.steps=[3]", "training.steps=4", "training.batch_size=4",
+        "training.learning_rate=1e-3", "training.ema=0.5", "training.trackers=[]",
+    )  # fmt: skip
+    return folder
+
+
+def test_an_xar_is_trained_on_captions(trained_on_latents, t5):
+    folder = trained_on_latents
+    model = imgtok.load(folder / "run/final")
+    config = model.config
+    assert (config.text_width, config.text_length, config.empty_length) == (16, 24, 1)
+    assert (config.text_encoder, config.latent_channels, config.grid) == (str(t5), 2, 4)
+    assert torch.equal(model.empty_caption, CaptionDataset(folder / "text").empty)
+    assert (folder / "run/samples/step_0000004.png").is_file()
+
+
+def test_an_xar_draws_for_prompts(trained_on_latents, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue ring above a small square\n", encoding="utf-8")
+    model = trained_on_latents / "run/final"
+    run("sample", model, f"prompts={prompts}", "num=3", "flow.guidance=[4]", f"out={tmp_path / 'three'}")
+    pictures = [(tmp_path / f"three/{i:06d}.png").read_bytes() for i in range(3)]
+    assert len(set(pictures)) == 3
+    run("sample", model, f"prompts={prompts}", "num=2", "batch_size=1", "flow.guidance=[4]", f"out={tmp_path / 'two'}")
+    assert [(tmp_path / f"two/{i:06d}.png").read_bytes() for i in range(2)] == pictures[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from imgtok.data.captions import CaptionCacheInfo, CaptionDataset, CaptionShardWriter
-from imgtok.data.loaders import token_loader
+from imgtok.data.latents import LatentCacheInfo, LatentDataset, LatentShardWriter
+from imgtok.data.loaders import latent_loader, token_loader
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter
 
@@ -47,6 +49,19 @@ def tokens(folder, indices=range(10), **changes) -> TokenDataset:
     return TokenDataset(folder)
 
 
+def latents(folder, indices=range(10), **changes) -> LatentDataset:
+    """A cache whose means are the images' numbers."""
+    info = LatentCacheInfo(
+        fingerprint="f", dataset="shapes", split="train", num_images=10, shard_size=10, image_size=2, crop="center",
+        latent_channels=1, grid=1, scaling_factor=1.0, num_classes=0, mirrored=True, dtype="float32",
+    )  # fmt: skip
+    means = torch.tensor([*indices], dtype=torch.float32)[:, None, None, None]
+    moments = torch.cat([means, torch.full_like(means, -30.0)], dim=1)
+    writer = LatentShardWriter(folder, replace(info, **changes))
+    writer.write(0, moments, moments.clone(), torch.zeros(len(means)), list(indices))
+    return LatentDataset(folder)
+
+
 @pytest.mark.parametrize(("dtype", "stored"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_features_are_kept_without_padding(tmp_path, dtype, stored):
     write(tmp_path, replace(INFO, dtype=dtype))
@@ -74,6 +89,27 @@ def test_tokens_meet_their_captions(tmp_path):
     assert next(token_loader(cached, 4, seed=0)).captions is None
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_latents_meet_their_captions(tmp_path, num_workers):
+    write(tmp_path / "text")
+    captions, cached = CaptionDataset(tmp_path / "text"), latents(tmp_path / "latents", [9, 0, 4, 7])
+    captions.check_matches(cached)
+    captions.features(0)  # a file is open when the workers start
+    for batch in itertools.islice(latent_loader(cached, 3, seed=0, captions=captions, num_workers=num_workers), 3):
+        assert torch.allclose(batch.captions.features[:, 0, 0].float(), batch.latents[:, 0, 0, 0], atol=1e-4)
+        assert batch.to("meta").captions.features.device.type == "meta"
+    assert next(latent_loader(cached, 3, seed=0)).captions is None
+    assert torch.equal(pickle.loads(pickle.dumps(captions)).features(9), captions.features(9))
+
+
+@pytest.mark.gpu
+def test_captions_are_copied_from_page_locked_memory(tmp_path):
+    write(tmp_path / "text")
+    batch = next(latent_loader(latents(tmp_path / "latents"), 3, seed=0, captions=CaptionDataset(tmp_path / "text")))
+    assert batch.captions.features.is_pinned()
+    assert batch.captions.lengths.is_pinned()
+
+
 def test_captions_of_other_images_are_refused(tmp_path):
     write(tmp_path / "text", but=[3])
     captions = CaptionDataset(tmp_path / "text")
@@ -82,6 +118,10 @@ def test_captions_of_other_images_are_refused(tmp_path):
     captions.check_matches(tokens(tmp_path / "same", [index for index in range(10) if index != 3]))
     with pytest.raises(DataError, match=r"captions of other images.*split 'train', not 'held_out'"):
         captions.check_matches(tokens(tmp_path / "other", split="held_out"))
+    with pytest.raises(DataError, match="no caption of 1 images of the latents, such as 3"):
+        captions.check_matches(latents(tmp_path / "latents"))
+    with pytest.raises(DataError, match=r"than the latents \(dataset.*held_out of `imgtok cache latents`"):
+        captions.check_matches(latents(tmp_path / "photos", dataset="photos"))
 
 
 def test_an_interrupted_cache_continues_with_the_missing_shards(tmp_path):

@@ -1,0 +1,148 @@
+"""`imgtok train generator` with an xAR: what training fills in, what it leaves, what it refuses.
+
+That a run can be interrupted, resumed, sampled from and scored is seen in tests/test_configs.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import imgtok
+from generators.entities import Cells
+from generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.data.shapes import ShapesConfig
+from imgtok.data.sources import DataError
+from imgtok.vae import VAE, VAEConfig
+from sample.images import Config as SampleConfig
+from sample.images import main as sample
+from train import cache_latents
+from train.config import TrainingConfig
+from train.generator import Config, main
+
+SMALL = VAEConfig(latent_channels=2, block_channels=(4, 4), layers_per_block=1, norm_groups=2, scaling_factor=0.5)
+MODEL = XARConfig(
+    grid=4,
+    entities=Cells(height=2, width=2),
+    width=16,
+    depth=1,
+    num_heads=2,
+    sampling=FlowSampling(steps=(2,), guidance=(1.5,)),
+)
+
+
+TEXT = replace(MODEL, condition="cross_attention")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with an autoencoder and latents of 16 shapes, 4 x 4 positions."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    VAE(SMALL).save_pretrained(folder / "vae")
+    cache_latents.main(
+        cache_latents.Config(
+            vae=str(folder / "vae"), out=folder / "latents", data=ShapesConfig(num_images=16), image_size=8
+        )
+    )
+    return folder
+
+
+def job(made: Path, out: Path, **fields) -> Config:
+    training = TrainingConfig(steps=2, batch_size=2, learning_rate=1e-3, ema=0.5, save_every=1, trackers=())
+    own = {"latents": made / "latents", "tokenizer": str(made / "vae"), "model": MODEL, "num_preview": 2}
+    return Config(**{"out": out, "training": training} | own | fields)
+
+
+def test_what_the_latents_decide_is_filled_in(made, tmp_path):
+    main(job(made, tmp_path))
+    model = imgtok.load(tmp_path / "final", expect=XAR)
+    assert model.config == replace(MODEL, latent_channels=2, num_classes=64)
+    vae = imgtok.load(tmp_path / "final/tokenizer", expect=VAE)
+    assert vae.fingerprint() == imgtok.load(made / "vae").fingerprint()
+    assert (tmp_path / "samples/step_0000002.png").is_file()
+
+
+def test_activations_computed_again_train_to_the_same_weights(made, tmp_path):
+    for name, again in (("kept", False), ("again", True)):
+        main(job(made, tmp_path / name, checkpoint_activations=again))
+    kept, again = (imgtok.load(tmp_path / name / "final").state_dict() for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"latents": None}, "latents: is required with model.kind=xar; `imgtok cache latents` makes"),
+        ({"tokens": Path("tokens")}, "tokens: model.kind=xar learns from latents; leave tokens out"),
+        ({"share_digits": True}, "share_digits: only for model.kind=gpt"),
+        ({"model": TEXT}, "text: is required with model.condition=cross_attention; `imgtok cache text` makes"),
+        ({"text": Path("text")}, "text: model.condition=class reads no text; set model.condition=cross_attention"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(made, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        job(made, tmp_path, **fields)
+
+
+def test_the_latents_of_another_autoencoder_are_refused(made, tmp_path):
+    torch.manual_seed(1)
+    VAE(SMALL).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="latents of another autoencoder, scale or size .fingerprint"):
+        main(job(made, tmp_path / "out", tokenizer=str(tmp_path / "other")))
+
+
+def test_the_latents_of_another_scale_are_refused(made, tmp_path):
+    vae = imgtok.load(made / "vae")
+    vae.config = replace(vae.config, scaling_factor=0.25)
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match=r"scaling_factor 0\.5, not 0\.25"):
+        main(job(made, tmp_path / "out", tokenizer=str(tmp_path / "other")))
+
+
+def test_latents_of_unknown_images_have_no_captions(made, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "mar" / name).mkdir(parents=True)
+        moments = np.zeros((4, 4, 4), np.float32)
+        np.savez(tmp_path / "mar" / name / "0.npz", moments=moments, moments_flip=moments)
+    with pytest.raises(ValueError, match="text: the latents in .*mar do not say which images they are of"):
+        main(job(made, tmp_path / "out", latents=tmp_path / "mar", text=tmp_path / "text", model=TEXT))
+
+
+def test_a_grid_that_the_cells_do_not_tile_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match="entities.height: cells of 8 do not tile a grid of 4"):
+        main(job(made, tmp_path, model=XARConfig()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"flow": FlowSampling(steps=(1,))}, "steps: a stochastic flow sampler needs at least 2 steps"),
+        ({"num_tokens": 4}, "num_tokens.*draws whole latents"),
+        ({"decode_steps": 4}, "decode_steps.*draws whole latents"),
+        ({"classes": (64,)}, "classes: 64 is not a class of the model; it has classes 0 to 63"),
+        ({"prompts": "a circle"}, "prompts: this generator cannot read them"),
+    ],
+)
+def test_requests_that_it_cannot_serve_are_refused(made, tmp_path, fields, message):
+    main(job(made, tmp_path / "run"))
+    with pytest.raises(ValueError, match=message):
+        sample(SampleConfig(model=str(tmp_path / "run/final"), out=tmp_path / "samples", num=2, **fields))
+
+
+def test_more_steps_or_guidance_draw_other_images(made, tmp_path):
+    main(job(made, tmp_path / "run"))
+    drawn = {}
+    for name, flow in (
+        ("own", FlowSampling()),
+        ("steps", FlowSampling(steps=(5,))),
+        ("ode", FlowSampling(solver="euler")),
+    ):
+        config = SampleConfig(model=str(tmp_path / "run/final"), out=tmp_path / name, num=2, grid=0, flow=flow)
+        sample(config)
+        drawn[name] = (tmp_path / name / "000000.png").read_bytes()
+    assert len(set(drawn.values())) == 3

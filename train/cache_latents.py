@@ -1,0 +1,142 @@
+"""`imgtok cache latents`: runs a frozen autoencoder over a data set once and keeps the posteriors for training."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imgtok.cli import run_job
+from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check, to_dict
+from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.latents import LatentCacheInfo, LatentShardWriter
+from imgtok.data.loaders import UnreadableImages, eval_loader
+from imgtok.data.shapes import ShapesConfig
+from imgtok.processes import process_state
+from imgtok.vae import VAE, load_vae
+from train.shards import write_missing
+
+logger = logging.getLogger(__name__)
+
+POSITIONAL = "vae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Writes the moments of every image as safetensors shards; an interrupted run goes on at the next shard."""
+
+    job: Literal["cache-latents"] = "cache-latents"
+    """Which program this file is for."""
+    vae: str
+    """The autoencoder: a folder or a Hub name, of imgtok's or of a diffusers AutoencoderKL, a file in the layout of
+    `kl16.ckpt`, or one that ships with imgtok (`shapes32`)."""
+    vae_scaling_factor: PositiveFloat | None = None
+    """Factor on its latents, kept in the description; null takes its own. Moments are stored without it."""
+    out: Path
+    """Folder of the shards."""
+    data: DataConfig = ShapesConfig()
+    """Images to encode."""
+    image_size: PositiveInt
+    """Pixels a side, a multiple of the autoencoder's factor; each image is cropped in the centre."""
+    split: Literal["train", "held_out"] = "train"
+    """Which part of the data."""
+    held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
+    """Share of the images that is kept apart."""
+    mirrored: bool = False
+    """Encode each image a second time, mirrored; training then takes either. Not for shapes."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How moments are stored; float16 takes half the space (its error: docs/xar.md)."""
+    batch_size: PositiveInt = 32
+    """Images encoded at once."""
+    shard_size: PositiveInt = 4096
+    """Images in one shard."""
+    num_workers: NonNegativeInt = 0
+    """Processes that decode images."""
+    threads: PositiveInt | None = None
+    """CPU threads; null leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if isinstance(self.data, ShapesConfig) and self.mirrored:
+            raise ValueError(
+                "mirrored: not possible with data.kind=shapes, whose generator draws no mirrored crescents: leave it "
+                "out, and raise data.num_images for more variety"
+            )
+
+
+def main(config: Config) -> None:
+    """Encodes the shards that are still missing; under several processes each writes its own."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    state = process_state()
+    vae = load_vae(config.vae, config.vae_scaling_factor)
+    if config.image_size % vae.config.factor:
+        raise ValueError(
+            f"image_size: {config.image_size} pixels are no multiple of the {vae.config.factor} of one latent cell of "
+            f"vae={config.vae}"
+        )
+    source = open_images(config.data, config.image_size, split=config.split, held_out_fraction=config.held_out)
+    info = LatentCacheInfo(
+        fingerprint=vae.fingerprint(),
+        dataset=json.dumps(to_dict(config.data), sort_keys=True),
+        split=config.split,
+        num_images=len(source),
+        shard_size=config.shard_size,
+        image_size=config.image_size,
+        crop="center",
+        latent_channels=vae.config.latent_channels,
+        grid=config.image_size // vae.config.factor,
+        scaling_factor=vae.config.scaling_factor,
+        num_classes=source.num_classes,
+        mirrored=config.mirrored,
+        dtype=config.dtype,
+    )
+    vae.to(state.device)
+    writer = LatentShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
+    unreadable = UnreadableImages(len(source))
+    write = functools.partial(write_shard, config, vae, source, writer, unreadable)
+    write_missing(writer, state, write, command="cache latents")
+    logger.info("latents of %d images in %s", len(source), config.out)
+
+
+@torch.no_grad()
+def write_shard(
+    config: Config,
+    vae: VAE,
+    source: ImageSource,
+    writer: LatentShardWriter,
+    unreadable: UnreadableImages,
+    shard: int,
+    progress: tqdm,
+) -> None:
+    """Encodes one shard's images, and their mirror images where wanted, and writes it, if need be without any."""
+    nothing = torch.empty(0, *writer.info.shape)
+    moments: list[Tensor] = [nothing]
+    moments_flip: list[Tensor] = [nothing]
+    labels: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+    indices: list[int] = []
+    wanted = writer.info.shard_indices(shard)
+    for batch in eval_loader(
+        source, config.batch_size, indices=wanted, num_workers=config.num_workers, unreadable=unreadable
+    ):
+        images = batch.images.to(next(vae.parameters()).device)
+        moments.append(vae.moments(images).cpu())
+        if config.mirrored:
+            moments_flip.append(vae.moments(images.flip(-1)).cpu())
+        labels.append(batch.labels)
+        indices.extend(batch.indices)
+        progress.update(len(images))
+    flipped = torch.cat(moments_flip) if config.mirrored else None
+    writer.write(shard, torch.cat(moments), flipped, torch.cat(labels), indices)
+
+
+if __name__ == "__main__":
+    run_job(sys.modules[__name__])

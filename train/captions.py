@@ -1,0 +1,64 @@
+"""What training on captions takes, the same for a generator of tokens and one of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from generators.conditioning import Condition, ConditionConfig
+from imgtok.data.captions import CaptionDataset
+from imgtok.data.latents import LatentDataset, Latents
+from imgtok.data.tokens import TokenDataset
+
+C = TypeVar("C", bound=ConditionConfig)
+
+
+def open_captions(folder: Path | None, images: TokenDataset | Latents) -> CaptionDataset | None:
+    """The text features in a folder, of the images that tokens or latents are of; None without one.
+
+    Raises ValueError for latents that do not say which images they are of, FileNotFoundError or DataError for a folder
+    that holds no text features or those of other images.
+    """
+    if folder is None:
+        return None
+    if not isinstance(images, TokenDataset | LatentDataset):
+        raise ValueError(
+            f"text: the latents in {images.folder} do not say which images they are of, so no caption can be found for "
+            "them; make them with `imgtok cache latents`"
+        )
+    captions = CaptionDataset(folder)
+    captions.check_matches(images)
+    return captions
+
+
+def digest_with(digest: str, captions: CaptionDataset | None) -> str:
+    """That of tokens or latents, joined by that of the captions if there are any."""
+    return digest if captions is None else f"{digest}-{captions.info.digest}"
+
+
+def with_text_fields(model: C, captions: CaptionDataset | None) -> C:
+    """The configuration with what captions decide filled in."""
+    if captions is None:
+        return model
+    return replace(
+        model,
+        text_width=captions.info.width,
+        text_length=captions.info.max_length,
+        empty_length=len(captions.empty),
+        text_encoder=captions.info.encoder,
+    )
+
+
+def preview_condition(
+    count: int, num_classes: int, images: Tensor, captions: CaptionDataset | None, device: torch.device
+) -> Condition:
+    """What `count` images are drawn for: the classes in turn, or the captions of the first of `images` (N,)."""
+    if captions is None:
+        return torch.tensor([i % num_classes for i in range(count)], device=device)
+    first: Sequence[int] = images.unique()[:count].tolist()
+    return captions.batch([first[i % len(first)] for i in range(count)]).to(device)
