@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,55 +28,39 @@ class Setup:
     """How a side builds its model."""
 
     size: str
-    """Such as d18-d28: depth of the encoder and of the decoder; width is 64 x depth."""
+    """Of the model, as the benchmark's options name it."""
     device: str
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16", "fp16"]
     threads: int
     seed: int
     """Of the weights and inputs that `recipe` draws."""
     shapes: dict[str, list[int]]
     """Published name -> shape of each drawn parameter; empty for the peer, which is where they come from."""
     attention: str = "dense"
-    """The peer's: "dense" or "flex"."""
+    """Of FlexTok's peer: "dense" or "flex"."""
     compile: bool = False
     """Ours: compile every block."""
 
-    @property
-    def depths(self) -> tuple[int, int]:
-        encoder, decoder = self.size.removeprefix("d").split("-d")
-        return int(encoder), int(decoder)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: `encode` to `tokens` ids, or `decode` them in `steps` guided Euler steps."""
-
-    what: Literal["encode", "decode"]
-    batch: int
-    tokens: int
-    steps: int = 1
-    guidance: float = 7.5
-
 
 class Side(Protocol):
-    """One implementation with its model."""
+    """One implementation with its model. A case is a dataclass of the benchmark's own (`flextok_case`, `xar_case`)."""
 
     shapes: dict[str, list[int]]
 
-    def prepare(self, case: Case) -> Callable[[], Tensor]:
-        """Draws the inputs and returns the call to time: ids (B, k), or latents (B, C, H, W) for `decode`."""
+    def prepare(self, case: Any) -> Callable[[], Tensor]:
+        """Draws the inputs and returns the call to time, whose output is what the two sides are compared by."""
         ...
 
-    def start_from(self, noise: Tensor | None) -> None:
-        """Decode from this noise (B, C, H, W) rather than from the side's own; None for its own again."""
+    def start_from(self, draws: Mapping[str, Tensor]) -> None:
+        """Take these random numbers in place of the side's own; empty for its own again."""
         ...
 
 
-def serve(build: Callable[[Setup], Side]) -> None:
+def serve(build: Callable[[Setup], Side], case_type: Callable[..., Any]) -> None:
     """Answers commands until standard input ends. Whatever a library prints goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = _Worker(build)
+    worker = _Worker(build, case_type)
     for line in sys.stdin:
         try:
             answer = worker.answer(json.loads(line))
@@ -87,8 +71,9 @@ def serve(build: Callable[[Setup], Side]) -> None:
 
 
 class _Worker:
-    def __init__(self, build: Callable[[Setup], Side]) -> None:
+    def __init__(self, build: Callable[[Setup], Side], case_type: Callable[..., Any]) -> None:
         self.build = build
+        self.case_type = case_type
         self.device = torch.device("cpu")
         self.side: Side | None = None
 
@@ -96,9 +81,10 @@ class _Worker:
         if command["do"] == "load":
             return self.load(Setup(**command["setup"]))
         assert self.side is not None, "load comes first"
-        noise = command.get("noise")
-        self.side.start_from(None if noise is None else torch.from_numpy(np.load(noise)).to(self.device))
-        return self.run(Case(**command["case"]), command.get("save"))
+        path = command.get("draws")
+        arrays = {} if path is None else dict(np.load(path))
+        self.side.start_from({name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()})
+        return self.run(self.case_type(**command["case"]), command.get("save"))
 
     def load(self, setup: Setup) -> dict[str, Any]:
         torch.set_num_threads(setup.threads)
@@ -106,7 +92,7 @@ class _Worker:
         self.side = self.build(setup)
         return {"torch": torch.__version__, "shapes": self.side.shapes, "peak": peak_bytes(self.device)}
 
-    def run(self, case: Case, save: str | None) -> dict[str, Any]:
+    def run(self, case: Any, save: str | None) -> dict[str, Any]:
         """Wall and CPU seconds of one call, and the most memory that the process held meanwhile."""
         assert self.side is not None
         call = self.side.prepare(case)
@@ -148,5 +134,6 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def autocast(setup: Setup) -> torch.autocast:
-    """Mixed precision where the setup asks for bf16."""
-    return torch.autocast(torch.device(setup.device).type, torch.bfloat16, enabled=setup.dtype == "bf16")
+    """Mixed precision where the setup asks for bf16 or fp16."""
+    dtype = torch.float16 if setup.dtype == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(setup.device).type, dtype, enabled=setup.dtype != "fp32")

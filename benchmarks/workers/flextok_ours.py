@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import recipe
 import torch
-from protocol import Case, Setup, autocast, serve
+from flextok_case import Case
+from protocol import Setup, autocast, serve
 from torch import Tensor
 
 from imgtok.flextok import FlexTok
@@ -44,8 +45,8 @@ class Ours:
             drawn = torch.from_numpy(recipe.weight(name, tuple(shape), self.setup.seed))
             known[name].view(state).copy_(as_ours(name, drawn))
 
-    def start_from(self, noise: Tensor | None) -> None:
-        if noise is not None:
+    def start_from(self, draws: Mapping[str, Tensor]) -> None:
+        if draws:
             raise ValueError("our noise depends on (seed, index): give it to the peer")
 
     def prepare(self, case: Case) -> Callable[[], Tensor]:
@@ -66,4 +67,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    serve(Ours)
+    serve(Ours, Case)

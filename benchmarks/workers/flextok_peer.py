@@ -7,7 +7,7 @@ latents through; everything else that `tokenize` and `detokenize` do is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ from flextok.model.utils.dict_ops import PerSampleOp, channels_first_to_last, ch
 from flextok.model.utils.posembs import PositionalEmbeddingAdder
 from flextok.model.utils.wrappers import SequentialModuleDictWrapper
 from flextok.regularizers.quantize_fsq import FSQ
-from protocol import Case, Setup, autocast, serve
+from flextok_case import Case
+from protocol import Setup, autocast, serve
 from torch import Tensor, nn
 
 CHANNELS, GRID, PATCH, REGISTERS = 16, 16, 2, 256
@@ -146,7 +147,7 @@ class Peer:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         dense = setup.attention == "dense"
-        depths = setup.depths
+        depths = [int(depth) for depth in setup.size.removeprefix("d").split("-d")]
         self.model = FlexTok(
             vae=LatentsThrough(),
             encoder=encoder(64 * depths[0], depths[0], dense),
@@ -172,8 +173,8 @@ class Peer:
         self.model.to(setup.device)
         self.noise: Tensor | None = None
 
-    def start_from(self, noise: Tensor | None) -> None:
-        self.noise = noise
+    def start_from(self, draws: Mapping[str, Tensor]) -> None:
+        self.noise = draws.get("noise")
 
     def prepare(self, case: Case) -> Callable[[], Tensor]:
         device, seed = self.setup.device, self.setup.seed
@@ -211,4 +212,4 @@ class Peer:
 
 
 if __name__ == "__main__":
-    serve(Peer)
+    serve(Peer, Case)
