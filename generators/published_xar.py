@@ -47,11 +47,12 @@ NAMES: Mapping[str, str] = {
     "second_blocks.": "decoder_blocks.",
     ".attention.qkv_proj.": ".attn.qkv.",
     ".attention.out_proj.": ".attn.proj.",
+    ".mlp.gate_proj.": ".mlp.fc1_g.",
+    ".mlp.up_proj.": ".mlp.fc1_x.",
     ".mlp.down_proj.": ".mlp.fc2.",
     ".modulation.": ".ada_lin.1.",
 }
 """As imgtok.published.NAMES: ours -> published."""
-FUSED: Mapping[str, tuple[str, ...]] = {".mlp.gate_up_proj.": (".mlp.fc1_g.", ".mlp.fc1_x.")}
 POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned")
 """Published with a batch axis in front."""
 BUFFERS = re.compile(r"mask|(en|de)coder_blocks\.\d+\.attn\.rope\.freqs(_cos|_sin)?")
@@ -69,7 +70,7 @@ def load(path: Path, *, raw: bool = False, map_location: str | torch.device = "c
     found = {name: value for name, value in stored.items() if not BUFFERS.fullmatch(name)}
     with torch.device("meta"):  # shapes alone, so that a mistake is found before anything is copied
         blank = XAR(config).state_dict()
-    known = places(blank, NAMES, FUSED)
+    known = places(blank, NAMES, {})
     wanted = {name: as_published(name, place.view(blank)) for name, place in known.items()}
     check_tensors(found, wanted, path, "xAR that this file")
     whole = sorted(name for name, value in found.items() if not value.is_floating_point())
@@ -203,7 +204,7 @@ def save(model: XAR, path: Path) -> None:
     state = model.state_dict()
     tensors = {
         name: as_published(name, place.view(state)).detach().contiguous()
-        for name, place in places(state, NAMES, FUSED).items()
+        for name, place in places(state, NAMES, {}).items()
     } | tables(model)
     told = config_of(tensors, path)
     for field in fields(told):

@@ -175,18 +175,20 @@ def plan_entities(sampling: FlowSampling, count: int) -> list[EntityPlan]:
 class GEGLU(nn.Module):
     """fc2(GELU(fc1_g h) * fc1_x h), all with bias. The published class is named SwiGLU and handed an exact GELU.
 
-    One fused projection holds the gate's rows first, then the other's.
+    Two projections, not a fused one: on a CPU the GELU of half of a wide tensor's columns costs a twentieth of a call.
     """
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(width, 2 * hidden)
+        self.gate_proj = nn.Linear(width, hidden)
+        self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.dropout(self.down_proj(self.dropout(F.gelu(gate) * up)))
+        gate, up = F.gelu(self.gate_proj(x)), self.up_proj(x)
+        gated = gate * up if torch.is_grad_enabled() else gate.mul_(up)
+        return self.dropout(self.down_proj(self.dropout(gated)))
 
 
 class XARBlock(nn.Module):
@@ -343,10 +345,7 @@ class XAR(ConditionalGenerator):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for block in self.blocks:  # gate and up are matrices of their own, though they lie in one
-            for matrix in block.mlp.gate_up_proj.weight.chunk(2):
-                nn.init.xavier_uniform_(matrix)
-        classes = () if self.class_embedding is None else (self.class_embedding.weight,)
+        classes = [] if self.class_embedding is None else [self.class_embedding.weight]
         for table in (*classes, self.first_positions, self.second_positions):
             nn.init.normal_(table, std=0.02)
 

@@ -13,7 +13,7 @@ from protocol import Setup, autocast, serve
 from torch import Tensor, nn
 from xar_case import BETAS, CHANNELS, CLASSES, CLIP, DECAY, EMA_DECAY, GRID, RATE, Case, own_size
 
-from generators.published_xar import FUSED, NAMES, as_ours
+from generators.published_xar import NAMES, as_ours
 from generators.xar import XAR, FlowSampling, XARConfig, xar_size
 from imgtok.published import places
 from imgtok.randomness import step_generator
@@ -42,7 +42,7 @@ class Ours:
     def fill(self) -> None:
         """One parameter at a time, so that the weights are in memory once."""
         state = self.model.state_dict()
-        known = places(state, NAMES, FUSED)
+        known = places(state, NAMES, {})
         if known.keys() != self.shapes.keys():
             raise ValueError(f"one side alone has the parameters {sorted(known.keys() ^ self.shapes.keys())}")
         for name, shape in self.shapes.items():

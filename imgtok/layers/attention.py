@@ -73,11 +73,13 @@ class Attention(nn.Module):
         of earlier calls are prepended, and the new ones kept, or the first `keep` of them; looks count from the cache's
         first key.
         """
-        q, k, v = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
+        qkv = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
+        qk, v = qkv[:2], qkv[2]
         if self.qk_norm:
-            q, k = layer_norm(q), layer_norm(k)
+            qk = layer_norm(qk)
         if rotate is not None:
-            q, k = rotate(q), rotate(k)
+            qk = rotate(qk)
+        q, k = qk
         if cache is not None:
             k, v = cache.append(k, v, keep)
         if looks:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from generators.published_xar import FUSED, NAMES, as_published
+from generators.published_xar import NAMES, as_published
 from generators.xar import XAR, XARConfig
 from imgtok.published import places
 
@@ -30,7 +30,7 @@ def ours(program):
     """Our worker with a small model, given the shapes that the published code has at that size."""
     state = XAR(XARConfig(width=128, depth=1, num_heads=2)).state_dict()
     shapes = {
-        name: list(as_published(name, place.view(state)).shape) for name, place in places(state, NAMES, FUSED).items()
+        name: list(as_published(name, place.view(state)).shape) for name, place in places(state, NAMES, {}).items()
     }
     setup = program["Setup"](size=SIZE, device="cpu", dtype="fp32", threads=1, seed=0, shapes=shapes)
     search = [str(FOLDER), str(FOLDER / "workers"), str(FOLDER.parent / "tests" / "parity")]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import imgtok
 from generators.entities import Cells, Patches, Scales
-from generators.published_xar import FUSED, NAMES, as_published, config_of, load, save
+from generators.published_xar import NAMES, as_published, config_of, load, save
 from generators.xar import XAR, FlowSampling, XARConfig, xar_size
 from imgtok.cli import main
 from imgtok.config import ConfigError
@@ -38,7 +38,7 @@ def tiny(seed: int = 0, **changes) -> XAR:
 def weights(model: XAR) -> dict[str, Tensor]:
     """As the published code names and shapes them."""
     state = model.state_dict()
-    return {name: as_published(name, place.view(state)).clone() for name, place in places(state, NAMES, FUSED).items()}
+    return {name: as_published(name, place.view(state)).clone() for name, place in places(state, NAMES, {}).items()}
 
 
 def buffers() -> dict[str, Tensor]:

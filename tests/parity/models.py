@@ -123,7 +123,7 @@ def xar(case: Case) -> XAR:
     )
     model = XAR(config).eval()
     state = model.state_dict()
-    known, weights = places(state, published_xar.NAMES, published_xar.FUSED), case.weights()
+    known, weights = places(state, published_xar.NAMES, {}), case.weights()
     assert known.keys() == weights.keys(), f"the case has other weights: {known.keys() ^ weights.keys()}"
     for published, value in weights.items():
         known[published].view(state).copy_(published_xar.as_ours(published, value))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import generators.xar
 from generators.entities import Entities, cells, scales, subsamples
-from generators.published_xar import FUSED, NAMES, as_published
+from generators.published_xar import NAMES, as_published
 from generators.xar import BOTH, XAR, EntityPlan, FlowSampling, SamplingNetwork, Span
 from imgtok import flow, randomness
 from imgtok.layers.positions import rotary_of, rotate
@@ -120,7 +120,7 @@ def training(model: XAR, case: Case) -> Outputs:
         hook.remove()
     losses.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    known = places(gradients, NAMES, FUSED)
+    known = places(gradients, NAMES, {})
     target = flow.velocity_target(cut(latents), noise)
     errors = by_entity((seen["velocity"] - target).square(), entities)
     whole = as_gradients(known, gradients)
@@ -260,7 +260,7 @@ def step_of(solver: Any, x: Tensor, v: Tensor, times: tuple[float, float], eps: 
 
 def check_decay(case: Case, model: XAR) -> None:
     """Which published parameters decay, and which do not."""
-    known = places(model.state_dict(), NAMES, FUSED)
+    known = places(model.state_dict(), NAMES, {})
     decaying, others = (
         {id(p) for group in groups for p in group["params"]}
         for groups in (
