@@ -11,7 +11,7 @@ Shapes: B batch, C channels, G grid side, L positions of the sequence, N entitie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -45,10 +45,6 @@ class Entities:
     def offsets(self) -> tuple[int, ...]:
         """Where each entity starts, and where the last one ends: N + 1 numbers."""
         return tuple(accumulate(self.sizes, initial=0))
-
-    def spans(self) -> list[slice]:
-        """The positions of each entity."""
-        return [slice(start, stop) for start, stop in pairwise(self.offsets)]
 
     def cut(self, latents: Tensor) -> Tensor:
         """(B, C, G, G) -> tokens in the order of the sequence (B, L, C)."""

@@ -75,7 +75,7 @@ class XARConfig(ConditionConfig):
     latent_channels: PositiveInt = 16
     """Channels of the latent; training fills it in from the latent cache."""
     grid: PositiveInt = 16
-    """Positions a side of the latent; training fills it in from the latent cache."""
+    """Positions a side of the latent, which the entities have to tile; that of the latent cache."""
     condition: Literal["class", "cross_attention"] = "class"
     """`class`: its embedding, "no class" being one more row of the table, joins that of the time. `cross_attention`:
     every block attends to the features of a caption, and is modulated by the time alone; this is ours, the paper has
@@ -262,6 +262,8 @@ class Span:
     """What the last of them sees."""
     kept: int | None
     """Tokens that stay in the cache."""
+    lengths: Tensor
+    """`sizes` on the device."""
 
     @classmethod
     def of(cls, entities: Entities, first: int, stop: int, *, device: torch.device, kept: int | None = None) -> Span:
@@ -278,7 +280,8 @@ class Span:
             ]
         else:
             looks = [Look(slice(None), slice(None), entities.may_look()[start:end, :end].to(device))]
-        return cls(entities.sizes[first:stop], looks, last, kept)
+        sizes = entities.sizes[first:stop]
+        return cls(sizes, looks, last, kept, torch.tensor(sizes, device=device))
 
     @property
     def length(self) -> int:
@@ -286,7 +289,7 @@ class Span:
 
     def only_last(self) -> Span:
         """The last entity alone, which still sees all."""
-        return Span(self.sizes[-1:], [self.last_look], self.last_look, self.kept)
+        return Span(self.sizes[-1:], [self.last_look], self.last_look, self.kept, self.lengths[-1:])
 
     def apply(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """Base + x * factor, where x is (R, L, W) and the others are that or (R, N, W), one row an entity."""
@@ -294,11 +297,12 @@ class Span:
             count = len(self.sizes)
             x4, base4 = (part.unflatten(1, (count, -1)) for part in (x, base))
             return torch.addcmul(base4, x4, factor[:, :, None]).flatten(1, 2)
-        lengths = torch.tensor(self.sizes, device=x.device)
-        base, factor = (
-            part if part.shape[1] == x.shape[1] else part.repeat_interleave(lengths, dim=1) for part in (base, factor)
-        )
+        base, factor = (part if part.shape[1] == x.shape[1] else self.spread(part) for part in (base, factor))
         return torch.addcmul(base, x, factor)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(R, N, ...) -> (R, L, ...), each entity's value at all its tokens."""
+        return values.repeat_interleave(self.lengths, dim=1, output_size=self.length)
 
 
 MOST_LOOKS = 16
@@ -433,11 +437,10 @@ class XAR(ConditionalGenerator):
         tokens = self.entities.cut(latents)  # (B, L, C)
         t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
         noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)
-        sizes = torch.tensor(self.entities.sizes, device=device)
-        t_token = t.repeat_interleave(sizes, dim=1)[..., None]  # (B, L, 1)
+        span = Span.of(self.entities, 0, count, device=device)
+        t_token = span.spread(t)[..., None]  # (B, L, 1)
         noisy = t_token * noise + (1 - t_token) * tokens
         modulations = self.modulations(self.condition(t, labels))
-        span = Span.of(self.entities, 0, count, device=device)
         v = self.velocity(noisy, modulations, span, memory=memory)
         errors = (v.float() - flow.velocity_target(tokens, noise)).square().mean(dim=(0, 2))  # (L,)
         first = errors[: self.entities.sizes[0]].mean()
@@ -470,11 +473,11 @@ class XAR(ConditionalGenerator):
         """
         plans = plan_entities((sampling or FlowSampling()).over(self.config.sampling), len(self.entities))
         network = SamplingNetwork(self, self._checked(condition), plans, cached=cached)
-        like = self.readout.weight
         for entity, plan in enumerate(plans):
-            shape = (plan.steps, self.entities.sizes[entity], self.config.latent_channels)
-            draws = randomness.normal(seed, indices, shape, f"entity {entity}")
-            draws = draws.transpose(0, 1).to(like)  # the start, then a step's each
+            count = plan.steps if plan.solver == "stochastic" else 1  # the start, then a step's each
+            shape = (count, self.entities.sizes[entity], self.config.latent_channels)
+            draws = randomness.normal(seed, indices, shape, f"entity {entity}").transpose(0, 1)
+            draws = draws.to(self.readout.weight.device)  # in float32 like the solver, whatever the network's precision
             velocity = network.guided(plan)
             report = None if on_step is None else (lambda step, x, guess, entity=entity: on_step(entity, step))
             if plan.solver == "stochastic":
@@ -501,7 +504,8 @@ class SamplingNetwork:
         self.model = model
         self.batch = len(condition)
         self.memory = model.read(rows) if isinstance(rows, Captions) else None
-        self.modulations = ModulationTable(model, rows, list(dict.fromkeys(t for plan in plans for t in plan.times)))
+        times = list(dict.fromkeys(t for plan in plans for t in plan.times))
+        self.modulations = ModulationTable(model, rows, self.batch, times)
         self.finished: list[Tensor] = []
         self.held = [0, 0]  # entities in the cache, by branch
         config, length = model.config, model.entities.length
@@ -534,8 +538,9 @@ class SamplingNetwork:
         if self.cache is not None:
             cache = self.cache.rows(rows, offsets[held])
             self.held[branches.start : branches.stop] = [current] * len(branches)
-        return self.model.velocity(
-            torch.cat([*new, x], dim=1).repeat(len(branches), 1, 1),
+        tokens = torch.cat([*new, x], dim=1).repeat(len(branches), 1, 1)
+        v = self.model.velocity(
+            tokens.to(self.model.readout.weight.dtype),
             self.modulations.of_span(len(new), t, rows),
             Span.of(self.model.entities, held, current + 1, device=x.device, kept=offsets[current] - offsets[held]),
             offsets[held],
@@ -543,6 +548,7 @@ class SamplingNetwork:
             last_only=True,
             memory=None if self.memory is None else self.memory.rows(rows),
         )
+        return v.float()
 
 
 CONDITIONAL, NULL, BOTH = range(1), range(1, 2), range(2)
@@ -552,18 +558,22 @@ CONDITIONAL, NULL, BOTH = range(1), range(1, 2), range(2)
 class ModulationTable:
     """What times and classes do to the blocks, a third of the weights, for all calls of a `generate` at once.
 
-    It depends on nothing else, and all entities share the times: so it is computed in a few large products and not in
-    one small product a block and call. Times are taken together as far as `MOST_NUMBERS` goes.
+    It depends on nothing else, and entities share the times: so it is computed in a few large products and not in one
+    small product a block and call. Times are taken together as far as `MOST_NUMBERS` goes; beyond that they come round
+    with every entity. Rows without a class share one row of the table; equal classes do not, because a CPU rounds by
+    the number of rows, and an image must not tell which classes were drawn beside it.
     """
 
-    def __init__(self, model: XAR, condition: Condition, times: Sequence[float]) -> None:
+    def __init__(self, model: XAR, condition: Condition, batch: int, times: Sequence[float]) -> None:
+        """The first `batch` of the conditions are images', any others are none."""
         self.model = model
         self.labels: Tensor | None = None
         if isinstance(condition, Captions):  # the modulation knows the time alone: one row of it serves all
             self.row = torch.zeros(len(condition), dtype=torch.long, device=condition.features.device)
         else:
-            known = torch.where(condition == -1, model.null_class, condition)
-            self.labels, self.row = torch.unique(known, return_inverse=True)
+            classes, nulls = condition[:batch], len(condition) - batch
+            self.row = torch.arange(len(condition), device=condition.device).clamp(max=batch)
+            self.labels = torch.cat([classes, condition[batch : batch + 1]]) if nulls else classes
         self.times = times
         numbers = (1 if self.labels is None else len(self.labels)) * len(model.blocks) * 6 * model.config.width
         self.together = max(1, MOST_NUMBERS // numbers)

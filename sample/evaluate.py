@@ -33,6 +33,7 @@ from imgtok.files import replacing
 from imgtok.lpips import LPIPSNet
 from imgtok.metrics.features import cached_inception_weights
 from imgtok.processes import on_cpu
+from sample.pipeline import Precision
 from sample.results import draw, panels, table, write_csv
 from sample.scoring import WITH_ORIGINALS, WITH_REFERENCE, Evaluation, Metric, evaluate
 
@@ -111,6 +112,8 @@ class Config:
     """Also writes the statistics of the real images to this .safetensors file."""
     out: Path = Path("outputs/evaluate/scores.json")
     """Result file; beside it the same name with .csv and, at several token counts, with .png for the curves."""
+    precision: Precision = "fp32"
+    """Arithmetic of `model` and its decoder; bf16 is faster where the hardware has it, and changes images a little."""
     threads: PositiveInt = 1
     """CPU threads per process for drawing and decoding; their number can show in an image's last bits. The networks
     that judge use torch's choice (OMP_NUM_THREADS)."""

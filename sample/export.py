@@ -12,10 +12,10 @@ from generators import published_xar
 from generators.xar import XAR
 from imgtok import published
 from imgtok.cli import run_job
-from imgtok.config import check
+from imgtok.config import PositiveFloat, check
 from imgtok.flextok import FlexTok
 from imgtok.hub import load
-from imgtok.vae import load_vae
+from imgtok.vae import VAE, load_vae
 from sample.pipeline import check_autoencoder
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class Config:
     vae: str | None = None
     """Autoencoder that goes into the folder of an xAR as `tokenizer/`, so that `imgtok sample` finds it: a folder, Hub
     name or file such as kl16.ckpt."""
+    vae_scaling_factor: PositiveFloat | None = None
+    """Factor on its latents; null takes its own."""
     raw: bool = False
     """Takes the plain weights and not the averaged ones of an xAR's training checkpoint."""
     revision: str | None = None
@@ -63,7 +65,7 @@ def main(config: Config) -> None:
             f"{config.model} holds a {name} (kind {model.config.kind!r}), but a FlexTok or XAR is needed here"
         )
     if config.vae is not None:
-        add_autoencoder(model, config.vae, config.out / "tokenizer")
+        add_autoencoder(model, load_vae(config.vae, config.vae_scaling_factor), config.out / "tokenizer")
     if config.layout == "imgtok":
         model.save_pretrained(config.out)
     elif isinstance(model, XAR):
@@ -73,11 +75,10 @@ def main(config: Config) -> None:
     logger.info("wrote %s in the layout %s", config.out, config.layout)
 
 
-def add_autoencoder(model: FlexTok | XAR, vae: str, folder: Path) -> None:
+def add_autoencoder(model: FlexTok | XAR, autoencoder: VAE, folder: Path) -> None:
     """Raises ValueError for a model that needs none, or another one."""
     if not isinstance(model, XAR):
         raise ValueError("vae: a FlexTok brings its own autoencoder; leave vae out")
-    autoencoder = load_vae(vae)
     check_autoencoder(model, autoencoder)
     autoencoder.save_pretrained(folder)
 

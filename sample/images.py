@@ -31,7 +31,15 @@ from imgtok.files import replacing
 from imgtok.hub import find_folder
 from imgtok.metrics.saved_images import RECORD, open_npz
 from imgtok.processes import process_state
-from sample.pipeline import DecodeSettings, Pipeline, batches_of, labels_by_class, labels_in_turn, tokenizer_folder
+from sample.pipeline import (
+    DecodeSettings,
+    Pipeline,
+    Precision,
+    batches_of,
+    labels_by_class,
+    labels_in_turn,
+    tokenizer_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +91,8 @@ class Config:
     """Guidance scale of the tokenizer's decoder; null takes its own setting."""
     grid: NonNegativeInt = 64
     """Images in `grid.png`; 0 writes none."""
+    precision: Precision = "fp32"
+    """Arithmetic of generator and decoder; bf16 is faster where the hardware has it, and changes images a little."""
     threads: PositiveInt = 1
     """CPU threads per process. More speed up a large model, but their number can show in an image's last bits; more
     processes do not."""
@@ -100,7 +110,7 @@ class Config:
 def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
     state = process_state()
-    pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads)
+    pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads, config.precision)
     if config.prompts is not None:
         pipeline.read_prompts(read_prompts(config.prompts), config.text_encoder)
     labels = plan_labels(config, pipeline.num_classes)
@@ -186,6 +196,8 @@ def describe_request(config: Config) -> dict[str, Any]:
         request["prompts"] = read_prompts(config.prompts)
     if config.flow == FlowSampling():  # likewise of a version without xAR
         del request["flow"]
+    if config.precision == "fp32":
+        del request["precision"]
     return request | {
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),

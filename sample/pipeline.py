@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ from imgtok.vae import VAE
 
 ROWS = 16
 """Images that a CPU computes at once."""
+TOKENS_AT_ONCE = 1024
+"""Of those, tokens at most where a generator draws many in one call."""
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of the networks; noise and solvers stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,25 @@ class Pipeline(ABC):
     tokenizer: Tokenizer | VAE
     most_tokens: int | None = None
     """Tokens that an image can have; None for a generator of latents."""
+    rows: int
+    """Images that a CPU computes at once."""
 
-    def __init__(self, generator: GPT | XAR, device: torch.device, threads: int) -> None:
+    def __init__(self, generator: GPT | XAR, device: torch.device, threads: int, precision: Precision) -> None:
         self.generator = generator.to(device).eval()
         self.device = device
         self.threads = threads
+        self.precision = precision
         self.prompts: Sequence[str] = ()
         self.encoder: TextEncoder | None = None
 
     @staticmethod
-    def load(model: str, tokenizer: str | None, device: torch.device, threads: int = 1) -> Pipeline:
+    def load(
+        model: str,
+        tokenizer: str | None,
+        device: torch.device,
+        threads: int = 1,
+        precision: Precision = "fp32",
+    ) -> Pipeline:
         """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
         folder = find_folder(model)
         generator = load(folder)
@@ -67,8 +81,8 @@ class Pipeline(ABC):
             )
         place = tokenizer_folder(folder, tokenizer)
         if isinstance(generator, XAR):
-            return LatentPipeline(generator, load(place, expect=VAE), device, threads)
-        return TokenPipeline(generator, load(place, expect=Tokenizer), device, threads)
+            return LatentPipeline(generator, load(place, expect=VAE), device, threads, precision)
+        return TokenPipeline(generator, load(place, expect=Tokenizer), device, threads, precision)
 
     @property
     def num_classes(self) -> int:
@@ -151,14 +165,19 @@ class Pipeline(ABC):
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
         """
-        with cpu_threads(self.threads):
+        halves = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        with cpu_threads(self.threads), halves:
             blocks = [
                 self._block(
                     [indices[row] for row in rows], [labels[row] for row in rows], counts, seed, sampling, decode
                 )
-                for rows in blocks_of(len(indices), self.device)
+                for rows in blocks_of(len(indices), self.device, self.rows)
             ]
         return {count: torch.cat([block[count] for block in blocks]) for count in counts}
+
+    def _padded(self, values: Sequence[int]) -> list[int]:
+        """The values of a block, on a CPU as many as every block has."""
+        return pad_to_rows(values, self.rows) if self.device.type == "cpu" else list(values)
 
     @abstractmethod
     def _block(
@@ -179,13 +198,20 @@ class TokenPipeline(Pipeline):
     generator: GPT
     tokenizer: Tokenizer
 
-    def __init__(self, generator: GPT, tokenizer: Tokenizer, device: torch.device, threads: int = 1) -> None:
+    def __init__(
+        self,
+        generator: GPT,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        threads: int = 1,
+        precision: Precision = "fp32",
+    ) -> None:
         if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
             raise ValueError(
                 f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
                 f"tokenizer decodes {tokenizer.num_tokens} of {tokenizer.vocab_size}: they were not trained together"
             )
-        super().__init__(generator, device, threads)
+        super().__init__(generator, device, threads, precision)
         self.tokenizer = tokenizer.to(device).eval()
         self.most_tokens = generator.config.num_tokens
 
@@ -208,9 +234,9 @@ class TokenPipeline(Pipeline):
         decode: DecodeSettings,
     ) -> dict[int | None, Tensor]:
         assert isinstance(sampling, SamplingConfig), "see `choose`"
-        padded, total = pad_to_rows(indices), self.generator.config.num_tokens
+        padded, total = self._padded(indices), self.generator.config.num_tokens
         ids = self.generator.generate(
-            self.condition(pad_to_rows(labels)),
+            self.condition(self._padded(labels)),
             seed=seed,
             indices=padded,
             sampling=sampling,
@@ -232,9 +258,18 @@ class LatentPipeline(Pipeline):
     generator: XAR
     tokenizer: VAE
 
-    def __init__(self, generator: XAR, autoencoder: VAE, device: torch.device, threads: int = 1) -> None:
+    def __init__(
+        self,
+        generator: XAR,
+        autoencoder: VAE,
+        device: torch.device,
+        threads: int = 1,
+        precision: Precision = "fp32",
+    ) -> None:
         check_autoencoder(generator, autoencoder)
-        super().__init__(generator, device, threads)
+        super().__init__(generator, device, threads, precision)
+        # Not more than do a CPU good: a lone image is padded to as many
+        self.rows = max(1, min(ROWS, TOKENS_AT_ONCE // generator.entities.length))
         self.tokenizer = autoencoder.to(device).eval()
 
     @property
@@ -262,9 +297,9 @@ class LatentPipeline(Pipeline):
                 "num_tokens, decode_steps, decode_guidance: this generator draws whole latents, which its autoencoder "
                 "decodes in one go; leave them out (flow.steps are the generator's)"
             )
-        condition = self.condition(pad_to_rows(labels))
-        latents = self.generator.generate(condition, seed=seed, indices=pad_to_rows(indices), sampling=sampling)
-        return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)].clamp(-1, 1)).cpu()}
+        condition = self.condition(self._padded(labels))
+        latents = self.generator.generate(condition, seed=seed, indices=self._padded(indices), sampling=sampling)
+        return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)]).cpu()}
 
 
 def check_autoencoder(generator: XAR, autoencoder: VAE) -> None:
@@ -286,14 +321,14 @@ def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
     return generator / "tokenizer"
 
 
-def blocks_of(count: int, device: torch.device) -> Iterator[Sequence[int]]:
-    """The rows of a batch that are computed together: `ROWS` on a CPU, all elsewhere."""
-    return batches_of(range(count), ROWS if device.type == "cpu" else count)
+def blocks_of(count: int, device: torch.device, most: int | None = None) -> Iterator[Sequence[int]]:
+    """The rows of a batch that are computed together: `most` (by default `ROWS`) on a CPU, all elsewhere."""
+    return batches_of(range(count), (most or ROWS) if device.type == "cpu" else count)
 
 
-def pad_to_rows(values: Sequence[int]) -> list[int]:
-    """The values, the last one repeated up to `ROWS`."""
-    return [*values, *[values[-1]] * (ROWS - len(values))]
+def pad_to_rows(values: Sequence[int], rows: int | None = None) -> list[int]:
+    """The values, the last one repeated up to `rows` (by default `ROWS`)."""
+    return [*values, *[values[-1]] * ((rows or ROWS) - len(values))]
 
 
 def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -54,6 +54,8 @@ class Procedure:
     """Guidance scale of the decoder."""
     sampling: SamplingConfig | FlowSampling | None = None
     """How tokens or latents were drawn."""
+    precision: str | None = None
+    """Arithmetic of generator and decoder."""
     tokenizer: Any = None
     """The tokenizer's configuration: solver, kind of guidance and what else it decodes by."""
     generator: Any = None
@@ -136,6 +138,7 @@ class GeneratorSource:
             decode_steps=steps_of(pipeline.tokenizer, decode),
             decode_guidance=guidance_of(pipeline.tokenizer, decode),
             sampling=sampling,
+            precision=pipeline.precision,
             tokenizer=pipeline.tokenizer.config,
             generator=pipeline.generator.config,
         )

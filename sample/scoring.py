@@ -251,7 +251,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
         folder = find_folder(config.model)
         weights["model"] = file_sha256(folder / WEIGHTS_NAME)
         weights["tokenizer"] = file_sha256(tokenizer_folder(folder, config.tokenizer) / WEIGHTS_NAME)
-        pipeline = Pipeline.load(config.model, config.tokenizer, device, config.threads)
+        pipeline = Pipeline.load(config.model, config.tokenizer, device, config.threads, config.precision)
         return GeneratorSource(
             pipeline,
             config.num or SAMPLES_OF_A_MODEL,

@@ -20,7 +20,7 @@ from generators.gpt import GPT, GPTConfig, SamplingConfig
 from generators.xar import XAR, XARConfig
 from imgtok import images as pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, check
+from imgtok.config import NonNegativeInt, PositiveFloat, check
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import open_latents
 from imgtok.data.loaders import TokenBatch, token_loader
@@ -52,6 +52,8 @@ class Config:
     tokenizer: str
     """Model folder or Hub name of the tokenizer that made the tokens; for latents the autoencoder, also as a file like
     kl16.ckpt or one that ships with imgtok (`shapes32`). Copied into `final/tokenizer`."""
+    vae_scaling_factor: PositiveFloat | None = None
+    """Factor on the autoencoder's latents, as their cache was made with; null takes its own. For model.kind=xar."""
     text: Path | None = None
     """Folder of cached text features of the same images, for model.condition=cross_attention."""
     made_from: str | None = None
@@ -59,7 +61,7 @@ class Config:
     same."""
     model: GPTConfig | XARConfig = GPTConfig()
     """The model. What the data decides is filled in: vocabulary, length and classes from the tokens, text fields from
-    `text`; channels, grid and classes from the latents."""
+    `text`; channels and classes from the latents."""
     share_digits: bool = False
     """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
     sampling: SamplingConfig = SamplingConfig()
@@ -79,6 +81,8 @@ class Config:
             raise ValueError(f"{needed}: is required with model.kind={self.model.kind}; `{what}` makes such a folder")
         if getattr(self, other) is not None:
             raise ValueError(f"{other}: model.kind={self.model.kind} learns from {needed}; leave {other} out")
+        if self.vae_scaling_factor is not None and not isinstance(self.model, XARConfig):
+            raise ValueError("vae_scaling_factor: only for model.kind=xar; a tokenizer has its own, leave it out")
         if isinstance(self.model, XARConfig) and self.share_digits:
             raise ValueError("share_digits: only for model.kind=gpt, latents have no digits; leave it out")
         if self.model.reads_text and self.text is None:
@@ -102,14 +106,18 @@ def main(config: Config) -> None:
 def train_on_latents(config: Config, model_config: XARConfig) -> None:
     """An xAR."""
     assert config.latents is not None, "Config has checked this"
-    vae = load_vae(config.tokenizer)
+    vae = load_vae(config.tokenizer, config.vae_scaling_factor)
     latents = open_latents(config.latents, vae)
+    if model_config.grid != latents.grid:
+        raise ValueError(
+            f"model.grid: {model_config.grid}, but {config.latents} holds latents of {latents.grid} x {latents.grid}: "
+            f"set model.grid={latents.grid}, and entities that tile it"
+        )
     captions = open_captions(config.text, latents)
     config = with_fingerprint(config, digest_with(latents.digest, captions))
     model_config = replace(
         with_text_fields(model_config, captions),
         latent_channels=latents.latent_channels,
-        grid=latents.grid,
         num_classes=max(latents.num_classes, 1),
     )
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator

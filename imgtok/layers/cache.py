@@ -56,11 +56,14 @@ class KVCache:
 
     def __init__(self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         shape = (batch, num_heads, capacity, head_dim)
+        device, dtype = like.device, like.dtype
+        if torch.is_autocast_enabled(device.type):  # what keys and values will come in
+            dtype = torch.get_autocast_dtype(device.type)
         self.memory: Memory | None = None
         self.layers = [
             LayerCache(
-                torch.empty(shape, dtype=like.dtype, device=like.device),
-                torch.empty(shape, dtype=like.dtype, device=like.device),
+                torch.empty(shape, dtype=dtype, device=device),
+                torch.empty(shape, dtype=dtype, device=device),
             )
             for _ in range(num_layers)
         ]

@@ -60,8 +60,15 @@ def rotary_of(places_L2: Tensor, head_dim: int, base: float = 10000.0) -> Tensor
 
 
 def rotate(x: Tensor, table_LP2: Tensor) -> Tensor:
-    """Turns adjacent channel pairs of x (..., L, E) by the table's angles, in float32: each pair as a complex number
-    times another, which is one pass over the memory.
+    """Turns adjacent channel pairs of x (..., L, E) by the table's angles, in float32.
+
+    Pairs are multiplied as complex numbers, which is one pass over the memory; torch.compile knows no complex numbers,
+    but makes one pass of the written-out form itself.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(table_LP2.float())).flatten(-2).to(x.dtype)
+    pairs, table = x.float().unflatten(-1, (-1, 2)), table_LP2.float()
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)

@@ -82,6 +82,33 @@ def test_an_image_does_not_depend_on_its_batch(entities):
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
+def test_an_image_does_not_tell_which_classes_were_drawn_beside_it():
+    """To the bit, on a CPU, where the number of rows is the same."""
+    model, sampling = tiny(), SAMPLINGS["published"]
+    among_others = draw(model, sampling, torch.tensor([4, 1, 2]))
+    among_its_own = draw(model, sampling, torch.tensor([4, 4, 4]))
+    assert torch.equal(among_others[0], among_its_own[0])
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS["published"], SAMPLINGS["interval"]], ids=["published", "interval"])
+def test_half_precision_in_the_network_alone(sampling, monkeypatch):
+    """Cached equals uncached under autocast too; the cache is of that precision, solver and latents are float32."""
+    kept = []
+    rows = xar.KVCache.rows
+    monkeypatch.setattr(xar.KVCache, "rows", lambda self, *a: kept.append(self.layers[0].keys.dtype) or rows(self, *a))
+    model = tiny()
+    exact = draw(model, sampling)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cached, plain = draw(model, sampling), draw(model, sampling, cached=False)
+    assert kept[-1] == torch.bfloat16
+    assert cached.dtype == torch.float32
+    assert torch.allclose(cached, plain, atol=0.05)
+    assert 1e-5 < (cached - exact).abs().max() < 0.1
+    half = draw(model.to(torch.bfloat16), sampling)
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().max() < 0.2
+
+
 def test_null_rows_that_nothing_depends_on_are_not_computed(monkeypatch):
     rows: list[int] = []
     velocity = XAR.velocity

@@ -236,17 +236,18 @@ def one_step(model: XAR, case: Case) -> Outputs:
     t, after = 0.7, 0.6
     twice = x.repeat(2, 1, 1)
     guided = flow.classifier_free_guidance(*v.chunk(2), plan.guidance)
+    mean = step_of(flow.stochastic_euler, x, guided, (t, after), torch.zeros_like(eps))
     return {
         "cache_key_first_block": layers[0].keys[0, :, :192],
         "cache_value_first_block": layers[0].values[0, :, :192],
         "cache_key_last_block": layers[-1].keys[0, :, :192],
         "velocity_first": torch.stack(first),
         "velocity_cached": torch.stack(following),
-        "score": -(twice + (1 - t) * v) / t,
-        "drift_guided": x + (2 - t) * guided,
+        "score": -(twice + (1 - t) * v) / t,  # by the formula: nothing of ours computes it, only the velocity counts
+        "drift_guided": (mean - x) / (after - t),
         "sde_next": step_of(flow.stochastic_euler, x, guided, (t, after), eps),
-        "sde_mean_next": step_of(flow.stochastic_euler, x, guided, (t, after), torch.zeros_like(eps)),
-        "ode_next": x + (after - t) * guided,
+        "sde_mean_next": mean,
+        "ode_next": first_euler_step(x, guided, steps=round(1 / (t - after))),
     }
 
 
@@ -255,6 +256,13 @@ def step_of(solver: Any, x: Tensor, v: Tensor, times: tuple[float, float], eps: 
     states: list[Tensor] = []
     with patch.object(flow, "stochastic_times", return_value=list(times)):
         solver(lambda x, t: v, x, 2, [eps], lambda step, x, guess: states.append(x))
+    return states[0]
+
+
+def first_euler_step(x: Tensor, v: Tensor, steps: int) -> Tensor:
+    """One of `steps` equal steps along a constant velocity."""
+    states: list[Tensor] = []
+    flow.euler(lambda x, t: v, x, steps, lambda step, x, guess: states.append(x))
     return states[0]
 
 

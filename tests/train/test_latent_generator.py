@@ -115,7 +115,27 @@ def test_latents_of_unknown_images_have_no_captions(made, tmp_path):
 
 def test_a_grid_that_the_cells_do_not_tile_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="entities.height: cells of 8 do not tile a grid of 4"):
+        XARConfig(grid=4)
+
+
+def test_a_grid_that_is_not_the_latents_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match="model.grid: 16, but .* holds latents of 4 x 4: set model.grid=4"):
         main(job(made, tmp_path, model=XARConfig()))
+
+
+def test_latents_scaled_by_another_factor_are_trained_on_with_it(made, tmp_path):
+    config = cache_latents.Config(
+        vae=str(made / "vae"),
+        vae_scaling_factor=2.0,
+        out=tmp_path / "latents",
+        data=ShapesConfig(num_images=16),
+        image_size=8,
+    )
+    cache_latents.main(config)
+    with pytest.raises(DataError, match="scaling_factor 2.0, not 0.5"):
+        main(job(made, tmp_path / "out", latents=tmp_path / "latents"))
+    main(job(made, tmp_path / "out", latents=tmp_path / "latents", vae_scaling_factor=2.0))
+    assert imgtok.load(tmp_path / "out/final/tokenizer").config.scaling_factor == 2.0
 
 
 @pytest.mark.parametrize(
