@@ -266,10 +266,10 @@ class Span:
     """`sizes` on the device."""
 
     @classmethod
-    def of(cls, entities: Entities, first: int, stop: int, *, device: torch.device, kept: int | None = None) -> Span:
-        """Entities `first` to `stop`, all that came before being in the cache.
+    def of(cls, entities: Entities, first: int, stop: int, lengths: Tensor, kept: int | None = None) -> Span:
+        """Entities `first` to `stop`, all that came before being in the cache; `lengths` are all entities' sizes.
 
-        A look for each entity computes nothing that is masked; beyond a few, one mask is faster than many looks.
+        A look for each entity computes nothing that is masked; above `MOST_LOOKS` there is one for all, with a mask.
         """
         offsets, start, end = entities.offsets, entities.offsets[first], entities.offsets[stop]
         last = Look(slice(offsets[stop - 1] - start, end - start), slice(0, end))
@@ -279,9 +279,8 @@ class Span:
                 for i in range(first, stop)
             ]
         else:
-            looks = [Look(slice(None), slice(None), entities.may_look()[start:end, :end].to(device))]
-        sizes = entities.sizes[first:stop]
-        return cls(sizes, looks, last, kept, torch.tensor(sizes, device=device))
+            looks = [Look(slice(None), slice(None), entities.may_look()[start:end, :end].to(lengths.device))]
+        return cls(entities.sizes[first:stop], looks, last, kept, lengths[first:stop])
 
     @property
     def length(self) -> int:
@@ -318,6 +317,7 @@ class XAR(ConditionalGenerator):
     config_class: ClassVar[type] = XARConfig
     config: XARConfig
     rotary: Tensor
+    lengths: Tensor
 
     def __init__(self, config: XARConfig) -> None:
         super().__init__()
@@ -337,6 +337,7 @@ class XAR(ConditionalGenerator):
         self.second_norm = RMSNorm(width, EPS)
         self.readout = nn.Linear(width, config.latent_channels)
         self.register_buffer("rotary", rotary_of(self.entities.places, config.head_dim), persistent=False)
+        self.register_buffer("lengths", torch.tensor(self.entities.sizes), persistent=False)
         self._add_text(width)
         self.recompute = False
         self._initialise()
@@ -437,7 +438,7 @@ class XAR(ConditionalGenerator):
         tokens = self.entities.cut(latents)  # (B, L, C)
         t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
         noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)
-        span = Span.of(self.entities, 0, count, device=device)
+        span = Span.of(self.entities, 0, count, self.lengths)
         t_token = span.spread(t)[..., None]  # (B, L, 1)
         noisy = t_token * noise + (1 - t_token) * tokens
         modulations = self.modulations(self.condition(t, labels))
@@ -542,7 +543,7 @@ class SamplingNetwork:
         v = self.model.velocity(
             tokens.to(self.model.readout.weight.dtype),
             self.modulations.of_span(len(new), t, rows),
-            Span.of(self.model.entities, held, current + 1, device=x.device, kept=offsets[current] - offsets[held]),
+            Span.of(self.model.entities, held, current + 1, self.model.lengths, offsets[current] - offsets[held]),
             offsets[held],
             cache,
             last_only=True,

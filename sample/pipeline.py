@@ -52,7 +52,7 @@ class Pipeline(ABC):
     tokenizer: Tokenizer | VAE
     most_tokens: int | None = None
     """Tokens that an image can have; None for a generator of latents."""
-    rows: int
+    rows = ROWS
     """Images that a CPU computes at once."""
 
     def __init__(self, generator: GPT | XAR, device: torch.device, threads: int, precision: Precision) -> None:

@@ -57,7 +57,7 @@ def test_a_single_entity_is_the_plain_flow_model(solver):
     model, steps, scale = tiny(WholeImage()), 4, 2.5
     drawn = draw(model, FlowSampling(steps=(steps,), guidance=(scale,), solver=solver))
     noise = randomness.normal(1, [3, 7, 11], (steps, 16, 3), "entity 0").transpose(0, 1)
-    span = xar.Span.of(model.entities, 0, 1, device=torch.device("cpu"))
+    span = xar.Span.of(model.entities, 0, 1, model.lengths)
 
     @torch.no_grad()
     def velocity(x, t):
@@ -184,7 +184,7 @@ def test_entities_see_only_earlier_ones():
     model.config = replace(model.config, class_dropout=0.0)
     tokens = torch.randn(1, 16, 3)
     modulations = model.modulations(model.condition(torch.full((1, 4), 0.5), torch.zeros(1, 1, dtype=torch.long)))
-    span = xar.Span.of(model.entities, 0, 4, device=torch.device("cpu"))
+    span = xar.Span.of(model.entities, 0, 4, model.lengths)
     model.eval()
     before = model.velocity(tokens, modulations, span)
     tokens[:, 8:12] += 1  # the third entity

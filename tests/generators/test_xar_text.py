@@ -71,7 +71,7 @@ def test_rows_meet_their_own_caption(scale):
     model, steps = build(entities=WholeImage()), 4
     drawn = draw(model, FlowSampling(steps=(steps,), guidance=(scale,)))
     noise = randomness.normal(1, [3, 7, 11], (steps, 16, 3), "entity 0").transpose(0, 1)
-    span = Span.of(model.entities, 0, 1, device=torch.device("cpu"))
+    span = Span.of(model.entities, 0, 1, model.lengths)
     for row, features in enumerate(ROWS):
 
         @torch.no_grad()

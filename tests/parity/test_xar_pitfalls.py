@@ -250,8 +250,8 @@ def test_rotary_tables(change):
 
 @pytest.mark.parametrize("mistake", ["causal within an entity", "everything is seen", "only itself is seen"])
 def test_masks(monkeypatch, mistake):
-    def of(entities, first, stop, *, device, kept=None):
-        right = original(entities, first, stop, device=device, kept=kept)
+    def of(entities, first, stop, lengths, kept=None):
+        right = original(entities, first, stop, lengths, kept)
         start, end = entities.offsets[first], entities.offsets[stop]
         allowed = entities.may_look()[start:end, :end]
         if mistake == "causal within an entity":
@@ -261,7 +261,7 @@ def test_masks(monkeypatch, mistake):
         else:
             allowed = allowed & entities.may_look().T[start:end, :end]
         last = replace(right.last_look, mask=allowed[right.last_look.queries])
-        return Span(right.sizes, [Look(slice(None), slice(None), allowed)], last, kept)
+        return Span(right.sizes, [Look(slice(None), slice(None), allowed)], last, kept, right.lengths)
 
     original = Span.of
     monkeypatch.setattr(Span, "of", of)
@@ -281,7 +281,7 @@ def written_while_denoising(self, x, t, branches):
     return self.model.velocity(
         x.repeat(2, 1, 1),
         self.modulations.of_span(0, t, rows),
-        Span.of(self.model.entities, current, current + 1, device=x.device),
+        Span.of(self.model.entities, current, current + 1, self.model.lengths),
         offsets[current],
         self.cache.rows(rows, offsets[current]),
         last_only=True,
@@ -303,7 +303,7 @@ def keeps_the_current(self, x, t, branches):
     return self.model.velocity(
         torch.cat([*new, x], dim=1).repeat(2, 1, 1),
         self.modulations.of_span(len(new), t, rows),
-        Span((64,) * (len(new) + 1), looks, look, None),
+        Span((64,) * (len(new) + 1), looks, look, None, self.model.lengths[: len(new) + 1]),
         offsets[current] - 64 * len(new),
         self.cache.rows(rows, filled),
         last_only=True,

@@ -56,7 +56,7 @@ def masks(case: Case) -> Outputs:
     }
     for cell in range(4):  # the finished cell before it and the current one, as the sampler's looks show them
         entities = cells(grid, 8, 8)
-        span = Span.of(entities, max(0, cell - 1), cell + 1, device=torch.device("cpu"))
+        span = Span.of(entities, max(0, cell - 1), cell + 1, torch.tensor(entities.sizes))
         seen = torch.zeros(span.length, entities.offsets[cell + 1], dtype=torch.bool)
         for look in span.looks:
             seen[look.queries, look.keys] = True

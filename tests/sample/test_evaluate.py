@@ -441,6 +441,7 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
         "decode_steps": 2,
         "decode_guidance": 1.5,
         "sampling": None,
+        "precision": None,
         "generator": None,
         "size": "32x32",
         "rounding": "clamped to [-1, 1], rounded to the nearest of 256 levels; the same for originals",
@@ -450,6 +451,7 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
     drawn = run(tmp_path, model=str(generator), data=PROFILE, num=4, metrics=("oracle",), num_tokens=(2,))
     assert drawn["protocol"]["tokens"] == "2 tokens an image"
     assert drawn["protocol"]["sampling"]["guidance"] == 1.5
+    assert drawn["protocol"]["precision"] == "fp32"
     assert drawn["protocol"]["generator"]["num_tokens"] == drawn["protocol"]["tokenizer"]["num_registers"] == 4
     assert set(drawn["weights"]) == {"model", "tokenizer"}
     data = ImageFolderConfig(path=samples)
