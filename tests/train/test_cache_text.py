@@ -321,8 +321,8 @@ def trained_on_latents(t5, tmp_path_factory) -> Path:
     run(
         "train", "generator", f"out={folder / 'run'}", f"latents={folder / 'latents'}", f"text={folder / 'text'}",
         f"tokenizer={folder / 'vae'}", "num_preview=3", "model.kind=xar", "model.grid=4",
-        "model.condition=cross_attention", "model.entities.kind=cell", "model.entities.height=2", "model.entities.width=2",
-        "model.width=16", "model.depth=1", "model.num_heads=2", "model.sampling.steps=[3]", "training.steps=4", "training.batch_size=4",
+        "model.condition=cross_attention", "model.entities={kind: cell, height: 2, width: 2}", "model.width=16",
+        "model.depth=1", "model.num_heads=2", "model.sampling.steps=[3]", "training.steps=4", "training.batch_size=4",
         "training.learning_rate=1e-3", "training.ema=0.5", "training.trackers=[]",
     )  # fmt: skip
     return folder
