@@ -18,15 +18,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from generators.entities import Cells
 from generators.xar import XAR, XAR_SIZES, XARConfig, xar_size
 from imgtok.config import ConfigError
 from imgtok.files import replacing
-from imgtok.hub import check_tensors, damaged, write_tensors
+from imgtok.hub import check_tensors, read_safetensors, write_tensors
 from imgtok.pickles import load_pickle
 from imgtok.published import places
 
@@ -90,10 +88,7 @@ def read_tensors(path: Path, *, raw: bool = False) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the published ones are xAR-B.pth, xAR-L.pth and xAR-H.pth")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise damaged(path, error) from error
+        return read_safetensors(path)
     stored = load_pickle(path)
     if isinstance(stored, Mapping) and "model" in stored:
         stored = stored["model" if raw or "model_ema" not in stored else "model_ema"]

@@ -402,13 +402,13 @@ class XAR(ConditionalGenerator):
         velocities of the last entity.
         """
         places = slice(start, start + span.length)
-        rotary = self.rotary[places]
-        layers = [None] * len(self.blocks) if cache is None else cache.layers
+        rotary, blocks = self.rotary[places], self.blocks
+        layers = [None] * len(blocks) if cache is None else cache.layers
         h = self.input_norm(self.input_proj(x) + self.first_positions[places])
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(blocks):
             if index == self.config.depth:
                 h = self.middle_proj(self.first_norm(h)) + self.second_positions[places]
-            is_end = index == len(self.blocks) - 1
+            is_end = index == len(blocks) - 1
             h = call_block(
                 block,
                 h,
@@ -439,13 +439,12 @@ class XAR(ConditionalGenerator):
         t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
         noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)
         span = Span.of(self.entities, 0, count, self.lengths)
-        t_token = span.spread(t)[..., None]  # (B, L, 1)
-        noisy = t_token * noise + (1 - t_token) * tokens
+        noisy = flow.interpolate(tokens, noise, span.spread(t))
         modulations = self.modulations(self.condition(t, labels))
         v = self.velocity(noisy, modulations, span, memory=memory)
         errors = (v.float() - flow.velocity_target(tokens, noise)).square().mean(dim=(0, 2))  # (L,)
-        first = errors[: self.entities.sizes[0]].mean()
-        return Losses(errors.mean(), {"flow": errors.mean(), "first_entity": first})
+        loss, first = errors.mean(), errors[: self.entities.sizes[0]].mean()
+        return Losses(loss, {"flow": loss, "first_entity": first})
 
     def _draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         if self.config.times == "uniform":

@@ -29,14 +29,14 @@ def step_times(steps: int) -> list[float]:
     return [1 - step / steps for step in range(steps)]
 
 
-def expand_times(t_B: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), ready to multiply a batch shaped like `like`."""
-    return t_B.to(like).view(-1, *[1] * (like.ndim - 1))
+def expand_times(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), or (B, L) -> (B, L, 1, ..., 1): ready to multiply a batch shaped like `like`."""
+    return t.to(like).view(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
-def interpolate(x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-    """The point at time t of the straight path; t (B,) in [0, 1]."""
-    t = expand_times(t_B, x0)
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The point at time t of the straight path; t (B,), or (B, L) for each token, in [0, 1]."""
+    t = expand_times(t, x0)
     return t * noise + (1 - t) * x0
 
 

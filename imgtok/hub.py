@@ -241,6 +241,14 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
         raise ValueError("\n  ".join([title, *lines]))
 
 
+def read_safetensors(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors in a safetensors file. Raises ValueError for one that is not whole."""
+    try:
+        return load_file(path, device=str(map_location))
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+
+
 def damaged(path: Path, error: SafetensorError) -> ValueError:
     """What to say of a weights file that cannot be read."""
     return ValueError(
@@ -314,19 +322,12 @@ def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> 
     with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
         model = model_class(config)
     path = folder / WEIGHTS_NAME
-    tensors = _read_tensors(path, map_location)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has a {CONFIG_NAME} but no {WEIGHTS_NAME}; copy or download it")
+    tensors = read_safetensors(path, map_location)
     check_tensors(tensors, model.state_dict(), path, f"{model_class.__name__} that {CONFIG_NAME}")
     model.load_state_dict(tensors, strict=True)
     return model.to(map_location).eval()
-
-
-def _read_tensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has a {CONFIG_NAME} but no {WEIGHTS_NAME}; copy or download it")
-    try:
-        return load_file(path, device=str(map_location))
-    except SafetensorError as error:
-        raise damaged(path, error) from error
 
 
 def _state(model: Any) -> dict[str, Tensor]:

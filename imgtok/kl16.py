@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from imgtok import hub
@@ -100,10 +98,7 @@ def _as_published(published: str, value: Tensor) -> Tensor:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise hub.damaged(path, error) from error
+        return hub.read_safetensors(path)
     found = load_pickle(path)
     weights = found.get("model") if isinstance(found, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

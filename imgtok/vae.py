@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
-from imgtok.hub import Pretrained, find_folder, load, read_json
+from imgtok.hub import LONE_FILES, Pretrained, find_folder, load, read_json, read_safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,7 @@ def load_vae(name: str | Path, scaling_factor: float | None = None) -> VAE:
         from imgtok import kl16  # which imports this module
 
         return kl16.load(path, scaling_factor)
-    if path.suffix in (".ckpt", ".safetensors"):  # or it would be taken for a Hub repository
+    if path.suffix in LONE_FILES:  # or it would be taken for a Hub repository
         raise FileNotFoundError(f"{path}: no such file of an autoencoder")
     folder = find_folder(name) if "/" in str(name) or path.is_dir() else packaged_vae(str(name))
     if is_diffusers(folder):
@@ -256,7 +255,7 @@ def from_diffusers(folder: Path, scaling_factor: float | None = None) -> VAE:
     config = diffusers_config(path, scaling_factor)
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no {weights.name}; other formats may hold code and are not read")
-    stored = load_file(weights)
+    stored = read_safetensors(weights)
     tensors = {today: stored[name] for today, name in todays_names(stored).items()}
     vae = VAE(config)
     try:

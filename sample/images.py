@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,21 +183,18 @@ def claim_folder(config: Config, labels: Sequence[int]) -> None:
 def describe_request(config: Config) -> dict[str, Any]:
     """All that the images depend on; the models by their fingerprints, since a folder may be trained again."""
     request = to_dict(config)
-    for field in ("out", "num", "per_class", "batch_size", "grid", "threads"):
-        del request[field]
+    for name in ("out", "num", "per_class", "batch_size", "grid", "threads"):
+        del request[name]
     model = find_folder(config.model)
     if config.order == "by_class":
         request["per_class"] = config.per_class
-    else:  # then the record is that of a version without the other order
-        del request["order"]
     if config.prompts is None:  # then the record is that of a version without text
         del request["prompts"], request["text_encoder"]
     else:
         request["prompts"] = read_prompts(config.prompts)
-    if config.flow == FlowSampling():  # likewise of a version without xAR
-        del request["flow"]
-    if config.precision == "fp32":
-        del request["precision"]
+    for field in fields(config):  # likewise of a version without these
+        if field.name in ("order", "flow", "precision") and getattr(config, field.name) == field.default:
+            del request[field.name]
     return request | {
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),

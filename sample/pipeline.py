@@ -3,7 +3,7 @@
 Image i of seed s depends on (s, i) and its label alone, which is a class or, after `read_prompts`, the number of
 a prompt. Noise and token draws are keyed that way; what remains is arithmetic. On a CPU the last bits of a result
 vary with the number of rows (other kernels) and of threads (other partial sums), and a last bit can tip a token.
-So there images are computed in blocks of `ROWS`, the last one padded, with a fixed number of threads.
+So there images are computed in blocks of one size, the last one padded, with a fixed number of threads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ class DecodeSettings:
     num_tokens: int | None = None
     steps: int | None = None
     guidance: float | None = None
+
+
+class Asked(NamedTuple):
+    """What is the same for all blocks of a call."""
+
+    counts: Sequence[int | None]
+    seed: int
+    sampling: SamplingConfig | FlowSampling
+    decode: DecodeSettings
 
 
 class Pipeline(ABC):
@@ -165,12 +174,11 @@ class Pipeline(ABC):
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
         """
+        asked = Asked(counts, seed, sampling, decode)
         halves = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         with cpu_threads(self.threads), halves:
             blocks = [
-                self._block(
-                    [indices[row] for row in rows], [labels[row] for row in rows], counts, seed, sampling, decode
-                )
+                self._block([indices[row] for row in rows], [labels[row] for row in rows], asked)
                 for rows in blocks_of(len(indices), self.device, self.rows)
             ]
         return {count: torch.cat([block[count] for block in blocks]) for count in counts}
@@ -180,15 +188,7 @@ class Pipeline(ABC):
         return pad_to_rows(values, self.rows) if self.device.type == "cpu" else list(values)
 
     @abstractmethod
-    def _block(
-        self,
-        indices: list[int],
-        labels: list[int],
-        counts: Sequence[int | None],
-        seed: int,
-        sampling: SamplingConfig | FlowSampling,
-        decode: DecodeSettings,
-    ) -> dict[int | None, Tensor]:
+    def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
         """The images of one block, computed together."""
 
 
@@ -224,29 +224,24 @@ class TokenPipeline(Pipeline):
             raise ValueError("flow: this generator draws tokens and not latents; use the fields of `sampling`")
         return sampling
 
-    def _block(
-        self,
-        indices: list[int],
-        labels: list[int],
-        counts: Sequence[int | None],
-        seed: int,
-        sampling: SamplingConfig | FlowSampling,
-        decode: DecodeSettings,
-    ) -> dict[int | None, Tensor]:
-        assert isinstance(sampling, SamplingConfig), "see `choose`"
+    def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
+        assert isinstance(asked.sampling, SamplingConfig), "see `choose`"
         padded, total = self._padded(indices), self.generator.config.num_tokens
         ids = self.generator.generate(
             self.condition(self._padded(labels)),
-            seed=seed,
+            seed=asked.seed,
             indices=padded,
-            sampling=sampling,
-            num_tokens=max(total if count is None else count for count in counts),
+            sampling=asked.sampling,
+            num_tokens=max(total if count is None else count for count in asked.counts),
         )
         tokens, images = Tokens.full(ids), {}
-        for count in counts:
-            shown = tokens.truncate(total if count is None else count)
+        for count in asked.counts:
             decoded = self.tokenizer.decode(
-                shown, seed=seed, indices=padded, steps=decode.steps, guidance=decode.guidance
+                tokens.truncate(total if count is None else count),
+                seed=asked.seed,
+                indices=padded,
+                steps=asked.decode.steps,
+                guidance=asked.decode.guidance,
             )
             images[count] = to_uint8(decoded[: len(indices)]).cpu()
         return images
@@ -282,23 +277,19 @@ class LatentPipeline(Pipeline):
             raise ValueError("sampling: this generator draws latents and not tokens; use the fields of `flow`")
         return flow
 
-    def _block(
-        self,
-        indices: list[int],
-        labels: list[int],
-        counts: Sequence[int | None],
-        seed: int,
-        sampling: SamplingConfig | FlowSampling,
-        decode: DecodeSettings,
-    ) -> dict[int | None, Tensor]:
-        assert isinstance(sampling, FlowSampling), "see `choose`"
-        if tuple(counts) != (None,) or decode != DecodeSettings():
+    def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
+        assert isinstance(asked.sampling, FlowSampling), "see `choose`"
+        if tuple(asked.counts) != (None,) or asked.decode != DecodeSettings():
             raise ValueError(
                 "num_tokens, decode_steps, decode_guidance: this generator draws whole latents, which its autoencoder "
                 "decodes in one go; leave them out (flow.steps are the generator's)"
             )
-        condition = self.condition(self._padded(labels))
-        latents = self.generator.generate(condition, seed=seed, indices=self._padded(indices), sampling=sampling)
+        latents = self.generator.generate(
+            self.condition(self._padded(labels)),
+            seed=asked.seed,
+            indices=self._padded(indices),
+            sampling=asked.sampling,
+        )
         return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)]).cpu()}
 
 
@@ -321,14 +312,14 @@ def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
     return generator / "tokenizer"
 
 
-def blocks_of(count: int, device: torch.device, most: int | None = None) -> Iterator[Sequence[int]]:
-    """The rows of a batch that are computed together: `most` (by default `ROWS`) on a CPU, all elsewhere."""
-    return batches_of(range(count), (most or ROWS) if device.type == "cpu" else count)
+def blocks_of(count: int, device: torch.device, most: int = ROWS) -> Iterator[Sequence[int]]:
+    """The rows of a batch that are computed together: `most` on a CPU, all elsewhere."""
+    return batches_of(range(count), most if device.type == "cpu" else count)
 
 
-def pad_to_rows(values: Sequence[int], rows: int | None = None) -> list[int]:
-    """The values, the last one repeated up to `rows` (by default `ROWS`)."""
-    return [*values, *[values[-1]] * ((rows or ROWS) - len(values))]
+def pad_to_rows(values: Sequence[int], rows: int = ROWS) -> list[int]:
+    """The values, the last one repeated up to `rows` of them."""
+    return [*values, *[values[-1]] * (rows - len(values))]
 
 
 def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -81,6 +81,8 @@ class Config:
             raise ValueError(f"{needed}: is required with model.kind={self.model.kind}; `{what}` makes such a folder")
         if getattr(self, other) is not None:
             raise ValueError(f"{other}: model.kind={self.model.kind} learns from {needed}; leave {other} out")
+        if self.checkpoint_activations and not isinstance(self.model, XARConfig):
+            raise ValueError("checkpoint_activations: only for model.kind=xar; leave it out")
         if self.vae_scaling_factor is not None and not isinstance(self.model, XARConfig):
             raise ValueError("vae_scaling_factor: only for model.kind=xar; a tokenizer has its own, leave it out")
         if isinstance(self.model, XARConfig) and self.share_digits:

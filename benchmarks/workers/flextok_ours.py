@@ -8,6 +8,7 @@ from functools import partial
 
 import recipe
 import torch
+from drawn import fill
 from flextok_case import Case
 from protocol import Setup, autocast, serve
 from torch import Tensor
@@ -28,22 +29,12 @@ class Ours:
         self.shapes = setup.shapes
         blank = VAEConfig(latent_channels=CHANNELS, block_channels=(8,), layers_per_block=1, norm_groups=8)
         self.model = FlexTok(replace(sized_config(setup.size, blank), image_size=SIDE)).eval()
-        self.fill()
+        state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("vae.")}
+        fill(state, places(state), self.shapes, setup.seed, as_ours)
         self.model.to(setup.device)
         if setup.compile:
             for block in (*self.model.encoder.blocks, *self.model.decoder.blocks):
                 block.compile()
-
-    @torch.no_grad()
-    def fill(self) -> None:
-        """One parameter at a time, so that the weights are in memory once."""
-        state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("vae.")}
-        known = places(state)
-        if known.keys() != self.shapes.keys():
-            raise ValueError(f"one side alone has the parameters {sorted(known.keys() ^ self.shapes.keys())}")
-        for name, shape in self.shapes.items():
-            drawn = torch.from_numpy(recipe.weight(name, tuple(shape), self.setup.seed))
-            known[name].view(state).copy_(as_ours(name, drawn))
 
     def start_from(self, draws: Mapping[str, Tensor]) -> None:
         if draws:

@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import recipe
 import torch
+from drawn import fill
 from protocol import Setup, autocast, serve
 from torch import Tensor, nn
 from xar_case import BETAS, CHANNELS, CLASSES, CLIP, DECAY, EMA_DECAY, GRID, RATE, Case, own_size
@@ -31,23 +32,13 @@ class Ours:
         if setup.device != "cpu":
             torch.backends.cuda.matmul.allow_tf32 = True  # as the published scripts have it
         self.model = XAR(replace(configuration(setup.size), dropout=0.0))
-        self.fill()
+        state = self.model.state_dict()
+        fill(state, places(state, NAMES, {}), self.shapes, setup.seed, as_ours)
         self.model.to(setup.device)
         self.optimizer: torch.optim.Optimizer | None = None
         if setup.compile:
             for block in self.model.blocks:
                 block.compile()
-
-    @torch.no_grad()
-    def fill(self) -> None:
-        """One parameter at a time, so that the weights are in memory once."""
-        state = self.model.state_dict()
-        known = places(state, NAMES, {})
-        if known.keys() != self.shapes.keys():
-            raise ValueError(f"one side alone has the parameters {sorted(known.keys() ^ self.shapes.keys())}")
-        for name, shape in self.shapes.items():
-            drawn = torch.from_numpy(recipe.weight(name, tuple(shape), self.setup.seed))
-            known[name].view(state).copy_(as_ours(name, drawn))
 
     def start_from(self, draws: Mapping[str, Tensor]) -> None:
         if draws:

@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from imgtok.data.captions import CaptionDataset
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 B = TypeVar("B", Batch, LatentBatch)
+G = TypeVar("G", TokenBatch, LatentBatch)
 
 
 class BatchSampler(Sampler[list[Position]]):
@@ -154,10 +156,7 @@ def token_loader(
     order = BatchSampler(len(tokens), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
     for positions in order:
         rows = [position.index for position in positions]
-        batch = tokens.batch(rows)
-        if captions is not None:
-            batch = dataclasses.replace(batch, captions=captions.batch(tokens.indices[rows].tolist()))
-        yield batch
+        yield _with_captions(tokens.batch(rows), tokens.indices[rows], captions)
 
 
 def latent_loader(
@@ -183,11 +182,13 @@ def latent_loader(
 def _latent_batch(
     positions: Sequence[Position], *, latents: Latents, captions: CaptionDataset | None, seed: int
 ) -> LatentBatch:
-    batch = latents.training_batch(positions, seed)
-    if captions is None:
-        return batch
-    images = latents.indices[[position.index for position in positions]]
-    return dataclasses.replace(batch, captions=captions.batch(images.tolist()))
+    rows = [position.index for position in positions]
+    return _with_captions(latents.training_batch(positions, seed), latents.indices[rows], captions)
+
+
+def _with_captions(batch: G, images: Tensor, captions: CaptionDataset | None) -> G:
+    """The batch with the captions of its images (B,), if there are any."""
+    return batch if captions is None else dataclasses.replace(batch, captions=captions.batch(images.tolist()))
 
 
 def _checked(batches: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:

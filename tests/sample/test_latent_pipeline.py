@@ -50,7 +50,7 @@ def test_other_batches_draw_the_same_bytes(generator, images, tmp_path, batch_si
     assert len(drawn) == count
 
 
-def test_other_neighbours_leave_no_trace(generator, images, tmp_path):
+def test_other_neighbours_leave_no_trace(generator):
     """As several processes divide a job: each has every so many of the indices, beside other classes."""
     pipeline = Pipeline.load(str(generator), None, torch.device("cpu"))
     how = {"seed": 0, "sampling": FlowSampling(), "decode": DecodeSettings()}

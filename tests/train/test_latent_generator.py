@@ -14,6 +14,7 @@ import torch
 
 import imgtok
 from generators.entities import Cells
+from generators.gpt import GPTConfig
 from generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
@@ -80,6 +81,10 @@ def test_activations_computed_again_train_to_the_same_weights(made, tmp_path):
         ({"latents": None}, "latents: is required with model.kind=xar; `imgtok cache latents` makes"),
         ({"tokens": Path("tokens")}, "tokens: model.kind=xar learns from latents; leave tokens out"),
         ({"share_digits": True}, "share_digits: only for model.kind=gpt"),
+        (
+            {"model": GPTConfig(), "latents": None, "tokens": Path("tokens"), "checkpoint_activations": True},
+            "checkpoint_activations: only for model.kind=xar",
+        ),
         ({"model": TEXT}, "text: is required with model.condition=cross_attention; `imgtok cache text` makes"),
         ({"text": Path("text")}, "text: model.condition=class reads no text; set model.condition=cross_attention"),
     ],
