@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
 
 
 def seconds(model: GPT, batch: int, cached: bool) -> tuple[float, torch.Tensor]:

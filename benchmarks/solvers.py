@@ -15,8 +15,8 @@ import torch
 
 import imgtok
 from imgtok.data.images import DataConfig, ParquetConfig, open_images
-from imgtok.data.shapes import ShapesConfig
-from imgtok.flextok import FlexTok
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.flextok import FlexTok
 
 LIMIT_STEPS = 256
 

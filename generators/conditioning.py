@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from imgtok.captions import Captions
 from imgtok.config import Fraction, PositiveInt, check
 from imgtok.hub import Pretrained
 from imgtok.layers.attention import CrossAttention
 from imgtok.layers.cache import Memory
+from imgtok.text.captions import Captions
 
 Condition = Tensor | Captions
 """What images are made for: labels (B,), -1 for no class, or captions."""

@@ -21,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
-from generators.sampling import draw, filter_logits, guide
 from imgtok import randomness
-from imgtok.captions import Captions
 from imgtok.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range, check
+from imgtok.generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
+from imgtok.generators.sampling import draw, filter_logits, guide
 from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import KVCache, LayerCache
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
-from imgtok.tokenizer import Losses
+from imgtok.text.captions import Captions
+from imgtok.tokenizers.base import Losses
 
 
 @dataclass(frozen=True, kw_only=True)

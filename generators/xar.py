@@ -22,17 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
-from generators.entities import Cells, Entities, EntityConfig
 from imgtok import flow, randomness
-from imgtok.captions import Captions
 from imgtok.config import Fraction, NonNegativeFloat, PositiveInt, check
+from imgtok.generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
+from imgtok.generators.entities import Cells, Entities, EntityConfig
 from imgtok.layers.attention import Attention, CrossAttention, Look
 from imgtok.layers.cache import KVCache, LayerCache, Memory
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
-from imgtok.tokenizer import Losses
+from imgtok.text.captions import Captions
+from imgtok.tokenizers.base import Losses
 
 # ---------------------------------------------------------------- configuration
 

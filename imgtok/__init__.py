@@ -6,6 +6,7 @@ that the command line answers at once.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -13,6 +14,10 @@ __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
     from imgtok.hub import load
+
+# In a checkout, generators/, train/ and sample/ lie beside this folder, and links in it make them parts of the package.
+if not (Path(__file__).parent / "generators").is_dir():  # links are lost where the file system or archive has none
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 
 def __getattr__(name: str) -> Any:

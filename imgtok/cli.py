@@ -1,7 +1,7 @@
 """The command line: `imgtok JOB [CONFIG.yaml] [key=value ...] [--key value ...]`.
 
 Jobs are modules with a `Config` and a `main(config)`; they are named here as strings and imported when
-asked for, so that `imgtok --help` needs no torch. The same modules run as `python -m train.tokenizer ...`
+asked for, so that `imgtok --help` needs no torch. The same modules run as `python -m imgtok.train.tokenizer ...`
 and under `torchrun` or `accelerate launch -m`, through `run_job`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import logging
 import os
 import re
@@ -26,18 +25,24 @@ import imgtok
 from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
 
 JOBS: Mapping[str, tuple[str, str]] = {
-    "train tokenizer": ("train.tokenizer", "train a tokenizer on images"),
-    "train vae": ("train.vae", "train the continuous autoencoder that a tokenizer stands on"),
-    "train generator": ("train.generator", "train a generator on the tokens of a tokenizer"),
-    "cache": ("train.cache_tokens", "write the tokens of a data set to files, for faster training"),
-    "cache latents": ("train.cache_latents", "write the latents of a data set to files, for generators of latents"),
-    "cache text": ("train.cache_text", "write the text features of a data set's captions to files"),
-    "sample": ("sample.images", "make new images with a trained generator"),
-    "reconstruct": ("sample.reconstruct", "show images beside their reconstructions at several token counts"),
-    "evaluate": ("sample.evaluate", "score images or a model"),
-    "export": ("sample.export", "write a FlexTok or xAR as its published code reads it, or such a one as imgtok's"),
+    "train tokenizer": ("imgtok.train.tokenizer", "train a tokenizer on images"),
+    "train vae": ("imgtok.train.autoencoder", "train the continuous autoencoder that a tokenizer stands on"),
+    "train generator": ("imgtok.train.generator", "train a generator on the tokens of a tokenizer"),
+    "cache": ("imgtok.train.cache_tokens", "write the tokens of a data set to files, for faster training"),
+    "cache latents": (
+        "imgtok.train.cache_latents",
+        "write the latents of a data set to files, for generators of latents",
+    ),
+    "cache text": ("imgtok.train.cache_text", "write the text features of a data set's captions to files"),
+    "sample": ("imgtok.sample.images", "make new images with a trained generator"),
+    "reconstruct": ("imgtok.sample.reconstruct", "show images beside their reconstructions at several token counts"),
+    "evaluate": ("imgtok.sample.evaluate.job", "score images or a model"),
+    "export": (
+        "imgtok.sample.export",
+        "write a FlexTok or xAR as its published code reads it, or such a one as imgtok's",
+    ),
     "quickstart": (
-        "sample.quickstart",
+        "imgtok.sample.quickstart",
         "train, sample and score on the built-in shapes, in minutes on a CPU",
     ),
 }
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_job(module: ModuleType) -> None:
-    """Run a job module as a program (`python -m train.tokenizer ...`) with the arguments of this process."""
+    """Run a job module as a program (`python -m imgtok.train.tokenizer ...`) with the arguments of this process."""
     program = module.__spec__.name if module.__spec__ else str(module.__name__)
     sys.exit(_report_errors(lambda: _run(module, sys.argv[1:], f"python -m {program}")))
 
@@ -124,20 +129,6 @@ def check_launch_environment(environment: Mapping[str, str] = os.environ) -> Non
     _check_address(host, port, listen=rank == 0 and not hosted)
 
 
-def check_packages() -> None:
-    """Refuse to run when another `train`, `sample` or `generators` hides ours on the import path."""
-    root = Path(imgtok.__file__).resolve().parent.parent
-    for name in ("generators", "train", "sample"):
-        spec = importlib.util.find_spec(name)
-        found = spec.origin if spec is not None else None
-        expected = root / name / "__init__.py"
-        if found is None or Path(found).resolve() != expected:
-            raise ValueError(
-                f"the package {name!r} is {found or 'not found'}, which hides imgtok's own {expected}; "
-                "rename it, or run the `imgtok` command from another folder"
-            )
-
-
 # ------------------------------------------------------------------------------------------- internals
 
 
@@ -154,7 +145,6 @@ def _dispatch(argv: list[str]) -> None:
         _print_info(argv[1:])
     else:
         command, rest = _find_job(argv)
-        check_packages()
         _run(importlib.import_module(JOBS[command][0]), rest, f"imgtok {command}")
 
 
@@ -197,7 +187,6 @@ def _print_config(argv: list[str]) -> None:
     if job not in names:
         missing = f"unknown job {job!r}" if job else "give a job, or a YAML file with a top-level `job:`"
         raise ConfigError(f"{path or 'command line'}: {missing}; jobs: {', '.join(names)}")
-    check_packages()
     module = importlib.import_module(JOBS[str(job).replace("-", " ")][0])
     rest = [word for word in argv if word != job]
     print(to_yaml(parse(module.Config, rest, getattr(module, "POSITIONAL", None))), end="")
@@ -207,7 +196,6 @@ def _print_info(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
         print(f"usage: imgtok info {TOOLS['info']}")
         return
-    check_packages()
     from imgtok import hub
 
     model = hub.load(argv[0])
@@ -297,7 +285,7 @@ def _show_log() -> None:
     """Our log lines on stderr (from the first process only; warnings from all), other libraries' warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    for name in ("__main__", "imgtok", "generators", "train", "sample"):
+    for name in ("__main__", "imgtok"):
         logging.getLogger(name).setLevel(level)
 
 

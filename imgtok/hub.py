@@ -28,22 +28,22 @@ from torch import Tensor
 import imgtok
 from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import replacing
-from imgtok.pickles import load_pickle
+from imgtok.weights import load_pickle
 
 KINDS: Mapping[str, str] = {
-    "vae": "imgtok.vae:VAE",
-    "flextok": "imgtok.flextok:FlexTok",
-    "gpt": "generators.gpt:GPT",
-    "xar": "generators.xar:XAR",
+    "vae": "imgtok.tokenizers.vae:VAE",
+    "flextok": "imgtok.tokenizers.flextok:FlexTok",
+    "gpt": "imgtok.generators.gpt:GPT",
+    "xar": "imgtok.generators.xar:XAR",
 }
 """`kind` in config.json -> class. Strings, so that imgtok imports no generator before one is asked for."""
 
 LAYOUTS: Mapping[str, str] = {
-    "encoder.down.0.block.0.conv1.weight": "imgtok.kl16:VAE",
-    "z_proj.weight": "generators.published_xar:XAR",
+    "encoder.down.0.block.0.conv1.weight": "imgtok.published.kl16:VAE",
+    "z_proj.weight": "imgtok.generators.published.xar:XAR",
 }
 """A tensor that a published file of weights has -> the module that reads such files, and the class it gives."""
-FLEXTOK_LAYOUT = "imgtok.published:FlexTok"
+FLEXTOK_LAYOUT = "imgtok.published.flextok:FlexTok"
 """Of published folders, and of .safetensors files, whose header describes them."""
 
 PUBLISHED_ENTRIES = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")

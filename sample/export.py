@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from generators import published_xar
-from generators.xar import XAR
-from imgtok import published
 from imgtok.cli import run_job
 from imgtok.config import PositiveFloat, check
-from imgtok.flextok import FlexTok
+from imgtok.generators.pipeline import check_autoencoder
+from imgtok.generators.published import xar as published_xar
+from imgtok.generators.xar import XAR
 from imgtok.hub import load
-from imgtok.vae import VAE, load_vae
-from sample.pipeline import check_autoencoder
+from imgtok.published import flextok as published
+from imgtok.tokenizers.flextok import FlexTok
+from imgtok.tokenizers.vae import VAE, load_vae
 
 logger = logging.getLogger(__name__)
 

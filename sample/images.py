@@ -21,17 +21,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from generators.gpt import SamplingConfig
-from generators.xar import FlowSampling
-from imgtok import images as pictures
+from imgtok import pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, check, to_dict
 from imgtok.data.tokens import fingerprint
 from imgtok.files import replacing
-from imgtok.hub import find_folder
-from imgtok.metrics.saved_images import RECORD, open_npz
-from imgtok.processes import process_state
-from sample.pipeline import (
+from imgtok.generators.gpt import SamplingConfig
+from imgtok.generators.pipeline import (
     DecodeSettings,
     Pipeline,
     Precision,
@@ -40,6 +36,10 @@ from sample.pipeline import (
     labels_in_turn,
     tokenizer_folder,
 )
+from imgtok.generators.xar import FlowSampling
+from imgtok.hub import find_folder
+from imgtok.metrics.saved_images import RECORD, open_npz
+from imgtok.runtime import process_state
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from imgtok.cli import main as main_of_imgtok
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
 from imgtok.files import replacing
-from imgtok.memory import peak_rss_mib
-from sample.report import Run, write_page
+from imgtok.runtime import peak_rss_mib
+from imgtok.sample.report import Run, write_page
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext

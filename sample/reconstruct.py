@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok import images as pictures
+from imgtok import pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
-from imgtok.data.shapes import ShapesConfig
 from imgtok.files import replacing
+from imgtok.generators.pipeline import DecodeSettings, blocks_of, pad_to_rows
 from imgtok.hub import load
 from imgtok.metrics.reconstruction import psnr
-from imgtok.processes import cpu_threads, process_state
-from imgtok.tokenizer import Tokenizer, powers_of_two
-from sample.pipeline import DecodeSettings, blocks_of, pad_to_rows
+from imgtok.runtime import cpu_threads, process_state
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.base import Tokenizer, powers_of_two
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imgtok import images as pictures
-from imgtok.data.oracle import read_classes
-from imgtok.data.shapes import CLASS_NAMES
+from imgtok import pictures
 from imgtok.files import replacing
 from imgtok.metrics.saved_images import RECORD
-from sample.images import image_path, read_image
-from sample.results import Line, Panel, draw_panel
+from imgtok.sample.evaluate.results import Line, Panel, draw_panel
+from imgtok.sample.images import image_path, read_image
+from imgtok.shapes.oracle import read_classes
+from imgtok.shapes.world import CLASS_NAMES
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}

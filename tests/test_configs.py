@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 import imgtok
-from generators.gpt import GPT, flextok_size
 from imgtok.cli import JOBS, main
 from imgtok.config import from_dict, load, read_yaml
-from imgtok.flextok import FlexTok, FlexTokConfig
-from imgtok.vae import VAE, VAEConfig, load_vae
-from train.loop import Trainer
-from train.state import complete_steps
+from imgtok.generators.gpt import GPT, flextok_size
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig, load_vae
+from imgtok.train.loop import Trainer
+from imgtok.train.state import complete_steps
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED_VAES = {"EPFL-VILAB/flextok_vae_c16": VAEConfig(latent_channels=16)}
@@ -83,7 +83,7 @@ def test_every_configuration_is_valid(path):
 @pytest.mark.parametrize("size", PUBLISHED_SIZES)
 def test_the_published_models_have_the_published_parameter_counts(size):
     path = CONFIGS / f"tokenizer/flextok-{size}-imagenet.yaml"
-    config = load(importlib.import_module("train.tokenizer").Config, path)
+    config = load(importlib.import_module("imgtok.train.tokenizer").Config, path)
     with torch.device("meta"):
         model = FlexTok(replace(config.model, vae=PUBLISHED_VAES[config.vae]))
     counts = tuple(sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder))
@@ -99,7 +99,7 @@ def test_the_published_models_have_the_published_parameter_counts(size):
     [("flextok-d12-imagenet", 12, False), ("flextok-d30-imagenet", 30, False), ("flextok-text-d12", 12, True)],
 )
 def test_flextoks_generators_have_its_sizes(file, depth, text):
-    config = load(importlib.import_module("train.generator").Config, CONFIGS / f"generator/{file}.yaml")
+    config = load(importlib.import_module("imgtok.train.generator").Config, CONFIGS / f"generator/{file}.yaml")
     assert config.model == replace(flextok_size(depth, text=text), vocab_size=config.model.vocab_size)
     assert config.training.batch_size * config.training.accumulate * 8 == 1024
 

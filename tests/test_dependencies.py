@@ -13,7 +13,7 @@ import pytest
 from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {
+MAY_IMPORT = {  # by folder; the last three are imgtok.generators, imgtok.train and imgtok.sample to Python
     "imgtok": {"imgtok"},
     "generators": {"imgtok", "generators"},
     "train": {"imgtok", "generators", "train"},
@@ -27,7 +27,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    """The modules in a folder, without what its links lead to."""
+    return sorted(path for path in (ROOT / package).rglob("*.py") if path.resolve() == path)
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -36,13 +37,19 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
 
 
+def package_of(module: str) -> str:
+    """The top package of a module; of ours the folder that it stands in."""
+    top, *rest = module.split(".")
+    return rest[0] if top == "imgtok" and rest and rest[0] in MAY_IMPORT else top
+
+
 def imported_packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imported_modules(ast.parse(path.read_text(), str(path)))}
+    return {package_of(name) for name in imported_modules(ast.parse(path.read_text(), str(path)))}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
@@ -54,7 +61,7 @@ def test_imports_point_downwards(package: str) -> None:
 
 
 def test_only_the_two_tables_name_upper_modules_as_strings() -> None:
-    upper = re.compile(r"(generators|train|sample)(\.\w+)+(:\w+)?")
+    upper = re.compile(r"imgtok\.(generators|train|sample)(\.\w+)+(:\w+)?")
     naming = set()
     for path in sources("imgtok"):
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
@@ -65,13 +72,14 @@ def test_only_the_two_tables_name_upper_modules_as_strings() -> None:
 
 def test_the_check_sees_every_way_to_import() -> None:
     code = "import a.b\nfrom c.d import e\nfrom . import f\ndef g():\n    import h\n    import_module('i.j')\n"
-    assert sorted(imported_modules(ast.parse(code))) == ["a.b", "c.d", "h", "i.j"]
+    assert sorted(imported_modules(ast.parse(code))) == ["a.b", "c.d.e", "h", "i.j"]
 
 
 def test_every_folder_with_code_is_a_listed_package() -> None:
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in MAY_IMPORT for path in sources(p)}
-    assert set(find_packages(str(ROOT), include=include)) == folders
+    modules = {name if name.split(".")[0] == "imgtok" else f"imgtok.{name}" for name in folders}
+    assert set(find_packages(str(ROOT), include=include)) == modules
 
 
 def test_dependencies_are_exactly_what_is_imported() -> None:

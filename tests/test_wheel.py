@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, copy / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", folder)
@@ -46,9 +46,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
-    code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.resolve() == path]
     assets = [path for path in (ROOT / "imgtok" / "assets").rglob("*") if path.is_file()]
-    wanted = {path.relative_to(ROOT).as_posix() for path in [*code, *assets, ROOT / "imgtok" / "py.typed"]}
+    places = [path.relative_to(ROOT) for path in [*code, *assets, ROOT / "imgtok" / "py.typed"]]
+    wanted = {(path if path.parts[0] == "imgtok" else "imgtok" / path).as_posix() for path in places}
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == {name for name in wanted if "__pycache__" not in name}

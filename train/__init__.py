@@ -1,1 +1,1 @@
-"""Programs that train: one loop for every model (`train.loop`), one job module per kind of model."""
+"""Programs that train: one loop for every model (`imgtok.train.loop`), one job module per kind of model."""

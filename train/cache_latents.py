@@ -19,10 +19,10 @@ from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, che
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.latents import LatentCacheInfo, LatentShardWriter
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.data.shapes import ShapesConfig
-from imgtok.processes import process_state
-from imgtok.vae import VAE, load_vae
-from train.shards import write_missing
+from imgtok.runtime import process_state
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.vae import VAE, load_vae
+from imgtok.train.shards import write_missing
 
 logger = logging.getLogger(__name__)
 

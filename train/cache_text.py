@@ -18,11 +18,11 @@ from imgtok.cli import run_job
 from imgtok.config import PositiveInt, Range, check, to_dict
 from imgtok.data.captions import DTYPES, CaptionCacheInfo, CaptionShardWriter
 from imgtok.data.images import DataConfig, ImageSource, open_images
-from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
-from imgtok.processes import process_state
-from imgtok.text_encoder import TextEncoder
-from train.shards import write_missing
+from imgtok.runtime import process_state
+from imgtok.shapes.world import ShapesConfig
+from imgtok.text.encoder import TextEncoder
+from imgtok.train.shards import write_missing
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig, ImageSource, Views, open_images
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.data.shapes import ShapesConfig
 from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
 from imgtok.hub import find_folder, load
-from imgtok.processes import process_state
-from imgtok.tokenizer import Tokenizer
-from train.shards import write_missing
+from imgtok.runtime import process_state
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.base import Tokenizer
+from imgtok.train.shards import write_missing
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from generators.conditioning import Condition, ConditionConfig
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import LatentDataset, Latents
 from imgtok.data.tokens import TokenDataset
+from imgtok.generators.conditioning import Condition, ConditionConfig
 
 C = TypeVar("C", bound=ConditionConfig)
 

@@ -16,23 +16,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from generators.gpt import GPT, GPTConfig, SamplingConfig
-from generators.xar import XAR, XARConfig
-from imgtok import images as pictures
+from imgtok import pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, check
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import open_latents
 from imgtok.data.loaders import TokenBatch, token_loader
 from imgtok.data.tokens import TokenDataset, fingerprint
+from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok.generators.xar import XAR, XARConfig
 from imgtok.hub import find_folder, load
-from imgtok.tokenizer import Losses, Tokenizer
-from imgtok.tokens import Tokens
-from imgtok.vae import load_vae
-from train.captions import digest_with, open_captions, preview_condition, with_text_fields
-from train.config import TrainingConfig
-from train.latent_generator import LatentGeneratorJob
-from train.loop import fit
+from imgtok.tokenizers.base import Losses, Tokenizer
+from imgtok.tokenizers.tokens import Tokens
+from imgtok.tokenizers.vae import load_vae
+from imgtok.train.captions import digest_with, open_captions, preview_condition, with_text_fields
+from imgtok.train.config import TrainingConfig
+from imgtok.train.latent_generator import LatentGeneratorJob
+from imgtok.train.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, train_loader
-from train.config import TrainingConfig
+from imgtok.train.config import TrainingConfig
 
 
 class ImageJob:

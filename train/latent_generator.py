@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from generators.xar import XAR
-from imgtok import images as pictures
+from imgtok import pictures
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import LatentBatch, Latents
 from imgtok.data.loaders import latent_loader
-from imgtok.tokenizer import Losses
-from imgtok.vae import VAE
-from train.captions import preview_condition
-from train.config import TrainingConfig
+from imgtok.generators.xar import XAR
+from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.vae import VAE
+from imgtok.train.captions import preview_condition
+from imgtok.train.config import TrainingConfig
 
 
 class LatentGeneratorJob:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.randomness import step_generator
-from imgtok.tokenizer import Losses
-from train.config import TrainingConfig
-from train.ema import EMA
-from train.failure import NonFiniteLoss, explain, save_failure
-from train.log import Log, describe_run
-from train.optim import make_optimizer, rate_at, set_rate
-from train.start import finished_steps, make_accelerator, prepare_folder
-from train.state import Checkpoints, Progress, publish, writing
+from imgtok.tokenizers.base import Losses
+from imgtok.train.config import TrainingConfig
+from imgtok.train.ema import EMA
+from imgtok.train.failure import NonFiniteLoss, explain, save_failure
+from imgtok.train.log import Log, describe_run
+from imgtok.train.optim import make_optimizer, rate_at, set_rate
+from imgtok.train.start import finished_steps, make_accelerator, prepare_folder
+from imgtok.train.state import Checkpoints, Progress, publish, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from imgtok.layers.mup import noted_width
-from train.config import TrainingConfig
+from imgtok.train.config import TrainingConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, base_width: int = 0) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from imgtok import config as configuration
-from imgtok.processes import on_cpu
-from train.config import TrainingConfig
-from train.log import check_trackers
-from train.state import complete_steps, read_progress, remove_leftovers
+from imgtok.runtime import on_cpu
+from imgtok.train.config import TrainingConfig
+from imgtok.train.log import check_trackers
+from imgtok.train.state import complete_steps, read_progress, remove_leftovers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

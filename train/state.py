@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtok import config as configuration
-from train.ema import EMA
+from imgtok.train.ema import EMA
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,20 +11,20 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from imgtok import images as pictures
+from imgtok import pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch
-from imgtok.data.shapes import ShapesConfig
-from imgtok.dino import DINOv2
-from imgtok.flextok import FlexTok, FlexTokConfig
-from imgtok.repa import AlignedFlexTok, REPAConfig, load_teacher, teacher_features
-from imgtok.tokenizer import Losses, Tokenizer, powers_of_two
-from imgtok.vae import load_vae
-from train.config import TrainingConfig
-from train.image_job import ImageJob, open_split
-from train.loop import fit
+from imgtok.losses.repa import AlignedFlexTok, REPAConfig, load_teacher, teacher_features
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.base import Losses, Tokenizer, powers_of_two
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig
+from imgtok.tokenizers.vae import load_vae
+from imgtok.train.config import TrainingConfig
+from imgtok.train.image_job import ImageJob, open_split
+from imgtok.train.loop import fit
+from imgtok.vision.dino import DINOv2
 
 
 @dataclass(frozen=True, kw_only=True)

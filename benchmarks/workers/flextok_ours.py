@@ -13,10 +13,10 @@ from flextok_case import Case
 from protocol import Setup, autocast, serve
 from torch import Tensor
 
-from imgtok.flextok import FlexTok
-from imgtok.published import as_ours, places, sized_config
-from imgtok.tokens import Tokens
-from imgtok.vae import VAEConfig
+from imgtok.published.flextok import as_ours, places, sized_config
+from imgtok.tokenizers.flextok import FlexTok
+from imgtok.tokenizers.tokens import Tokens
+from imgtok.tokenizers.vae import VAEConfig
 
 CHANNELS, SIDE = 16, 32
 

@@ -14,13 +14,13 @@ from protocol import Setup, autocast, serve
 from torch import Tensor, nn
 from xar_case import BETAS, CHANNELS, CLASSES, CLIP, DECAY, EMA_DECAY, GRID, RATE, Case, own_size
 
-from generators.published_xar import NAMES, as_ours
-from generators.xar import XAR, FlowSampling, XARConfig, xar_size
-from imgtok.published import places
+from imgtok.generators.published.xar import NAMES, as_ours
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig, xar_size
+from imgtok.published.flextok import places
 from imgtok.randomness import step_generator
-from train.config import TrainingConfig
-from train.ema import EMA
-from train.optim import make_optimizer, set_rate
+from imgtok.train.config import TrainingConfig
+from imgtok.train.ema import EMA
+from imgtok.train.optim import make_optimizer, set_rate
 
 
 class Ours:

@@ -13,7 +13,7 @@ import numpy as np
 
 from imgtok.config import PositiveInt, check
 from imgtok.data.sources import DataError, Record, check_labels, expand, read_bytes
-from imgtok.images import UnreadableImage
+from imgtok.pictures import UnreadableImage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from imgtok.captions import Captions
 from imgtok.data.latents import LatentDataset
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
 from imgtok.files import replacing
+from imgtok.text.captions import Captions
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from imgtok.data.arrow import ArrowRecords, HubConfig, ParquetConfig
-from imgtok.data.shapes import ShapesConfig, ShapesDataset
 from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records
 from imgtok.data.tar import TarConfig, TarRecords
-from imgtok.images import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
+from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
 from imgtok.randomness import permutation, uniform
+from imgtok.shapes.world import ShapesConfig, ShapesDataset
 
 __all__ = [
     "Batch",

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imgtok import randomness
-from imgtok.captions import Captions
 from imgtok.data.images import Position
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
 from imgtok.hub import write_tensors
-from imgtok.vae import VAE, latents_of_moments
+from imgtok.text.captions import Captions
+from imgtok.tokenizers.vae import VAE, latents_of_moments
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from imgtok.config import PositiveInt, check
-from imgtok.images import SUFFIXES, UnreadableImage
+from imgtok.pictures import SUFFIXES, UnreadableImage
 
 
 class DataError(ValueError):

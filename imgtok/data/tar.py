@@ -19,7 +19,7 @@ import numpy as np
 
 from imgtok.config import PositiveInt, check
 from imgtok.data.sources import DataError, Record, check_labels, expand
-from imgtok.images import UnreadableImage
+from imgtok.pictures import UnreadableImage
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")

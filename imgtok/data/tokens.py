@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from imgtok.captions import Captions
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
+from imgtok.text.captions import Captions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Adam moves every entry of a matrix by about its learning rate. The sum over a wider input then moves further,
 unless the rate falls with the width; vectors, biases and matrices that read inputs of a fixed size need no
-such care. So the module that makes a matrix notes its input's width here, and `train.optim` divides by it.
+such care. So the module that makes a matrix notes its input's width here, and `imgtok.train.optim` divides by it.
 Nothing in a forward pass, and nothing in a saved file, knows of it.
 """
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imgtok.dino import DINOFeatures, DINOv2
-from imgtok.images import from_uint8
-from imgtok.lpips import LPIPS
-from imgtok.metrics.features import full_precision
+from imgtok.losses.lpips import LPIPS
+from imgtok.pictures import from_uint8
+from imgtok.vision.dino import DINOFeatures, DINOv2
+from imgtok.vision.inception import full_precision
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from torch import Tensor
 import imgtok
 from imgtok.files import replacing
 from imgtok.metrics.accumulate import Moments, Reducer, Rows
-from imgtok.metrics.features import Features
 from imgtok.metrics.frechet import frechet_distance
 from imgtok.metrics.saved_images import open_npz
+from imgtok.vision.inception import Features
 
 FORMAT = 1
 

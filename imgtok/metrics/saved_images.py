@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgtok.images import SUFFIXES, decode_image
+from imgtok.pictures import SUFFIXES, decode_image
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from imgtok.data.oracle import class_readings
-from imgtok.data.shapes import COLOURS, VERSION, ShapesConfig, ShapesDataset
-from imgtok.images import from_uint8, to_uint8
 from imgtok.metrics.accumulate import InceptionScore, Moments, Reducer, Rows
-from imgtok.metrics.features import FeatureExtractor
 from imgtok.metrics.precision_recall import NEIGHBOURS, precision_recall
 from imgtok.metrics.reference import FeatureSums, Reference, Statistics
-from imgtok.metrics.shapesnet import Recipe, ShapesNet
+from imgtok.pictures import from_uint8, to_uint8
+from imgtok.shapes.classifier import Recipe, ShapesNet
+from imgtok.shapes.oracle import class_readings
+from imgtok.shapes.world import COLOURS, VERSION, ShapesConfig, ShapesDataset
+from imgtok.vision.inception import FeatureExtractor
 
 logger = logging.getLogger(__name__)
 

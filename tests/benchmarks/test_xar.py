@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from generators.published_xar import NAMES, as_published
-from generators.xar import XAR, XARConfig
-from imgtok.published import places
+from imgtok.generators.published.xar import NAMES, as_published
+from imgtok.generators.xar import XAR, XARConfig
+from imgtok.published.flextok import places
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SIZE = "128x1"

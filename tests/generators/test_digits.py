@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generators.gpt import GPT, DigitRows, GPTConfig
+from imgtok.generators.gpt import GPT, DigitRows, GPTConfig
 from imgtok.quantizers.fsq import FSQ
 
 

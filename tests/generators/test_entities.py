@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generators.entities import Cells, Patches, Scales, Subsamples, WholeImage, cells, scales, subsamples
 from imgtok.config import ConfigError
+from imgtok.generators.entities import Cells, Patches, Scales, Subsamples, WholeImage, cells, scales, subsamples
 
 KINDS = [Cells(height=2, width=2), Cells(height=1, width=4), Subsamples(side=2), Patches(), WholeImage()]
 

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import imgtok
-from generators.gpt import FLEXTOK_CLASS_DEPTHS, FLEXTOK_TEXT_DEPTHS, GPT, GPTConfig, SamplingConfig, flextok_size
+from imgtok.generators.gpt import (
+    FLEXTOK_CLASS_DEPTHS,
+    FLEXTOK_TEXT_DEPTHS,
+    GPT,
+    GPTConfig,
+    SamplingConfig,
+    flextok_size,
+)
 from imgtok.layers.cache import KVCache
 
 TINY = GPTConfig(vocab_size=24, num_tokens=9, num_classes=5, width=32, depth=2, num_heads=2, mlp_multiple=32)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generators.sampling import draw, filter_logits, guide
+from imgtok.generators.sampling import draw, filter_logits, guide
 
 
 def kept(logits: torch.Tensor, **filters: float) -> list[list[int]]:

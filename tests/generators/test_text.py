@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import imgtok
-from generators.gpt import GPT, GPTConfig, SamplingConfig
-from imgtok.captions import Captions
+from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok.layers.attention import CrossAttention
+from imgtok.text.captions import Captions
 
 TINY = GPTConfig(
     vocab_size=24, num_tokens=9, width=32, depth=2, num_heads=2, mlp_multiple=1, condition="cross_attention",

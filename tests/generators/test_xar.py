@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from generators import xar
-from generators.entities import Cells, Patches, Scales, Subsamples, WholeImage
-from generators.xar import XAR, FlowSampling, XARConfig, plan_entities, xar_size
 from imgtok import flow, randomness
 from imgtok.config import ConfigError
+from imgtok.generators import xar
+from imgtok.generators.entities import Cells, Patches, Scales, Subsamples, WholeImage
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig, plan_entities, xar_size
 
 ENTITIES = [Cells(height=2, width=2), Subsamples(side=2), Scales(sides=(1, 2, 4)), Patches(), WholeImage()]
 SAMPLINGS = {

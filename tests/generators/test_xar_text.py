@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import imgtok
-from generators.entities import Cells, Patches, Scales, WholeImage
-from generators.xar import XAR, FlowSampling, Span, XARConfig
 from imgtok import flow, randomness
-from imgtok.captions import Captions
+from imgtok.generators.entities import Cells, Patches, Scales, WholeImage
+from imgtok.generators.xar import XAR, FlowSampling, Span, XARConfig
 from imgtok.layers.attention import CrossAttention
+from imgtok.text.captions import Captions
 
 TINY = XARConfig(
     latent_channels=3, grid=4, num_classes=5, entities=Cells(height=2, width=2), width=32, depth=2, num_heads=2,

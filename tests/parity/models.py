@@ -1,7 +1,7 @@
 """Our models, built as a case describes and filled with its weights.
 
-Where a published parameter lives in a FlexTok or xAR of ours is known to imgtok.published and
-generators.published_xar; in a GPT, to this file.
+Where a published parameter lives in a FlexTok or xAR of ours is known to imgtok.published.flextok and
+imgtok.generators.published.xar; in a GPT, to this file.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from cases import Case
 from torch import nn
 
-from generators import published_xar
-from generators.entities import Cells
-from generators.gpt import GPT, GPTConfig
-from generators.xar import XAR, XARConfig
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from imgtok.published import Place, as_ours, places
-from imgtok.vae import VAEConfig
+from imgtok.generators.entities import Cells
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.published import xar as published_xar
+from imgtok.generators.xar import XAR, XARConfig
+from imgtok.published.flextok import Place, as_ours, places
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.vae import VAEConfig
 
-# As imgtok.published.NAMES and FUSED: ours -> published.
+# As imgtok.published.flextok.NAMES and FUSED: ours -> published.
 GPT_NAMES = {
     "class_embedding.": "cls_embedding.embedding_table.",
     "token_embedding.": "tok_embeddings.",

@@ -16,15 +16,15 @@ from cases import Case
 from models import gpt_places
 from torch import Tensor
 
-import generators.gpt
-from generators.gpt import GPT, SamplingConfig
+import imgtok.generators.gpt
 from imgtok import flow, randomness
-from imgtok.flextok import FlexTok, crop_positions, prefix_causal_mask
+from imgtok.generators.gpt import GPT, SamplingConfig
 from imgtok.layers.attention import Look
 from imgtok.layers.positions import sincos_2d, time_features
-from imgtok.published import as_published, places
+from imgtok.published.flextok import as_published, places
 from imgtok.quantizers.fsq import FSQ
-from imgtok.tokens import Tokens
+from imgtok.tokenizers.flextok import FlexTok, crop_positions, prefix_causal_mask
+from imgtok.tokenizers.tokens import Tokens
 
 Outputs = dict[str, Tensor]
 
@@ -239,6 +239,6 @@ def gpt_generation(model: GPT, case: Case, name: str, *, cached: bool = True) ->
 
     sampling = SamplingConfig(guidance=case.about["generation"][name]["cfg_scale"])
     labels = case.input("labels")
-    with patch.object(generators.gpt, "draw", argmax):
+    with patch.object(imgtok.generators.gpt, "draw", argmax):
         ids = model.generate(labels, seed=0, indices=range(len(labels)), sampling=sampling, cached=cached)
     return {f"ids_{name}": ids, f"steps_{name}": torch.stack(steps, dim=1)}

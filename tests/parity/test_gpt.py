@@ -10,7 +10,7 @@ import runs
 from cases import Case
 from models import gpt
 
-from generators.sampling import filter_logits
+from imgtok.generators.sampling import filter_logits
 from imgtok.layers.positions import rotary_2d
 
 

@@ -14,8 +14,8 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from imgtok import kl16
-from imgtok.vae import VAE, VAEConfig, latents_of_moments, load_vae
+from imgtok.published import kl16
+from imgtok.tokenizers.vae import VAE, VAEConfig, latents_of_moments, load_vae
 
 CASE = Case.load("xar/vae_kl16_small")
 ABOUT = CASE.about["config"]

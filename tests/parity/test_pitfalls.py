@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from cases import Case
 from models import flextok, gpt
 
-from generators import sampling
-from imgtok import flextok as flextok_module
 from imgtok import flow
-from imgtok.flextok import Decoder, FlexTok
+from imgtok.generators import sampling
 from imgtok.layers import attention, feed_forward
 from imgtok.quantizers.fsq import FSQ
+from imgtok.tokenizers import flextok as flextok_module
+from imgtok.tokenizers.flextok import Decoder, FlexTok
 
 ENCODE, VELOCITY, DECODE, TRAIN = (Case.load(f"flextok/{name}") for name in ("encode", "velocity", "decode", "train"))
 GPT_CASE = Case.load("gpt/c2i_tiny")
@@ -309,12 +309,12 @@ def test_rotation_of_halves_instead_of_pairs(monkeypatch):
         cos, sin = table.unbind(-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-    monkeypatch.setattr("generators.gpt.rotate", halves)
+    monkeypatch.setattr("imgtok.generators.gpt.rotate", halves)
     assert worst(GPT_CASE, runs.gpt_training(gpt(GPT_CASE), GPT_CASE)) > 1
 
 
 def test_guidance_around_the_conditional(monkeypatch):
-    monkeypatch.setattr("generators.gpt.guide", lambda cond, uncond, scale: cond + scale * (cond - uncond))
+    monkeypatch.setattr("imgtok.generators.gpt.guide", lambda cond, uncond, scale: cond + scale * (cond - uncond))
     assert worst(GPT_CASE, runs.gpt_generation(gpt(GPT_CASE), GPT_CASE, "cfg2")) > 1
 
 

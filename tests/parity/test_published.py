@@ -15,9 +15,9 @@ from models import flextok
 from safetensors.torch import load_file, save_file
 
 import imgtok
-from imgtok import published
 from imgtok.layers.positions import sincos_2d
-from imgtok.published_config import write_config
+from imgtok.published import flextok as published
+from imgtok.published.flextok_config import write_config
 
 CASE = Case.load("flextok/image")
 

@@ -19,9 +19,9 @@ from cases import Case
 from models import xar
 from test_xar import TOLERANCE
 
-import generators.xar as code
-from generators.xar import BOTH, GEGLU, XAR, EntityPlan, ModulationTable, SamplingNetwork, Span
+import imgtok.generators.xar as code
 from imgtok import flow
+from imgtok.generators.xar import BOTH, GEGLU, XAR, EntityPlan, ModulationTable, SamplingNetwork, Span
 from imgtok.layers.attention import Look
 from imgtok.layers.cache import KVCache
 from imgtok.layers.norms import rms_norm

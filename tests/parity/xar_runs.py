@@ -9,16 +9,16 @@ import torch
 from cases import Case, draw
 from torch import Tensor
 
-import generators.xar
-from generators.entities import Entities, cells, scales, subsamples
-from generators.published_xar import NAMES, as_published
-from generators.xar import BOTH, XAR, EntityPlan, FlowSampling, SamplingNetwork, Span
+import imgtok.generators.xar
 from imgtok import flow, randomness
+from imgtok.generators.entities import Entities, cells, scales, subsamples
+from imgtok.generators.published.xar import NAMES, as_published
+from imgtok.generators.xar import BOTH, XAR, EntityPlan, FlowSampling, SamplingNetwork, Span
 from imgtok.layers.positions import rotary_of, rotate
-from imgtok.published import places
-from train.config import TrainingConfig
-from train.ema import EMA
-from train.optim import parameter_groups, rate_at
+from imgtok.published.flextok import places
+from imgtok.train.config import TrainingConfig
+from imgtok.train.ema import EMA
+from imgtok.train.optim import parameter_groups, rate_at
 
 Outputs = dict[str, Tensor]
 
@@ -201,7 +201,7 @@ def sampling(model: XAR, case: Case, *, cached: bool = True) -> Outputs:
     )
     with (
         patch.object(randomness, "normal", stored),
-        patch.object(generators.xar.SamplingNetwork, "_call", record),
+        patch.object(imgtok.generators.xar.SamplingNetwork, "_call", record),
     ):
         latent = model.generate(labels, seed=0, indices=range(len(labels)), sampling=how, cached=cached)
     outputs = {"labels": labels, "latent": latent, "cells": by_entity(model.entities.cut(latent), model.entities)}

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok.cli import main as command_line
 from imgtok.cli import parse
 from imgtok.config import ConfigError
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok.generators.pipeline import ROWS, DecodeSettings, Pipeline
 from imgtok.metrics.saved_images import SavedImages
-from imgtok.vae import VAEConfig
-from sample.images import Config, main
-from sample.pipeline import ROWS, DecodeSettings, Pipeline
+from imgtok.sample.images import Config, main
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.vae import VAEConfig
 
 ROOT = Path(__file__).parents[2]
 NUM = 37
@@ -104,8 +104,8 @@ def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, sam
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [str(generator), f"out={tmp_path}", f"num={NUM}", "batch_size=5", "sampling.guidance=1.5"]
     done = subprocess.run(
-        [*launch, "-m", "sample.images", *arguments], env=environment, capture_output=True, text=True, check=False,
-        timeout=400,
+        [*launch, "-m", "imgtok.sample.images", *arguments], env=environment, capture_output=True, text=True,
+        check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "19 images to draw in this process, one of 2" in done.stderr  # the first one's; the other drew the rest

@@ -8,11 +8,11 @@ import shlex
 import pytest
 import torch
 
-from imgtok import images as pictures
+from imgtok import pictures
 from imgtok.config import ConfigError
-from imgtok.data.shapes import ShapesConfig, ShapesDataset
-from sample import quickstart
-from sample.report import Run, caption, write_page
+from imgtok.sample import quickstart
+from imgtok.sample.report import Run, caption, write_page
+from imgtok.shapes.world import ShapesConfig, ShapesDataset
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from generators.gpt import GPT, GPTConfig
 from imgtok.cli import main as command_line
 from imgtok.data.images import open_images
-from imgtok.data.shapes import ShapesConfig
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from imgtok.images import to_uint8
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.pipeline import DecodeSettings
 from imgtok.metrics.reconstruction import psnr
-from sample.pipeline import DecodeSettings
-from sample.reconstruct import Config, main, spread_indices
-from sample.reconstruct import reconstruct as reconstruct_images
+from imgtok.pictures import to_uint8
+from imgtok.sample.reconstruct import Config, main, spread_indices
+from imgtok.sample.reconstruct import reconstruct as reconstruct_images
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 
 DATA = ShapesConfig(num_images=400)
 TRUNK = TrunkConfig(width=64, depth=1, head_dim=32)
@@ -81,7 +81,7 @@ def test_an_image_is_the_same_in_any_company(tokenizer):
 
 def test_only_one_process_of_several_writes(tokenizer, tmp_path, monkeypatch):
     state = SimpleNamespace(is_main_process=False, device=torch.device("cpu"))
-    monkeypatch.setattr("sample.reconstruct.process_state", lambda: state)
+    monkeypatch.setattr("imgtok.sample.reconstruct.process_state", lambda: state)
     main(Config(model=str(tokenizer), out=tmp_path / "out", data=DATA))
     assert not (tmp_path / "out").exists()
 

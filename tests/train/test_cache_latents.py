@@ -11,12 +11,12 @@ import torch
 from imgtok.cli import main as imgtok_main
 from imgtok.data.images import ImageFolderConfig, open_images
 from imgtok.data.latents import LatentDataset, open_latents
-from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
-from imgtok.images import save_png
-from imgtok.vae import VAE, VAEConfig, load_vae
-from train import cache_latents
-from train.cache_latents import Config, main
+from imgtok.pictures import save_png
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig, load_vae
+from imgtok.train import cache_latents
+from imgtok.train.cache_latents import Config, main
 
 SMALL = VAEConfig(latent_channels=2, block_channels=(4, 4), layers_per_block=1, norm_groups=2, scaling_factor=0.5)
 

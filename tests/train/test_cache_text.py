@@ -15,19 +15,19 @@ import transformers
 from safetensors.torch import load, save_file
 
 import imgtok
-from imgtok.captions import Captions
 from imgtok.cli import main
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.loaders import token_loader
-from imgtok.data.shapes import VOCABULARY, ShapesConfig, ShapesDataset
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.metrics.saved_images import SavedImages
-from imgtok.text_encoder import TextEncoder
-from imgtok.vae import VAE, VAEConfig
-from train import cache_text
-from train.failure import tensors_of
+from imgtok.shapes.world import VOCABULARY, ShapesConfig, ShapesDataset
+from imgtok.text.captions import Captions
+from imgtok.text.encoder import TextEncoder
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
+from imgtok.train import cache_text
+from imgtok.train.failure import tensors_of
 
 CPU = torch.device("cpu")
 SHAPES = ShapesConfig(mode="text", num_images=40)
@@ -235,8 +235,8 @@ def test_prompts_become_pictures(trained, tmp_path):
 
 
 def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
-    from generators.gpt import SamplingConfig
-    from sample.pipeline import Pipeline
+    from imgtok.generators.gpt import SamplingConfig
+    from imgtok.generators.pipeline import Pipeline
 
     pipeline = Pipeline.load(str(trained / "run/final"), None, CPU)
     pipeline.read_prompts(["a red circle", "a pink star"], None)

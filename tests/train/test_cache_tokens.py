@@ -12,12 +12,12 @@ import torch
 
 import imgtok
 from imgtok.data.images import ImageFolderConfig, Views, open_images
-from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from imgtok.images import save_png, to_uint8
-from train.cache_tokens import Config, main
+from imgtok.pictures import save_png, to_uint8
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.train.cache_tokens import Config, main
 
 ROOT = Path(__file__).parents[2]
 TRUNK = TrunkConfig(width=16, depth=1, head_dim=8)
@@ -54,7 +54,7 @@ def test_each_shard_is_written_by_one_process(tokenizer, folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [str(tokenizer), f"out={tmp_path / 'two'}", "data.kind=folder", f"data.path={folder}"]
     done = subprocess.run(
-        [*launch, "-m", "train.cache_tokens", *words, "held_out=0", "shard_size=1"],
+        [*launch, "-m", "imgtok.train.cache_tokens", *words, "held_out=0", "shard_size=1"],
         env=environment,
         capture_output=True,
         text=True,

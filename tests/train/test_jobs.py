@@ -17,9 +17,9 @@ import imgtok
 from imgtok.cli import main
 from imgtok.config import ConfigError, load
 from imgtok.data.images import open_images
-from imgtok.data.shapes import ShapesConfig
-from train import cache_tokens, generator, tokenizer
-from train.state import complete_steps
+from imgtok.shapes.world import ShapesConfig
+from imgtok.train import cache_tokens, generator, tokenizer
+from imgtok.train.state import complete_steps
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/tiny"
@@ -57,7 +57,7 @@ def tokens(tmp_path_factory, flextok) -> Path:
 KILLED = """
 import os, signal, sys
 from imgtok.cli import main
-from train.ema import EMA
+from imgtok.train.ema import EMA
 
 update = EMA.update
 
@@ -179,7 +179,7 @@ def test_previews_can_be_left_out_and_nothing_held_out(tmp_path):
 
 
 def test_nothing_held_out_of_a_folder(tmp_path):
-    from imgtok.images import save_png
+    from imgtok.pictures import save_png
 
     for index in range(6):
         save_png(torch.full((3, 20, 24), 40 * index, dtype=torch.uint8), tmp_path / f"images/{index}.png")
@@ -203,7 +203,7 @@ def test_tokens_are_those_of_the_tokenizer(flextok, tokens, tmp_path):
 
 def test_mirrored_tokens(flextok, tmp_path):
     from imgtok.data.tokens import TokenDataset
-    from imgtok.images import from_uint8, save_png
+    from imgtok.pictures import from_uint8, save_png
 
     pictures = torch.randint(0, 256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for index, picture in enumerate(pictures):

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import imgtok
-from generators.entities import Cells
-from generators.gpt import GPTConfig
-from generators.xar import XAR, FlowSampling, XARConfig
-from imgtok.data.shapes import ShapesConfig
 from imgtok.data.sources import DataError
-from imgtok.vae import VAE, VAEConfig
-from sample.images import Config as SampleConfig
-from sample.images import main as sample
-from train import cache_latents
-from train.config import TrainingConfig
-from train.generator import Config, main
+from imgtok.generators.entities import Cells
+from imgtok.generators.gpt import GPTConfig
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.sample.images import Config as SampleConfig
+from imgtok.sample.images import main as sample
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
+from imgtok.train import cache_latents
+from imgtok.train.config import TrainingConfig
+from imgtok.train.generator import Config, main
 
 SMALL = VAEConfig(latent_channels=2, block_channels=(4, 4), layers_per_block=1, norm_groups=2, scaling_factor=0.5)
 MODEL = XARConfig(

@@ -13,13 +13,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy_job import ToyBatch, ToyJob, ToyModel, final, same, toy_config, train
 
 from imgtok import config as configuration
-from imgtok.tokenizer import Losses
-from train import loop
-from train.ema import EMA
-from train.log import check_trackers
-from train.loop import NonFiniteLoss, Trainer, fit
-from train.optim import parameter_groups
-from train.state import complete_steps
+from imgtok.tokenizers.base import Losses
+from imgtok.train import loop
+from imgtok.train.ema import EMA
+from imgtok.train.log import check_trackers
+from imgtok.train.loop import NonFiniteLoss, Trainer, fit
+from imgtok.train.optim import parameter_groups
+from imgtok.train.state import complete_steps
 
 
 def log_of(out: Path) -> list[dict[str, float]]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy_job import toy_config, train
 
-from imgtok.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.layers.mup import note_width
-from train.config import TrainingConfig
-from train.optim import make_optimizer, parameter_groups, rate_at, set_rate
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.train.config import TrainingConfig
+from imgtok.train.optim import make_optimizer, parameter_groups, rate_at, set_rate
 
 
 def settings(**changes) -> TrainingConfig:

@@ -16,9 +16,9 @@ import torch
 import toy_job
 from toy_job import final, same, toy_config, train
 
-from train.ema import EMA
-from train.optim import rate_at
-from train.state import complete_steps
+from imgtok.train.ema import EMA
+from imgtok.train.optim import rate_at
+from imgtok.train.state import complete_steps
 
 PROGRAM = Path(toy_job.__file__)
 ROOT = PROGRAM.parents[2]

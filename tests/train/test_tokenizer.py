@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import imgtok
 from imgtok.cli import main
 from imgtok.config import ConfigError, load
-from imgtok.flextok import FlexTok
-from train.loop import Trainer
-from train.state import complete_steps
-from train.tokenizer import Config
+from imgtok.tokenizers.flextok import FlexTok
+from imgtok.train.loop import Trainer
+from imgtok.train.state import complete_steps
+from imgtok.train.tokenizer import Config
 
 TINY = Path(__file__).parents[2] / "configs/tiny/flextok.yaml"
 QUIET = ["training.preview_every=0", "training.trackers=[]", "training.log_every=4", "model.decoder.depth=2"]

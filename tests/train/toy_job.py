@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from imgtok.tokenizer import Losses
-from train.ema import EMA
-from train.loop import NonFiniteLoss, TrainingConfig, fit
+from imgtok.tokenizers.base import Losses
+from imgtok.train.ema import EMA
+from imgtok.train.loop import NonFiniteLoss, TrainingConfig, fit
 
 DEFAULTS: dict[str, Any] = {
     "steps": 6,

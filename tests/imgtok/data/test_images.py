@@ -23,7 +23,7 @@ from imgtok.data.images import (
     split_indices,
 )
 from imgtok.data.sources import expand
-from imgtok.images import UnreadableImage
+from imgtok.pictures import UnreadableImage
 
 
 def png(value: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:

@@ -22,7 +22,7 @@ from imgtok.data.latents import (
 )
 from imgtok.data.loaders import latent_loader
 from imgtok.data.sources import DataError
-from imgtok.vae import VAE, VAEConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
 
 SMALL = VAEConfig(latent_channels=2, block_channels=(4, 4), layers_per_block=1, norm_groups=2, scaling_factor=0.5)
 

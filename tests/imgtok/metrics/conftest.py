@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imgtok.metrics.features import INCEPTION_NAME, Features
+from imgtok.vision.inception import INCEPTION_NAME, Features
 
 
 class SmallExtractor:

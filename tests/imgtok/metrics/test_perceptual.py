@@ -7,9 +7,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from imgtok.dino import DINOv2
-from imgtok.images import from_uint8
 from imgtok.metrics.perceptual import DINOSimilarity, KeepsLast, LPIPSDistance
+from imgtok.pictures import from_uint8
+from imgtok.vision.dino import DINOv2
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from imgtok.images import from_uint8, to_uint8
 from imgtok.metrics.reconstruction import mae, psnr, ssim
+from imgtok.pictures import from_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from imgtok.metrics import reference as references
-from imgtok.metrics.features import INCEPTION_NAME
 from imgtok.metrics.reference import FeatureSums, holds_statistics
+from imgtok.vision.inception import INCEPTION_NAME
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from imgtok.images import save_png
 from imgtok.metrics.saved_images import SavedImages, partners
+from imgtok.pictures import save_png
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from imgtok.data.shapes import ShapesConfig, ShapesDataset
-from imgtok.images import to_uint8
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums
 from imgtok.metrics.scorers import (
@@ -18,7 +16,9 @@ from imgtok.metrics.scorers import (
     ShapesDistance,
     short,
 )
-from imgtok.metrics.shapesnet import ShapesNet
+from imgtok.pictures import to_uint8
+from imgtok.shapes.classifier import ShapesNet
+from imgtok.shapes.world import ShapesConfig, ShapesDataset
 
 ALL = ("fid", "sfid", "is", "precision_recall")
 

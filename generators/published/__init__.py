@@ -1,0 +1,1 @@
+"""Published checkpoints of generators, one reader a method."""

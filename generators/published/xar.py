@@ -1,0 +1,234 @@
+"""Published xAR checkpoints: `xAR-B.pth` and its like, or a training checkpoint of the published code.
+
+Tensors are matched by name, strictly in both directions; the size of the model follows from their shapes. A file
+holds either the weights, or a training run's `model` and `model_ema`, of which the average is taken. What no file
+says is as in the published code: four cells of half the grid's side, and heads 64 channels wide unless a rotary table
+shows another width. The tables that are stored beside the weights (mask, rotary positions) are computed here; stored
+ones are compared with ours before they are left, so that another order of cells is not read as this one. `save`
+writes the same layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imgtok.config import ConfigError
+from imgtok.files import replacing
+from imgtok.generators.entities import Cells
+from imgtok.generators.xar import XAR, XAR_SIZES, XARConfig, xar_size
+from imgtok.hub import check_tensors, read_safetensors, write_tensors
+from imgtok.published.flextok import places
+from imgtok.weights import load_pickle
+
+logger = logging.getLogger(__name__)
+
+NAMES: Mapping[str, str] = {
+    "class_embedding.": "class_emb.",
+    "time_mlp.": "time_embed.mlp.",
+    "input_proj.": "z_proj.",
+    "input_norm.": "z_proj_ln.",
+    "first_positions": "encoder_pos_embed_learned",
+    "second_positions": "decoder_pos_embed_learned",
+    "first_norm.": "encoder_norm.",
+    "second_norm.": "decoder_norm.",
+    "middle_proj.": "decoder_embed.",
+    "readout.": "pred.",
+    "first_blocks.": "encoder_blocks.",
+    "second_blocks.": "decoder_blocks.",
+    ".attention.qkv_proj.": ".attn.qkv.",
+    ".attention.out_proj.": ".attn.proj.",
+    ".mlp.gate_proj.": ".mlp.fc1_g.",
+    ".mlp.up_proj.": ".mlp.fc1_x.",
+    ".mlp.down_proj.": ".mlp.fc2.",
+    ".modulation.": ".ada_lin.1.",
+}
+"""As imgtok.published.flextok.NAMES: ours -> published."""
+POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned")
+"""Published with a batch axis in front."""
+BUFFERS = re.compile(r"mask|(en|de)coder_blocks\.\d+\.attn\.rope\.freqs(_cos|_sin)?")
+"""What a published file holds beside weights: tables that are computed here."""
+
+
+def load(path: Path, *, raw: bool = False, map_location: str | torch.device = "cpu") -> XAR:
+    """The model in a published file (.pth, or .safetensors with the same names), in evaluation mode.
+
+    Of a training checkpoint the averaged weights are taken, or with `raw` the plain ones. Raises FileNotFoundError, and
+    ValueError for a file that would run code or is damaged, or whose tensors do not fit (all of them are listed).
+    """
+    stored = read_tensors(path, raw=raw)
+    config = config_of(stored, path)
+    found = {name: value for name, value in stored.items() if not BUFFERS.fullmatch(name)}
+    with torch.device("meta"):  # shapes alone, so that a mistake is found before anything is copied
+        blank = XAR(config).state_dict()
+    known = places(blank, NAMES, {})
+    wanted = {name: as_published(name, place.view(blank)) for name, place in known.items()}
+    check_tensors(found, wanted, path, "xAR that this file")
+    whole = sorted(name for name, value in found.items() if not value.is_floating_point())
+    if whole:
+        raise ValueError(f"{path}: {', '.join(whole)}: not floating-point numbers")
+    with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
+        model = XAR(config)
+    check_tables(stored, tables(model), path)
+    state = model.state_dict()
+    for name, place in known.items():
+        place.view(state).copy_(as_ours(name, found[name]))
+    return model.to(map_location).eval()
+
+
+def read_tensors(path: Path, *, raw: bool = False) -> Mapping[str, Tensor]:
+    """Published name -> tensor, buffers included; see `load`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the published ones are xAR-B.pth, xAR-L.pth and xAR-H.pth")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    stored = load_pickle(path)
+    if isinstance(stored, Mapping) and "model" in stored:
+        stored = stored["model" if raw or "model_ema" not in stored else "model_ema"]
+    elif isinstance(stored, Mapping) and "model_ema" in stored and not raw:
+        stored = stored["model_ema"]
+    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
+        held = ", ".join(map(str, stored))[:200] if isinstance(stored, Mapping) else type(stored).__name__
+        raise ValueError(f"{path}: must hold tensors by name, or entries model and model_ema that do (found: {held})")
+    return stored
+
+
+TELLING = {"z_proj.weight": 2, "class_emb.weight": 2, "encoder_pos_embed_learned": 3}
+"""The tensors whose shapes tell the configuration, and their numbers of dimensions."""
+
+
+def config_of(stored: Mapping[str, Tensor], path: Path) -> XARConfig:
+    """The configuration that the shapes of published tensors tell. Raises ValueError where they tell none."""
+    for name, dimensions in TELLING.items():
+        if name not in stored:
+            found = ", ".join(list(stored)[:4]) or "nothing"
+            raise ValueError(f"{path}: not a published xAR: it lacks {name} (found: {found})")
+        if stored[name].ndim != dimensions:
+            shape = tuple(stored[name].shape)
+            raise ValueError(f"{path}: {name} is {shape}, but has {dimensions} dimensions in a published xAR")
+    (width, channels), length = stored["z_proj.weight"].shape, stored[POSITIONS[0]].shape[1]
+    blocks = [re.match(r"encoder_blocks\.(\d+)\.", name) for name in stored]
+    depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
+    grid = math.isqrt(length)
+    if grid**2 != length or grid % 2 or not depth:
+        raise ValueError(f"{path}: {length} positions and {depth} blocks are no xAR's; four cells make an even square")
+    named = {sizes[0]: xar_size(name) for name, sizes in XAR_SIZES.items()}.get(width)  # type: ignore[arg-type]
+    cosines = [value for name, value in stored.items() if name.endswith("attn.rope.freqs_cos")]
+    if cosines and cosines[0].ndim == 2 and cosines[0].shape[1]:
+        heads = width // cosines[0].shape[1]
+    elif named:
+        heads = named.num_heads
+    else:
+        heads = max(1, width // 64)
+        logger.warning("%s: no rotary table tells the heads of an xAR %d wide: taken as %d", path, width, heads)
+    try:
+        return replace(
+            named or XARConfig(width=4, num_heads=1),
+            latent_channels=channels,
+            grid=grid,
+            num_classes=len(stored["class_emb.weight"]) - 1,
+            entities=Cells(height=grid // 2, width=grid // 2),
+            width=width,
+            depth=depth,
+            num_heads=heads,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: an xAR that imgtok cannot stand for: {error}") from error
+
+
+# ---------------------------------------------------------------- tables
+
+
+def tables(model: XAR) -> dict[str, Tensor]:
+    """What a published file holds beside weights: published name -> table."""
+    mask = torch.zeros(model.entities.length, model.entities.length)
+    half = model.config.head_dim // 2
+    # Of rotary positions: each frequency is one of two neighbouring channels.
+    cos, sin = (part.repeat_interleave(2, dim=1) for part in model.rotary.cpu().unbind(-1))  # (L, E)
+    frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)  # (E / 4,)
+    found = {"mask": mask.masked_fill(~model.entities.may_look(), -torch.inf)[None, None]}
+    for stack in ("encoder_blocks", "decoder_blocks"):
+        for block in range(model.config.depth):
+            name = f"{stack}.{block}.attn.rope.freqs"
+            found |= {name: frequencies.clone(), f"{name}_cos": cos.clone(), f"{name}_sin": sin.clone()}
+    return found
+
+
+def check_tables(stored: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError that names the stored tables that are not those of four cells."""
+    others = [name for name, table in ours.items() if name in stored and not _alike(stored[name], table)]
+    if others:
+        raise ValueError(
+            f"{path}: {', '.join(others)}: other tables than those of an xAR with four cells and these heads, so its "
+            "weights mean something else; imgtok reads only what the published code writes"
+        )
+
+
+def _alike(stored: Tensor, ours: Tensor) -> bool:
+    """To the precision that it is stored in."""
+    if stored.shape != ours.shape or not stored.is_floating_point():
+        return False
+    return torch.allclose(stored.float(), ours, rtol=0.0, atol=1e-4 + torch.finfo(stored.dtype).eps)
+
+
+# ---------------------------------------------------------------- writing
+
+NOT_IN_THE_FILE = ("times", "dropout", "class_dropout", "sampling")
+"""Fields of a configuration that a published file says nothing of: they are about training, or can be chosen anew."""
+
+
+def save(model: XAR, path: Path) -> None:
+    """Write `model` as the published code reads it: all weights and tables by name, in a .pth or .safetensors file.
+
+    How it was trained and its sampling settings are not in such a file. Raises ValueError for another ending,
+    ConfigError for a model that the published code cannot run, OSError (a full disk) with the file as it was.
+    """
+    if path.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{path}: an xAR is published as a file: give a name that ends in .pth or .safetensors")
+    fixed = {"condition": "class", "grid": 16, "num_classes": 1000, "entities": Cells(height=8, width=8)}
+    for name, value in fixed.items():
+        if getattr(model.config, name) != value:
+            raise ConfigError(f"{name}: the published code runs {value} alone, this xAR has {vars(model.config)[name]}")
+    state = model.state_dict()
+    tensors = {
+        name: as_published(name, place.view(state)).detach().contiguous()
+        for name, place in places(state, NAMES, {}).items()
+    } | tables(model)
+    told = config_of(tensors, path)
+    for field in fields(told):
+        mine = getattr(model.config, field.name)
+        if field.name not in NOT_IN_THE_FILE and mine != getattr(told, field.name):
+            raise ConfigError(f"{field.name}: {mine}, which the published code does not know")
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            write_tensors(tensors, temporary, {"format": "pt"})
+        else:
+            _write_pickle(tensors, temporary)
+
+
+def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """`torch.save`, with OSError for a full disk, which it hides behind an error of its archive."""
+    with path.open("wb") as file:
+        try:
+            torch.save(dict(tensors), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def as_ours(published: str, value: Tensor) -> Tensor:
+    """Positions are published with a batch axis in front."""
+    return value[0] if published in POSITIONS else value
+
+
+def as_published(published: str, value: Tensor) -> Tensor:
+    """The other way round."""
+    return value[None] if published in POSITIONS else value

@@ -1,0 +1,1 @@
+"""Losses that need a network of their own: a discriminator, LPIPS, REPA."""

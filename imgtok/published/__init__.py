@@ -1,0 +1,1 @@
+"""Published checkpoints, one reader a method."""

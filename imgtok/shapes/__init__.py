@@ -1,0 +1,1 @@
+"""The built-in world of shapes: scenes, pictures, captions, and who reads them back."""

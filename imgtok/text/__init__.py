@@ -1,0 +1,1 @@
+"""Captions, and the encoders that read them."""

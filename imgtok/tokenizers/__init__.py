@@ -1,0 +1,1 @@
+"""Tokenizers and the autoencoders below them, one file a method."""

@@ -1,0 +1,265 @@
+"""The continuous autoencoder below the token models: diffusers' `AutoencoderKL`, any size of it.
+
+Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) with f = 2^(levels - 1), multiplied by
+`scaling_factor` so that they have about unit deviation. Here it is wrapped with the suite's
+configuration and file format; `imgtok train vae` trains it (train/autoencoder.py has the losses), FlexTok and
+others hold one frozen inside, or are trained on its cached moments (imgtok.data.latents). `load_vae`
+takes every form that one comes in. A small one for 32-pixel shapes ships with the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
+from imgtok.hub import LONE_FILES, Pretrained, find_folder, load, read_json, read_safetensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Shape of the autoencoder, and how much its latent is kept near a standard normal."""
+
+    kind: Literal["vae"] = "vae"
+    latent_channels: PositiveInt = 4
+    """Channels of the latent."""
+    block_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Width of each level; every level but the last halves the image."""
+    layers_per_block: PositiveInt = 2
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    norm_groups: PositiveInt = 32
+    """Groups of every group normalisation; divides all widths."""
+    scaling_factor: PositiveFloat = 1.0
+    """Multiplies latents after encoding; measured at the end of training as 1 / their deviation."""
+    kl_weight: NonNegativeFloat = 1e-6
+    """Weight of the KL divergence in training (in nats, summed over an image's latent, per image element)."""
+    encoder_attention: bool = False
+    """Attention after each residual block of the encoder's last level, as KL-16 has it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for width in self.block_channels:
+            if width < 1 or width % self.norm_groups:
+                raise ValueError(
+                    f"block_channels: {width} is not a positive multiple of norm_groups = {self.norm_groups}"
+                )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent cell."""
+        return 2 ** (len(self.block_channels) - 1)
+
+
+class Reconstruction(NamedTuple):
+    """What training compares: decoded `images` (B, 3, H, W), and the `kl` of the latents, a scalar."""
+
+    images: Tensor
+    kl: Tensor
+
+
+class VAE(nn.Module, Pretrained):
+    """`AutoencoderKL` with the suite's scaling."""
+
+    config_class: ClassVar[type] = VAEConfig
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # costs seconds to import
+
+        self.config = config
+        levels = len(config.block_channels)
+        self.autoencoder = AutoencoderKL(
+            block_out_channels=config.block_channels,
+            down_block_types=encoder_blocks(levels, config.encoder_attention),
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_groups,
+            latent_channels=config.latent_channels,
+        )
+
+    def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
+        """Decodes a sample of each image's posterior; the KL divergence is in nats per image element."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device).to(images.device)
+        decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
+        return Reconstruction(decoded, posterior.kl().sum() / images.numel())
+
+    def moments(self, images: Tensor) -> Tensor:
+        """The posteriors, not scaled: means, then log-variances from -30 to 20, (B, 2 C, H / f, W / f)."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents: the posterior's mean, or with standard-normal `noise` a sample of it."""
+        return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in about [-1, 1], not clamped."""
+        return self.autoencoder.decode(latents / self.config.scaling_factor).sample
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the weights or the shape, not with the scale or the kind of file."""
+        shape = {k: v for k, v in asdict(self.config).items() if k not in ("scaling_factor", "kl_weight")}
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+def latents_of_moments(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:
+    """Scaled latents (B, C, h, w) of `VAE.moments` (B, 2 C, h, w): with standard-normal noise (B, C, h, w) samples of
+    the posteriors, without any their means.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    if noise is not None:  # clamped here too: caches of other programs may hold what their encoder gave
+        mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+    return mean * scaling_factor
+
+
+def encoder_blocks(levels: int, attention: bool) -> tuple[str, ...]:
+    """Diffusers' names of the encoder's levels."""
+    plain, last = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+    return (plain,) * (levels - 1) + (last if attention else plain,)
+
+
+def load_vae(name: str | Path, scaling_factor: float | None = None) -> VAE:
+    """An autoencoder in evaluation mode, by any of its names: a folder or Hub repository of imgtok's or of diffusers, a
+    file in the layout of `kl16.ckpt`, or one that ships with imgtok ("shapes32").
+
+    `scaling_factor` replaces its own. Raises FileNotFoundError, ConfigError or ValueError that name the file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        from imgtok.published import kl16  # which imports this module
+
+        return kl16.load(path, scaling_factor)
+    if path.suffix in LONE_FILES:  # or it would be taken for a Hub repository
+        raise FileNotFoundError(f"{path}: no such file of an autoencoder")
+    folder = find_folder(name) if "/" in str(name) or path.is_dir() else packaged_vae(str(name))
+    if is_diffusers(folder):
+        return from_diffusers(folder, scaling_factor)
+    vae: VAE = load(folder, expect=VAE)
+    if scaling_factor is not None:
+        vae.config = replace(vae.config, scaling_factor=scaling_factor)
+    return vae
+
+
+def packaged_vae(name: str) -> Path:
+    """Folder of an autoencoder that ships with imgtok, such as "shapes32"."""
+    root = Path(str(resources.files("imgtok"))) / "assets"
+    folder = root / f"vae-{name}"
+    if not folder.is_dir():
+        known = sorted(path.name.removeprefix("vae-") for path in root.glob("vae-*"))
+        raise FileNotFoundError(f"imgtok ships no autoencoder named {name!r}; it has {known}")
+    return folder
+
+
+# ---------------------------------------------------------------- folders of diffusers
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+FIXED = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+"""Settings of an AutoencoderKL that `VAE` does not have, at the only values that it can stand for."""
+BLOCKS = ("down_block_types", "up_block_types")
+"""Where the kinds of its levels stand."""
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""How diffusers once named the parts of its attention, and how it does today."""
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a model that diffusers wrote: its config.json names a class."""
+    try:
+        return "_class_name" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def diffusers_config(path: Path, scaling_factor: float | None = None, default_factor: float | None = None) -> VAEConfig:
+    """The shape that diffusers' config.json of an `AutoencoderKL` describes.
+
+    `scaling_factor` goes before the one there, `default_factor` stands where there is none. Raises ConfigError for an
+    autoencoder of another kind, or without any factor.
+    """
+    found = read_json(path)
+    if found.get("_class_name") != "AutoencoderKL":
+        raise ConfigError(f"{path}: _class_name: {found.get('_class_name')!r}, must be 'AutoencoderKL'")
+    needed = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", *BLOCKS)
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}; copy or download the folder again")
+    if not isinstance(found["block_out_channels"], list):
+        raise ConfigError(f"{path}: block_out_channels: {found['block_out_channels']!r}, must be a list of integers")
+    channels = tuple(found["block_out_channels"])
+    encoder_attention = found["down_block_types"] == [*encoder_blocks(len(channels), True)]
+    blocks = {
+        "down_block_types": [*encoder_blocks(len(channels), encoder_attention)],
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+    }
+    for name, value in (FIXED | blocks).items():
+        if found.get(name, value) != value:
+            raise ConfigError(f"{path}: {name}: {found[name]!r}, imgtok can use {value!r} alone")
+    factor = next((n for n in (scaling_factor, found.get("scaling_factor"), default_factor) if n is not None), None)
+    if factor is None:
+        raise ConfigError(f"{path}: has no scaling_factor; give it yourself, vae_scaling_factor=NUMBER")
+    try:
+        return VAEConfig(
+            latent_channels=found["latent_channels"],
+            block_channels=channels,
+            layers_per_block=found["layers_per_block"],
+            norm_groups=found["norm_num_groups"],
+            scaling_factor=factor,
+            encoder_attention=encoder_attention,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def todays_names(stored: Iterable[str]) -> dict[str, str]:
+    """Diffusers' name of today -> the name in a file, for all the names in it; none is lost if it has both."""
+    names = list(stored)
+    found = {}
+    for name in names:
+        today = name
+        for old, new in OLD_ATTENTION.items() if ".attentions." in name else ():
+            today = today.replace(old, new)
+        found[name if today in names else today] = name
+    return found
+
+
+def from_diffusers(folder: Path, scaling_factor: float | None = None) -> VAE:
+    """The `AutoencoderKL` in a folder that diffusers wrote, as a `VAE` in evaluation mode.
+
+    Only the numbers of its config.json are used. `scaling_factor` replaces the one there, and has to be given where
+    there is none. Raises ConfigError for an autoencoder of another kind, FileNotFoundError without safetensors,
+    ValueError for weights that do not fit.
+    """
+    path, weights = folder / "config.json", folder / DIFFUSERS_WEIGHTS
+    config = diffusers_config(path, scaling_factor)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} has no {weights.name}; other formats may hold code and are not read")
+    stored = read_safetensors(weights)
+    tensors = {today: stored[name] for today, name in todays_names(stored).items()}
+    vae = VAE(config)
+    try:
+        vae.autoencoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{weights}: the weights do not fit {path.name}: {error}") from error
+    return vae.eval()

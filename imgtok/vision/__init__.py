@@ -1,0 +1,1 @@
+"""Networks that look at images and are not trained here: DINOv2, Inception."""

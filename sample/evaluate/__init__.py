@@ -1,0 +1,1 @@
+"""`imgtok evaluate`: what is scored, by which scores, and how the results are written."""

@@ -1,0 +1,241 @@
+"""Where the images that `imgtok evaluate` scores come from: files, a generator, or a tokenizer's reconstructions.
+
+Each source has `num` images of `size` pixels and yields, for the indices that a process was given, the batches to
+score, by token count (None where there is only one version of each image). Its `procedure` says how the images came to
+be, for the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imgtok.data.images import ImageSource
+from imgtok.data.loaders import UnreadableImages, eval_loader
+from imgtok.generators.gpt import SamplingConfig
+from imgtok.generators.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn
+from imgtok.generators.xar import FlowSampling
+from imgtok.metrics.saved_images import SavedImages, partners
+from imgtok.metrics.scorers import ScoredBatch
+from imgtok.pictures import to_uint8
+from imgtok.randomness import permutation
+from imgtok.runtime import cpu_threads
+from imgtok.sample.reconstruct import reconstruct, token_counts
+from imgtok.tokenizers.base import Tokenizer
+from imgtok.tokenizers.vae import VAE
+
+Versions = Mapping[int | None, ScoredBatch]
+
+CROP = "shorter side to the size (halved by box filter while twice as large, then bicubic), central square (ADM)"
+NO_CROP = "none: rendered at this size"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Procedure:
+    """How the scored images came to be; null where a step was not ours."""
+
+    images: str
+    """What they are, in words."""
+    originals: str | None = None
+    """What they are compared with one by one."""
+    tokens: str | None = None
+    """How many tokens each has."""
+    crop: str | None = None
+    """How originals are brought to the size that is scored."""
+    decode_steps: int | None = None
+    """Flow steps of the decoder."""
+    decode_guidance: float | None = None
+    """Guidance scale of the decoder."""
+    sampling: SamplingConfig | FlowSampling | None = None
+    """How tokens or latents were drawn."""
+    precision: str | None = None
+    """Arithmetic of generator and decoder."""
+    tokenizer: Any = None
+    """The tokenizer's configuration: solver, kind of guidance and what else it decodes by."""
+    generator: Any = None
+    """The generator's configuration."""
+
+
+class Source(Protocol):
+    """Images to score."""
+
+    num: int
+    size: tuple[int, int]
+    labelled: bool
+    """Whether it is known which class each image should show."""
+    token_counts: tuple[int | None, ...]
+    procedure: Procedure
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]: ...
+
+
+class FileSource:
+    """Images of a folder or an .npz, the first `num` of them; with their originals, if a second path holds them."""
+
+    token_counts: tuple[int | None, ...] = (None,)
+
+    def __init__(
+        self,
+        path: Path,
+        num: int | None,
+        labels: Literal["recorded", "balanced"],
+        num_classes: int,
+        originals: Path | None = None,
+    ) -> None:
+        self._images = SavedImages(path)
+        self.num, self.size = check_num(num, len(self._images), str(path)), self._images.size
+        self._labels = torch.arange(self.num) % num_classes if labels == "balanced" else self._images.labels
+        self.labelled = self._labels is not None
+        self._originals = SavedImages(originals) if originals is not None else None
+        self._partners = partners(self._images, self._originals, self.num) if self._originals else []
+        beside = f"the files of the same names in {originals}" if originals is not None else None
+        self.procedure = Procedure(images=f"files of {path}", originals=beside)
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
+        for chunk in batches_of(indices, batch_size):
+            labels = None if self._labels is None else self._labels[list(chunk)]
+            originals = None
+            if self._originals is not None:
+                originals = self._originals.batch([self._partners[index] for index in chunk])
+            yield {None: ScoredBatch(chunk, self._images.batch(chunk), labels, originals)}
+
+
+class GeneratorSource:
+    """New images, drawn as `imgtok sample` draws them and never written; at each of `counts` tokens, if given."""
+
+    labelled = True
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        num: int,
+        classes: Sequence[int],
+        counts: Sequence[int] = (),
+        *,
+        seed: int,
+        sampling: SamplingConfig | FlowSampling,
+        decode: DecodeSettings,
+    ) -> None:
+        """Raises ValueError for a class or a count that the generator does not have."""
+        self._pipeline, self._seed, self._sampling, self._decode = pipeline, seed, sampling, decode
+        self._labels = labels_in_turn(classes, num, pipeline.num_classes)
+        self.num, self.size = num, (pipeline.image_size,) * 2
+        known = pipeline.most_tokens
+        if known is None and counts:
+            raise ValueError("num_tokens: this generator draws whole latents, not tokens; leave num_tokens out")
+        if known is not None and any(not 1 <= count <= known for count in counts):
+            raise ValueError(f"num_tokens: the generator draws 1 to {known} tokens, given {list(counts)}")
+        self.token_counts: tuple[int | None, ...] = tuple(counts) or (None,)
+        self.procedure = Procedure(
+            images="samples of a generator, classes in turn",
+            tokens=None if known is None else _counts_in_words(tuple(counts) or (known,)),
+            decode_steps=steps_of(pipeline.tokenizer, decode),
+            decode_guidance=guidance_of(pipeline.tokenizer, decode),
+            sampling=sampling,
+            precision=pipeline.precision,
+            tokenizer=pipeline.tokenizer.config,
+            generator=pipeline.generator.config,
+        )
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
+        for chunk in batches_of(indices, batch_size):
+            labels = [self._labels[index] for index in chunk]
+            drawn = self._pipeline.images_at(
+                self.token_counts, chunk, labels, seed=self._seed, sampling=self._sampling, decode=self._decode
+            )
+            truth = torch.tensor(labels)
+            yield {count: ScoredBatch(chunk, images, truth) for count, images in drawn.items()}
+
+
+class ReconstructionSource:
+    """Images of a data source and what a tokenizer makes of them with each number of tokens.
+
+    Fewer images than there are (`num`) are drawn from all over the source, which may hold one class after the other.
+    """
+
+    labelled = True
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        images: ImageSource,
+        num: int | None,
+        counts: Sequence[int],
+        *,
+        seed: int,
+        decode: DecodeSettings,
+        threads: int,
+        what: str = "images",
+        rendered: bool = False,
+    ) -> None:
+        """`what` is the images in words, for the record. `rendered` ones need no crop and are all classes in turn."""
+        self._tokenizer, self._images, self._seed, self._decode = tokenizer, images, seed, decode
+        self._threads = threads
+        self.num, self.size = check_num(num, len(images), "the data source"), (tokenizer.image_size,) * 2
+        self._places = range(self.num) if rendered else np.sort(permutation(0, 0, len(images))[: self.num]).tolist()
+        self._counts = token_counts(counts, tokenizer.num_tokens)
+        self.token_counts: tuple[int | None, ...] = self._counts
+        part = "" if self.num == len(images) else f", {self.num} of {len(images)}"
+        self.procedure = Procedure(
+            images=f"reconstructions of {what}{part}",
+            originals="the same images, cropped",
+            tokens=_counts_in_words(self._counts),
+            crop=NO_CROP if rendered else CROP,
+            decode_steps=steps_of(tokenizer, decode),
+            decode_guidance=guidance_of(tokenizer, decode),
+            tokenizer=tokenizer.config,
+        )
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
+        index_of = {self._places[index]: index for index in indices}
+        for batch in eval_loader(self._images, batch_size, indices=list(index_of)):
+            with cpu_threads(self._threads):
+                # Noise goes by the place in the source: an image is reconstructed alike whatever `num` is.
+                decoded = reconstruct(
+                    self._tokenizer, batch.images, batch.indices, self._counts, seed=self._seed, decode=self._decode
+                )
+            chunk = [index_of[place] for place in batch.indices]
+            originals = to_uint8(batch.images)
+            yield {count: ScoredBatch(chunk, images, batch.labels, originals) for count, images in decoded.items()}
+
+
+def image_batches(
+    images: ImageSource | SavedImages, indices: Sequence[int], batch_size: int
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Indices and uint8 images of a reference."""
+    if isinstance(images, SavedImages):
+        yield from ((chunk, images.batch(chunk)) for chunk in batches_of(indices, batch_size))
+        return
+    for batch in eval_loader(images, batch_size, indices=indices, unreadable=UnreadableImages(len(images))):
+        yield batch.indices, to_uint8(batch.images)
+
+
+def check_num(num: int | None, available: int, where: str) -> int:
+    """`num`, or everything for None. Raises ValueError for more than there is."""
+    if num is not None and num > available:
+        raise ValueError(f"num is {num}, but {where} holds {available} images")
+    return num or available
+
+
+def steps_of(tokenizer: Tokenizer | VAE, decode: DecodeSettings) -> int | None:
+    """The decoder's flow steps: those asked for, else the tokenizer's own; None for one that takes no steps."""
+    own: int | None = getattr(tokenizer.config, "decode_steps", None)
+    return own if decode.steps is None else decode.steps
+
+
+def guidance_of(tokenizer: Tokenizer | VAE, decode: DecodeSettings) -> float | None:
+    """The decoder's guidance scale, likewise."""
+    own: float | None = getattr(tokenizer.config, "decode_guidance", None)
+    return own if decode.guidance is None else decode.guidance
+
+
+def _counts_in_words(counts: Sequence[int]) -> str:
+    if len(counts) == 1:
+        return f"{counts[0]} tokens an image"
+    return f"the first {', '.join(map(str, counts))} tokens of the same sequence of each image"

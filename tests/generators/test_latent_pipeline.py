@@ -1,0 +1,95 @@
+"""`imgtok sample` of an xAR: image i of seed s is the same to the byte however it is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from imgtok.generators.entities import Cells
+from imgtok.generators.gpt import SamplingConfig
+from imgtok.generators.pipeline import DecodeSettings, Pipeline
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.sample.images import Config, main
+from imgtok.tokenizers.vae import VAE, VAEConfig
+
+SMALL = VAEConfig(latent_channels=4, block_channels=(16, 32), layers_per_block=1, norm_groups=8)
+NUM = 11
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Path:
+    """An xAR of some width with its autoencoder; 256 positions, of which a CPU computes 4 images at once."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("generator")
+    how = FlowSampling(steps=(2,), guidance=(2.0,))
+    cells = Cells(height=8, width=8)
+    XAR(XARConfig(latent_channels=4, num_classes=10, entities=cells, width=96, depth=1, num_heads=3, sampling=how)
+        ).save_pretrained(folder)  # fmt: skip
+    VAE(SMALL).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def sample(generator: Path, out: Path, **fields) -> dict[str, bytes]:
+    main(Config(**{"model": str(generator), "out": out, "num": NUM, "batch_size": 16} | fields))
+    return {path.name: path.read_bytes() for path in out.glob("[0-9]*.png")}
+
+
+@pytest.fixture(scope="module")
+def images(generator, tmp_path_factory) -> dict[str, bytes]:
+    return sample(generator, tmp_path_factory.mktemp("samples"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_other_batches_draw_the_same_bytes(generator, images, tmp_path, batch_size):
+    count = 3 if batch_size == 1 else NUM
+    drawn = sample(generator, tmp_path, num=count, batch_size=batch_size)
+    assert drawn == {name: images[name] for name in drawn}
+    assert len(drawn) == count
+
+
+def test_other_neighbours_leave_no_trace(generator):
+    """As several processes divide a job: each has every so many of the indices, beside other classes."""
+    pipeline = Pipeline.load(str(generator), None, torch.device("cpu"))
+    how = {"seed": 0, "sampling": FlowSampling(), "decode": DecodeSettings()}
+    whole = pipeline.images(range(NUM), [i % 10 for i in range(NUM)], **how)
+    mine = [1, 4, 7, 10]
+    assert torch.equal(pipeline.images(mine, [i % 10 for i in mine], **how), whole[mine])
+
+
+def test_enlarging_a_job_keeps_what_is_there(generator, images, tmp_path):
+    sample(generator, tmp_path, num=2)
+    assert sample(generator, tmp_path) == images
+
+
+def test_a_cpu_computes_blocks_of_one_size(generator, monkeypatch):
+    seen = []
+    generate = XAR.generate
+
+    def counting(self, condition, **rest):
+        seen.append(len(condition))
+        return generate(self, condition, **rest)
+
+    monkeypatch.setattr(XAR, "generate", counting)
+    pipeline = Pipeline.load(str(generator), None, torch.device("cpu"))
+    how = {"seed": 0, "sampling": FlowSampling(), "decode": DecodeSettings()}
+    assert pipeline.images(range(6), [0] * 6, **how).shape == (6, 3, 32, 32)
+    assert seen == [4, 4]
+
+
+def test_half_precision_is_another_request(generator, images, tmp_path):
+    halves = sample(generator, tmp_path, precision="bf16")
+    assert halves.keys() == images.keys()
+    assert halves != images
+    assert json.loads((tmp_path / "samples.json").read_text())["request"]["precision"] == "bf16"
+    with pytest.raises(ValueError, match=r"another request \(different: precision\)"):
+        sample(generator, tmp_path)
+
+
+def test_settings_of_another_kind_of_generator_are_refused(generator, tmp_path):
+    with pytest.raises(
+        ValueError, match="sampling: this generator draws latents and not tokens; use the fields of `flow`"
+    ):
+        sample(generator, tmp_path, sampling=SamplingConfig(temperature=0.5))

@@ -1,0 +1,241 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imgtok.pictures import (
+    UnreadableImage,
+    center_crop_adm,
+    decode_image,
+    from_uint8,
+    grid_with_titles,
+    make_grid,
+    random_crop,
+    save_png,
+    to_uint8,
+)
+
+
+def encoded(picture: Image.Image, kind: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixel(data: bytes) -> tuple[int, ...]:
+    return decode_image(data, "x").getpixel((0, 0))
+
+
+def colours(picture: Image.Image) -> set[tuple[int, ...]]:
+    return {tuple(colour) for colour in np.asarray(picture).reshape(-1, 3).tolist()}
+
+
+# Value ranges
+
+
+def test_uint8_round_trip_is_exact():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(values)), values)
+
+
+def test_to_uint8_rounds_and_clamps():
+    x = torch.tensor([-9.0, -1.0, 0.0, 0.004, 1.0, 9.0])
+    assert to_uint8(x).tolist() == [0, 0, 128, 128, 255, 255]
+    assert to_uint8(x.bfloat16()).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_value_ranges_refuse_the_wrong_type():
+    with pytest.raises(ValueError, match="uint8"):
+        to_uint8(torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="float32"):
+        from_uint8(torch.zeros(3))
+
+
+# Decoding
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 257 * 100, 65535, 300]], dtype=np.uint16)
+    picture = decode_image(encoded(Image.fromarray(values)), "x")
+    assert picture.mode == "RGB"
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 100, 255, 1]
+
+
+def test_palette_and_its_transparency():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putpixel((1, 0), 1)
+    opaque = decode_image(encoded(picture), "x")
+    assert [opaque.getpixel((i, 0)) for i in (0, 1)] == [(10, 20, 30), (200, 100, 50)]
+    holed = decode_image(encoded(picture, transparency=0), "x")
+    assert [holed.getpixel((i, 0)) for i in (0, 1)] == [(255, 255, 255), (200, 100, 50)]
+
+
+def test_cmyk_jpeg():
+    red = pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg", quality=95))
+    assert red[0] > 240
+    assert max(red[1:]) < 15
+
+
+def test_grey_bilevel_and_alpha_over_white():
+    assert pixel(encoded(Image.new("L", (1, 1), 77))) == (77, 77, 77)
+    assert pixel(encoded(Image.new("1", (1, 1), 1))) == (255, 255, 255)
+    assert pixel(encoded(Image.new("LA", (1, 1), (0, 0)))) == (255, 255, 255)
+    assert pixel(encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 0)))) == (255, 255, 255)
+    half = pixel(encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 128))))
+    assert half[0] == 255
+    assert abs(half[1] - 127) <= 1
+
+
+def test_exif_orientation_is_applied():
+    picture = Image.new("RGB", (16, 8), "white")
+    picture.paste("black", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise
+    upright = decode_image(encoded(picture, "jpeg", exif=exif), "x")
+    assert upright.size == (8, 16)
+    assert upright.getpixel((4, 2))[0] < 40
+    assert upright.getpixel((4, 13))[0] > 215
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"just some text", "not an image"),
+        (encoded(Image.effect_noise((64, 64), 50), "jpeg")[:-400], "truncated"),
+        (encoded(Image.effect_noise((64, 64), 50), "png")[:900], "truncated"),
+        (encoded(Image.new("F", (2, 2), 0.5), "tiff"), "no agreed range"),
+    ],
+)
+def test_unreadable_images_are_named(data, reason):
+    with pytest.raises(UnreadableImage, match=reason) as caught:
+        decode_image(data, "cats/7.jpg")
+    assert str(caught.value).startswith("cats/7.jpg: ")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+# Crops
+
+
+def reference_adm(array: np.ndarray, size: int) -> np.ndarray:
+    """The same crop by exact means of 2 x 2 blocks, for sides that are size times a power of two."""
+    while min(array.shape[:2]) >= 2 * size:
+        h, w = array.shape[0] // 2, array.shape[1] // 2
+        array = np.floor(array.reshape(h, 2, w, 2, 3).mean(axis=(1, 3)) + 0.5)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+def test_center_crop_halves_by_box_means():
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (64, 128, 3)).astype(np.float64)
+    picture = Image.fromarray(array.astype(np.uint8))
+    for size, rounding in ((64, 0), (32, 1), (16, 2)):  # Pillow rounds after each direction
+        difference = np.asarray(center_crop_adm(picture, size)) - reference_adm(array, size)
+        assert np.abs(difference).max() <= rounding
+
+
+def test_center_crop_is_bicubic_after_the_halvings():
+    picture = Image.effect_noise((1000, 750), 60).convert("RGB")
+    half = picture.resize((500, 375), Image.Resampling.BOX)
+    expected = half.resize((341, 256), Image.Resampling.BICUBIC).crop((42, 0, 298, 256))
+    assert np.array_equal(np.asarray(center_crop_adm(picture, 256)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (500, 33), (33, 500), (31, 32), (65, 66)])
+def test_crops_have_the_size_asked_for(shape):
+    picture = Image.new("RGB", shape, (9, 8, 7))
+    assert center_crop_adm(picture, 32).size == (32, 32)
+    assert colours(center_crop_adm(picture, 32)) == {(9, 8, 7)}
+    for draws in ([0, 0, 0], [0.999, 0.999, 0.999]):
+        assert colours(random_crop(picture, 32, draws)) == {(9, 8, 7)}
+        assert random_crop(picture, 32, draws).size == (32, 32)
+
+
+def test_center_crop_takes_the_middle():
+    picture = Image.new("RGB", (96, 32), "black")
+    picture.paste("white", (32, 0, 64, 32))
+    assert colours(center_crop_adm(picture, 32)) == {(255, 255, 255)}
+
+
+def test_random_crop_goes_from_edge_to_edge():
+    ramp = Image.fromarray(np.tile(np.arange(0, 64, dtype=np.uint8)[None, :, None], (32, 1, 3)))
+    left, right = (np.asarray(random_crop(ramp, 32, [0, draw, 0])) for draw in (0, 0.9999))
+    assert (left[0, 0, 0], left[0, -1, 0]) == (0, 31)
+    assert (right[0, 0, 0], right[0, -1, 0]) == (32, 63)
+    zoomed = np.asarray(random_crop(ramp, 32, [0.9999, 0, 0]))
+    assert zoomed[0, -1, 0] < 27  # 40 pixels show what 32 did
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(ValueError, match="0"):
+        center_crop_adm(Image.new("RGB", (4, 4)), 0)
+
+
+# Files and grids
+
+
+def test_png_round_trip_in_both_layouts_with_equal_bytes(tmp_path):
+    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_png(image, tmp_path / "new" / "a.png")
+    save_png(image.permute(1, 2, 0), tmp_path / "b.png")
+    data = (tmp_path / "new" / "a.png").read_bytes()
+    assert data == (tmp_path / "b.png").read_bytes()
+    read = torch.from_numpy(np.array(decode_image(data, "a"))).permute(2, 0, 1)
+    assert torch.equal(read, image)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_a_failed_write_leaves_the_old_png(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_png(torch.zeros(3, 4, 4, dtype=torch.uint8), path)
+    before = path.read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save_png(torch.ones(3, 4, 4, dtype=torch.uint8), path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)]
+)
+def test_save_png_refuses_other_tensors(image, tmp_path):
+    with pytest.raises(ValueError, match="uint8"):
+        save_png(image, tmp_path / "a.png")
+
+
+def test_grid_places_images_row_by_row():
+    images = torch.stack([torch.full((3, 2, 3), value / 127.5 - 1) for value in (10, 20, 30)])
+    grid = make_grid(images, columns=2, padding=1)
+    assert grid.shape == (3, 5, 7)
+    assert (grid[0, 0, 0], grid[0, 0, 4], grid[0, 3, 0]) == (10, 20, 30)
+    assert (grid[0, 0, 3], grid[0, 2, 0], grid[0, 3, 4]) == (255, 255, 255)
+    assert torch.equal(make_grid(to_uint8(images), columns=2, padding=1), grid)
+
+
+def test_grid_refuses_nonsense():
+    for images, columns in ((torch.zeros(0, 3, 4, 4), 1), (torch.zeros(3, 4, 4), 1), (torch.zeros(1, 3, 4, 4), 0)):
+        with pytest.raises(ValueError, match="grid"):
+            make_grid(images, columns)
+
+
+def test_titles_are_beside_the_images_and_leave_them_alone():
+    images = torch.rand(4, 3, 24, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain = make_grid(images.repeat_interleave(2, 2).repeat_interleave(2, 3), 2)
+    page = grid_with_titles(images, 2, row_titles=["one", "two"], column_titles=["a\nb", "c"], enlarge=2)
+    height, width = plain.shape[1:]
+    assert torch.equal(page[:, -height:, -width:], plain)
+    assert page[:, -height:, :-width].min() < 100  # ink left of the rows
+    assert page[:, :-height, -width:].min() < 100  # ink above the columns
+    assert torch.equal(grid_with_titles(images, 2), make_grid(images, 2))
+    with pytest.raises(ValueError, match="1 row titles for 2 rows"):
+        grid_with_titles(images, 2, row_titles=["one"])

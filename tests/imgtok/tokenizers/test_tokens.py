@@ -1,0 +1,71 @@
+"""Token sequences: cut, padded, saved and read back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imgtok.tokenizers.tokens import Tokens
+
+
+def some(high: int = 64000) -> Tokens:
+    ids = torch.randint(high, (4, 6), generator=torch.Generator().manual_seed(0))
+    return Tokens(ids, torch.tensor([6, 1, 3, 4]))
+
+
+def test_truncate_to_one_number_or_one_each():
+    tokens = some()
+    assert tokens.truncate(3).lengths.tolist() == [3, 1, 3, 3]
+    assert tokens.truncate(3).ids.shape == (4, 3)
+    each = tokens.truncate([2, 2, 1, 5])
+    assert each.lengths.tolist() == [2, 1, 1, 4]
+    assert torch.equal(each.ids, tokens.ids[:, :5])
+    with pytest.raises(ValueError, match="2 numbers of tokens for 4 sequences"):
+        tokens.truncate([1, 2])
+    with pytest.raises(ValueError, match="at least 1 token"):
+        tokens.truncate([1, 2, 0, 1])
+
+
+def test_padding_is_zero():
+    padded = some().padded()
+    assert not padded.ids[1, 1:].any()
+    assert torch.equal(padded.ids[0], some().ids[0])
+
+
+def test_saved_tokens_come_back(tmp_path):
+    some().save(tmp_path / "tokens.safetensors")
+    back = Tokens.load(tmp_path / "tokens.safetensors")
+    assert torch.equal(back.ids, some().padded().ids)
+    assert torch.equal(back.lengths, some().lengths)
+    assert back.ids.dtype == torch.long
+
+
+@pytest.mark.parametrize(("high", "bits"), [(64000, 16), (1 << 16, 16), (1 << 18, 32)])
+def test_a_file_holds_what_is_meant_and_no_more(tmp_path, high, bits):
+    """14 tokens of up to 65,535 are 28 bytes, whatever their padding."""
+    tokens = some(high)
+    tokens.ids[0, 0] = high - 1
+    few, more = tmp_path / "few", tmp_path / "more"
+    tokens.truncate(1).save(few)
+    tokens.save(more)
+    per_token = (more.stat().st_size - few.stat().st_size) / 10
+    assert bits / 8 - 1 <= per_token <= bits / 8 + 1  # the header's length is rounded up
+    assert torch.equal(Tokens.load(more).ids, tokens.padded().ids)
+
+
+def test_no_tokens_at_all(tmp_path):
+    Tokens.full(torch.zeros(0, 5, dtype=torch.long)).save(tmp_path / "none")
+    assert len(Tokens.load(tmp_path / "none")) == 0
+
+
+def test_files_of_something_else(tmp_path):
+    save_file({"ids": torch.zeros(3)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="other: not a file of tokens"):
+        Tokens.load(tmp_path / "other")
+    some().save(tmp_path / "cut")
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-4])
+    with pytest.raises(ValueError, match="cut: not a whole file of tokens"):
+        Tokens.load(tmp_path / "cut")
+    with pytest.raises(ValueError, match="not negative, got -1"):
+        Tokens.full(torch.tensor([[-1]])).save(tmp_path / "bad")
