@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import re
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,13 +31,12 @@ from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import replacing
 from imgtok.weights import load_pickle
 
-KINDS: Mapping[str, str] = {
-    "vae": "imgtok.tokenizers.vae:VAE",
-    "flextok": "imgtok.tokenizers.flextok:FlexTok",
-    "gpt": "imgtok.generators.gpt:GPT",
-    "xar": "imgtok.generators.xar:XAR",
-}
-"""`kind` in config.json -> class. Strings, so that imgtok imports no generator before one is asked for."""
+TOKENIZERS: dict[str, str] = {"flextok": "imgtok.tokenizers.flextok:FlexTok"}
+AUTOENCODERS: dict[str, str] = {"vae": "imgtok.tokenizers.vae:VAE"}
+GENERATORS: dict[str, str] = {"gpt": "imgtok.generators.gpt:GPT", "xar": "imgtok.generators.xar:XAR"}
+"""`kind` in config.json -> class. Strings, so that a module is imported when its kind is asked for and not before."""
+KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
+"""All of them: a view, so that a line in one of the three tables is the whole entry of a new method."""
 
 LAYOUTS: Mapping[str, str] = {
     "encoder.down.0.block.0.conv1.weight": "imgtok.published.kl16:VAE",
@@ -141,6 +141,21 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
             raise ConnectionError(f"could not push to {repo_id!r} on the Hugging Face Hub: {_brief(error)}") from error
 
 
+def model_class(kind: str) -> type[Any]:
+    """The class of the models of a kind. Raises ValueError that lists the kinds for one that there is not."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: given {kind!r}, must be one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def config_class(kind: str) -> type[Any]:
+    """The frozen dataclass that configures the models of a kind. Raises ValueError as `model_class` does."""
+    found: type[Any] = model_class(kind).config_class
+    return found
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -159,13 +174,13 @@ def load(
     if is_published(folder):
         return _load_published(folder, expect, map_location)
     kind = read_config(folder)["kind"]
-    if kind not in KINDS:
-        raise ConfigError(f"{folder / CONFIG_NAME}: kind: given {kind!r}, must be one of {', '.join(KINDS)}")
-    module, _, name = KINDS[kind].partition(":")
-    model_class = getattr(importlib.import_module(module), name)
-    if expect is not None and not issubclass(model_class, expect):
-        raise ValueError(f"{folder} holds a {name} (kind {kind!r}), but a {expect.__name__} is needed here")
-    return _build(model_class, folder, map_location)
+    try:
+        found = model_class(kind)
+    except ValueError as error:
+        raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from error
+    if expect is not None and not issubclass(found, expect):
+        raise ValueError(f"{folder} holds a {found.__name__} (kind {kind!r}), but a {expect.__name__} is needed here")
+    return _build(found, folder, map_location)
 
 
 LONE_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
@@ -317,7 +332,7 @@ def _names_in_file(path: Path) -> list[str]:
     return [str(name) for name in stored] if isinstance(stored, Mapping) else []
 
 
-def _build(model_class: Any, folder: Path, map_location: str | torch.device) -> Any:
+def _build(model_class: type[Any], folder: Path, map_location: str | torch.device) -> Any:
     config = from_dict(model_class.config_class, read_config(folder), str(folder / CONFIG_NAME))
     with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
         model = model_class(config)

@@ -331,3 +331,13 @@ def test_pushing_without_network_fails_in_a_line(folder: Path, monkeypatch: pyte
 def test_the_package_exports_only_what_it_says() -> None:
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         imgtok.lode  # noqa: B018
+
+
+def test_a_line_in_one_table_is_a_new_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hub.TOKENIZERS, "tiny", f"{__name__}:Tiny")
+    monkeypatch.setattr(hub.importlib, "import_module", {__name__: type("Module", (), {"Tiny": Tiny})}.__getitem__)
+    assert list(hub.KINDS) == ["vae", "flextok", "tiny", "gpt", "xar"]
+    assert hub.model_class("tiny") is Tiny
+    assert hub.config_class("tiny") is TinyConfig
+    with pytest.raises(ValueError, match="kind: given 'huge', must be one of vae, flextok, tiny, gpt, xar"):
+        hub.config_class("huge")
