@@ -22,7 +22,8 @@ from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Rec
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
 from imgtok.randomness import permutation, uniform
-from imgtok.shapes.world import ShapesConfig, ShapesDataset
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import ShapesConfig
 
 __all__ = [
     "Batch",

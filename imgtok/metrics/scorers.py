@@ -19,8 +19,9 @@ from imgtok.metrics.precision_recall import NEIGHBOURS, precision_recall
 from imgtok.metrics.reference import FeatureSums, Reference, Statistics
 from imgtok.pictures import from_uint8, to_uint8
 from imgtok.shapes.classifier import Recipe, ShapesNet
+from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.oracle import class_readings
-from imgtok.shapes.world import COLOURS, VERSION, ShapesConfig, ShapesDataset
+from imgtok.shapes.world import COLOURS, VERSION, ShapesConfig
 from imgtok.vision.inception import FeatureExtractor
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from imgtok.files import replacing
 from imgtok.randomness import step_generator
 from imgtok.runtime import cpu_threads
-from imgtok.shapes.world import COLOURS, SHAPES, VERSION, ShapesConfig, ShapesDataset
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import COLOURS, SHAPES, VERSION, ShapesConfig
 
 logger = logging.getLogger(__name__)
 

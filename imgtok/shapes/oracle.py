@@ -21,19 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imgtok.shapes.world import (
-    COLOURS,
-    PALETTE,
-    RADII,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Facts,
-    ObjectFacts,
-    cell_of,
-    coverage,
-    texture_shade,
-)
+from imgtok.shapes.captions import Facts, ObjectFacts, cell_of
+from imgtok.shapes.render import PALETTE, coverage, texture_shade
+from imgtok.shapes.world import COLOURS, RADII, SHAPES, SIZES, TEXTURES
 
 _READ_SIZE = 64  # larger images are reduced to this
 _NOISE_FLOOR = 0.035  # images with less noise are not smoothed

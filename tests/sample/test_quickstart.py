@@ -12,7 +12,8 @@ from imgtok import pictures
 from imgtok.config import ConfigError
 from imgtok.sample import quickstart
 from imgtok.sample.report import Run, caption, write_page
-from imgtok.shapes.world import ShapesConfig, ShapesDataset
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import ShapesConfig
 
 
 @pytest.fixture

@@ -21,7 +21,9 @@ from imgtok.data.loaders import token_loader
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
 from imgtok.metrics.saved_images import SavedImages
-from imgtok.shapes.world import VOCABULARY, ShapesConfig, ShapesDataset
+from imgtok.shapes.captions import VOCABULARY
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig

@@ -18,7 +18,8 @@ from imgtok.metrics.scorers import (
 )
 from imgtok.pictures import to_uint8
 from imgtok.shapes.classifier import ShapesNet
-from imgtok.shapes.world import ShapesConfig, ShapesDataset
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import ShapesConfig
 
 ALL = ("fid", "sfid", "is", "precision_recall")
 

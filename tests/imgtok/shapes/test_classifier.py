@@ -12,7 +12,8 @@ from imgtok.metrics.reference import Statistics
 from imgtok.pictures import from_uint8, to_uint8
 from imgtok.shapes import classifier
 from imgtok.shapes.classifier import Recipe, ShapesNet, cache_name, fingerprint, load_or_train, resize, train
-from imgtok.shapes.world import ShapesConfig, ShapesDataset
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import ShapesConfig
 
 QUICK = Recipe(steps=2, batch=8)
 

@@ -6,25 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imgtok.shapes.captions import Facts, ObjectFacts, Relation, caption, true_facts
+from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.oracle import Detection, class_readings, read, read_classes, report, score
-from imgtok.shapes.world import (
-    BACKGROUND,
-    COLOURS,
-    SHAPES,
-    TEXTURES,
-    Facts,
-    Object,
-    ObjectFacts,
-    Relation,
-    Scene,
-    ShapesConfig,
-    ShapesDataset,
-    caption,
-    class_scene,
-    render,
-    scene,
-    true_facts,
-)
+from imgtok.shapes.render import BACKGROUND, render
+from imgtok.shapes.world import COLOURS, SHAPES, TEXTURES, Object, Scene, ShapesConfig, class_scene, scene
 
 
 @pytest.fixture(autouse=True)

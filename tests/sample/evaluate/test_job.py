@@ -33,7 +33,8 @@ from imgtok.sample.evaluate.scoring import Evaluation, Row
 from imgtok.sample.evaluate.sources import Procedure
 from imgtok.shapes import classifier
 from imgtok.shapes.classifier import Recipe
-from imgtok.shapes.world import ShapesConfig, ShapesDataset
+from imgtok.shapes.dataset import ShapesDataset
+from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.vision import inception as features
 from imgtok.vision.inception import Features, cached_inception_weights

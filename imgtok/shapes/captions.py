@@ -1,0 +1,201 @@
+"""Sentences about scenes of `imgtok.shapes.world`: true, in a closed vocabulary, the same text every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from imgtok.shapes.world import (
+    COLOURS,
+    HELD_OUT_RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Draws,
+    Object,
+    Scene,
+    relation_between,
+)
+
+# Part of VERSION: a word may be added or changed only together with the version, or trained text models break.
+VOCABULARY = (
+    *("a", "and", "the", "is", "in", "of", "to", ",", "left", "right", "above", "below", "under"),
+    *("top", "center", "bottom"),
+    *SIZES,
+    *TEXTURES,
+    *COLOURS,
+    *SHAPES,
+)
+CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+_PHRASES = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+}
+
+Role = Literal["det", "size", "texture", "colour", "object", "relation", "position", "conj"]
+
+
+class Token(NamedTuple):
+    """A word of a caption: its role and the object (a position in the facts) that it belongs to, -1 for none."""
+
+    word: str
+    role: Role
+    object: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectFacts:
+    """What a caption says of one object; None is not said."""
+
+    shape: str
+    colour: str
+    texture: str | None = None
+    size: str | None = None
+    cell: str | None = None
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Object `subject` lies `relation` (left, right, above, below) of object `reference`; both count from 0."""
+
+    subject: int
+    relation: str
+    reference: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a caption asserts, objects in the order of mention."""
+
+    objects: tuple[ObjectFacts, ...]
+    relations: tuple[Relation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence about a scene. `order[k]` is the place in the scene of the k-th object named."""
+
+    tokens: tuple[Token, ...]
+    facts: Facts
+    order: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(token.word for token in self.tokens).replace(" ,", ",")
+
+
+def true_facts(scene: Scene) -> Facts:
+    """Every attribute and cell of every object and every relation that holds: for judging reconstructions."""
+    items = scene.objects
+    objects = tuple(
+        ObjectFacts(shape=o.shape, colour=o.colour, texture=o.texture, size=o.size, cell=cell_of(o.x, o.y))
+        for o in items
+    )
+    relations = (
+        (a, relation_between((items[a].x, items[a].y), (items[b].x, items[b].y)), b)
+        for a in range(len(items))
+        for b in range(a + 1, len(items))
+    )
+    return Facts(objects, tuple(Relation(a, name, b) for a, name, b in relations if name is not None))
+
+
+def cell_of(x: float, y: float) -> str:
+    """Name of the 3x3 cell that holds a point of the canvas."""
+    column, row = (min(2, max(0, int(3.0 * value))) for value in (x, y))
+    return CELLS[3 * row + column]
+
+
+def caption(scene: Scene, split: str, index: int) -> Caption:
+    """Describes scene `index` of a split: true, closed vocabulary, the same text every time.
+
+    The two scenes of a "swap" pair get one sentence with the colours exchanged. Held-out relations are asserted in
+    the split "relation" alone, and there always; "same_shape" captions always say which object is where.
+    """
+    draws = Draws(split, np.array([index // 2 if split == "swap" else index]))
+    uniform = draws("caption", (1, 8))[0]
+    order = tuple(
+        int(k) for k in np.argsort(draws("mention", (1, max(1, len(scene.objects))))[0])[: len(scene.objects)]
+    )
+    relation = _pick_relation(scene, order, split, uniform)
+    joined = relation is not None and len(order) == 2 and uniform[1] < 0.5
+    detail = int(3.0 * uniform[2])
+    with_cells = uniform[3] < 0.15 and not joined
+    objects = tuple(_object_facts(scene.objects[k], detail, with_cells) for k in order)
+    facts = Facts(objects, () if relation is None else (relation,))
+    phrase = _phrase(relation, uniform[4])
+    if joined and relation is not None:
+        subject, reference = relation.subject, relation.reference
+        tokens = [*_noun(objects[subject], subject), *phrase, *_noun(objects[reference], reference)]
+    else:
+        tokens = _list(objects)
+        if relation is not None:
+            tokens += [Token(",", "conj", -1), *_clause(objects, relation, phrase)]
+    return Caption(tuple(tokens), facts, order)
+
+
+def _pick_relation(scene: Scene, order: tuple[int, ...], split: str, uniform: np.ndarray) -> Relation | None:
+    """One relation between two objects in the order of mention, or none."""
+    needed = split in ("same_shape", "relation")
+    if not needed and uniform[0] >= 0.5:
+        return None
+    items = [scene.objects[k] for k in order]
+    found: list[Relation] = []
+    for a, first in enumerate(items):
+        for b, second in enumerate(items):
+            name = relation_between((first.x, first.y), (second.x, second.y)) if a != b else None
+            held_out = (name, SHAPES.index(first.shape), SHAPES.index(second.shape)) in HELD_OUT_RELATIONS
+            if name is not None and held_out <= (split == "relation"):
+                found.append(Relation(a, name, b))
+    return found[int(uniform[5] * len(found))] if found else None
+
+
+def _object_facts(item: Object, detail: int, with_cell: bool) -> ObjectFacts:
+    return ObjectFacts(
+        shape=item.shape,
+        colour=item.colour,
+        texture=item.texture if detail >= 1 else None,
+        size=item.size if detail >= 2 else None,
+        cell=cell_of(item.x, item.y) if with_cell else None,
+    )
+
+
+def _phrase(relation: Relation | None, uniform: float) -> list[Token]:
+    if relation is None:
+        return []
+    choices = _PHRASES[relation.relation]
+    return [Token(word, "relation", -1) for word in choices[int(uniform * len(choices))].split()]
+
+
+def _noun(item: ObjectFacts, k: int) -> list[Token]:
+    """Words of: a [size] [texture] colour shape [in the cell]."""
+    tokens = [Token("a", "det", k)]
+    tokens += [Token(item.size, "size", k)] if item.size else []
+    tokens += [Token(item.texture, "texture", k)] if item.texture else []
+    tokens += [Token(item.colour, "colour", k), Token(item.shape, "object", k)]
+    tokens += [Token(word, "position", k) for word in f"in the {item.cell}".split()] if item.cell else []
+    return tokens
+
+
+def _list(objects: Sequence[ObjectFacts]) -> list[Token]:
+    """Words of: noun {, noun} and noun."""
+    tokens: list[Token] = []
+    for k, item in enumerate(objects):
+        if k:
+            tokens.append(Token("and" if k == len(objects) - 1 else ",", "conj", -1))
+        tokens += _noun(item, k)
+    return tokens
+
+
+def _clause(objects: Sequence[ObjectFacts], relation: Relation, phrase: list[Token]) -> list[Token]:
+    """Words of: the colour shape is REL the colour shape."""
+    subject, reference = (_definite(objects[k], k) for k in (relation.subject, relation.reference))
+    return [*subject, Token("is", "relation", -1), *phrase, *reference]
+
+
+def _definite(item: ObjectFacts, k: int) -> list[Token]:
+    return [Token("the", "det", k), Token(item.colour, "colour", k), Token(item.shape, "object", k)]
