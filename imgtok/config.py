@@ -18,7 +18,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -160,7 +160,69 @@ def describe(kind: Any, default: Any = None, prefix: str = "", when: str = "") -
     return lines
 
 
+class Settings(Mapping[str, Any]):
+    """Settings of a model that is not known yet: kept as they are given, and checked by `over` once it is.
+
+    A job has a field `sampling: Settings = Settings()`, which YAML and `sampling.guidance=2` fill like any section, and
+    calls `config.sampling.over(model.config.sampling)` as soon as the model's configuration is read.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+        self._place = _Place("")
+
+    @classmethod
+    def at(cls, place: _Place, values: Mapping[str, Any]) -> Settings:
+        """What stands at a place of a configuration, which the messages of `over` name."""
+        settings = cls(**values)
+        settings._place = place
+        return settings
+
+    def over(self, defaults: T, name: str = "") -> T:
+        """`defaults`, an instance of the model's own dataclass, with these fields replaced.
+
+        One number will do for a list. Raises ConfigError for a field that the dataclass does not have or a value that
+        it does not take; `name` is what the message calls settings that were made in Python.
+        """
+        kind: Any = type(defaults)
+        values = {key: _as_list(_hints(kind).get(key), value) for key, value in self._values.items()}
+        place = self._place if self._place.path else _Place("", name)
+        return typing.cast(T, _build(kind, values, place, defaults))
+
+    def __getitem__(self, name: str) -> Any:
+        return _parsed(self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values))
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+
+
 # ------------------------------------------------------------------------------------------- internals
+
+
+def _as_list(annotation: Any, value: Any) -> Any:
+    """`value` as `_convert` takes it: text may hold a list (`1,2`), and one number may stand where a list is meant."""
+    if typing.get_origin(annotation) is tuple and not isinstance(value, list | tuple | _Raw):
+        return _Raw(value) if isinstance(value, str) else [value]
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    """`value` with all overrides in it read as YAML."""
+    if isinstance(value, Mapping):
+        return {key: _parsed(item) for key, item in value.items()}
+    return value.parsed() if isinstance(value, _Raw) else value
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -200,7 +262,7 @@ class _Place:
     def error(self, text: str, value: Any = None) -> ConfigError:
         """The error for `value`, which names the command line where that is what gave it."""
         source = "command line" if _is_override(value) else self.source
-        return ConfigError(f"{source}: {self.path}: {text}" if self.path else f"{source}: {text}")
+        return ConfigError(": ".join(part for part in (source, self.path, text) if part))
 
     def refuse(self, value: Any, expected: str) -> ConfigError:
         return self.error(f"given {_show(value)}, must be {expected}", value)
@@ -270,6 +332,11 @@ def _convert(annotation: Any, value: Any, place: _Place, default: Any) -> Any:
         return _build(annotation, value, place, default if isinstance(default, annotation) else None)
     if origin is tuple:
         return _convert_tuple(annotation, value, place)
+    if annotation is Settings:
+        given = value.parsed() if isinstance(value, _Raw) else value
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise place.refuse(value, _expected(annotation))
+        return given if isinstance(given, Settings) else Settings.at(place, given)
     converted = _scalar(annotation, value)
     if converted is _REFUSED:
         raise place.refuse(value, _expected(annotation))
@@ -360,6 +427,8 @@ def _finite(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return {name: _plain(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)
     if isinstance(value, list | tuple):
@@ -420,6 +489,7 @@ def _expected(annotation: Any, python: bool = False) -> str:
         return "a section with the fields " + ", ".join(_hints(annotation))
     path = "a pathlib.Path" if python else "a path"
     words_by_type = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: path}
+    words_by_type[Settings] = "a Settings" if python else "a section with the model's own fields"
     return words_by_type.get(annotation, "any value")
 
 

@@ -300,3 +300,85 @@ def test_types_that_cannot_be_loaded_are_a_mistake_of_ours() -> None:
 def test_an_override_below_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'shape\.width=3': 'shape' is 5, not a section"):
         build("shape=5", "shape.width=3")
+
+
+# ---------------------------------------------------------------- settings of a model that is not known yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    guidance: PositiveFloat = 1.5
+    """How much."""
+    steps: tuple[PositiveInt, ...] = (40,)
+    solver: Literal["euler", "adams"] = "euler"
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        if self.steps == ():
+            raise ValueError("steps: give one number at least")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Draws."""
+
+    sampling: config.Settings = config.Settings()
+    """How."""
+
+    def __post_init__(self) -> None:
+        config.check(self)
+
+
+OWN = Sampling(guidance=3.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([], OWN),
+        (["sampling.guidance=2"], Sampling(guidance=2.0)),
+        (["sampling={guidance: 1e-1, solver: adams}"], Sampling(guidance=0.1, solver="adams")),
+        (["sampling.steps=3"], Sampling(guidance=3.0, steps=(3,))),
+        (["sampling.steps=3,4"], Sampling(guidance=3.0, steps=(3, 4))),
+        (["sampling.steps=[3, 4]"], Sampling(guidance=3.0, steps=(3, 4))),
+    ],
+)
+def test_settings_are_laid_over_those_of_the_model(given, found):
+    job = config.load(Sampler, None, given)
+    assert job.sampling.over(OWN) == found
+    again = config.from_dict(Sampler, config.to_dict(job))  # as a run folder's config.yaml keeps them
+    assert again == job
+    assert again.sampling.over(OWN) == found
+    assert hash(again) == hash(job)
+
+
+def test_settings_can_be_made_in_python():
+    assert config.Settings(steps=3).over(OWN) == Sampling(guidance=3.0, steps=(3,))
+    assert Sampler(sampling=config.Settings(guidance=2)) == config.load(Sampler, None, ["sampling.guidance=2"])
+    with pytest.raises(ConfigError, match="sampling: given .*, must be a Settings"):
+        Sampler(sampling={"guidance": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("sampling.guidance=-1", "command line: sampling.guidance: given -1, must be a number above 0"),
+        ("sampling.guidence=2", "command line: sampling has no field 'guidence'; did you mean 'guidance'? It has: gui"),
+        ("sampling.steps=[]", "config: sampling: steps: give one number at least"),
+        ("sampling.solver=heun", "sampling.solver: given 'heun', must be one of 'euler', 'adams'"),
+    ],
+)
+def test_a_setting_that_the_model_does_not_take_is_named(given, message):
+    job = config.load(Sampler, None, [given])
+    with pytest.raises(ConfigError) as error:
+        job.sampling.over(OWN)
+    assert message.removeprefix("config: ") in str(error.value)
+    name = given.partition("=")[0].removeprefix("sampling.")
+    with pytest.raises(ConfigError, match="sampling"):
+        config.Settings(**{name: -1}).over(OWN, "sampling")
+
+
+@pytest.mark.parametrize("given", ["sampling=3", "sampling=null"])
+def test_settings_are_a_section(given):
+    with pytest.raises(ConfigError, match="sampling: given .*must be a section with the model's own fields"):
+        config.load(Sampler, None, [given])
