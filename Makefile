@@ -1,5 +1,6 @@
 # make quickstart   train a tokenizer and a generator, sample, score; writes outputs/quickstart/index.html
-# make test         the test suite, with coverage
+# make test         the test suite, with coverage, on all cores; options of pytest: make test ARGS='-n 0 -k resume'
+# make slow         the tests that take minutes: what users install, in every place, and the accuracy of the judges
 # make lint         ruff and mypy
 # Each creates .venv and installs imgtok into it first, again only when pyproject.toml has changed.
 # Needs python3 (3.11 or newer; another one with PYTHON=...) and a package index.
@@ -7,9 +8,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-CODE := imgtok generators train sample tests
+CODE := imgtok generators train sample tests benchmarks
+PARALLEL := -n auto --dist loadfile
 
-.PHONY: venv quickstart test lint clean
+.PHONY: venv quickstart test slow lint clean
 
 venv: $(INSTALLED)
 
@@ -23,7 +25,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/imgtok quickstart $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'slow and not gpu and not network' $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)
