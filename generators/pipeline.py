@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ class DecodeSettings:
     num_tokens: int | None = None
     steps: int | None = None
     guidance: float | None = None
+
+    def over(self, own: Any) -> Any:
+        """A decoder's own settings with those given here in their place. Raises ValueError for one it does not have."""
+        given = {name: getattr(self, name) for name in ("steps", "guidance") if getattr(self, name) is not None}
+        for name in given:
+            if not hasattr(own, name):
+                raise ValueError(f"decode_{name}: this decoder has no such setting; leave it out")
+        return replace(own, **given)
 
 
 class Asked(NamedTuple):
@@ -240,8 +248,7 @@ class TokenPipeline(Pipeline):
                 tokens.truncate(total if count is None else count),
                 seed=asked.seed,
                 indices=padded,
-                steps=asked.decode.steps,
-                guidance=asked.decode.guidance,
+                decoding=asked.decode.over(self.tokenizer.config.decoding),
             )
             images[count] = to_uint8(decoded[: len(indices)]).cpu()
         return images

@@ -121,7 +121,7 @@ def reconstruct(
         noise_of = [indices[row] for row in padded]
         for count in counts:
             decoded = tokenizer.decode(
-                tokens.truncate(count), seed=seed, indices=noise_of, steps=decode.steps, guidance=decode.guidance
+                tokens.truncate(count), seed=seed, indices=noise_of, decoding=decode.over(tokenizer.config.decoding)
             )
             blocks[count].append(pictures.to_uint8(decoded[: len(rows)]).cpu())
     return {count: torch.cat(parts) for count, parts in blocks.items()}

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from imgtok import hub
 from imgtok.config import ConfigError
-from imgtok.tokenizers.flextok import FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig, diffusers_config
 
 # ---------------------------------------------------------------- what a description may say
@@ -610,9 +610,7 @@ def _config(numbers: Mapping[str, Any], vae: VAEConfig) -> FlexTokConfig:
         times=TIMES[numbers["logit_normal"], numbers["logit_normal"] and numbers["stratified"]],
         mode_scale=numbers["mode_scale"],
         posterior="sample" if numbers["sample_posterior"] else "mean",
-        decode_steps=25,
-        decode_guidance=7.5,
-        projected_guidance=True,
+        decoding=FlexTokDecoding(steps=25, guidance=7.5, projected_guidance=True),
     )
 
 

@@ -1,15 +1,19 @@
-"""What every tokenizer is to the programs: losses to train by, `encode` to tokens, `decode` to images.
+"""What every tokenizer and autoencoder is to the programs.
 
-A new tokenizer derives from `Tokenizer`; training, caching, sampling and evaluation then take it as it is.
+A `Tokenizer` has losses to train by, `encode` to tokens and `decode` to images. An `Autoencoder` has continuous latents
+in place of tokens. Training, caching, sampling and evaluation take any class that derives from one of the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from imgtok.config import check
 from imgtok.flow import OnStep
 from imgtok.hub import Pretrained
 from imgtok.tokenizers.tokens import Tokens
@@ -22,8 +26,52 @@ class Losses(NamedTuple):
     parts: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How much an image may cost: at most `num_tokens` tokens, and as few as keep its error within `tolerance`."""
+
+    num_tokens: int
+    """The most tokens of an image; at least 1."""
+    tolerance: float | None = None
+    """The error that is allowed, for tokenizers that choose the number of tokens by it; None where nothing is asked."""
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"a rate has at least 1 token, given {self.num_tokens}")
+        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"the tolerance of a rate is a number from 0 on, given {self.tolerance}")
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        """The rate that `str` writes as "16" or "256@0.05". Raises ValueError for any other text."""
+        count, at, tolerance = text.strip().partition("@")
+        try:
+            return cls(int(count), float(tolerance) if at else None)
+        except ValueError as error:
+            raise ValueError(
+                f"rates: {text!r} is not a number of tokens such as 16, or one with a tolerance such as 256@0.05"
+            ) from error
+
+    def __str__(self) -> str:
+        return str(self.num_tokens) if self.tolerance is None else f"{self.num_tokens}@{self.tolerance:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDecoding:
+    """The settings of a decoder that has none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 class Tokenizer(nn.Module, Pretrained):
-    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`."""
+    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`.
+
+    `config.decoding` is an instance of `decoding_class`: the settings that `decode` uses unless it is given others.
+    """
+
+    decoding_class: ClassVar[type] = NoDecoding
+    """The frozen dataclass of the decoder's settings."""
 
     @property
     def image_size(self) -> int:
@@ -45,9 +93,36 @@ class Tokenizer(nn.Module, Pretrained):
         """Radices of the digits that make a token id, least significant first; empty if ids have no digits."""
         return ()
 
-    def encode(self, images: Tensor, *, num_tokens: int | None = None) -> Tokens:
-        """The first `num_tokens` tokens of each image, all by default."""
+    @property
+    def num_slots(self) -> int | None:
+        """Slots that a token can come from, `Tokens.slots` in [0, num_slots); None if token k comes from slot k."""
+        return None
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether every image has exactly as many tokens as the rate allows, `num_tokens` by default."""
+        return True
+
+    def rates(self) -> list[Rate]:
+        """The rates that reports show, the cheapest first; one of all tokens where nothing can be chosen."""
+        return [Rate(self.num_tokens)]
+
+    def check_rate(self, rate: Rate) -> None:
+        """Raises ValueError for a rate at which this tokenizer does not encode: by default any but those of `rates`."""
+        if rate not in self.rates():
+            known = ", ".join(map(str, self.rates()))
+            raise ValueError(f"rates: this tokenizer does not have the rate {rate}; it has {known}")
+
+    def encode(self, images: Tensor, *, rate: Rate | None = None) -> Tokens:
+        """The tokens of each image at a rate; the default is all of them.
+
+        Raises ValueError for a rate that the tokenizer does not have.
+        """
         raise NotImplementedError
+
+    def encode_at(self, images: Tensor, rates: Sequence[Rate]) -> list[Tokens]:
+        """The tokens at several rates; a tokenizer whose rates are prefixes of each other encodes once."""
+        return [self.encode(images, rate=rate) for rate in rates]
 
     def decode(
         self,
@@ -55,12 +130,69 @@ class Tokenizer(nn.Module, Pretrained):
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
+        decoding: object | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Images of tokens; what is random in row b depends on (seed, indices[b]) alone."""
+        """Images (B, 3, H, W) in [-1, 1]; what is random in row b depends on (seed, indices[b]) alone, 0.. by default.
+
+        `decoding` is an instance of `decoding_class`, `config.decoding` by default.
+        """
         raise NotImplementedError
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Tensor,
+        rate: Rate | None = None,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: object | None = None,
+    ) -> Tensor:
+        """What is left of images (B, 3, H, W) after encoding them at a rate and decoding them again."""
+        return self.decode(self.encode(images, rate=rate), seed=seed, indices=indices, decoding=decoding)
+
+
+class Autoencoder(nn.Module, Pretrained):
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) of about unit deviation, continuous numbers.
+
+    `config` has `factor` f, `latent_channels` C, and `decoding`, an instance of `decoding_class`.
+    """
+
+    decoding_class: ClassVar[type] = NoDecoding
+    """The frozen dataclass of the decoder's settings."""
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The latents; where the encoder gives a distribution its mean, or with standard-normal `noise` a sample."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: object | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Images in about [-1, 1], not clamped; the other arguments are those of `Tokenizer.decode`."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the latents, apart from their scale."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Tensor,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: object | None = None,
+    ) -> Tensor:
+        """What is left of images (B, 3, H, W) after encoding and decoding them, clamped to [-1, 1]."""
+        return self.decode(self.encode(images), seed=seed, indices=indices, decoding=decoding).clamp(-1, 1)
 
 
 def powers_of_two(count: int) -> list[int]:

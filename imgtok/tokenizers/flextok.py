@@ -31,7 +31,7 @@ from imgtok.layers.patches import patchify, unpatchify
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.layers.recompute import call_block
 from imgtok.quantizers.fsq import FSQ
-from imgtok.tokenizers.base import Losses, Tokenizer, powers_of_two
+from imgtok.tokenizers.base import Losses, Rate, Tokenizer, powers_of_two
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
@@ -57,6 +57,23 @@ class TrunkConfig:
     @property
     def mlp_hidden(self) -> int:
         return 2 * (4 * self.width) // 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexTokDecoding:
+    """How the flow decoder turns tokens into an image."""
+
+    steps: PositiveInt = 25
+    """Steps of the flow, one call of the decoder each (two under guidance)."""
+    guidance: PositiveFloat = 1.0
+    """Guidance scale; 1 is none."""
+    solver: Literal["euler", "adams"] = "euler"
+    """Euler as published, or two-step Adams-Bashforth."""
+    projected_guidance: bool = True
+    """Guide by adaptive projected guidance rather than plain classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +122,8 @@ class FlexTokConfig:
     initialisation: Literal["published", "aligned"] = "published"
     """"aligned" lets information flow from the first step: each register starts out looking at one patch, that patch
     at it, gates are open, codes use their levels. For runs of minutes; needs learned positions."""
-    decode_steps: PositiveInt = 25
-    """Steps of `decode` unless it is told otherwise, one call of the decoder each (two under guidance)."""
-    decode_guidance: PositiveFloat = 1.0
-    """Guidance scale of `decode` unless it is told otherwise; 1 is none."""
-    decode_solver: Literal["euler", "adams"] = "euler"
-    """Solver of `decode` unless it is told otherwise: Euler as published, or two-step Adams-Bashforth."""
-    projected_guidance: bool = True
-    """Guide by adaptive projected guidance rather than plain classifier-free guidance."""
+    decoding: FlexTokDecoding = FlexTokDecoding()
+    """How `decode` works unless it is told otherwise."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -470,6 +481,7 @@ class FlexTok(Tokenizer):
     """The whole tokenizer. Calling it gives the training losses; see `encode` and `decode` for its use."""
 
     config_class: ClassVar[type] = FlexTokConfig
+    decoding_class: ClassVar[type] = FlexTokDecoding
 
     def __init__(self, config: FlexTokConfig) -> None:
         super().__init__()
@@ -497,6 +509,17 @@ class FlexTok(Tokenizer):
     def levels(self) -> tuple[int, ...]:
         levels: tuple[int, ...] = self.config.levels
         return levels
+
+    def rates(self) -> list[Rate]:
+        """The powers of two up to all tokens, which nested dropout trains for; any other number will do as well."""
+        return [Rate(count) for count in powers_of_two(self.num_tokens)]
+
+    def check_rate(self, rate: Rate) -> None:
+        """Raises ValueError for a tolerance, which this tokenizer does not know, and for a number outside 1..K."""
+        if rate.tolerance is not None or rate.num_tokens > self.num_tokens:
+            raise ValueError(
+                f"rates: this tokenizer has 1 to {self.num_tokens} tokens an image and no tolerance, given {rate}"
+            )
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -667,16 +690,21 @@ class FlexTok(Tokenizer):
         self,
         images: Tensor | Sequence[Tensor],
         *,
+        rate: Rate | None = None,
         num_tokens: int | Sequence[int] | None = None,
         posterior_seed: int | None = None,
     ) -> Tokens:
-        """Images (B, 3, H, W) in [-1, 1] -> their first `num_tokens` tokens, a number each or for all (all by default).
+        """Images (B, 3, H, W) in [-1, 1] -> their first tokens: as many as `rate` says, or `num_tokens`, a number each
+        or one for all; all by default.
 
         A sequence of (3, H, W) images may hold several sizes, up to `image_size` a side. With `posterior_seed` the
         autoencoder's posterior is sampled, image b with the noise of (seed, b), instead of its mean taken. Raises
         ValueError for pixels that are not finite, a size that does not divide into patches or is larger than the
         position table, and a number of tokens outside 1..K.
         """
+        if rate is not None:
+            self.check_rate(rate)
+            num_tokens = rate.num_tokens
         counts = self._token_counts(num_tokens, len(images))
         if isinstance(images, Tensor):
             latents = self._latents(images, range(len(images)), posterior_seed)
@@ -687,6 +715,13 @@ class FlexTok(Tokenizer):
             latents = self._latents(torch.stack([images[row] for row in rows]), rows, posterior_seed)
             ids[rows] = self.encode_latents(latents, num_tokens=max(counts)).ids
         return Tokens(ids, torch.tensor(counts, device=ids.device)).padded()
+
+    def encode_at(self, images: Tensor, rates: Sequence[Rate]) -> list[Tokens]:
+        """Encodes once, for the longest: the tokens at a lower rate are the first ones of it."""
+        for rate in rates:
+            self.check_rate(rate)
+        tokens = self.encode(images, rate=max(rates, key=lambda rate: rate.num_tokens))
+        return [tokens.truncate(rate.num_tokens) for rate in rates]
 
     def _latents(self, images: Tensor, rows: Sequence[int], seed: int | None) -> Tensor:
         """`to_latents` of the images `rows` of a batch, with the posterior's noise of `seed` unless that is None."""
@@ -729,6 +764,7 @@ class FlexTok(Tokenizer):
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        decoding: object | None = None,
         steps: int | None = None,
         guidance: flow.Guidance | None = None,
         solver: Literal["euler", "adams"] | None = None,
@@ -738,14 +774,16 @@ class FlexTok(Tokenizer):
         """Tokens, rows of any length 1..K -> images (B, 3, H, W) in [-1, 1].
 
         Row b starts from the noise of (`seed`, `indices[b]`), 0.. by default, and nothing else, so an image does not
-        depend on its batch. `guidance` is a scale, or a function of the time from 1 (noise) to 0. `size` is (height,
-        width) in pixels, `image_size` by default. `on_step(step, latents, guess)` follows the flow: `to_images(guess)`
-        is what the model expects the image to become.
+        depend on its batch. `decoding` is a `FlexTokDecoding`, that of the configuration by default; `steps`,
+        `guidance` and `solver` take the place of what it says, and `guidance` may then be a function of the time from
+        1 (noise) to 0. `size` is (height, width) in pixels, `image_size` by default. `on_step(step, latents, guess)`
+        follows the flow: `to_images(guess)` is what the model expects the image to become.
         """
         latents = self.decode_latents(
             tokens,
             seed=seed,
             indices=indices,
+            decoding=decoding,
             steps=steps,
             guidance=guidance,
             solver=solver,
@@ -762,6 +800,7 @@ class FlexTok(Tokenizer):
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        decoding: object | None = None,
         steps: int | None = None,
         guidance: flow.Guidance | None = None,
         solver: Literal["euler", "adams"] | None = None,
@@ -771,16 +810,27 @@ class FlexTok(Tokenizer):
         """`decode` up to the latents (B, C, H, W)."""
         self._check_tokens(tokens, indices)
         device = self.decoder.null_vector.device
-        times = flow.step_times(self.config.decode_steps if steps is None else steps)
+        settings = self._settings(decoding)
+        times = flow.step_times(settings.steps if steps is None else steps)
         shape = self._latent_shape(size)
         noise = randomness.normal(seed, range(len(tokens)) if indices is None else indices, shape, "flextok").to(device)
         codes = self.quantizer.ids_to_codes(tokens.padded().ids.to(device))
         condition = self.decoder.collapsed_condition(codes, tokens.lengths.to(device))
         velocity = self._guided_velocity(
-            condition, times, self.config.decode_guidance if guidance is None else guidance
+            condition,
+            times,
+            settings.guidance if guidance is None else guidance,
+            projected=settings.projected_guidance,
         )
-        solve = {"euler": flow.euler, "adams": flow.adams}[solver or self.config.decode_solver]
+        solve = {"euler": flow.euler, "adams": flow.adams}[solver or settings.solver]
         return solve(velocity, noise, len(times), on_step)
+
+    def _settings(self, decoding: object | None) -> FlexTokDecoding:
+        """Those given, or those of the configuration. Raises TypeError for the settings of another tokenizer."""
+        settings = self.config.decoding if decoding is None else decoding
+        if not isinstance(settings, FlexTokDecoding):
+            raise TypeError(f"decoding: a FlexTok takes a FlexTokDecoding, not a {type(settings).__name__}")
+        return settings
 
     def _check_tokens(self, tokens: Tokens, indices: Sequence[int] | None) -> None:
         columns, lengths = tokens.ids.shape[1], tokens.lengths
@@ -805,12 +855,14 @@ class FlexTok(Tokenizer):
                 )
         return (self.config.latent_channels, height // self.config.factor, width // self.config.factor)
 
-    def _guided_velocity(self, condition: Condition, times: Sequence[float], guidance: flow.Guidance) -> flow.Velocity:
+    def _guided_velocity(
+        self, condition: Condition, times: Sequence[float], guidance: flow.Guidance, *, projected: bool
+    ) -> flow.Velocity:
         """The decoder as a function of (x, t), t one of `times`, guided against the null condition unless by 1."""
         modulations = self.decoder.modulations(torch.tensor(times, device=condition.registers.device))
         rows = {t: row for row, t in enumerate(times)}
         null = self.decoder.null_condition(len(condition.registers))
-        apg = flow.AdaptiveProjectedGuidance() if self.config.projected_guidance else None
+        apg = flow.AdaptiveProjectedGuidance() if projected else None
         combine = apg or flow.classifier_free_guidance
 
         def guided(x: Tensor, t: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Token sequences of different lengths in one batch: what every tokenizer returns and accepts.
 
-A file of them holds only what is meant: the rows one after the other, 16 bits a token where the ids allow it, and the
-lengths (`Tokens.save`, `Tokens.load`).
+A file of them holds only what is meant: the rows one after the other, 16 bits a token where the ids allow it, the
+lengths, and the slots where there are any (`Tokens.save`, `Tokens.load`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,49 @@ from imgtok.files import replacing
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` (B, K) int64, of which the first `lengths[b]` of row b are meant; the rest is padding."""
+    """`ids` (B, K) int64, of which the first `lengths[b]` of row b are meant; the rest is padding.
+
+    `slots` (B, K) int64 says which of the tokenizer's slots each id came from, increasing along a row; None means that
+    column k is slot k.
+    """
 
     ids: Tensor
     lengths: Tensor
+    slots: Tensor | None = None
 
     @classmethod
     def full(cls, ids: Tensor) -> Tokens:
         """Rows that use every column."""
         return cls(ids, torch.full((ids.shape[0],), ids.shape[1], dtype=torch.long, device=ids.device))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The rows of several batches, padded to the longest; either all of them have slots or none does."""
+        columns = max(part.ids.shape[1] for part in parts)
+        slots = [_widen(part.slots, columns) for part in parts if part.slots is not None]
+        if slots and len(slots) < len(parts):
+            raise ValueError(f"cat: {len(slots)} of {len(parts)} batches of tokens have slots")
+        ids, lengths = [_widen(part.ids, columns) for part in parts], [part.lengths for part in parts]
+        return cls(torch.cat(ids), torch.cat(lengths), torch.cat(slots) if slots else None)
+
+    @property
+    def mask(self) -> Tensor:
+        """True where an id is meant, False for padding; (B, K)."""
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return columns < self.lengths.to(self.ids.device)[:, None]
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Tokens:
+        """Some of the rows, in the given order."""
+        chosen = rows if isinstance(rows, slice | Tensor) else list(rows)
+        return Tokens(self.ids[chosen], self.lengths[chosen], None if self.slots is None else self.slots[chosen])
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same on another device."""
+        ids, lengths = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.lengths))
+        return Tokens(ids, lengths, None if self.slots is None else self.slots.to(device, non_blocking=True))
 
     def truncate(self, num_tokens: int | Sequence[int]) -> Tokens:
         """Keeps at most the first `num_tokens` of each row (at least 1), a number each or one for all."""
@@ -39,23 +73,32 @@ class Tokens:
         if counts and not min(counts) >= 1:
             raise ValueError(f"a sequence keeps at least 1 token, not {min(counts)}")
         lengths = torch.minimum(self.lengths, torch.tensor(counts, device=self.lengths.device))
-        return Tokens(self.ids[:, : max(counts, default=0)], lengths)
+        most = max(counts, default=0)
+        return Tokens(self.ids[:, :most], lengths, None if self.slots is None else self.slots[:, :most])
 
     def padded(self) -> Tokens:
         """The same with zeros for padding."""
-        behind = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.lengths.to(self.ids.device)[:, None]
-        return Tokens(self.ids.masked_fill(behind, 0), self.lengths)
+        padding = ~self.mask
+        slots = None if self.slots is None else self.slots.masked_fill(padding, 0)
+        return Tokens(self.ids.masked_fill(padding, 0), self.lengths, slots)
 
     def save(self, path: Path | str) -> None:
-        """Writes a safetensors file: ids (sum of lengths,) in 16 bits if they fit, else 32, and lengths (B,)."""
-        meant = torch.arange(self.ids.shape[1]) < self.lengths.cpu()[:, None]
-        ids = self.ids.cpu()[meant].numpy()
-        if ids.size and ids.min() < 0:
-            raise ValueError(f"token ids are not negative, got {ids.min()}")
-        narrow = ids.astype(np.uint16 if ids.size == 0 or ids.max() < 1 << 16 else np.uint32)
-        arrays = {"ids": narrow, "lengths": self.lengths.cpu().numpy().astype(np.int32)}
+        """Writes a safetensors file: ids (sum of lengths,), lengths (B,), and slots (sum of lengths,) if there are any.
+
+        Ids and slots take 16 bits if they fit, else 32.
+        """
+        arrays = {"lengths": self.lengths.cpu().numpy().astype(np.int32)} | self.packed()
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(arrays, {"imgtok": "tokens"}))
+
+    def packed(self) -> dict[str, np.ndarray]:
+        """`ids`, and `slots` if there are any, without padding: the rows one after the other, 16 or 32 bits a number.
+
+        Raises ValueError for negative ones.
+        """
+        meant = self.mask.cpu()
+        arrays = {"ids": self.ids} | ({} if self.slots is None else {"slots": self.slots})
+        return {name: _narrow(name, tensor.cpu()[meant].numpy()) for name, tensor in arrays.items()}
 
     @classmethod
     def load(cls, path: Path | str) -> Tokens:
@@ -65,14 +108,37 @@ class Tokens:
                 if (file.metadata() or {}).get("imgtok") != "tokens":
                     raise ValueError(f"{path}: not a file of tokens (Tokens.save writes one)")
                 ids, lengths = (file.get_tensor(name) for name in ("ids", "lengths"))
+                slots = file.get_tensor("slots") if "slots" in set(file.keys()) else None
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole file of tokens ({error}); copy it again") from error
-        if lengths.sum() != ids.size or (lengths.size and lengths.min() < 1):
+        packed = [ids] if slots is None else [ids, slots]
+        if any(lengths.sum() != array.size for array in packed) or (lengths.size and lengths.min() < 1):
             raise ValueError(f"{path}: {ids.size} tokens in {lengths.size} rows of other lengths; copy it again")
-        columns = int(lengths.max()) if lengths.size else 0
-        rows = np.zeros((lengths.size, columns), dtype=np.int64)
-        rows[np.arange(columns) < lengths[:, None]] = ids
-        return cls(torch.from_numpy(rows), torch.from_numpy(lengths.astype(np.int64)))
+        return cls.unpacked(ids, lengths, slots)
 
-    def __len__(self) -> int:
-        return self.ids.shape[0]
+    @classmethod
+    def unpacked(
+        cls, ids: np.ndarray, lengths: np.ndarray, slots: np.ndarray | None = None, columns: int | None = None
+    ) -> Tokens:
+        """Rows of `columns`, by default as many as the longest has, from what `packed` gave and the lengths (B,)."""
+        most = int(lengths.max(initial=0)) if columns is None else columns
+        rows = [_spread(array, lengths, most) for array in (ids, slots) if array is not None]
+        return cls(rows[0], torch.from_numpy(lengths.astype(np.int64)), None if slots is None else rows[1])
+
+
+def _spread(packed: np.ndarray, lengths: np.ndarray, columns: int) -> Tensor:
+    """(B, columns) int64, zeros for padding."""
+    rows = np.zeros((lengths.size, columns), dtype=np.int64)
+    rows[np.arange(columns) < lengths[:, None]] = packed
+    return torch.from_numpy(rows)
+
+
+def _widen(rows: Tensor, columns: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, columns - rows.shape[1]))
+
+
+def _narrow(name: str, array: np.ndarray) -> np.ndarray:
+    """In 16 bits if they fit, else in 32."""
+    if array.size and array.min() < 0:
+        raise ValueError(f"token {name} are not negative, got {array.min()}")
+    return array.astype(np.uint16 if array.size == 0 or array.max() < 1 << 16 else np.uint32)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
-from imgtok.hub import LONE_FILES, Pretrained, find_folder, load, read_json, read_safetensors
+from imgtok.flow import OnStep
+from imgtok.hub import LONE_FILES, find_folder, load, read_json, read_safetensors
+from imgtok.tokenizers.base import Autoencoder, NoDecoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,11 @@ class VAEConfig:
         """Pixels a side of one latent cell."""
         return 2 ** (len(self.block_channels) - 1)
 
+    @property
+    def decoding(self) -> NoDecoding:
+        """Settings of the decoder, which has none."""
+        return NoDecoding()
+
 
 class Reconstruction(NamedTuple):
     """What training compares: decoded `images` (B, 3, H, W), and the `kl` of the latents, a scalar."""
@@ -65,7 +72,7 @@ class Reconstruction(NamedTuple):
     kl: Tensor
 
 
-class VAE(nn.Module, Pretrained):
+class VAE(Autoencoder):
     """`AutoencoderKL` with the suite's scaling."""
 
     config_class: ClassVar[type] = VAEConfig
@@ -101,8 +108,16 @@ class VAE(nn.Module, Pretrained):
         """Scaled latents: the posterior's mean, or with standard-normal `noise` a sample of it."""
         return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in about [-1, 1], not clamped."""
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: object | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Images in about [-1, 1], not clamped. The decoder draws nothing and has no settings: only `latents` count."""
         return self.autoencoder.decode(latents / self.config.scaling_factor).sample
 
     def fingerprint(self) -> str:

@@ -28,7 +28,6 @@ from imgtok.randomness import permutation
 from imgtok.runtime import cpu_threads
 from imgtok.sample.reconstruct import reconstruct, token_counts
 from imgtok.tokenizers.base import Tokenizer
-from imgtok.tokenizers.vae import VAE
 
 Versions = Mapping[int | None, ScoredBatch]
 
@@ -48,16 +47,14 @@ class Procedure:
     """How many tokens each has."""
     crop: str | None = None
     """How originals are brought to the size that is scored."""
-    decode_steps: int | None = None
-    """Flow steps of the decoder."""
-    decode_guidance: float | None = None
-    """Guidance scale of the decoder."""
+    decoding: Any = None
+    """The settings of the decoder."""
     sampling: SamplingConfig | FlowSampling | None = None
     """How tokens or latents were drawn."""
     precision: str | None = None
     """Arithmetic of generator and decoder."""
     tokenizer: Any = None
-    """The tokenizer's configuration: solver, kind of guidance and what else it decodes by."""
+    """The tokenizer's configuration."""
     generator: Any = None
     """The generator's configuration."""
 
@@ -135,8 +132,7 @@ class GeneratorSource:
         self.procedure = Procedure(
             images="samples of a generator, classes in turn",
             tokens=None if known is None else _counts_in_words(tuple(counts) or (known,)),
-            decode_steps=steps_of(pipeline.tokenizer, decode),
-            decode_guidance=guidance_of(pipeline.tokenizer, decode),
+            decoding=decode.over(pipeline.tokenizer.config.decoding),
             sampling=sampling,
             precision=pipeline.precision,
             tokenizer=pipeline.tokenizer.config,
@@ -187,8 +183,7 @@ class ReconstructionSource:
             originals="the same images, cropped",
             tokens=_counts_in_words(self._counts),
             crop=NO_CROP if rendered else CROP,
-            decode_steps=steps_of(tokenizer, decode),
-            decode_guidance=guidance_of(tokenizer, decode),
+            decoding=decode.over(tokenizer.config.decoding),
             tokenizer=tokenizer.config,
         )
 
@@ -221,18 +216,6 @@ def check_num(num: int | None, available: int, where: str) -> int:
     if num is not None and num > available:
         raise ValueError(f"num is {num}, but {where} holds {available} images")
     return num or available
-
-
-def steps_of(tokenizer: Tokenizer | VAE, decode: DecodeSettings) -> int | None:
-    """The decoder's flow steps: those asked for, else the tokenizer's own; None for one that takes no steps."""
-    own: int | None = getattr(tokenizer.config, "decode_steps", None)
-    return own if decode.steps is None else decode.steps
-
-
-def guidance_of(tokenizer: Tokenizer | VAE, decode: DecodeSettings) -> float | None:
-    """The decoder's guidance scale, likewise."""
-    own: float | None = getattr(tokenizer.config, "decode_guidance", None)
-    return own if decode.guidance is None else decode.guidance
 
 
 def _counts_in_words(counts: Sequence[int]) -> str:

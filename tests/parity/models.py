@@ -16,7 +16,7 @@ from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.published import xar as published_xar
 from imgtok.generators.xar import XAR, XARConfig
 from imgtok.published.flextok import Place, as_ours, places
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 
 # As imgtok.published.flextok.NAMES and FUSED: ours -> published.
@@ -79,7 +79,7 @@ def flextok(case: Case, *, projected_guidance: bool = True) -> FlexTok:
         num_registers=about["registers"],
         levels=tuple(about["levels"]),
         max_timestep=about["time_embedding"]["max_timestep"],
-        projected_guidance=projected_guidance,
+        decoding=FlexTokDecoding(projected_guidance=projected_guidance),
         **trunks,
     )
     model = FlexTok(config).eval()

@@ -21,7 +21,7 @@ from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok.generators.pipeline import ROWS, DecodeSettings, Pipeline
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.sample.images import Config, main
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def generator(tmp_path_factory) -> Path:
     tokenizer = FlexTok(
         FlexTokConfig(
             image_size=32, vae=vae, patch_size=2, num_registers=8, levels=(8, 5, 5), encoder=trunk, decoder=trunk,
-            decode_steps=2,
+            decoding=FlexTokDecoding(steps=2),
         )
     )  # fmt: skip
     model = GPT(

@@ -19,7 +19,7 @@ from imgtok.pictures import to_uint8
 from imgtok.sample.reconstruct import Config, main, spread_indices
 from imgtok.sample.reconstruct import reconstruct as reconstruct_images
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 
 DATA = ShapesConfig(num_images=400)
 TRUNK = TrunkConfig(width=64, depth=1, head_dim=32)
@@ -30,7 +30,13 @@ def tokenizer(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = FlexTok(
         FlexTokConfig(
-            image_size=16, patch_size=4, num_registers=6, levels=(8, 5, 5), encoder=TRUNK, decoder=TRUNK, decode_steps=2
+            image_size=16,
+            patch_size=4,
+            num_registers=6,
+            levels=(8, 5, 5),
+            encoder=TRUNK,
+            decoder=TRUNK,
+            decoding=FlexTokDecoding(steps=2),
         )
     )
     with torch.no_grad():

@@ -26,7 +26,7 @@ from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_text
 from imgtok.train.failure import tensors_of
@@ -166,7 +166,13 @@ def trained(t5, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     tokenizer = FlexTok(
         FlexTokConfig(
-            image_size=16, patch_size=4, num_registers=4, levels=(4, 4), encoder=trunk, decoder=trunk, decode_steps=2
+            image_size=16,
+            patch_size=4,
+            num_registers=4,
+            levels=(4, 4),
+            encoder=trunk,
+            decoder=trunk,
+            decoding=FlexTokDecoding(steps=2),
         )
     )
     for parameter in tokenizer.parameters():

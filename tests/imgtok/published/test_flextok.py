@@ -25,7 +25,7 @@ from imgtok.config import ConfigError
 from imgtok.published import flextok as published
 from imgtok.published.flextok_config import DESCRIPTION, our_config, read_numbers, write_config
 from imgtok.tokenizers.base import Tokenizer
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import OLD_ATTENTION, VAE, VAEConfig
 
 TINY = FlexTokConfig(
@@ -39,7 +39,7 @@ TINY = FlexTokConfig(
     nested_dropout="uniform",
     null_dropout=0.2,
     mode_scale=0.5,
-    decode_guidance=7.5,
+    decoding=FlexTokDecoding(guidance=7.5),
 )
 
 
@@ -510,7 +510,9 @@ def read(data: dict[str, Any], folder: Path) -> FlexTokConfig:
 def test_a_released_description_is_its_size(size, depths, tmp_path):
     config = read(released(*depths), tmp_path)
     vae = VAEConfig(latent_channels=16, scaling_factor=0.5)
-    assert config == replace(published.sized_config(size, vae), posterior="sample", decode_guidance=7.5)
+    assert config == replace(
+        published.sized_config(size, vae), posterior="sample", decoding=FlexTokDecoding(guidance=7.5)
+    )
     assert read(write_config(config), tmp_path) == config
     assert write_config(config)["vae"]["hf_hub_path"] is None  # needs no folder beside it
 

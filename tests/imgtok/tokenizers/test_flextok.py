@@ -14,6 +14,7 @@ from imgtok.tokenizers.flextok import (
     Condition,
     FlexTok,
     FlexTokConfig,
+    FlexTokDecoding,
     TrunkConfig,
     powers_of_two,
     prefix_causal_mask,
@@ -29,7 +30,7 @@ TINY = FlexTokConfig(
     levels=(4, 3, 2),
     encoder=TRUNK,
     decoder=TRUNK,
-    decode_steps=3,
+    decoding=FlexTokDecoding(steps=3),
     positions="learned",
     initialisation="aligned",
 )
@@ -272,7 +273,7 @@ def test_guidance_changes_the_image_and_follows_the_configuration(model):
     plain = model.decode(tokens)
     assert torch.equal(plain, model.decode(tokens, guidance=1.0))
     projected = model.decode(tokens, guidance=4.0)
-    unprojected_model = build(projected_guidance=False, decode_guidance=4.0)
+    unprojected_model = build(decoding=FlexTokDecoding(steps=3, projected_guidance=False, guidance=4.0))
     unprojected = unprojected_model.decode(tokens)
     assert not torch.allclose(plain, projected)
     assert not torch.allclose(plain, unprojected)
@@ -280,7 +281,7 @@ def test_guidance_changes_the_image_and_follows_the_configuration(model):
 
 
 def test_plain_guidance_is_that_of_two_separate_passes():
-    model = build(projected_guidance=False)
+    model = build(decoding=FlexTokDecoding(steps=3, projected_guidance=False))
     tokens = model.encode(images(2)).truncate(3)
     registers = model.decoder.condition(model.quantizer.ids_to_codes(tokens.ids), tokens.lengths)
     null = model.decoder.condition(
@@ -289,7 +290,7 @@ def test_plain_guidance_is_that_of_two_separate_passes():
     x = torch.randn(2, 3, 8, 8, generator=generator())
     with torch.no_grad():
         cond, uncond = (model.decoder(x, torch.tensor([0.4]), r) for r in (registers, null))
-        guided = model._guided_velocity(Condition(registers), [0.4], 2.5)(x, 0.4)
+        guided = model._guided_velocity(Condition(registers), [0.4], 2.5, projected=False)(x, 0.4)
     torch.testing.assert_close(guided, uncond + 2.5 * (cond - uncond), atol=1e-5, rtol=1e-5)
 
 
@@ -420,7 +421,9 @@ def test_the_second_order_solver_is_closer_to_the_limit(model):
     limit = model.decode(tokens, steps=200)
     euler, adams = ((model.decode(tokens, steps=8, solver=s) - limit).abs().mean() for s in ("euler", "adams"))
     assert adams < euler / 2
-    assert torch.equal(model.decode(tokens, solver="adams"), build(decode_solver="adams").decode(tokens))
+    assert torch.equal(
+        model.decode(tokens, solver="adams"), build(decoding=FlexTokDecoding(steps=3, solver="adams")).decode(tokens)
+    )
 
 
 def test_the_guess_becomes_the_image(model):

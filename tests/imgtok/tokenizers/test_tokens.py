@@ -69,3 +69,32 @@ def test_files_of_something_else(tmp_path):
         Tokens.load(tmp_path / "cut")
     with pytest.raises(ValueError, match="not negative, got -1"):
         Tokens.full(torch.tensor([[-1]])).save(tmp_path / "bad")
+
+
+def slotted() -> Tokens:
+    ids = torch.tensor([[5, 70000, 1], [3, 9, 9]])
+    return Tokens(ids, torch.tensor([3, 1]), torch.tensor([[0, 2, 7], [4, 9, 9]]))
+
+
+def test_slots_go_along_with_their_ids(tmp_path):
+    tokens = slotted()
+    assert tokens.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert tokens.padded().slots.tolist() == [[0, 2, 7], [4, 0, 0]]
+    assert tokens.truncate(2).slots.tolist() == [[0, 2], [4, 9]]
+    assert tokens[[1, 0]].slots.tolist() == [[4, 9, 9], [0, 2, 7]]
+    assert tokens[torch.tensor([1])].ids.tolist() == [[3, 9, 9]]
+    tokens.to("cpu").save(tmp_path / "tokens.safetensors")
+    again = Tokens.load(tmp_path / "tokens.safetensors")
+    for found, wanted in zip((again.ids, again.slots), (tokens.padded().ids, tokens.padded().slots), strict=True):
+        assert torch.equal(found, wanted)
+    assert again.lengths.tolist() == [3, 1]
+
+
+def test_batches_of_different_widths_become_one():
+    one, two = slotted(), slotted()[1:].truncate(1)
+    joined = Tokens.cat([one, two])
+    assert joined.ids.shape == joined.slots.shape == (3, 3)
+    assert joined.lengths.tolist() == [3, 1, 1]
+    assert joined.padded().ids.tolist() == [[5, 70000, 1], [3, 0, 0], [3, 0, 0]]
+    with pytest.raises(ValueError, match="cat: 1 of 2 batches of tokens have slots"):
+        Tokens.cat([one, Tokens.full(torch.zeros(1, 2, dtype=torch.long))])

@@ -35,7 +35,7 @@ from imgtok.shapes import classifier
 from imgtok.shapes.classifier import Recipe
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.vision import inception as features
 from imgtok.vision.inception import Features, cached_inception_weights
 
@@ -90,7 +90,13 @@ def samples(tmp_path):
 def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
     config = FlexTokConfig(
-        image_size=32, num_registers=4, patch_size=8, levels=(4, 4), encoder=TRUNK, decoder=TRUNK, decode_steps=2
+        image_size=32,
+        num_registers=4,
+        patch_size=8,
+        levels=(4, 4),
+        encoder=TRUNK,
+        decoder=TRUNK,
+        decoding=FlexTokDecoding(steps=2),
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = FlexTok(config)
@@ -438,14 +444,13 @@ def test_all_scores_of_reconstructions_in_one_job(tokenizer, judges, lpips, ince
 
 def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path):
     record = run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, metrics=("psnr",), decode_guidance=1.5)
-    assert record["protocol"].pop("tokenizer")["decode_solver"] == "euler"
+    assert record["protocol"].pop("tokenizer")["decoding"]["solver"] == "euler"
     assert record["protocol"] == {
         "images": "reconstructions of the held-out images of data (shapes, share 0.1), 12 of 32",
         "originals": "the same images, cropped",
         "tokens": "the first 1, 2, 4 tokens of the same sequence of each image",
         "crop": "none: rendered at this size",
-        "decode_steps": 2,
-        "decode_guidance": 1.5,
+        "decoding": {"steps": 2, "guidance": 1.5, "solver": "euler", "projected_guidance": True},
         "sampling": None,
         "precision": None,
         "generator": None,
