@@ -7,7 +7,7 @@ import torch
 
 from imgtok import flow, randomness
 from imgtok.config import ConfigError
-from imgtok.generators import xar
+from imgtok.generators import xar_fast
 from imgtok.generators.entities import Cells, Patches, Scales, Subsamples, WholeImage
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig, plan_entities, xar_size
 
@@ -57,7 +57,7 @@ def test_a_single_entity_is_the_plain_flow_model(solver):
     model, steps, scale = tiny(WholeImage()), 4, 2.5
     drawn = draw(model, FlowSampling(steps=(steps,), guidance=(scale,), solver=solver))
     noise = randomness.normal(1, [3, 7, 11], (steps, 16, 3), "entity 0").transpose(0, 1)
-    span = xar.Span.of(model.entities, 0, 1, model.lengths)
+    span = xar_fast.Span.of(model.entities, 0, 1, model.lengths)
 
     @torch.no_grad()
     def velocity(x, t):
@@ -94,8 +94,10 @@ def test_an_image_does_not_tell_which_classes_were_drawn_beside_it():
 def test_half_precision_in_the_network_alone(sampling, monkeypatch):
     """Cached equals uncached under autocast too; the cache is of that precision, solver and latents are float32."""
     kept = []
-    rows = xar.KVCache.rows
-    monkeypatch.setattr(xar.KVCache, "rows", lambda self, *a: kept.append(self.layers[0].keys.dtype) or rows(self, *a))
+    rows = xar_fast.KVCache.rows
+    monkeypatch.setattr(
+        xar_fast.KVCache, "rows", lambda self, *a: kept.append(self.layers[0].keys.dtype) or rows(self, *a)
+    )
     model = tiny()
     exact = draw(model, sampling)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -133,7 +135,7 @@ def test_null_rows_that_nothing_depends_on_are_not_computed(monkeypatch):
 def test_the_modulation_table_in_parts_is_the_table(monkeypatch):
     model, sampling = tiny(), SAMPLINGS["published"]
     whole = draw(model, sampling)
-    monkeypatch.setattr(xar, "MOST_NUMBERS", 1)  # one time at once
+    monkeypatch.setattr(xar_fast, "MOST_NUMBERS", 1)  # one time at once
     assert torch.allclose(draw(model, sampling), whole, atol=1e-6)
 
 
@@ -184,7 +186,7 @@ def test_entities_see_only_earlier_ones():
     model.config = replace(model.config, class_dropout=0.0)
     tokens = torch.randn(1, 16, 3)
     modulations = model.modulations(model.condition(torch.full((1, 4), 0.5), torch.zeros(1, 1, dtype=torch.long)))
-    span = xar.Span.of(model.entities, 0, 4, model.lengths)
+    span = xar_fast.Span.of(model.entities, 0, 4, model.lengths)
     model.eval()
     before = model.velocity(tokens, modulations, span)
     tokens[:, 8:12] += 1  # the third entity
@@ -199,7 +201,7 @@ def test_a_few_looks_and_one_mask_give_the_same(monkeypatch):
         return tiny()(latents, labels, generator=torch.Generator().manual_seed(0)).total
 
     looks = loss()
-    monkeypatch.setattr(xar, "MOST_LOOKS", 1)
+    monkeypatch.setattr(xar_fast, "MOST_LOOKS", 1)
     assert torch.allclose(looks, loss(), atol=1e-6)
 
 

@@ -10,7 +10,8 @@ import torch
 import imgtok
 from imgtok import flow, randomness
 from imgtok.generators.entities import Cells, Patches, Scales, WholeImage
-from imgtok.generators.xar import XAR, FlowSampling, Span, XARConfig
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.generators.xar_fast import Span
 from imgtok.layers.attention import CrossAttention
 from imgtok.text.captions import Captions
 

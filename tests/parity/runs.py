@@ -23,7 +23,8 @@ from imgtok.layers.attention import Look
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.published.flextok import as_published, places
 from imgtok.quantizers.fsq import FSQ
-from imgtok.tokenizers.flextok import FlexTok, crop_positions, prefix_causal_mask
+from imgtok.tokenizers.flextok import FlexTok, crop_positions
+from imgtok.tokenizers.flextok_fast import prefix_causal_mask
 from imgtok.tokenizers.tokens import Tokens
 
 Outputs = dict[str, Tensor]

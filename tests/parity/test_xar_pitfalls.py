@@ -21,7 +21,9 @@ from test_xar import TOLERANCE
 
 import imgtok.generators.xar as code
 from imgtok import flow
-from imgtok.generators.xar import BOTH, GEGLU, XAR, EntityPlan, ModulationTable, SamplingNetwork, Span
+from imgtok.generators import xar_fast
+from imgtok.generators.xar import GEGLU, XAR, EntityPlan
+from imgtok.generators.xar_fast import BOTH, ModulationTable, SamplingNetwork, Span
 from imgtok.layers.attention import Look
 from imgtok.layers.cache import KVCache
 from imgtok.layers.norms import rms_norm
@@ -314,7 +316,7 @@ def keeps_the_current(self, x, t, branches):
 def test_cache(monkeypatch, mistake):
     monkeypatch.setattr(EntityPlan, "guided", lambda self, t: True)  # both branches always, so that both fill alike
     monkeypatch.setattr(
-        code,
+        xar_fast,
         "KVCache",
         lambda layers, batch, heads, capacity, *rest: KVCache(layers, batch, heads, 3 * capacity, *rest),
     )

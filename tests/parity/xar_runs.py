@@ -9,11 +9,11 @@ import torch
 from cases import Case, draw
 from torch import Tensor
 
-import imgtok.generators.xar
 from imgtok import flow, randomness
 from imgtok.generators.entities import Entities, cells, scales, subsamples
 from imgtok.generators.published.xar import NAMES, as_published
-from imgtok.generators.xar import BOTH, XAR, EntityPlan, FlowSampling, SamplingNetwork, Span
+from imgtok.generators.xar import XAR, EntityPlan, FlowSampling
+from imgtok.generators.xar_fast import BOTH, SamplingNetwork, Span
 from imgtok.layers.positions import rotary_of, rotate
 from imgtok.published.flextok import places
 from imgtok.train.config import TrainingConfig
@@ -201,7 +201,7 @@ def sampling(model: XAR, case: Case, *, cached: bool = True) -> Outputs:
     )
     with (
         patch.object(randomness, "normal", stored),
-        patch.object(imgtok.generators.xar.SamplingNetwork, "_call", record),
+        patch.object(SamplingNetwork, "_call", record),
     ):
         latent = model.generate(labels, seed=0, indices=range(len(labels)), sampling=how, cached=cached)
     outputs = {"labels": labels, "latent": latent, "cells": by_entity(model.entities.cut(latent), model.entities)}

@@ -11,15 +11,14 @@ import imgtok
 from imgtok import flow
 from imgtok.layers.mup import noted_width
 from imgtok.tokenizers.flextok import (
-    Condition,
     FlexTok,
     FlexTokConfig,
     FlexTokDecoding,
     TrunkConfig,
     powers_of_two,
-    prefix_causal_mask,
     trunk_attention,
 )
+from imgtok.tokenizers.flextok_fast import Condition, prefix_causal_mask
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
 
