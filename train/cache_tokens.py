@@ -22,7 +22,8 @@ from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
 from imgtok.hub import find_folder, load
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.base import Tokenizer
+from imgtok.tokenizers.base import Rate, Tokenizer
+from imgtok.tokenizers.tokens import Tokens
 from imgtok.train.shards import write_missing
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ class Config:
     """Tokenize each crop a second time, mirrored; not for shapes."""
     crop_seed: NonNegativeInt = 0
     """Seed of random crops; a crop depends on it, on the image's index and on the crop's number alone."""
+    rate: str | None = None
+    """How much an image may cost: a number of tokens, such as 64, or for tokenizers that choose it by the error,
+    256@0.05; null takes the tokenizer's default."""
     batch_size: PositiveInt = 64
     """Crops encoded at once."""
     shard_size: PositiveInt = 8192
@@ -68,6 +72,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.rate is not None:
+            Rate.parse(self.rate)
         wanted = "mirrored" if self.mirrored else "crops"
         if isinstance(self.data, ShapesConfig) and (self.mirrored or self.crops != "center"):
             raise ValueError(
@@ -98,13 +104,19 @@ def main(config: Config) -> None:
     tokenizer = load(folder, expect=Tokenizer).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
     views = config.views
+    rate = None if config.rate is None else Rate.parse(config.rate)
+    if rate is not None:
+        tokenizer.check_rate(rate)
     info = TokenCacheInfo(
         fingerprint=fingerprint(folder),
         dataset=json.dumps(to_dict(config.data), sort_keys=True),
         split=config.split,
         image_size=tokenizer.image_size,
         vocab_size=tokenizer.vocab_size,
-        num_tokens=tokenizer.num_tokens,
+        num_tokens=tokenizer.num_tokens if rate is None else rate.num_tokens,
+        fixed_length=tokenizer.fixed_length,
+        num_slots=tokenizer.num_slots,
+        rate=None if rate is None else str(rate),
         num_classes=source.num_classes,
         num_images=len(source),
         shard_size=config.shard_size,
@@ -116,7 +128,7 @@ def main(config: Config) -> None:
     )
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     unreadable = UnreadableImages(len(source))
-    write = functools.partial(write_shard, config, tokenizer, source, writer, unreadable)
+    write = functools.partial(write_shard, config, tokenizer, rate, source, writer, unreadable)
     write_missing(writer, state, write, command="cache")
     logger.info("tokens of %d images, %d crop(s) each, in %s", len(source), views.count, config.out)
 
@@ -124,6 +136,7 @@ def main(config: Config) -> None:
 def write_shard(
     config: Config,
     tokenizer: Tokenizer,
+    rate: Rate | None,
     source: ImageSource,
     writer: TokenShardWriter,
     unreadable: UnreadableImages,
@@ -131,7 +144,8 @@ def write_shard(
     progress: tqdm,
 ) -> None:
     """Encodes one shard's images, every view of each, and writes it, if need be without any."""
-    ids: list[Tensor] = [torch.empty(0, writer.info.num_tokens, dtype=torch.int64)]
+    slots = None if tokenizer.num_slots is None else torch.empty(0, 1, dtype=torch.int64)
+    tokens = [Tokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), slots)]
     labels: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     indices: list[int] = []
     wanted, views = writer.info.shard_indices(shard), config.views
@@ -140,12 +154,12 @@ def write_shard(
         source, images_at_once, indices=wanted, num_workers=config.num_workers, unreadable=unreadable, views=views
     ):
         images = batch.images.to(next(tokenizer.parameters()).device)
-        ids += [tokenizer.encode(part).ids.cpu() for part in images.split(config.batch_size)]
+        tokens += [tokenizer.encode(part, rate=rate).to("cpu") for part in images.split(config.batch_size)]
         labels.append(batch.labels)
         indices.extend(batch.indices)
         progress.update(len(images) // views.count)
     numbers = [*range(views.count)] * (len(indices) // views.count)
-    writer.write(shard, torch.cat(ids), torch.cat(labels), indices, numbers)
+    writer.write(shard, Tokens.cat(tokens), torch.cat(labels), indices, numbers)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def filled_in(
     return replace(
         with_text_fields(model, captions),
         vocab_size=tokenizer.vocab_size,
-        num_tokens=tokens.ids.shape[1],
+        num_tokens=tokens.info.num_tokens,
         num_classes=max(tokens.num_classes, 1),
         levels=tokenizer.levels if config.share_digits else (),
     )
@@ -202,8 +202,7 @@ class GeneratorJob:
         )
 
     def loss(self, model: nn.Module, batch: TokenBatch, generator: torch.Generator) -> Losses:
-        condition = batch.labels if batch.captions is None else batch.captions
-        losses: Losses = model(batch.ids, condition, generator=generator)
+        losses: Losses = model(batch.content.ids, batch.condition, generator=generator)
         return losses
 
     def names(self, batch: TokenBatch) -> Sequence[str]:

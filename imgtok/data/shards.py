@@ -71,16 +71,10 @@ class CacheInfo:
                 data = json.loads((file.metadata() or {})["imgtok"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise cls.damaged(path, error) from error
-        data = cls.upgraded(data)
         if data.get("format") != cls.FORMAT or set(data) != {field.name for field in fields(cls)}:
             version = f"{cls.PREFIX} cache of format {data.get('format')}, this version reads format {cls.FORMAT}"
             raise DataError(f"{path}: {version}")
         return cls(**data)
-
-    @classmethod
-    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """The description in the words of this version, where an older one can be said in them."""
-        return data
 
     @classmethod
     def damaged(cls, path: Path, error: Exception) -> DataError:

@@ -1,7 +1,8 @@
 """Token caches: what a frozen tokenizer makes of a data set, kept for generator training.
 
-A folder of `tokens-00000-of-00008.safetensors` (see `imgtok.data.shards`), each with ids (n, L) in 16 or 32 bits,
-labels (n,), indices (n,) of the images, and views (n,): which crop of its image a row is. Every view is a row.
+A folder of `tokens-00000-of-00008.safetensors` (see `imgtok.data.shards`). In each are the ids of n rows one after the
+other, in 16 or 32 bits, and where the tokenizer has slots those of the ids; lengths (n,) of the rows, labels (n,),
+indices (n,) of the images, and views (n,): which crop of its image a row is. Every view is a row.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
 from imgtok.text.captions import Captions
+from imgtok.tokenizers.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,20 @@ class TokenCacheInfo(CacheInfo):
 
     PREFIX: ClassVar[str] = "token"
     COMMAND: ClassVar[str] = "imgtok cache"
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
 
     image_size: int
     """Pixels a side."""
     vocab_size: int
     """Token ids lie in [0, vocab_size)."""
     num_tokens: int
-    """Tokens of one image."""
+    """The most tokens of one image."""
+    fixed_length: bool = True
+    """Whether every image has that many."""
+    num_slots: int | None = None
+    """Slots that ids can come from; null where ids carry none."""
+    rate: str | None = None
+    """The rate that was encoded at; null for the tokenizer's default."""
     num_classes: int
     """Labels lie in [0, num_classes); 0 for data without labels."""
     crops: str = "center"
@@ -50,15 +58,8 @@ class TokenCacheInfo(CacheInfo):
     """Whether each crop is there a second time, mirrored."""
     crop_seed: int = 0
     """Seed of random crops."""
-    format: int = 2
+    format: int = 3
     """Version of this layout."""
-
-    @classmethod
-    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Format 1 knew the centre crop and its mirror image only."""
-        if data.get("format") != 1:
-            return data
-        return data | {"crops": "center", "num_crops": 1, "zoom": 1.0, "crop_seed": 0, "format": cls.FORMAT}
 
 
 def fingerprint(model_folder: Path) -> str:
@@ -89,23 +90,23 @@ class TokenShardWriter:
         return iter(self._pending)
 
     def write(
-        self, shard: int, ids: Tensor, labels: Tensor, indices: Sequence[int], views: Sequence[int] | None = None
+        self, shard: int, tokens: Tokens, labels: Tensor, indices: Sequence[int], views: Sequence[int] | None = None
     ) -> Path:
-        """Write one shard: ids (n, L), labels (n,), the n indices in the source, and which view each is (the first)."""
+        """Write one shard: tokens of n rows, labels (n,), the n indices in the source, and which view each is (the
+        first).
+
+        Raises ValueError for numbers of rows that differ, and for tokens that the cache's description excludes.
+        """
         info = self.info
         views = [0] * len(indices) if views is None else views
-        if (
-            ids.shape != (len(indices), info.num_tokens)
-            or labels.shape != (len(indices),)
-            or len(views) != len(indices)
-        ):
-            shapes = f"ids {tuple(ids.shape)}, labels {tuple(labels.shape)}, {len(views)} views"
-            raise ValueError(f"shard {shard}: {shapes} for {len(indices)} images of {info.num_tokens} tokens")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < info.vocab_size:
-            found = f"ids {int(ids.min())} to {int(ids.max())}"
-            raise ValueError(f"shard {shard}: {found} for a vocabulary of {info.vocab_size}")
-        arrays = {
-            "ids": ids.cpu().numpy().astype(np.uint16 if info.vocab_size <= 1 << 16 else np.int32),
+        if {len(tokens), len(labels), len(views)} != {len(indices)}:
+            found = f"{len(tokens)} rows of tokens, {len(labels)} labels, {len(views)} views"
+            raise ValueError(f"shard {shard}: {found} for {len(indices)} images")
+        tokens = tokens.to("cpu")
+        for problem in _problems(tokens, info):
+            raise ValueError(f"shard {shard}: {problem}")
+        arrays = tokens.packed() | {
+            "lengths": tokens.lengths.numpy().astype(np.int32),
             "labels": labels.cpu().numpy().astype(np.int32),
             "indices": np.asarray(indices, dtype=np.int64),
             "views": np.asarray(views, dtype=np.int32),
@@ -116,12 +117,36 @@ class TokenShardWriter:
         return path
 
 
+def _problems(tokens: Tokens, info: TokenCacheInfo) -> Iterator[str]:
+    """In words, what speaks against these tokens in such a cache."""
+    if not len(tokens):
+        return
+    shortest, longest = int(tokens.lengths.min()), int(tokens.lengths.max())
+    if shortest < 1 or longest > min(info.num_tokens, tokens.ids.shape[1]):
+        columns = f"{shortest} to {longest} tokens in {tokens.ids.shape[1]} columns"
+        yield f"rows of {columns}, where an image has 1 to {info.num_tokens}"
+        return
+    if info.fixed_length and shortest < info.num_tokens:
+        yield f"rows of {shortest} to {longest} tokens, where every image has {info.num_tokens}"
+    meant = tokens.ids[tokens.mask]
+    if not 0 <= int(meant.min()) <= int(meant.max()) < info.vocab_size:
+        yield f"ids {int(meant.min())} to {int(meant.max())} for a vocabulary of {info.vocab_size}"
+    if (tokens.slots is None) != (info.num_slots is None):
+        yield f"tokens {'without' if tokens.slots is None else 'with'} slots, of {info.num_slots} slots"
+    elif tokens.slots is not None and info.num_slots is not None:
+        slots = tokens.slots[tokens.mask]
+        falls = (tokens.slots[:, 1:] <= tokens.slots[:, :-1]) & tokens.mask[:, 1:]
+        if not 0 <= int(slots.min()) <= int(slots.max()) < info.num_slots or bool(falls.any()):
+            found = f"slots {int(slots.min())} to {int(slots.max())}"
+            yield f"{found}, which must increase within 0 to {info.num_slots - 1}"
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Token sequences that go through a generator together."""
 
-    ids: Tensor
-    """(B, L) int64."""
+    content: Tokens
+    """What the generator learns to draw: B rows, in as many columns as any row of the cache can have."""
     labels: Tensor
     """(B,) int64."""
     names: tuple[str, ...]
@@ -129,18 +154,23 @@ class TokenBatch:
     captions: Captions | None = None
     """Features of their captions, for a generator that reads text."""
 
+    @property
+    def condition(self) -> Tensor | Captions:
+        """What the generator draws them for: captions where there are any, else labels."""
+        return self.labels if self.captions is None else self.captions
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        ids, labels = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.labels))
-        return TokenBatch(ids, labels, self.names, self.captions.to(device) if self.captions is not None else None)
+        captions = None if self.captions is None else self.captions.to(device)
+        return TokenBatch(self.content.to(device), self.labels.to(device, non_blocking=True), self.names, captions)
 
 
 class TokenDataset:
-    """A whole cache in memory: ids (N, L) int32, labels (N,) int64, indices (N,) int64 of the images in
-    their source, views (N,) int32. Shards that an older imgtok wrote without views have 0 there.
+    """A whole cache in memory, ids and slots one after the other in 16 bits where they fit, else 32.
 
-    Raises FileNotFoundError when there is no cache or shards are missing, DataError when a shard is damaged
-    or the cache is of another tokenizer than `expect_fingerprint` names.
+    Beside them labels (N,) int64, indices (N,) int64 of the images in their source, and views (N,) int32. Raises
+    FileNotFoundError when there is no cache or shards are missing, DataError when a shard is damaged or the cache is of
+    another tokenizer than `expect_fingerprint` names.
     """
 
     def __init__(self, folder: Path, expect_fingerprint: str | None = None) -> None:
@@ -148,28 +178,43 @@ class TokenDataset:
         if expect_fingerprint not in (None, self.info.fingerprint):
             made, wanted = f"tokenizer {self.info.fingerprint}", f"tokenizer {expect_fingerprint}"
             raise DataError(f"{folder}: tokens of {made}, but {wanted} is asked for; run `imgtok cache` with that one")
-        shards = [_read_shard(path) for path in paths]
-        ids, labels, indices, views = (np.concatenate([shard[name] for shard in shards]) for name in _ARRAYS)
-        self.ids = torch.from_numpy(ids.astype(np.int32))
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.indices = torch.from_numpy(indices)
-        self.views = torch.from_numpy(views)
+        shards = [_read_shard(path, self.info) for path in paths]
+        arrays = {name: np.concatenate([shard.pop(name) for shard in shards]) for name in _names(self.info)}
+        self._ids, self._slots = arrays["ids"], arrays.get("slots")
+        self._lengths = arrays["lengths"]
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        self.labels = torch.from_numpy(arrays["labels"].astype(np.int64))
+        self.indices = torch.from_numpy(arrays["indices"])
+        self.views = torch.from_numpy(arrays["views"])
 
     @property
     def num_classes(self) -> int:
         return self.info.num_classes
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._lengths)
+
+    def tokens(self, rows: Sequence[int] | Tensor) -> Tokens:
+        """The given rows of the cache, zeros for padding, in `info.num_tokens` columns."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        spans = [slice(self._starts[row], self._starts[row + 1]) for row in chosen]
+        ids, slots = (
+            None if packed is None else np.concatenate([packed[span] for span in spans] or [packed[:0]])
+            for packed in (self._ids, self._slots)
+        )
+        assert ids is not None, "a cache has ids"
+        return Tokens.unpacked(ids, self._lengths[chosen], slots, columns=self.info.num_tokens)
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
-        """The given rows of the cache."""
+        """The given rows of the cache with their labels."""
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         names = tuple(f"{self.info.split}[{index}]" for index in self.indices[chosen].tolist())
-        return TokenBatch(self.ids[chosen].long(), self.labels[chosen], names)
+        return TokenBatch(self.tokens(rows), self.labels[chosen], names)
 
 
-_ARRAYS = ("ids", "labels", "indices", "views")
+def _names(info: TokenCacheInfo) -> tuple[str, ...]:
+    """The arrays of a shard."""
+    return ("ids", "lengths", "labels", "indices", "views", *(() if info.num_slots is None else ("slots",)))
 
 
 def read_info(path: Path) -> TokenCacheInfo:
@@ -177,11 +222,13 @@ def read_info(path: Path) -> TokenCacheInfo:
     return TokenCacheInfo.read(path)
 
 
-def _read_shard(path: Path) -> dict[str, np.ndarray]:
+def _read_shard(path: Path, info: TokenCacheInfo) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
-            found = set(file.keys())
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in found or name != "views"}
+            arrays = {name: file.get_tensor(name) for name in _names(info)}
     except SafetensorError as error:
         raise TokenCacheInfo.damaged(path, error) from error
-    return {"views": np.zeros(len(arrays["ids"]), np.int32)} | arrays
+    sizes = {"ids": len(arrays["ids"]), "slots": len(arrays.get("slots", arrays["ids"]))}
+    if set(sizes.values()) != {int(arrays["lengths"].sum())}:
+        raise TokenCacheInfo.damaged(path, ValueError(f"{sizes} for lengths of {int(arrays['lengths'].sum())}"))
+    return arrays

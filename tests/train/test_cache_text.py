@@ -209,7 +209,8 @@ def test_training_fills_in_the_text_and_learns(trained, t5):
 def test_each_caption_was_joined_to_its_image(trained):
     """The model finds an image's tokens likelier after its own caption than after the next image's."""
     model, tokens = imgtok.load(trained / "run/final"), TokenDataset(trained / "tokens")
-    text, indices, ids = CaptionDataset(trained / "text"), tokens.indices.tolist(), tokens.ids.long()
+    text, indices = CaptionDataset(trained / "text"), tokens.indices.tolist()
+    ids = tokens.tokens(range(len(tokens))).ids
     with torch.no_grad():
         logits = [model.logits(text.batch(rows), ids) for rows in (indices, indices[1:] + indices[:1])]
     own, other = (F.cross_entropy(these.flatten(0, 1), ids.flatten()) for these in logits)

@@ -15,6 +15,7 @@ from imgtok.data.latents import LatentCacheInfo, LatentDataset, LatentShardWrite
 from imgtok.data.loaders import latent_loader, token_loader
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter
+from imgtok.tokenizers.tokens import Tokens
 
 INFO = CaptionCacheInfo(
     fingerprint="0123456789abcdef", dataset="shapes", split="train", num_images=10, shard_size=4, encoder="t5", width=3,
@@ -42,7 +43,7 @@ def tokens(folder, indices=range(10), **changes) -> TokenDataset:
         num_images=10, shard_size=10,
     )  # fmt: skip
     rows = [index for index in indices for _ in range(2)]
-    ids = torch.tensor(rows)[:, None]
+    ids = Tokens.full(torch.tensor(rows)[:, None])
     TokenShardWriter(folder, replace(info, **changes)).write(
         0, ids, torch.zeros(len(rows)), rows, [0, 1] * len(indices)
     )
@@ -84,7 +85,7 @@ def test_tokens_meet_their_captions(tmp_path):
     captions, cached = CaptionDataset(tmp_path / "text"), tokens(tmp_path / "tokens")
     captions.check_matches(cached)
     for batch in itertools.islice(token_loader(cached, 4, seed=0, captions=captions), 5):
-        assert torch.equal(batch.captions.features[:, 0, 0].float(), batch.ids[:, 0].float())
+        assert torch.equal(batch.captions.features[:, 0, 0].float(), batch.content.ids[:, 0].float())
         assert batch.to("meta").captions.features.device.type == "meta"
     assert next(token_loader(cached, 4, seed=0)).captions is None
 
