@@ -70,6 +70,19 @@ def test_only_the_two_tables_name_upper_modules_as_strings() -> None:
     assert naming == LAZY_TABLES
 
 
+def test_no_module_is_imported_under_a_second_name() -> None:
+    """`import generators` works at the root of a checkout, and makes a second copy of every class in it."""
+    files = [path for folder in (*MAY_IMPORT, "tests", "benchmarks") for path in sources(folder)]
+    assert files
+    for path in files:
+        tops = {name.split(".")[0] for name in imported_modules(ast.parse(path.read_text(), str(path)))}
+        wrong = tops & (MAY_IMPORT.keys() - {"imgtok"})
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}: write imgtok.{min(wrong)}"
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]:
+        wrong = re.findall(r"^\s*(?:from|import) (?:generators|train|sample)\b.*", page.read_text(), re.M)
+        assert not wrong, f"{page.relative_to(ROOT)}: {wrong}"
+
+
 def test_the_check_sees_every_way_to_import() -> None:
     code = "import a.b\nfrom c.d import e\nfrom . import f\ndef g():\n    import h\n    import_module('i.j')\n"
     assert sorted(imported_modules(ast.parse(code))) == ["a.b", "c.d.e", "h", "i.j"]
