@@ -90,7 +90,7 @@ class Plan:
     @classmethod
     def make(cls, config: Config) -> Plan:
         """Raises FileNotFoundError without configuration files, ValueError for an override of no training."""
-        configs = config.configs or Path(__file__).parents[1] / "configs" / "quickstart"
+        configs = config.configs or Path(__file__).resolve().parents[1] / "configs" / "quickstart"
         if not (configs / "tokenizer.yaml").is_file():
             raise FileNotFoundError(
                 f"{configs} has no tokenizer.yaml: run from a checkout of imgtok, or give its folder: configs=FOLDER"

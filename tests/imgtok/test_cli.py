@@ -156,7 +156,7 @@ def test_a_job_runs_with_its_configuration(toy: Any) -> None:
     assert cli.main(["train", "toy", "runs/a", "--per-class", "4"]) == 0
     assert cli.main(["sing"]) == 0
     assert toy.ran == [Config(model=Path("runs/a"), per_class=4), Config()]
-    assert logging.getLogger("train").level == logging.INFO
+    assert logging.getLogger("imgtok").level == logging.INFO
 
 
 def test_help_of_a_job_lists_its_fields(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:

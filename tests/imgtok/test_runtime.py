@@ -11,7 +11,7 @@ from imgtok.runtime import peak_rss_mib
 
 
 def test_the_peak_stays_when_the_memory_is_given_back():
-    code = "from imgtok.memory import peak_rss_mib; b'1' * (200 << 20); print(peak_rss_mib())"
+    code = "from imgtok.runtime import peak_rss_mib; b'1' * (200 << 20); print(peak_rss_mib())"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 200 < float(done.stdout) < 2**16
 
