@@ -116,6 +116,30 @@ class Rows:
         return self.values[self.filled > 0]
 
 
+class Histogram:
+    """How often each whole number in [0, size) was seen."""
+
+    def __init__(self, size: int) -> None:
+        self.counts = torch.zeros(size, dtype=torch.int64)
+
+    def update(self, values: Tensor) -> None:
+        self.counts += torch.bincount(values.detach().cpu().flatten(), minlength=len(self.counts))
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self.counts = _add_up(self.counts, reducer)
+
+    @property
+    def use(self) -> float:
+        """Share of the numbers that were seen at all."""
+        return float((self.counts > 0).double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        """2 to the entropy in bits: of how many equally likely numbers the draws are as hard to guess."""
+        shares = self.counts.double() / self.counts.sum()
+        return float((-torch.xlogy(shares, shares).sum()).exp())
+
+
 def _add_up(tensor: Tensor, reducer: Reducer | None) -> Tensor:
     if reducer is None or reducer.num_processes == 1:
         return tensor

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from imgtok.metrics.accumulate import InceptionScore, Moments, Reducer, Rows
+from imgtok.metrics.accumulate import Histogram, InceptionScore, Moments, Reducer, Rows
 from imgtok.metrics.precision_recall import NEIGHBOURS, precision_recall
 from imgtok.metrics.reference import FeatureSums, Reference, Statistics
 from imgtok.pictures import from_uint8, to_uint8
@@ -22,6 +22,8 @@ from imgtok.shapes.classifier import Recipe, ShapesNet
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.oracle import class_readings
 from imgtok.shapes.world import COLOURS, VERSION, ShapesConfig
+from imgtok.tokenizers.base import Tokenizer
+from imgtok.tokenizers.tokens import Tokens
 from imgtok.vision.inception import FeatureExtractor
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class ScoredBatch:
     """Class that each image should show, (B,)."""
     originals: Tensor | None = None
     """What the images reconstruct."""
+    tokens: Tokens | None = None
+    """What the images were decoded from, where a tokenizer did it."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,60 @@ def _check_reference(metrics: Collection[str], reference: Reference | None) -> N
         raise ValueError(f"the reference {reference.name} has no spatial statistics (mu_s, sigma_s) for sfid")
     if reference is not None and "precision_recall" in needed and reference.features is None:
         raise ValueError(f"precision_recall needs the real images themselves; {reference.name} holds only statistics")
+
+
+class CodeScorer:
+    """What the images cost at a rate: tokens, bits, and how much of the codebook they use.
+
+    `bits` is `Tokenizer.bits`, the mean over the images. `codebook_use` is the share of the ids that occur in the
+    scored images, `codebook_perplexity` 2 to the entropy of the ids; neither is given for a vocabulary of more than
+    2^24, of which no set of images uses a share worth knowing.
+    """
+
+    KEYS = ("tokens", "bits", "codebook_use", "codebook_perplexity")
+    LARGEST = 1 << 24
+
+    def __init__(self, tokenizer: Tokenizer, num: int) -> None:
+        self._tokenizer, self._rows = tokenizer, Rows(num, 2)
+        self._ids = Histogram(tokenizer.vocab_size) if tokenizer.vocab_size <= self.LARGEST else None
+
+    def update(self, batch: ScoredBatch) -> None:
+        """Raises ValueError without tokens."""
+        if batch.tokens is None:
+            raise ValueError("these images were not decoded from tokens, whose number is asked for")
+        tokens = batch.tokens.to("cpu")
+        self._rows.update(batch.indices, torch.stack([tokens.lengths.double(), self._tokenizer.bits(tokens)], dim=1))
+        if self._ids is not None:
+            self._ids.update(tokens.ids[tokens.mask])
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self._rows.reduce(reducer)
+        if self._ids is not None:
+            self._ids.reduce(reducer)
+
+    def scores(self) -> list[Score]:
+        rows = self._rows.scored
+        size, ids = short(len(rows)), self._tokenizer.vocab_size
+        tokens, bits = rows.mean(dim=0).tolist()
+        scores = [
+            Score("tokens", f"tokens-{size}[mean an image]", tokens),
+            Score("bits", f"bits-{size}[mean an image, {self._formula()}]", bits),
+        ]
+        if self._ids is not None:
+            scores.append(Score("codebook_use", f"codebook_use-{size}[share of {ids} ids]", self._ids.use))
+            name = f"codebook_perplexity-{size}[2^entropy of the ids]"
+            scores.append(Score("codebook_perplexity", name, self._ids.perplexity))
+        return scores
+
+    def _formula(self) -> str:
+        """How bits are counted, see `Tokenizer.bits`."""
+        tokenizer = self._tokenizer
+        parts = [f"log2({tokenizer.vocab_size}) a token"]
+        if not tokenizer.fixed_length:
+            parts.append(f"log2({tokenizer.num_tokens}) for their number")
+        if tokenizer.num_slots is not None:
+            parts.append(f"log2({tokenizer.num_slots} over it) for their slots")
+        return " + ".join(parts)
 
 
 class ShapesDistance:

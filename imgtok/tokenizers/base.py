@@ -6,6 +6,7 @@ in place of tokens. Training, caching, sampling and evaluation take any class th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -123,6 +124,22 @@ class Tokenizer(nn.Module, Pretrained):
     def encode_at(self, images: Tensor, rates: Sequence[Rate]) -> list[Tokens]:
         """The tokens at several rates; a tokenizer whose rates are prefixes of each other encodes once."""
         return [self.encode(images, rate=rate) for rate in rates]
+
+    def bits(self, tokens: Tokens) -> Tensor:
+        """What each image costs when nothing is known of how often its tokens occur, (B,) float64.
+
+        k tokens of a vocabulary of V take k log2 V bits. An image with a number of tokens of its own takes log2 K more,
+        K = `num_tokens`, to say which; and where tokens name their slots, log2 of (S over k) to say which of the S.
+        """
+        lengths = tokens.lengths.double()
+        bits = lengths * math.log2(self.vocab_size)
+        if not self.fixed_length:
+            bits = bits + math.log2(self.num_tokens)
+        if self.num_slots is not None:
+            total = torch.full_like(lengths, self.num_slots)
+            choices = (total + 1).lgamma() - (lengths + 1).lgamma() - (total - lengths + 1).lgamma()
+            bits = bits + choices / math.log(2)
+        return bits
 
     def decode(
         self,

@@ -85,14 +85,14 @@ class Tokens:
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file: ids (sum of lengths,), lengths (B,), and slots (sum of lengths,) if there are any.
 
-        Ids and slots take 16 bits if they fit, else 32.
+        Ids and slots take 16, 32 or 64 bits, whatever they fit.
         """
         arrays = {"lengths": self.lengths.cpu().numpy().astype(np.int32)} | self.packed()
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(arrays, {"imgtok": "tokens"}))
 
     def packed(self) -> dict[str, np.ndarray]:
-        """`ids`, and `slots` if there are any, without padding: the rows one after the other, 16 or 32 bits a number.
+        """`ids`, and `slots` if there are any, without padding: the rows one after the other, in 16, 32 or 64 bits.
 
         Raises ValueError for negative ones.
         """
@@ -138,7 +138,8 @@ def _widen(rows: Tensor, columns: int) -> Tensor:
 
 
 def _narrow(name: str, array: np.ndarray) -> np.ndarray:
-    """In 16 bits if they fit, else in 32."""
+    """In 16 bits if they fit, in 32, or as they are."""
     if array.size and array.min() < 0:
         raise ValueError(f"token {name} are not negative, got {array.min()}")
-    return array.astype(np.uint16 if array.size == 0 or array.max() < 1 << 16 else np.uint32)
+    largest = array.max(initial=0)
+    return array.astype(np.uint16 if largest < 1 << 16 else np.uint32 if largest < 1 << 32 else np.int64)

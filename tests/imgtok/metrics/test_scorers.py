@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from toy import ToyTok, ToyTokConfig
 
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums
 from imgtok.metrics.scorers import (
+    CodeScorer,
     InceptionScorer,
     OracleScorer,
     OriginalsReference,
@@ -20,6 +24,8 @@ from imgtok.pictures import to_uint8
 from imgtok.shapes.classifier import ShapesNet
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig
+from imgtok.tokenizers.tokens import Tokens
 
 ALL = ("fid", "sfid", "is", "precision_recall")
 
@@ -246,3 +252,60 @@ def test_rfid_of_the_originals_themselves_is_zero_and_needs_them(extractor, rand
         feed(OriginalsReference(extractor, 20), images)
     with pytest.raises(ValueError, match="rfid compares with originals"):
         InceptionScorer(("rfid",), extractor, 20, None)
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@pytest.fixture
+def toytok() -> ToyTok:
+    return ToyTok(ToyTokConfig())
+
+
+def code_batches() -> list[ScoredBatch]:
+    """Four images with 1, 2, 3 and 2 tokens; padding is 15, an id that is never meant."""
+    ids = torch.tensor([[3, 15, 15], [3, 4, 15], [3, 4, 5], [3, 3, 15]])
+    lengths, slots = torch.tensor([1, 2, 3, 2]), torch.tensor([[0, 9, 9], [1, 4, 9], [0, 1, 2], [7, 15, 15]])
+    blank = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    tokens = Tokens(ids, lengths, slots)
+    return [ScoredBatch(rows, blank[rows], tokens=tokens[rows]) for rows in ([0, 2], [1], [3])]
+
+
+def test_tokens_bits_and_use_of_the_codebook(toytok):
+    """Ids 3, 4 and 5 are seen 5, 2 and 1 times of 8."""
+    scorer = CodeScorer(toytok, 4)
+    for batch in code_batches():
+        scorer.update(batch)
+    scorer.reduce(None)
+    slots = (math.log2(16) + 2 * math.log2(120) + math.log2(560)) / 4
+    entropy = -(5 / 8 * math.log2(5 / 8) + 2 / 8 * math.log2(2 / 8) + 1 / 8 * math.log2(1 / 8))
+    assert values(scorer) == pytest.approx(
+        {"tokens": 2.0, "bits": 2 * 4 + 4 + slots, "codebook_use": 3 / 16, "codebook_perplexity": 2**entropy}
+    )
+    assert [score.name for score in scorer.scores()] == [
+        "tokens-4[mean an image]",
+        "bits-4[mean an image, log2(16) a token + log2(16) for their number + log2(16 over it) for their slots]",
+        "codebook_use-4[share of 16 ids]",
+        "codebook_perplexity-4[2^entropy of the ids]",
+    ]
+
+
+def test_images_of_a_fixed_length_cost_their_tokens_alone():
+    config = FlexTokConfig(image_size=16, patch_size=4, num_registers=6, levels=(8, 5, 5))
+    with torch.device("meta"):
+        model = FlexTok(config)
+    scorer = CodeScorer(model, 1)
+    scorer.update(ScoredBatch([0], torch.zeros(1, 3, 16, 16), tokens=Tokens.full(torch.tensor([[7, 7, 9, 199]]))))
+    assert values(scorer) == pytest.approx(
+        {"tokens": 4, "bits": 4 * math.log2(200), "codebook_use": 3 / 200, "codebook_perplexity": 2**1.5}
+    )
+
+
+def test_a_vocabulary_beyond_counting_has_no_use(toytok, monkeypatch):
+    monkeypatch.setattr(CodeScorer, "LARGEST", 15)
+    scorer = CodeScorer(toytok, 4)
+    for batch in code_batches():
+        scorer.update(batch)
+    assert list(values(scorer)) == ["tokens", "bits"]
+    with pytest.raises(ValueError, match="not decoded from tokens"):
+        scorer.update(ScoredBatch([0], torch.zeros(1, 3, 16, 16)))
