@@ -15,23 +15,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import randomness
-from imgtok.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range, check
+from imgtok.config import Fraction, PositiveInt
+from imgtok.generators import decoding
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
-from imgtok.generators.sampling import draw, filter_logits, guide
+from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
-from imgtok.layers.cache import KVCache, LayerCache
+from imgtok.layers.cache import KVCache, LayerCache, Window
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.tokens import Tokens
+
+SamplingConfig = TokenSampling
+"""The name of before, until the jobs use the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class GPTConfig(ConditionConfig):
     """Dropout of embeddings, attention and feed-forward outputs."""
     attention_dropout: Fraction = 0.0
     """Dropout of attention weights."""
+    sampling: TokenSampling = TokenSampling()
+    """How `generate` draws unless it is told otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +87,11 @@ class GPTConfig(ConditionConfig):
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def prefix_length(self) -> int:
+        """Slots that the condition takes before the tokens."""
+        return 1
 
     @property
     def mlp_hidden(self) -> int:
@@ -104,23 +116,6 @@ def flextok_size(depth: int, *, text: bool = False) -> GPTConfig:
         condition="cross_attention" if text else "start_plus_class",
         attention_dropout=0.1,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How tokens are drawn."""
-
-    temperature: PositiveFloat = 1.0
-    """Divides the logits."""
-    top_k: NonNegativeInt = 0
-    """Keeps the k most likely tokens; 0 keeps all."""
-    top_p: Annotated[float, Range(0.0, 1.0, exclusive_low=True)] = 1.0
-    """Keeps the most likely tokens that together hold this probability."""
-    guidance: Annotated[float, Range(0.0, None)] = 1.5
-    """Classifier-free guidance scale of the logits; 1 is none."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 class Block(nn.Module):
@@ -149,12 +144,11 @@ class Block(nn.Module):
         caption: tuple[Tensor, Tensor] | None = None,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
-        """`table` holds the rotary rows of x's positions, `caption` this layer's keys and values of the captions; a
-        first call with a cache is the prefill.
+        """`table` holds the rotary rows of x's positions, (L, ...) or (R, 1, L, ...), and `caption` this layer's keys
+        and values of the captions.
         """
         turn = None if table is None else (lambda y: rotate(y, table))
-        causal = x.shape[1] > 1
-        x = x + self.attention(self.attention_norm(x), causal=causal, rotate=turn, cache=cache)
+        x = x + self.attention(self.attention_norm(x), causal=x.shape[1] > 1, rotate=turn, cache=cache)
         if self.cross_attention is not None and self.cross_norm is not None:
             assert caption is not None, "a model that reads text was called without captions"
             x = x + self.cross_attention(self.cross_norm(x), caption, mask=caption_mask)
@@ -237,12 +231,18 @@ class GPT(ConditionalGenerator):
 
     # ------------------------------------------------ one path for training and sampling
 
-    def hidden(self, condition: Condition | None, ids_BL: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[condition slot | tokens] -> normed states (B, L or L + 1, D); state i predicts token i.
+    def hidden(
+        self,
+        condition: Condition | None,
+        ids_BL: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """[condition slot | tokens] -> normed states (B, L or L + 1, D); the state at a token predicts the next.
 
-        Without `condition` the slot is already in the cache, and ids continue behind what it holds.
+        Without `condition` its slot is already in the cache, and the ids follow what each row holds, or stand at
+        `positions` (B, L), which count the slot.
         """
-        start = cache.length if cache is not None else 0
         memory = cache.memory if cache is not None else None
         if isinstance(condition, Captions):
             memory = self.read(condition)
@@ -253,15 +253,17 @@ class GPT(ConditionalGenerator):
             x = x + self.digit_embedding(ids_BL)
         if condition is not None:
             x = torch.cat([self.slot(condition)[:, None], x], dim=1)
-        stop = start + x.shape[1]
+        window = Window.first(x.shape[1]) if cache is None else cache.open(x.shape[1], positions)
         if self.config.positions == "learned":
-            x = x + self.positions[start:stop]
+            x = x + window.of(self.positions)
         x = self.dropout(x)
-        table = None if self.rotary is None else self.rotary[start:stop]
+        table = None if self.rotary is None else window.of(self.rotary)
+        if table is not None and window.positions is not None:
+            table = table[:, None]  # the same for all heads
         mask = memory.mask if memory is not None else None
+        layers = [None] * len(self.blocks) if cache is None else cache.layers(window)
         for index, block in enumerate(self.blocks):
-            layer_cache = cache.layers[index] if cache is not None else None
-            x = block(x, table, layer_cache, memory.layers[index] if memory is not None else None, mask)
+            x = block(x, table, layers[index], memory.layers[index] if memory is not None else None, mask)
         return self.norm(x)
 
     def read_out(self, states: Tensor) -> Tensor:
@@ -275,61 +277,65 @@ class GPT(ConditionalGenerator):
         """Logits (B, L, V) in float32 of all L tokens given the condition and the tokens before each."""
         return self.read_out(self.hidden(condition, ids_BL[:, :-1]))
 
-    def forward(self, ids: Tensor, condition: Condition, *, generator: torch.Generator) -> Losses:
-        """Mean cross-entropy of all tokens; ids (B, L), labels (B,) or captions, dropped at random."""
+    def forward(self, content: Tokens, condition: Condition, *, generator: torch.Generator) -> Losses:
+        """Mean cross-entropy of all tokens that are meant; labels (B,) or captions, dropped at random."""
+        ids = content.ids
         logits = self.logits(self._drop_some(condition, generator), ids)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        targets = ids.masked_fill(~content.mask, IGNORED)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return Losses(loss, {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])})
 
     # ------------------------------------------------ sampling
 
-    @torch.no_grad()
     def generate(
         self,
         condition: Condition,
         *,
         seed: int,
         indices: Sequence[int],
-        sampling: SamplingConfig | None = None,
+        sampling: TokenSampling | None = None,
         num_tokens: int | None = None,
+        on_step: Callable[[int], None] | None = None,
         cached: bool = True,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Ids (B, num_tokens) for labels (B,), -1 for no class, or captions; the first ids of a longer request are
+    ) -> Tokens:
+        """Tokens (B, num_tokens) for labels (B,), -1 for no class, or captions; the first of a longer request are
         those of a shorter one, and row b uses the uniforms of (`seed`, `indices[b]`) alone.
 
-        `cached=False` recomputes the whole prefix at each step: slow, kept as the oracle of the cache.
-        Raises ValueError for a condition that the model does not know or more tokens than it draws.
+        `on_step` is told how many tokens are drawn. `cached=False` recomputes the whole prefix at each step: slow, kept
+        as the oracle of the cache. Raises ValueError for a condition that the model does not know or more tokens than
+        it draws.
         """
-        sampling = sampling or SamplingConfig()
         count = self.config.num_tokens if num_tokens is None else num_tokens
         if not 1 <= count <= self.config.num_tokens:
             raise ValueError(f"num_tokens: this model draws 1 to {self.config.num_tokens} tokens, asked for {count}")
-        condition = self._checked(condition)
-        uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens")
-        guided = sampling.guidance != 1
-        streams = self.with_unconditional(condition) if guided else condition
-        ids = torch.empty(len(condition), 0, dtype=torch.long, device=self.head.weight.device)
-        cache = self._new_cache(len(streams), count) if cached else None
-        for step in range(count):
-            logits = self._next_logits(streams, ids.repeat(2, 1) if guided else ids, cache)
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = guide(conditional, unconditional, sampling.guidance)
-            logits = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-            ids = torch.cat([ids, draw(logits, uniforms[:, step])[:, None]], dim=1)
-            if on_token is not None:
-                on_token(step + 1)
-        return ids
+        uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens")[:, :count]
+        loop = decoding.cached if cached else decoding.plain
+        return loop(self, self._checked(condition), uniforms, sampling or self.config.sampling, on_step)
 
-    def _next_logits(self, condition: Condition, ids: Tensor, cache: KVCache | None) -> Tensor:
-        """Logits (B, V) in float32 of the token behind `ids`."""
-        if cache is None or cache.length == 0:
-            states = self.hidden(condition, ids, cache)
-        else:
-            states = self.hidden(None, ids[:, -1:], cache)
-        return self.read_out(states[:, -1])
+    def prefill(self, condition: Condition, cache: KVCache) -> Tensor:
+        """Logits (R, 1, V) of the first token; the condition goes into an empty cache."""
+        assert cache.length == 0, "a prefill wants an empty cache: truncate it to 0"
+        nothing = torch.empty(len(condition), 0, dtype=torch.long, device=self.device)
+        return self.read_out(self.hidden(condition, nothing, cache)[:, -1:])
 
-    def _new_cache(self, batch: int, capacity: int) -> KVCache:
+    def step(self, ids_RL: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
+        """Logits (R, L, V) of the token after each of `ids_RL`, which follow what each row of the cache holds.
+
+        With `positions` (R, L), those of the ids in the cache, prefix included, shapes depend on L alone: what
+        torch.compile and CUDA graphs need. See `KVCache.open`.
+        """
+        return self.read_out(self.hidden(None, ids_RL, cache, positions))
+
+    def new_cache(self, rows: int, num_tokens: int) -> KVCache:
+        """An empty cache for the drawing of `num_tokens` tokens, the last of which never enters."""
         config = self.config
-        return KVCache(config.depth, batch, config.num_heads, capacity, config.head_dim, self.head.weight)
+        capacity = config.prefix_length + num_tokens - 1
+        return KVCache(config.depth, rows, config.num_heads, capacity, config.head_dim, self.head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+
+IGNORED = -100
+"""A target that counts for nothing in the loss."""

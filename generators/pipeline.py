@@ -26,7 +26,6 @@ from imgtok.runtime import cpu_threads
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
 from imgtok.tokenizers.base import Tokenizer
-from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAE
 
 ROWS = 16
@@ -235,14 +234,14 @@ class TokenPipeline(Pipeline):
     def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
         assert isinstance(asked.sampling, SamplingConfig), "see `choose`"
         padded, total = self._padded(indices), self.generator.config.num_tokens
-        ids = self.generator.generate(
+        tokens = self.generator.generate(
             self.condition(self._padded(labels)),
             seed=asked.seed,
             indices=padded,
             sampling=asked.sampling,
             num_tokens=max(total if count is None else count for count in asked.counts),
         )
-        tokens, images = Tokens.full(ids), {}
+        images = {}
         for count in asked.counts:
             decoded = self.tokenizer.decode(
                 tokens.truncate(total if count is None else count),

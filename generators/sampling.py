@@ -1,17 +1,65 @@
-"""From logits to token ids: the usual filters, and draws by inverse CDF from explicit uniforms.
+"""From logits to token ids: one law that every decoder shares, and draws from it by inverse CDF with given uniforms.
 
 One uniform per (sample, step) decides a token, so a sample depends on its own seed and index and
-not on who shares its batch, and two samplers fed the same uniforms can be compared token by token.
+not on who shares its batch, and two decoders fed the same uniforms can be compared token by token.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from imgtok.config import NonNegativeFloat, NonNegativeInt, Range, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSampling:
+    """How tokens are drawn."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Divides the logits; at 0 the most likely token is taken."""
+    top_k: NonNegativeInt = 0
+    """Keeps the k most likely tokens; 0 keeps all."""
+    top_p: Annotated[float, Range(0.0, 1.0, exclusive_low=True)] = 1.0
+    """Keeps the most likely tokens that together hold this probability."""
+    guidance: Annotated[float, Range(0.0, None)] = 1.5
+    """Classifier-free guidance scale of the logits; 1 is none."""
+    forbidden: tuple[NonNegativeInt, ...] = ()
+    """A few ids that are never drawn."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def law(
+    logits: Tensor, sampling: TokenSampling, unconditional: Tensor | None = None, closed: Tensor | None = None
+) -> Tensor:
+    """Probabilities (..., V), float32, by which the next token is drawn given its logits (..., V).
+
+    In order: guidance away from the `unconditional` logits, if given; ids that are `closed` (boolean, broadcasts to
+    (..., V)) or forbidden; temperature, where 0 leaves the first of the largest; top-k; top-p; softmax. At least one
+    id must be open.
+    """
+    logits = logits.float()
+    if unconditional is not None:
+        logits = guide(logits, unconditional.float(), sampling.guidance)
+    if closed is not None:
+        logits = logits.masked_fill(closed, -torch.inf)
+    if sampling.forbidden:
+        logits = logits.clone()
+        for forbidden in sampling.forbidden:  # one by one: a list of ids would be copied to the device for every token
+            logits[..., forbidden] = -torch.inf
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    kept = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    return kept.softmax(dim=-1)
+
 
 def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Divides (B, V) logits by `temperature`, then sets all but the top k, then the nucleus p, to -inf.
+    """Divides (..., V) logits by `temperature`, then sets all but the top k, then the nucleus p, to -inf.
 
     top_k = 0 and top_p = 1 keep everything. Ties with the k-th logit are kept. The most likely token always stays.
     """
@@ -29,18 +77,18 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     return logits
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (B,) from (B, V) logits and (B,) uniforms in [0, 1), by inverse CDF in float64.
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids (...) from probabilities (..., V) and as many uniforms (...) in [0, 1), by inverse CDF in float64.
 
-    A token of probability zero is never drawn.
+    The probabilities need not add up to one exactly. A token of probability zero is never drawn.
     """
-    device = logits.device
+    device = probabilities.device
     if device.type == "mps":  # which has no float64
-        logits = logits.cpu()
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    thresholds = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+        probabilities = probabilities.cpu()
+    cumulative = probabilities.double().cumsum(dim=-1)
+    thresholds = uniforms.to(cumulative)[..., None] * cumulative[..., -1:]
     found = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
-    return found.clamp(max=logits.shape[-1] - 1).to(device)
+    return found.clamp(max=probabilities.shape[-1] - 1).to(device)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

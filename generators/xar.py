@@ -236,7 +236,6 @@ class XARBlock(nn.Module):
             looks=[span.last_look] if last_only else span.looks,
             rotate=lambda y: rotate(y, rotary),
             cache=cache,
-            keep=span.kept,
         )
         if last_only:
             x, span = x[:, span.last_look.queries], span.only_last()
@@ -347,7 +346,7 @@ class XAR(ConditionalGenerator):
         """
         places = slice(start, start + span.length)
         rotary, blocks = self.rotary[places], self.blocks
-        layers = [None] * len(blocks) if cache is None else cache.layers
+        layers = [None] * len(blocks) if cache is None else cache.layers(cache.open(span.length, causal=False))
         h = self.input_norm(self.input_proj(x) + self.first_positions[places])
         for index, block in enumerate(blocks):
             if index == self.config.depth:

@@ -38,13 +38,11 @@ class Span:
     """What they see, in the keys of the cache and of this call."""
     last_look: Look
     """What the last of them sees."""
-    kept: int | None
-    """Tokens that stay in the cache."""
     lengths: Tensor
     """`sizes` on the device."""
 
     @classmethod
-    def of(cls, entities: Entities, first: int, stop: int, lengths: Tensor, kept: int | None = None) -> Span:
+    def of(cls, entities: Entities, first: int, stop: int, lengths: Tensor) -> Span:
         """Entities `first` to `stop`, all that came before being in the cache; `lengths` are all entities' sizes.
 
         A look for each entity computes nothing that is masked; above `MOST_LOOKS` there is one for all, with a mask.
@@ -58,7 +56,7 @@ class Span:
             ]
         else:
             looks = [Look(slice(None), slice(None), entities.may_look()[start:end, :end].to(lengths.device))]
-        return cls(entities.sizes[first:stop], looks, last, kept, lengths[first:stop])
+        return cls(entities.sizes[first:stop], looks, last, lengths[first:stop])
 
     @property
     def length(self) -> int:
@@ -66,7 +64,7 @@ class Span:
 
     def only_last(self) -> Span:
         """The last entity alone, which still sees all."""
-        return Span(self.sizes[-1:], [self.last_look], self.last_look, self.kept, self.lengths[-1:])
+        return Span(self.sizes[-1:], [self.last_look], self.last_look, self.lengths[-1:])
 
     def apply(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
         """Base + x * factor, where x is (R, L, W) and the others are that or (R, N, W), one row an entity."""
@@ -137,17 +135,18 @@ class SamplingNetwork:
         cache = None
         if self.cache is not None:
             cache = self.cache.rows(rows, offsets[held])
-            self.held[branches.start : branches.stop] = [current] * len(branches)
         tokens = torch.cat([*new, x], dim=1).repeat(len(branches), 1, 1)
         v = self.model.velocity(
             tokens.to(self.model.readout.weight.dtype),
             self.modulations.of_span(len(new), t, rows),
-            Span.of(self.model.entities, held, current + 1, self.model.lengths, offsets[current] - offsets[held]),
+            Span.of(self.model.entities, held, current + 1, self.model.lengths),
             offsets[held],
             cache,
             last_only=True,
             memory=None if self.memory is None else self.memory.rows(rows),
         )
+        if self.cache is not None:  # with the view `cache` goes the current entity, which is not finished
+            self.held[branches.start : branches.stop] = [current] * len(branches)
         return v.float()
 
 

@@ -27,7 +27,6 @@ from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
 from imgtok.generators.xar import XAR, XARConfig
 from imgtok.hub import find_folder, load
 from imgtok.tokenizers.base import Losses, Tokenizer
-from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import load_vae
 from imgtok.train.captions import digest_with, open_captions, preview_condition, with_text_fields
 from imgtok.train.config import TrainingConfig
@@ -202,7 +201,7 @@ class GeneratorJob:
         )
 
     def loss(self, model: nn.Module, batch: TokenBatch, generator: torch.Generator) -> Losses:
-        losses: Losses = model(batch.content.ids, batch.condition, generator=generator)
+        losses: Losses = model(batch.content, batch.condition, generator=generator)
         return losses
 
     def names(self, batch: TokenBatch) -> Sequence[str]:
@@ -218,9 +217,9 @@ class GeneratorJob:
         indices = range(self.config.num_preview)
         classes, images = model.config.num_classes, self.tokens.indices
         condition = preview_condition(len(indices), classes, images, self.captions, device)
-        ids = model.generate(condition, seed=0, indices=indices, sampling=self.config.sampling)
+        tokens = model.generate(condition, seed=0, indices=indices, sampling=self.config.sampling)
         self.tokenizer.to(device)
-        drawn: Tensor = self.tokenizer.decode(Tokens.full(ids), seed=0, indices=indices)
+        drawn: Tensor = self.tokenizer.decode(tokens, seed=0, indices=indices)
         pictures.save_png(pictures.make_grid(drawn, columns=8), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -64,14 +64,13 @@ class Attention(nn.Module):
         causal: bool = False,
         rotate: Rotation | None = None,
         cache: LayerCache | None = None,
-        keep: int | None = None,
     ) -> Tensor:
         """`mask` is boolean (True = may look) or additive, and broadcasts to (B, H, L, S).
 
-        With `looks` in place of a mask, the output has their queries' positions, one look behind the other: parts that
-        do not see each other cost nothing, and what no look asks for is not computed. With a `cache`, keys and values
-        of earlier calls are prepended, and the new ones kept, or the first `keep` of them; looks count from the cache's
-        first key.
+        With `looks` in place of a mask, the output has their queries' positions, one look after the other: parts that
+        do not see each other cost nothing, and what no look asks for is not computed. With a `cache`, the new keys and
+        values join those of earlier calls; its window says what is seen of them, or else looks, which count from the
+        cache's first key.
         """
         qkv = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
         qk, v = qkv[:2], qkv[2]
@@ -81,7 +80,9 @@ class Attention(nn.Module):
             qk = rotate(qk)
         q, k = qk
         if cache is not None:
-            k, v = cache.append(k, v, keep)
+            assert mask is None, "what is seen of a cache is for its window to say"
+            k, v = cache.append(k, v)
+            mask, causal = cache.window.mask, cache.window.causal
         if looks:
             parts = [self._attend(q[:, :, a.queries], k[:, :, a.keys], v[:, :, a.keys], a.mask) for a in looks]
             out_BHLE = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

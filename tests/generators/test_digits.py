@@ -7,6 +7,7 @@ import torch
 
 from imgtok.generators.gpt import GPT, DigitRows, GPTConfig
 from imgtok.quantizers.fsq import FSQ
+from imgtok.tokenizers.tokens import Tokens
 
 
 def test_digits_are_those_of_the_quantizer():
@@ -32,7 +33,7 @@ def test_a_gradient_for_one_id_moves_its_neighbour():
     labels, ids = torch.tensor([0]), torch.full((1, 3), 4)
     before = model.logits(labels, ids).softmax(-1)[0, 0].detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(ids, labels, generator=torch.Generator()).total.backward()
+    model(Tokens.full(ids), labels, generator=torch.Generator()).total.backward()
     optimizer.step()
     change = model.logits(labels, ids).softmax(-1)[0, 0].detach() - before
     assert change[4] > 0

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import imgtok
+from imgtok.generators import decoding
 from imgtok.generators.gpt import (
     FLEXTOK_CLASS_DEPTHS,
     FLEXTOK_TEXT_DEPTHS,
     GPT,
     GPTConfig,
-    SamplingConfig,
     flextok_size,
 )
-from imgtok.layers.cache import KVCache
+from imgtok.generators.sampling import TokenSampling, law
+from imgtok.tokenizers.tokens import Tokens
 
 TINY = GPTConfig(vocab_size=24, num_tokens=9, num_classes=5, width=32, depth=2, num_heads=2, mlp_multiple=32)
 LLAMAGEN, FLEXTOK = {"positions": "rotary_2d"}, {"condition": "start_plus_class", "mlp_multiple": 1, "qk_norm": True}
@@ -34,6 +35,11 @@ def build(*, awake: bool = True, **changes) -> GPT:
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def ids_of(model: GPT, *args, **options) -> torch.Tensor:
+    """The ids that the model draws."""
+    return model.generate(*args, **options).ids
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -104,7 +110,9 @@ def test_the_defaults_are_those_of_models_saved_before_flextoks(tmp_path):
 def test_an_untrained_model_is_uniform():
     model = build(awake=False)
     ids = torch.randint(24, (3, 9), generator=generator())
-    assert model(ids, LABELS, generator=generator()).total.item() == pytest.approx(torch.tensor(24.0).log().item())
+    assert model(Tokens.full(ids), LABELS, generator=generator()).total.item() == pytest.approx(
+        torch.tensor(24.0).log().item()
+    )
 
 
 # ---------------------------------------------------------------- one path, causal, cached
@@ -132,11 +140,11 @@ def test_cached_states_equal_recomputed_ones(variant):
     ids = torch.randint(24, (3, 8), generator=generator())
     with torch.no_grad():
         whole = model.hidden(LABELS, ids)
-        cache = KVCache(2, 3, 2, 9, 16, like=whole)
+        cache = model.new_cache(3, 9)
         parts = [model.hidden(LABELS, ids[:, :0], cache)]
         parts += [model.hidden(None, ids[:, i : i + 1], cache) for i in range(8)]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
-        long_prefill = KVCache(2, 3, 2, 9, 16, like=whole)
+        long_prefill = model.new_cache(3, 9)
         model.hidden(LABELS, ids[:, :5], long_prefill)
         last = model.hidden(None, ids[:, 5:6], long_prefill)
         torch.testing.assert_close(last, whole[:, 6:7], atol=1e-5, rtol=1e-5)
@@ -148,16 +156,15 @@ def test_the_cache_changes_no_token(monkeypatch, variant, guidance):
     model = build(**variant)
     seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     ids = {}
-    next_logits = GPT._next_logits
     for cached in (True, False):
 
-        def record(self, *args, kind=cached):
-            seen[kind].append(next_logits(self, *args))
-            return seen[kind][-1]
+        def record(logits, *args, kind=cached):
+            seen[kind].append(logits)
+            return law(logits, *args)
 
-        monkeypatch.setattr(GPT, "_next_logits", record)
-        sampling = SamplingConfig(guidance=guidance, top_k=12, top_p=0.95, temperature=1.1)
-        ids[cached] = model.generate(LABELS, seed=1, indices=[5, 6, 7], sampling=sampling, cached=cached)
+        monkeypatch.setattr(decoding, "law", record)
+        sampling = TokenSampling(guidance=guidance, top_k=12, top_p=0.95, temperature=1.1)
+        ids[cached] = ids_of(model, LABELS, seed=1, indices=[5, 6, 7], sampling=sampling, cached=cached)
     assert torch.equal(ids[True], ids[False])
     assert len(seen[True]) == 9
     for with_cache, without in zip(seen[True], seen[False], strict=True):
@@ -167,7 +174,7 @@ def test_the_cache_changes_no_token(monkeypatch, variant, guidance):
 def test_generated_tokens_follow_the_training_path():
     """Greedy generation must be the arg-max of `logits`, which training uses, at every position."""
     model = build()
-    ids = model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0, top_k=1))
+    ids = ids_of(model, LABELS, seed=0, indices=range(3), sampling=TokenSampling(guidance=1.0, top_k=1))
     with torch.no_grad():
         assert torch.equal(model.logits(LABELS, ids).argmax(dim=-1), ids)
 
@@ -197,15 +204,17 @@ def test_no_class_knows_nothing_of_the_classes():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_minus_one_is_no_class(variant):
-    model, options = build(**variant), {"seed": 0, "indices": range(3), "sampling": SamplingConfig(guidance=1.0)}
-    none = model.generate(torch.full((3,), -1), **options)
-    assert torch.equal(none, model.generate(torch.full((3,), model.null_class), **options))
-    assert not torch.equal(none, model.generate(LABELS, **options))
+    model, options = build(**variant), {"seed": 0, "indices": range(3), "sampling": TokenSampling(guidance=1.0)}
+    none = ids_of(model, torch.full((3,), -1), **options)
+    assert torch.equal(none, ids_of(model, torch.full((3,), model.null_class), **options))
+    assert not torch.equal(none, ids_of(model, LABELS, **options))
 
 
 def test_everything_of_flextoks_model_is_trained():
     model = build(**FLEXTOK, class_dropout=0.5)
-    model(torch.randint(24, (3, 9), generator=generator()), LABELS, generator=generator(2)).total.backward()
+    model(
+        Tokens.full(torch.randint(24, (3, 9), generator=generator())), LABELS, generator=generator(2)
+    ).total.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
@@ -230,18 +239,18 @@ def test_guidance_of_one_runs_one_stream(monkeypatch):
     widths = []
     hidden = GPT.hidden
     monkeypatch.setattr(
-        GPT, "hidden", lambda self, labels, ids, cache=None: widths.append(len(ids)) or hidden(self, labels, ids, cache)
+        GPT, "hidden", lambda self, c, ids, *rest: widths.append(len(ids)) or hidden(self, c, ids, *rest)
     )
     for guidance in (1.0, 2.0):
-        model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=guidance), num_tokens=2)
+        ids_of(model, LABELS, seed=0, indices=range(3), sampling=TokenSampling(guidance=guidance), num_tokens=2)
     assert widths == [3, 3, 6, 6]
 
 
 def test_guidance_of_zero_is_the_null_class():
     model = build()
-    ignored = model.generate(LABELS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=0.0))
+    ignored = ids_of(model, LABELS, seed=0, indices=range(3), sampling=TokenSampling(guidance=0.0))
     null = torch.full((3,), model.null_class)
-    unlabelled = model.generate(null, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0))
+    unlabelled = ids_of(model, null, seed=0, indices=range(3), sampling=TokenSampling(guidance=1.0))
     assert torch.equal(ignored, unlabelled)
 
 
@@ -251,30 +260,30 @@ def test_guidance_of_zero_is_the_null_class():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sample_depends_on_seed_and_index_alone(variant):
     model = build(**variant)
-    options = {"sampling": SamplingConfig(guidance=2.0)}
-    batch = model.generate(LABELS, seed=9, indices=[10, 11, 12], **options)
-    alone = [model.generate(LABELS[i : i + 1], seed=9, indices=[10 + i], **options) for i in range(3)]
+    options = {"sampling": TokenSampling(guidance=2.0)}
+    batch = ids_of(model, LABELS, seed=9, indices=[10, 11, 12], **options)
+    alone = [ids_of(model, LABELS[i : i + 1], seed=9, indices=[10 + i], **options) for i in range(3)]
     assert torch.equal(batch, torch.cat(alone))
-    backwards = model.generate(LABELS.flip(0), seed=9, indices=[12, 11, 10], **options)
+    backwards = ids_of(model, LABELS.flip(0), seed=9, indices=[12, 11, 10], **options)
     assert torch.equal(batch, backwards.flip(0))
-    assert not torch.equal(batch, model.generate(LABELS, seed=8, indices=[10, 11, 12], **options))
-    assert not torch.equal(batch, model.generate(LABELS, seed=9, indices=[0, 1, 2], **options))
+    assert not torch.equal(batch, ids_of(model, LABELS, seed=8, indices=[10, 11, 12], **options))
+    assert not torch.equal(batch, ids_of(model, LABELS, seed=9, indices=[0, 1, 2], **options))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fewer_tokens_are_the_beginning_of_more(variant):
     model = build(**variant)
-    whole = model.generate(LABELS, seed=0, indices=range(3))
+    whole = ids_of(model, LABELS, seed=0, indices=range(3))
     assert whole.shape == (3, 9)
     for count in range(1, 9):
-        assert torch.equal(model.generate(LABELS, seed=0, indices=range(3), num_tokens=count), whole[:, :count])
+        assert torch.equal(ids_of(model, LABELS, seed=0, indices=range(3), num_tokens=count), whole[:, :count])
 
 
 def test_generate_leaves_the_global_generator_alone_and_reports_progress():
     state, steps = torch.get_rng_state(), []
     build_state = build()
     torch.set_rng_state(state)
-    build_state.generate(LABELS, seed=0, indices=range(3), on_token=steps.append)
+    ids_of(build_state, LABELS, seed=0, indices=range(3), on_step=steps.append)
     assert steps == list(range(1, 10))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -283,8 +292,8 @@ def test_samples_have_the_distribution_of_the_logits():
     """First tokens of 4000 images of one class: chi-square at 0.1 %, 23 degrees of freedom: 49.7."""
     model = build(vocab_size=24)
     labels = torch.full((4000,), 2)
-    sampling = SamplingConfig(guidance=1.0, temperature=1.5)
-    first = model.generate(labels, seed=0, indices=range(4000), sampling=sampling, num_tokens=1)
+    sampling = TokenSampling(guidance=1.0, temperature=1.5)
+    first = ids_of(model, labels, seed=0, indices=range(4000), sampling=sampling, num_tokens=1)
     with torch.no_grad():
         law = (model.logits(labels[:1], first[:1])[0, 0] / 1.5).double().softmax(0)
     counts = torch.bincount(first[:, 0], minlength=24)
@@ -300,14 +309,16 @@ def test_class_dropout_shows_the_null_class():
     with torch.no_grad():
         null_logits = model.logits(torch.full((3,), model.null_class), ids)
     expected = F.cross_entropy(null_logits.flatten(0, 1), ids.flatten())
-    assert model(ids, LABELS, generator=generator()).total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model(Tokens.full(ids), LABELS, generator=generator()).total.item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
     losses = {model_loss(class_dropout=0.5, seed=seed) for seed in (0, 0, 1, 2, 3)}
     assert 1 < len(losses) <= 4
 
 
 def model_loss(class_dropout: float, seed: int) -> float:
     ids = torch.randint(24, (3, 9), generator=generator())
-    return build(class_dropout=class_dropout)(ids, LABELS, generator=generator(seed)).total.item()
+    return build(class_dropout=class_dropout)(Tokens.full(ids), LABELS, generator=generator(seed)).total.item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -317,12 +328,12 @@ def test_overfits_four_sequences_and_samples_them_by_class(variant):
     labels = torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
-        loss = model(ids, labels, generator=generator(step)).total
+        loss = model(Tokens.full(ids), labels, generator=generator(step)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
-    drawn = model.eval().generate(labels, seed=0, indices=range(4), sampling=SamplingConfig(guidance=1.0, top_k=1))
+    drawn = ids_of(model.eval(), labels, seed=0, indices=range(4), sampling=TokenSampling(guidance=1.0, top_k=1))
     assert torch.equal(drawn, ids)
 
 
@@ -332,13 +343,13 @@ def test_overfits_four_sequences_and_samples_them_by_class(variant):
 @pytest.mark.parametrize("bad", [-2, 6])
 def test_labels_outside_the_table(bad):
     with pytest.raises(ValueError, match=r"labels must lie in 0 to 4 \(or -1 or 5 for no class\)"):
-        build().generate(torch.tensor([0, bad]), seed=0, indices=[0, 1])
+        ids_of(build(), torch.tensor([0, bad]), seed=0, indices=[0, 1])
 
 
 @pytest.mark.parametrize("count", [-1, 0, 10])
 def test_more_tokens_than_the_model_knows(count):
     with pytest.raises(ValueError, match=f"1 to 9 tokens, asked for {count}"):
-        build().generate(LABELS, seed=0, indices=range(3), num_tokens=count)
+        ids_of(build(), LABELS, seed=0, indices=range(3), num_tokens=count)
 
 
 @pytest.mark.parametrize(
@@ -351,11 +362,12 @@ def test_configurations_that_cannot_be(changes, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"guidance": -1.0}]
+    "options",
+    [{"temperature": -0.1}, {"forbidden": (-1,)}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"guidance": -1.0}],
 )
 def test_sampling_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        SamplingConfig(**options)
+        TokenSampling(**options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -365,5 +377,5 @@ def test_saving_and_loading(tmp_path, variant):
     loaded = imgtok.load(tmp_path, expect=GPT)
     assert loaded.config == model.config
     assert torch.equal(
-        loaded.generate(LABELS, seed=0, indices=range(3)), model.generate(LABELS, seed=0, indices=range(3))
+        ids_of(loaded, LABELS, seed=0, indices=range(3)), ids_of(model, LABELS, seed=0, indices=range(3))
     )

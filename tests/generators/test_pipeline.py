@@ -29,7 +29,7 @@ def pipeline() -> Pipeline:
 def test_a_longer_draw_begins_with_the_shorter_one(pipeline):
     labels = torch.arange(16) % 5
     drawn = {
-        count: pipeline.generator.generate(labels, seed=3, indices=range(16), sampling=SAMPLING, num_tokens=count)
+        count: pipeline.generator.generate(labels, seed=3, indices=range(16), sampling=SAMPLING, num_tokens=count).ids
         for count in (1, 2, 5, 8)
     }
     for count, ids in drawn.items():

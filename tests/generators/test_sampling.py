@@ -76,23 +76,24 @@ def test_draws_have_the_exact_distribution():
     count = 40_000
     logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(3))
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    drawn = torch.bincount(draw(logits.expand(count, -1), uniforms), minlength=10)
+    probabilities = logits.softmax(-1)
+    drawn = torch.bincount(draw(probabilities.expand(count, -1), uniforms), minlength=10)
     expected = logits[0].double().softmax(0) * count
     assert ((drawn - expected) ** 2 / expected).sum() < 27.9
-    assert draw(logits.expand(count, -1), uniforms).dtype == torch.long
+    assert draw(probabilities.expand(count, -1), uniforms).dtype == torch.long
 
 
 def test_a_draw_inverts_the_cumulative_distribution():
-    logits = logs([0.25, 0.5, 0.25])
+    probabilities = torch.tensor([[0.25, 0.5, 0.25]])
     uniforms = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw(logits.expand(6, -1), uniforms).tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw(probabilities.expand(6, -1), uniforms).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
 def test_a_token_of_probability_zero_is_never_drawn(uniform):
     inf = torch.inf
     logits = torch.tensor([[-inf, -inf, 0.0, -inf, 1.3, 0.1, -inf, -inf]])
-    assert draw(logits, torch.tensor([uniform], dtype=torch.float64)).item() in (2, 4, 5)
+    assert draw(logits.softmax(-1), torch.tensor([uniform], dtype=torch.float64)).item() in (2, 4, 5)
 
 
 def test_no_zero_tokens_among_many_hard_cases():
@@ -103,15 +104,15 @@ def test_no_zero_tokens_among_many_hard_cases():
     hidden[:, 16] = False
     logits = logits.masked_fill(hidden, -torch.inf)
     for uniform in (0.0, 2.0**-53, 1 - 2.0**-53):
-        ids = draw(logits, torch.full((4000,), uniform, dtype=torch.float64))
+        ids = draw(logits.softmax(-1), torch.full((4000,), uniform, dtype=torch.float64))
         assert logits.gather(1, ids[:, None]).isfinite().all()
 
 
 def test_rows_are_drawn_alone():
-    logits = torch.randn(5, 12)
+    probabilities = torch.randn(5, 12).softmax(-1)
     uniforms = torch.rand(5, dtype=torch.float64)
-    single = [draw(logits[i : i + 1], uniforms[i : i + 1]).item() for i in range(5)]
-    assert draw(logits, uniforms).tolist() == single
+    single = [draw(probabilities[i : i + 1], uniforms[i : i + 1]).item() for i in range(5)]
+    assert draw(probabilities, uniforms).tolist() == single
 
 
 def test_guide():

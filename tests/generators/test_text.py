@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import imgtok
-from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
+from imgtok.generators import decoding
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.sampling import TokenSampling, law
 from imgtok.layers.attention import CrossAttention
 from imgtok.text.captions import Captions
+from imgtok.tokenizers.tokens import Tokens
 
 TINY = GPTConfig(
     vocab_size=24, num_tokens=9, width=32, depth=2, num_heads=2, mlp_multiple=1, condition="cross_attention",
@@ -29,6 +32,11 @@ def build(*, awake: bool = True, **changes) -> GPT:
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def ids_of(model: GPT, *args, **options) -> torch.Tensor:
+    """The ids that the model draws."""
+    return model.generate(*args, **options).ids
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -109,16 +117,16 @@ def test_every_token_and_block_sees_the_caption():
 def test_the_cache_changes_no_token(monkeypatch, guidance):
     model = build()
     seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    next_logits, ids = GPT._next_logits, {}
+    ids = {}
     for cached in (True, False):
 
-        def record(self, *args, kind=cached):
-            seen[kind].append(next_logits(self, *args))
-            return seen[kind][-1]
+        def record(logits, *args, kind=cached):
+            seen[kind].append(logits)
+            return law(logits, *args)
 
-        monkeypatch.setattr(GPT, "_next_logits", record)
-        sampling = SamplingConfig(guidance=guidance)
-        ids[cached] = model.generate(CAPTIONS, seed=1, indices=[5, 6, 7], sampling=sampling, cached=cached)
+        monkeypatch.setattr(decoding, "law", record)
+        sampling = TokenSampling(guidance=guidance)
+        ids[cached] = ids_of(model, CAPTIONS, seed=1, indices=[5, 6, 7], sampling=sampling, cached=cached)
     assert torch.equal(ids[True], ids[False])
     assert len(seen[True]) == 9
     for with_cache, without in zip(seen[True], seen[False], strict=True):
@@ -131,34 +139,34 @@ def test_the_caption_is_read_once(monkeypatch):
     monkeypatch.setattr(
         CrossAttention, "keys_values", lambda self, context: calls.append(len(context)) or keys_values(self, context)
     )
-    build().generate(CAPTIONS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=3.0))
+    ids_of(build(), CAPTIONS, seed=0, indices=range(3), sampling=TokenSampling(guidance=3.0))
     assert calls == [6, 6]  # a layer each, both guidance branches
 
 
 def test_a_sample_depends_on_seed_index_and_caption_alone():
     model = build()
-    options = {"sampling": SamplingConfig(guidance=3.0)}
-    batch = model.generate(CAPTIONS, seed=9, indices=[10, 11, 12], **options)
-    alone = [model.generate(Captions.pad([row]), seed=9, indices=[10 + i], **options) for i, row in enumerate(ROWS)]
+    options = {"sampling": TokenSampling(guidance=3.0)}
+    batch = ids_of(model, CAPTIONS, seed=9, indices=[10, 11, 12], **options)
+    alone = [ids_of(model, Captions.pad([row]), seed=9, indices=[10 + i], **options) for i, row in enumerate(ROWS)]
     assert torch.equal(batch, torch.cat(alone))
-    other = model.generate(Captions.pad([ROWS[1]] * 3), seed=9, indices=[10, 11, 12], **options)
+    other = ids_of(model, Captions.pad([ROWS[1]] * 3), seed=9, indices=[10, 11, 12], **options)
     assert torch.equal(other[1], batch[1])
     assert not torch.equal(other, batch)
 
 
 def test_fewer_tokens_are_the_beginning_of_more():
     model = build()
-    whole = model.generate(CAPTIONS, seed=0, indices=range(3))
-    assert torch.equal(model.generate(CAPTIONS, seed=0, indices=range(3), num_tokens=4), whole[:, :4])
+    whole = ids_of(model, CAPTIONS, seed=0, indices=range(3))
+    assert torch.equal(ids_of(model, CAPTIONS, seed=0, indices=range(3), num_tokens=4), whole[:, :4])
 
 
 def test_guidance_of_zero_is_the_empty_caption():
     model = build()
-    ignored = model.generate(CAPTIONS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=0.0))
+    ignored = ids_of(model, CAPTIONS, seed=0, indices=range(3), sampling=TokenSampling(guidance=0.0))
     empty = Captions.pad([model.empty_caption] * 3)
-    alone = model.generate(empty, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0))
+    alone = ids_of(model, empty, seed=0, indices=range(3), sampling=TokenSampling(guidance=1.0))
     assert torch.equal(ignored, alone)
-    plain = model.generate(CAPTIONS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0))
+    plain = ids_of(model, CAPTIONS, seed=0, indices=range(3), sampling=TokenSampling(guidance=1.0))
     assert not torch.equal(ignored, plain)
 
 
@@ -170,14 +178,19 @@ def test_dropped_captions_are_the_empty_one():
     with torch.no_grad():
         logits = model.logits(Captions.pad([model.empty_caption] * 3), IDS)
     expected = F.cross_entropy(logits.flatten(0, 1), IDS.flatten())
-    assert model(IDS, CAPTIONS, generator=generator()).total.item() == pytest.approx(expected.item(), rel=1e-6)
-    losses = {build(class_dropout=0.5)(IDS, CAPTIONS, generator=generator(i)).total.item() for i in (0, 0, 1, 2, 3)}
+    assert model(Tokens.full(IDS), CAPTIONS, generator=generator()).total.item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
+    losses = {
+        build(class_dropout=0.5)(Tokens.full(IDS), CAPTIONS, generator=generator(i)).total.item()
+        for i in (0, 0, 1, 2, 3)
+    }
     assert 1 < len(losses) <= 4
 
 
 def test_everything_is_trained_but_the_empty_caption():
     model = build(class_dropout=0.5)
-    model(IDS, CAPTIONS, generator=generator(2)).total.backward()
+    model(Tokens.full(IDS), CAPTIONS, generator=generator(2)).total.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     assert "empty_caption" in model.state_dict()
     assert "empty_caption" not in dict(model.named_parameters())
@@ -187,12 +200,12 @@ def test_overfits_three_captions_and_samples_their_sequences():
     model = build(awake=False, dropout=0.0, class_dropout=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
-        loss = model(IDS, CAPTIONS, generator=generator(step)).total
+        loss = model(Tokens.full(IDS), CAPTIONS, generator=generator(step)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
-    drawn = model.eval().generate(CAPTIONS, seed=0, indices=range(3), sampling=SamplingConfig(guidance=1.0, top_k=1))
+    drawn = ids_of(model.eval(), CAPTIONS, seed=0, indices=range(3), sampling=TokenSampling(guidance=1.0, top_k=1))
     assert torch.equal(drawn, IDS)
 
 
@@ -201,11 +214,11 @@ def half_precision(device: str) -> None:
     model = build(class_dropout=0.5).to(device)
     stored = Captions(CAPTIONS.features.half(), CAPTIONS.lengths).to(device)
     with torch.autocast(device, torch.bfloat16):
-        loss = model(IDS.to(device), stored, generator=generator(2)).total
+        loss = model(Tokens.full(IDS.to(device)), stored, generator=generator(2)).total
     loss.backward()
-    full = model(IDS.to(device), CAPTIONS.to(device), generator=generator(2)).total
+    full = model(Tokens.full(IDS.to(device)), CAPTIONS.to(device), generator=generator(2)).total
     assert loss.item() == pytest.approx(full.item(), rel=0.02)
-    ids = model.bfloat16().generate(stored, seed=0, indices=range(3), sampling=SamplingConfig(guidance=3.0))
+    ids = ids_of(model.bfloat16(), stored, seed=0, indices=range(3), sampling=TokenSampling(guidance=3.0))
     assert ids.shape == (3, 9)
     assert ids.device.type == device
 
@@ -224,16 +237,16 @@ def test_half_precision_on_a_gpu():
 
 def test_the_wrong_condition_is_refused():
     with pytest.raises(ValueError, match=r"\(condition cross_attention\) draws for captions, given labels"):
-        build().generate(torch.tensor([0]), seed=0, indices=[0])
+        ids_of(build(), torch.tensor([0]), seed=0, indices=[0])
     classes = GPT(dataclasses.replace(TINY, condition="start_plus_class"))
     with pytest.raises(ValueError, match=r"\(condition start_plus_class\) draws for labels, given captions"):
-        classes.generate(CAPTIONS, seed=0, indices=range(3))
+        ids_of(classes, CAPTIONS, seed=0, indices=range(3))
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (3, 13)])
 def test_captions_of_another_encoder_are_refused(shape):
     with pytest.raises(ValueError, match=r"this model reads at most 6 of width 12"):
-        build().generate(Captions.pad([torch.zeros(shape)]), seed=0, indices=[0])
+        ids_of(build(), Captions.pad([torch.zeros(shape)]), seed=0, indices=[0])
 
 
 def test_an_empty_caption_longer_than_any_is_refused():
@@ -248,5 +261,5 @@ def test_a_model_folder_knows_its_empty_caption(tmp_path):
     assert loaded.config == model.config
     assert torch.equal(loaded.empty_caption, model.empty_caption)
     assert torch.equal(
-        loaded.generate(CAPTIONS, seed=0, indices=range(3)), model.generate(CAPTIONS, seed=0, indices=range(3))
+        ids_of(loaded, CAPTIONS, seed=0, indices=range(3)), ids_of(model, CAPTIONS, seed=0, indices=range(3))
     )

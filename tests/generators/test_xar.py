@@ -96,7 +96,7 @@ def test_half_precision_in_the_network_alone(sampling, monkeypatch):
     kept = []
     rows = xar_fast.KVCache.rows
     monkeypatch.setattr(
-        xar_fast.KVCache, "rows", lambda self, *a: kept.append(self.layers[0].keys.dtype) or rows(self, *a)
+        xar_fast.KVCache, "rows", lambda self, *a: kept.append(self.keys[0].dtype) or rows(self, *a)
     )
     model = tiny()
     exact = draw(model, sampling)

@@ -16,9 +16,11 @@ from cases import Case
 from models import gpt_places
 from torch import Tensor
 
-import imgtok.generators.gpt
+import imgtok.generators.decoding
+import imgtok.generators.sampling
 from imgtok import flow, randomness
-from imgtok.generators.gpt import GPT, SamplingConfig
+from imgtok.generators.gpt import GPT
+from imgtok.generators.sampling import TokenSampling, law
 from imgtok.layers.attention import Look
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.published.flextok import as_published, places
@@ -213,7 +215,7 @@ def image(model: FlexTok, case: Case) -> Outputs:
 
 def gpt_training(model: GPT, case: Case) -> Outputs:
     tokens, labels = case.input("tokens"), case.input("labels")
-    losses = model(tokens, labels, generator=torch.Generator())
+    losses = model(Tokens.full(tokens), labels, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
     known = gpt_places(gradients)
@@ -234,12 +236,14 @@ def gpt_generation(model: GPT, case: Case, name: str, *, cached: bool = True) ->
     """Arg-max in place of the draw; the logits it sees are recorded."""
     steps: list[Tensor] = []
 
-    def argmax(logits: Tensor, uniforms: Tensor) -> Tensor:
+    def argmax(logits: Tensor, sampling: TokenSampling, unconditional: Tensor | None = None) -> Tensor:
+        if unconditional is not None:
+            logits = imgtok.generators.sampling.guide(logits, unconditional, sampling.guidance)
         steps.append(logits)
-        return logits.argmax(dim=-1)
+        return law(logits, TokenSampling(temperature=0.0))
 
-    sampling = SamplingConfig(guidance=case.about["generation"][name]["cfg_scale"])
+    sampling = TokenSampling(guidance=case.about["generation"][name]["cfg_scale"])
     labels = case.input("labels")
-    with patch.object(imgtok.generators.gpt, "draw", argmax):
-        ids = model.generate(labels, seed=0, indices=range(len(labels)), sampling=sampling, cached=cached)
-    return {f"ids_{name}": ids, f"steps_{name}": torch.stack(steps, dim=1)}
+    with patch.object(imgtok.generators.decoding, "law", argmax):
+        tokens = model.generate(labels, seed=0, indices=range(len(labels)), sampling=sampling, cached=cached)
+    return {f"ids_{name}": tokens.ids, f"steps_{name}": torch.stack(steps, dim=1)}

@@ -314,7 +314,7 @@ def test_rotation_of_halves_instead_of_pairs(monkeypatch):
 
 
 def test_guidance_around_the_conditional(monkeypatch):
-    monkeypatch.setattr("imgtok.generators.gpt.guide", lambda cond, uncond, scale: cond + scale * (cond - uncond))
+    monkeypatch.setattr("imgtok.generators.sampling.guide", lambda cond, uncond, scale: cond + scale * (cond - uncond))
     assert worst(GPT_CASE, runs.gpt_generation(gpt(GPT_CASE), GPT_CASE, "cfg2")) > 1
 
 

@@ -252,8 +252,8 @@ def test_rotary_tables(change):
 
 @pytest.mark.parametrize("mistake", ["causal within an entity", "everything is seen", "only itself is seen"])
 def test_masks(monkeypatch, mistake):
-    def of(entities, first, stop, lengths, kept=None):
-        right = original(entities, first, stop, lengths, kept)
+    def of(entities, first, stop, lengths):
+        right = original(entities, first, stop, lengths)
         start, end = entities.offsets[first], entities.offsets[stop]
         allowed = entities.may_look()[start:end, :end]
         if mistake == "causal within an entity":
@@ -263,7 +263,7 @@ def test_masks(monkeypatch, mistake):
         else:
             allowed = allowed & entities.may_look().T[start:end, :end]
         last = replace(right.last_look, mask=allowed[right.last_look.queries])
-        return Span(right.sizes, [Look(slice(None), slice(None), allowed)], last, kept, right.lengths)
+        return Span(right.sizes, [Look(slice(None), slice(None), allowed)], last, right.lengths)
 
     original = Span.of
     monkeypatch.setattr(Span, "of", of)
@@ -305,7 +305,7 @@ def keeps_the_current(self, x, t, branches):
     return self.model.velocity(
         torch.cat([*new, x], dim=1).repeat(2, 1, 1),
         self.modulations.of_span(len(new), t, rows),
-        Span((64,) * (len(new) + 1), looks, look, None, self.model.lengths[: len(new) + 1]),
+        Span((64,) * (len(new) + 1), looks, look, self.model.lengths[: len(new) + 1]),
         offsets[current] - 64 * len(new),
         self.cache.rows(rows, filled),
         last_only=True,

@@ -254,7 +254,7 @@ def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
     expected = Captions.pad([encoder.encode([text])[0] for text in ("a pink star", "a red circle", "a pink star")])
     assert torch.equal(condition.features, expected.features)
     greedy = SamplingConfig(top_k=1, guidance=1.0)
-    ids = pipeline.generator.generate(condition, seed=0, indices=range(3), sampling=greedy)
+    ids = pipeline.generator.generate(condition, seed=0, indices=range(3), sampling=greedy).ids
     assert torch.equal(ids[0], ids[2])
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from imgtok.layers.attention import Attention, Look
-from imgtok.layers.cache import KVCache, LayerCache
+from imgtok.layers.cache import KVCache
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm, layer_norm
 from imgtok.layers.patches import patchify, unpatchify
@@ -69,21 +69,25 @@ def test_a_cache_continues_where_it_stopped():
     module = Attention(16, 2).eval()
     x = randn(2, 6, 16)
     whole = module(x, causal=True)
-    cache = LayerCache(torch.full((2, 2, 6, 8), torch.nan), torch.full((2, 2, 6, 8), torch.nan))
-    parts = [module(x[:, :3], causal=True, cache=cache)]
-    parts += [module(x[:, i : i + 1], cache=cache) for i in range(3, 6)]
+    cache = KVCache(1, rows=2, num_heads=2, capacity=6, head_dim=8, like=x)
+
+    def call(part: torch.Tensor) -> torch.Tensor:
+        return module(part, cache=cache.layers(cache.open(part.shape[1]))[0])
+
+    parts = [call(x[:, :3]), *(call(x[:, i : i + 1]) for i in range(3, 6))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-6, rtol=1e-5)
     assert cache.length == 6
     with pytest.raises(AssertionError, match="shorter sequence"):
-        module(x[:, :1], cache=cache)
+        call(x[:, :1])
 
 
 def test_a_cache_copies_no_keys():
-    cache = KVCache(2, batch=1, num_heads=1, capacity=4, head_dim=2, like=torch.empty(0))
-    keys, _ = cache.layers[0].append(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
-    assert keys.data_ptr() == cache.layers[0].keys.data_ptr()
-    assert cache.length == 2
-    assert cache.layers[1].length == 0
+    cache = KVCache(2, rows=1, num_heads=1, capacity=4, head_dim=2, like=torch.empty(0))
+    layer = cache.layers(cache.open(2))[1]
+    keys, values = layer.append(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    assert keys.data_ptr() == cache.keys[1].data_ptr()
+    assert values.data_ptr() == cache.values[1].data_ptr()
+    assert keys.shape == (1, 1, 2, 2)
 
 
 # ---------------------------------------------------------------- feed-forward, norms
