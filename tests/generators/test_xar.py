@@ -95,9 +95,7 @@ def test_half_precision_in_the_network_alone(sampling, monkeypatch):
     """Cached equals uncached under autocast too; the cache is of that precision, solver and latents are float32."""
     kept = []
     rows = xar_fast.KVCache.rows
-    monkeypatch.setattr(
-        xar_fast.KVCache, "rows", lambda self, *a: kept.append(self.keys[0].dtype) or rows(self, *a)
-    )
+    monkeypatch.setattr(xar_fast.KVCache, "rows", lambda self, *a: kept.append(self.keys[0].dtype) or rows(self, *a))
     model = tiny()
     exact = draw(model, sampling)
     with torch.autocast("cpu", dtype=torch.bfloat16):
