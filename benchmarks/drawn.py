@@ -8,7 +8,7 @@ import recipe
 import torch
 from torch import Tensor
 
-from imgtok.published.flextok import Place
+from imgtok.published.names import Place
 
 
 @torch.no_grad()

@@ -1,35 +1,48 @@
-"""Model folders: `config.json` + `model.safetensors`, on disk and on the Hugging Face Hub.
+"""Names of models: what one leads to, and the model there; and folders of ours, on disk and on the Hugging Face Hub.
+
+`resolve` follows a name once, at the door of a program: a folder, a Hub repository, an autoencoder that ships with
+imgtok, a folder of diffusers, a published folder or a lone published file. What it gives, a `Found`, knows the kind of
+the model and its files, and is passed on in place of the name. `load` takes either.
 
 A model mixes in `Pretrained`, is built by `Class(config)` and keeps that frozen dataclass as `config`; this
-gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. `load` finds the class by the `kind` in
-`config.json`, and hands what has a published layout to the module that reads it (`LAYOUTS`). Loading is strict
-(every tensor, every field), runs no code from a file, and imports only the modules in `KINDS` and `LAYOUTS`; saving
-replaces files in one step, so a full disk leaves the previous model readable.
+gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. Loading is strict (every tensor, every field), runs no
+code from a file, and imports only the modules in the tables below; saving replaces files in one step, so a full disk
+leaves the previous model readable.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import importlib
 import json
-import os
 import re
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import imgtok
 from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import replacing
-from imgtok.weights import load_pickle
+from imgtok.weights import (
+    INDEX,
+    LONE_FILES,
+    Weights,
+    check_tensors,
+    files_of,
+    fill,
+    find_weights,
+    open_weights,
+    skeleton,
+    state_of,
+    write_tensors,
+)
 
 TOKENIZERS: dict[str, str] = {"flextok": "imgtok.tokenizers.flextok:FlexTok"}
 AUTOENCODERS: dict[str, str] = {"vae": "imgtok.tokenizers.vae:VAE"}
@@ -38,17 +51,21 @@ GENERATORS: dict[str, str] = {"gpt": "imgtok.generators.gpt:GPT", "xar": "imgtok
 KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
 """All of them: a view, so that a line in one of the three tables is the whole entry of a new method."""
 
-LAYOUTS: Mapping[str, str] = {
-    "encoder.down.0.block.0.conv1.weight": "imgtok.published.kl16:VAE",
-    "z_proj.weight": "imgtok.generators.published.xar:XAR",
+READERS: dict[str, str] = {
+    "flextok": "imgtok.published.flextok",
+    "kl16": "imgtok.published.kl16",
+    "diffusers": "imgtok.published.diffusers",
+    "xar": "imgtok.generators.published.xar",
 }
-"""A tensor that a published file of weights has -> the module that reads such files, and the class it gives."""
-FLEXTOK_LAYOUT = "imgtok.published.flextok:FlexTok"
-"""Of published folders, and of .safetensors files, whose header describes them."""
+"""A layout that models were published in -> the module that knows it. Such a module has
 
-PUBLISHED_ENTRIES = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
-"""What is at the top of the config.json of a published FlexTok, which has no `kind`."""
+- `KIND`, the kind of the models in this layout, and `LOOKS_LIKE`, words for a message;
+- `recognise(description, names) -> bool`: whether a folder's config.json, or the names of a lone file's tensors (the
+  description is then what its header says), are in this layout. No two modules may both say so;
+- `load(found, *, raw, map_location, dtype)`, the model of ours;
+- where models can be written for the code that they were published with, `save(model, path)`."""
 
+OURS = "imgtok"
 FORMAT = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -97,7 +114,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
         text = json.dumps(header | to_dict(self.config), indent=2, allow_nan=False) + "\n"
         with replacing(folder / CONFIG_NAME) as header_file, replacing(folder / WEIGHTS_NAME) as weights:
             header_file.write_text(text, encoding="utf-8")
-            write_tensors(_state(self), weights, {"format": "pt"})
+            write_tensors(state_of(self), weights, {"format": "pt"})
         if not (folder / "README.md").exists():
             names = {"kind": self.config.kind, "repo_id": repo_id or folder.name, **(model_card_kwargs or {})}
             page = str(self.generate_model_card(**names))
@@ -116,16 +133,16 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
 
         Raises FileNotFoundError, ConfigError (config.json) or ValueError (weights, another kind of model).
         """
-        folder = _find(name_or_path, revision)
-        if is_published(folder):
-            return _load_published(folder, cls, map_location)
-        kind = read_config(folder)["kind"]
-        if kind != cls.config_class.kind:
+        found = resolve(name_or_path, revision=revision)
+        if found.layout != OURS:
+            published: Self = load(found, expect=cls, map_location=map_location)
+            return published
+        if found.kind != cls.config_class.kind:
             raise ValueError(
-                f"{folder} holds a model of kind {kind!r}, but {cls.__name__} is of kind "
-                f"{cls.config_class.kind!r}; imgtok.load({str(folder)!r}) picks the right class"
+                f"{found.path} holds a model of kind {found.kind!r}, but {cls.__name__} is of kind "
+                f"{cls.config_class.kind!r}; imgtok.load({str(found.path)!r}) picks the right class"
             )
-        model: Self = _build(cls, folder, map_location)
+        model: Self = _load_ours(found, cls, map_location, None)
         return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -156,61 +173,148 @@ def config_class(kind: str) -> type[Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model that a name led to: where it is and what it is, without its weights. See `resolve`."""
+
+    name: str
+    """As it was given, for messages."""
+    path: Path
+    """Its folder, or a lone file of weights."""
+    layout: str
+    """How it is written: "imgtok", or a name in `READERS`."""
+    kind: str
+    """Key of `KINDS`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What its config.json says, less our header; empty for a lone file."""
+
+    @property
+    def model_class(self) -> type[Any]:
+        """Its class. Raises ConfigError for a kind that this release does not have."""
+        try:
+            return model_class(self.kind)
+        except ValueError as error:
+            raise ConfigError(f"{self.path / CONFIG_NAME}: {error}") from error
+
+    def check(self, expect: type[Any]) -> None:
+        """Raises ValueError unless its class is `expect` or derived from it."""
+        found = self.model_class
+        if not issubclass(found, expect):
+            what = f"{found.__name__} (kind {self.kind!r})" if self.layout == OURS else f"published {found.__name__}"
+            raise ValueError(f"{self.path} holds a {what}, but a {expect.__name__} is needed here")
+
+    def with_config(self, **fields: Any) -> Found:
+        """As if its config.json said so, such as another `scaling_factor` of an autoencoder."""
+        return replace(self, config={**self.config, **fields})
+
+    def part(self, name: str = "tokenizer") -> Found:
+        """A model that is kept inside this one's folder, as a generator keeps its tokenizer or autoencoder.
+
+        Raises FileNotFoundError where there is none.
+        """
+        if not (self.path / name).is_dir():
+            raise FileNotFoundError(f"{self.path} has no {name}/ folder: say which one with {name}=FOLDER")
+        return resolve(self.path / name)
+
+    @property
+    def weights_path(self) -> Path:
+        """The file of its weights, or the index of its shards. Raises FileNotFoundError where it has none."""
+        if self.path.is_file():
+            return self.path
+        name = WEIGHTS_NAME if self.layout == OURS else getattr(reader(self.layout), "WEIGHTS_NAME", WEIGHTS_NAME)
+        return find_weights(self.path, name)
+
+    def weights(self, *, raw: bool = False) -> Weights:
+        """Its tensors by the names in its file; see `open_weights`."""
+        return open_weights(self.weights_path, raw=raw)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with its weights or its configuration."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in files_of(self.weights_path):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+
+def resolve(name: str | Path | Found, *, revision: str | None = None, expect: type[Any] | None = None) -> Found:
+    """What a name of a model leads to. Follow a name once, and pass on what this gives; a `Found` is given back.
+
+    A name is the path of a folder or of a file of weights, a Hub repository "owner/name" (downloaded, at `revision`),
+    or that of an autoencoder that ships with imgtok, such as "shapes32". Its layout is ours, or one of those in
+    `READERS`: a folder of diffusers, a published FlexTok, `kl16.ckpt`, `xAR-B.pth`. `expect` is the class (or base
+    class) that the caller can use. Raises FileNotFoundError, ConfigError (config.json), or ValueError for another class
+    than expected and for a file that no reader knows.
+    """
+    found = name if isinstance(name, Found) else _describe(str(name), _place(name, revision))
+    if expect is not None:
+        found.check(expect)
+    return found
+
+
 def load(
-    name_or_path: str | Path,
+    name: str | Path | Found,
     *,
     expect: type[Any] | None = None,
     revision: str | None = None,
+    raw: bool = False,
     map_location: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Any:
-    """The model in a folder or a Hub repository, of the class that its `kind` names, in evaluation mode.
+    """The model that a name leads to (see `resolve`), of the class that its kind names, in evaluation mode.
 
-    A FlexTok in its published layout will do as well: a folder, a repository such as
-    "EPFL-VILAB/flextok_d18_d28_in1k", or its .safetensors file alone; and a file of weights like `kl16.ckpt` (an
-    autoencoder) or `xAR-B.pth`. `expect` is the class (or base class) that the caller can use; another one raises
-    ValueError, as do damaged or unsuitable weights. Raises FileNotFoundError for a missing folder or file.
+    Of a training checkpoint of published code the averaged weights are taken, or with `raw` the trained ones. Weights
+    become float32, or `dtype`. Damaged or unsuitable ones raise ValueError, a missing file FileNotFoundError.
     """
-    folder = _find(name_or_path, revision)
-    if is_published(folder):
-        return _load_published(folder, expect, map_location)
-    kind = read_config(folder)["kind"]
-    try:
-        found = model_class(kind)
-    except ValueError as error:
-        raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from error
-    if expect is not None and not issubclass(found, expect):
-        raise ValueError(f"{folder} holds a {found.__name__} (kind {kind!r}), but a {expect.__name__} is needed here")
-    return _build(found, folder, map_location)
+    found = resolve(name, revision=revision, expect=expect)
+    if found.layout != OURS:
+        return reader(found.layout).load(found, raw=raw, map_location=map_location, dtype=dtype)
+    if raw:
+        raise ValueError(f"raw: {found.path} holds one set of weights; only training checkpoints of published code do")
+    return _load_ours(found, found.model_class, map_location, dtype)
 
 
-LONE_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
-"""How the name of a file of weights can end."""
+def configuration(found: Found) -> Any:
+    """The configuration of a model, without reading its weights. Raises ConfigError or ValueError."""
+    if found.layout != OURS:
+        return reader(found.layout).configuration(found)
+    return from_dict(found.model_class.config_class, found.config, str(found.path / CONFIG_NAME))
+
+
+def reader(layout: str) -> Any:
+    """The module that knows a layout; see `READERS`."""
+    return importlib.import_module(READERS[layout])
+
+
+def writers(kind: str) -> dict[str, Any]:
+    """Layout -> module, of those that can write a model of this kind for the code that such models came with."""
+    modules = {layout: reader(layout) for layout in READERS}
+    return {name: module for name, module in modules.items() if kind == module.KIND and hasattr(module, "save")}
+
+
 MODEL_FILES = ("*.json", "*.safetensors", "README.md")
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None, *, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The local folder of a model: the path itself, or the downloaded `files` of a Hub repository."""
+    """A local folder: the path itself, or the downloaded `files` of a Hub repository. Raises FileNotFoundError."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        hint = "; `imgtok export` makes one of a published checkpoint" if path.suffix in LONE_FILES else ""
-        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}{hint}")
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     name = str(name_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(f"there is no model folder {name!r} (and a Hub name looks like 'owner/name')")
+        raise FileNotFoundError(
+            f"there is no model folder {name!r} (a Hub name looks like 'owner/name', and imgtok ships "
+            f"{', '.join(packaged_models())})"
+        )
     return _download(name, revision, files)
 
 
-def is_published(path: Path) -> bool:
-    """Whether `path` is a lone weights file, or a folder whose config.json is that of a published FlexTok.
-
-    Raises FileNotFoundError or ConfigError for a folder without a readable config.json.
-    """
-    if path.is_file():
-        return True
-    data = read_json(path / CONFIG_NAME)
-    return "kind" not in data and not data.keys().isdisjoint(PUBLISHED_ENTRIES)
+def packaged_models() -> dict[str, Path]:
+    """Name -> folder of what ships with imgtok, such as "shapes32"."""
+    root = Path(str(resources.files("imgtok"))) / "assets"
+    return {path.name.removeprefix("vae-"): path for path in sorted(root.glob("vae-*"))}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,133 +332,75 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says, less the format header; always has a `kind`."""
-    path = folder / CONFIG_NAME
-    data = read_json(path)
-    if "kind" not in data or "format" not in data:
-        raise ConfigError(f"{path}: not written by imgtok: it lacks the fields 'format' and 'kind'")
-    version, written_by = data.pop("format"), data.pop("imgtok_version", "unknown")
-    if version != FORMAT:
-        raise ConfigError(
-            f"{path}: format {version!r}, written by imgtok {written_by}; imgtok {imgtok.__version__} reads "
-            f"format {FORMAT}. Install a matching release"
-        )
-    return data
-
-
-def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, model: str) -> None:
-    """Raise ValueError that lists every tensor that is missing, not expected, or of another shape."""
-    lines = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in found]
-    lines += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in wanted]
-    for name in found.keys() & wanted.keys():
-        file_shape, model_shape = tuple(found[name].shape), tuple(wanted[name].shape)
-        if file_shape != model_shape:
-            lines.append(f"another shape: {name} is {file_shape} in the file, {model_shape} in the model")
-    if lines:
-        title = f"{path}: the weights do not fit the {model} describes:"
-        raise ValueError("\n  ".join([title, *lines]))
-
-
-def read_safetensors(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors in a safetensors file. Raises ValueError for one that is not whole."""
-    try:
-        return load_file(path, device=str(map_location))
-    except SafetensorError as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: Path, error: SafetensorError) -> ValueError:
-    """What to say of a weights file that cannot be read."""
-    return ValueError(
-        f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {error}). It was probably cut short while "
-        "being written or copied: copy or download it again, or use an earlier checkpoint"
-    )
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with `metadata` in its header. Raises OSError, also where safetensors does not."""
-    try:
-        save_file(tensors, path, metadata=dict(metadata))
-    except SafetensorError as error:  # "... (os error 28)" is how safetensors reports a full disk
-        code = re.search(r"os error (\d+)", str(error))
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, os.strerror(number), str(path.with_name(WEIGHTS_NAME))) from error
-
-
 # ------------------------------------------------------------------------------------------- internals
 
 
-def _find(name_or_path: str | Path, revision: str | None) -> Path:
-    """The local folder of a model; or, where that was given, a lone weights file."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix in LONE_FILES and not path.exists():  # or it might be taken for a Hub repository
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    return path if path.is_file() and path.suffix in LONE_FILES else find_folder(name_or_path, revision)
-
-
-def _load_published(path: Path, expect: type[Any] | None, map_location: str | torch.device) -> Any:
-    module_name, _, name = _layout(path).partition(":")
-    module = importlib.import_module(module_name)
-    model_class = getattr(module, name)
-    if expect is not None and not issubclass(model_class, expect):
-        raise ValueError(f"{path} holds a published {name}, but a {expect.__name__} is needed here")
-    return module.load(path, map_location=map_location)
-
-
-def _layout(path: Path) -> str:
-    """Who reads a folder or file in a published layout, as in `LAYOUTS`."""
+def _place(name: str | Path, revision: str | None) -> Path:
+    """The local folder of a model, or a lone file of weights."""
+    path = Path(name).expanduser()
     if path.is_dir():
-        return FLEXTOK_LAYOUT
-    names = _names_in_file(path)
-    for name, layout in LAYOUTS.items():
-        if name in names:
-            return layout
-    if path.suffix == ".safetensors":
-        return FLEXTOK_LAYOUT
+        return path
+    if path.name.endswith((*LONE_FILES, INDEX)):
+        if path.is_file():
+            return path
+        raise FileNotFoundError(f"{path}: no such file of weights")  # or it might be taken for a Hub repository
+    return packaged_models().get(str(name)) or find_folder(name, revision)
+
+
+def _describe(name: str, path: Path) -> Found:
+    if path.is_dir():
+        return _describe_folder(name, path)
+    stored = open_weights(path)
+    layout = _recognised({}, stored.blank.keys())
+    if layout is not None:
+        return Found(name, path, layout, reader(layout).KIND)
+    beside = f"; or give its folder, {path.parent}" if (path.parent / CONFIG_NAME).is_file() else ""
     raise ValueError(
-        f"{path}: neither an autoencoder like kl16.ckpt nor an xAR like xAR-B.pth, whose weights are by name in the "
-        f"file or in its entries model and model_ema (found: {', '.join(names[:4]) or 'nothing'})"
+        f"{path}: weights of no model that imgtok reads a lone file of: {_layouts_in_words()}{beside} "
+        f"(found: {', '.join(list(stored)[:4])})"
     )
 
 
-def _names_in_file(path: Path) -> list[str]:
-    """Of the tensors in a lone file of weights."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        except SafetensorError as error:
-            raise damaged(path, error) from error
-    stored = load_pickle(path)
-    if isinstance(stored, Mapping):
-        stored = next((stored[entry] for entry in ("model_ema", "model") if entry in stored), stored)
-    return [str(name) for name in stored] if isinstance(stored, Mapping) else []
+def _describe_folder(name: str, folder: Path) -> Found:
+    path = folder / CONFIG_NAME
+    data = read_json(path)
+    if "kind" in data and "format" in data:
+        version, written_by = data.pop("format"), data.pop("imgtok_version", "unknown")
+        if version != FORMAT:
+            raise ConfigError(
+                f"{path}: format {version!r}, written by imgtok {written_by}; imgtok {imgtok.__version__} reads "
+                f"format {FORMAT}. Install a matching release"
+            )
+        return Found(name, folder, OURS, data["kind"], data)
+    layout = _recognised(data, set())
+    if layout is None:
+        written = f" (it is of a {data['_class_name']})" if "_class_name" in data else ""
+        raise ConfigError(
+            f"{path}: not written by imgtok: it lacks the fields 'format' and 'kind'; nor is it that of another model "
+            f"that imgtok reads: {_layouts_in_words()}{written}"
+        )
+    return Found(name, folder, layout, reader(layout).KIND, data)
 
 
-def _build(model_class: type[Any], folder: Path, map_location: str | torch.device) -> Any:
-    config = from_dict(model_class.config_class, read_config(folder), str(folder / CONFIG_NAME))
-    with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
-        model = model_class(config)
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has a {CONFIG_NAME} but no {WEIGHTS_NAME}; copy or download it")
-    tensors = read_safetensors(path, map_location)
-    check_tensors(tensors, model.state_dict(), path, f"{model_class.__name__} that {CONFIG_NAME}")
-    model.load_state_dict(tensors, strict=True)
-    return model.to(map_location).eval()
+def _recognised(description: Mapping[str, Any], names: Set[str]) -> str | None:
+    """The one layout that a config.json, or the names of the tensors in a lone file, are of."""
+    layouts = [layout for layout in READERS if reader(layout).recognise(description, names)]
+    assert len(layouts) <= 1, f"recognised as {' and '.join(layouts)}"
+    return layouts[0] if layouts else None
 
 
-def _state(model: Any) -> dict[str, Tensor]:
-    """The state as safetensors takes it: contiguous, tied tensors as copies, so that each name is there."""
-    seen: set[int] = set()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        contiguous = tensor.detach().contiguous()
-        tied = contiguous.untyped_storage().data_ptr() in seen
-        seen.add(contiguous.untyped_storage().data_ptr())
-        state[name] = contiguous.clone() if tied else contiguous
-    return state
+def _layouts_in_words() -> str:
+    return ", ".join(reader(layout).LOOKS_LIKE for layout in READERS)
+
+
+def _load_ours(
+    found: Found, model_class: type[Any], map_location: str | torch.device, dtype: torch.dtype | None
+) -> Any:
+    config = from_dict(model_class.config_class, found.config, str(found.path / CONFIG_NAME))
+    stored = found.weights()
+    model = skeleton(lambda: model_class(config))
+    check_tensors(stored.blank, model.state_dict(), stored.path, f"{model_class.__name__} that {CONFIG_NAME}")
+    return fill(model, stored.items(), map_location=map_location, dtype=dtype)
 
 
 def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:

@@ -1,20 +1,222 @@
-"""Files of `torch.save`, read as data: tensors, numbers, text and containers of them. Nothing in a file runs.
+"""Files of weights: every one is read and written here, and none can run code.
 
-`weights_only=True` refuses every class that it does not know. One more is let in here, argparse.Namespace, which
-training programs like to store beside their weights. Of such an object only its attributes are restored, and these
-are read under the same rule: it is a dictionary by another name, and has no method that reading calls.
+`Weights` opens a file (safetensors, whole or in shards with an index, or one of `torch.save`) as a mapping from names
+to tensors. Opening reads names, shapes and kinds of numbers alone; a tensor is read when it is asked for, into memory
+of its own. `skeleton` makes a model without memory for its parameters, `check_tensors` says whether a file fits it, and
+`fill` gives it the tensors: so loading needs the memory of the model and of one tensor, and draws no random number.
+
+`torch.load(weights_only=True)` refuses every class that it does not know. One more is let in here,
+argparse.Namespace, which training programs like to store beside their weights. Of such an object only its attributes
+are restored, and these are read under the same rule: it is a dictionary by another name, and has no method that
+reading calls.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import json
+import logging
+import os
 import pickle
 import re
+import threading
 import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
+
+SAFETENSORS = ".safetensors"
+INDEX = ".safetensors.index.json"
+"""How the name of the index of a file in shards ends; what stands before it is the name of the whole file."""
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+LONE_FILES = (SAFETENSORS, *PICKLES)
+"""How the name of a file of weights can end."""
+
+AVERAGED = ("model_ema", "ema")
+"""Entries of a training checkpoint that hold averaged weights."""
+PLAIN = ("model", "module", "state_dict")
+"""Entries that hold the weights that were trained."""
+PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a file by name; each is read when it is asked for, into memory of its own."""
+
+    def __init__(
+        self,
+        path: Path,
+        blank: Mapping[str, Tensor],
+        read: Mapping[str, Callable[[], Tensor]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.blank = blank
+        """The same names with tensors that have shape and kind of number, but no numbers."""
+        self.metadata = metadata or {}
+        """What the header of a safetensors file says beside its tensors."""
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blank)
+
+    def __len__(self) -> int:
+        return len(self.blank)
+
+    def select(self, names: Mapping[str, str]) -> Weights:
+        """Other names for some of these tensors: new name -> the one here. Those that are not named are left out."""
+        blank = {new: self.blank[old] for new, old in names.items()}
+        return Weights(self.path, blank, {new: self._read[old] for new, old in names.items()}, self.metadata)
+
+
+def open_weights(path: Path, *, raw: bool = False) -> Weights:
+    """The tensors in a file of weights, or in the shards that an index names.
+
+    Of a training checkpoint the averaged weights are taken where it has them, or with `raw` the trained ones. What
+    DistributedDataParallel and torch.compile put before every name is left out. Raises FileNotFoundError, and
+    ValueError for a file that would run code, is damaged, or holds no tensors by name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    if path.name.endswith(INDEX):
+        found = _open_shards(path)
+    elif path.suffix == SAFETENSORS:
+        found = _open_safetensors(path)
+    else:
+        found = _open_pickle(path, raw=raw)
+    return found.select(_without_prefixes(found))
+
+
+def find_weights(folder: Path, name: str) -> Path:
+    """The safetensors file `name` in a folder, or its index where it is in shards. Raises FileNotFoundError."""
+    whole, index = folder / name, folder / f"{name.removesuffix(SAFETENSORS)}{INDEX}"
+    if not whole.is_file() and not index.is_file():
+        raise FileNotFoundError(f"{folder} has a config.json but no {name}; copy or download it")
+    return whole if whole.is_file() else index
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that weights are in: `path`, or after an index the shards that it names."""
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(_weight_map(path).values())))]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of weights. Raises as `open_weights`."""
+    return dict(open_weights(path))
+
+
+def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Name without the prefixes that all names have -> name."""
+    found = {name: name for name in names}
+    while found and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), None)):
+        found = {name.removeprefix(prefix): old for name, old in found.items()}
+    return found
+
+
+def _open_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:  # checks the header; what it maps is not read
+            blank = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    starts = {name: 8 + size + header[name]["data_offsets"][0] for name in blank}
+    read = {name: partial(_read_slice, path, starts[name], value) for name, value in blank.items()}
+    return Weights(path, blank, read, metadata)
+
+
+def _read_slice(path: Path, start: int, blank: Tensor) -> Tensor:
+    """A tensor straight from its place in a safetensors file: faster than a mapped file, and nothing stays mapped."""
+    value = torch.empty_like(blank, device="cpu")
+    if value.numel():
+        buffer = memoryview(value.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        with path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(buffer) != len(buffer):
+                raise damaged(path, "it became shorter while it was read")
+    return value
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in found.items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: not an index of shards, which has tensors and their files in weight_map") from error
+    for file in files.values():
+        if Path(file).name != file:
+            raise ValueError(f"{path}: weight_map: {file!r} is not the name of a file beside it")
+    return files
+
+
+def _open_shards(path: Path) -> Weights:
+    shard_of = _weight_map(path)
+    shards = {file: _open_safetensors(path.parent / file) for file in sorted(set(shard_of.values()))}
+    absent = [name for name, file in shard_of.items() if name not in shards[file]]
+    if absent:
+        raise ValueError(f"{path}: {', '.join(absent)}: not in the shards where the index has them")
+    blank = {name: shards[file].blank[name] for name, file in shard_of.items()}
+    read = {name: partial(shards[file].__getitem__, name) for name, file in shard_of.items()}
+    return Weights(path, blank, read)
+
+
+def _open_pickle(path: Path, *, raw: bool) -> Weights:
+    tensors = _named_tensors(load_pickle(path), path, raw=raw)
+    blank = {name: value.detach().to("meta") for name, value in tensors.items()}
+    return Weights(path, blank, {name: partial(_copied, value) for name, value in tensors.items()})
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _named_tensors(stored: Any, path: Path, *, raw: bool) -> Mapping[str, Tensor]:
+    if _has_names(stored):
+        return stored
+    entries = PLAIN if raw else (*AVERAGED, *PLAIN)
+    present = [entry for entry in entries if isinstance(stored, Mapping) and entry in stored]
+    for entry in present:
+        if _has_names(stored[entry]):
+            others = ", ".join(str(name) for name in stored if name != entry) or "nothing"
+            logger.info("%s: took its entry %s, and left %s", path, entry, others)
+            tensors: Mapping[str, Tensor] = stored[entry]
+            return tensors
+    held = stored[present[0]] if present and stored[present[0]] else stored
+    words = ", ".join(map(str, held))[:200] if isinstance(held, Mapping) else type(held).__name__
+    raise ValueError(
+        f"{path}: must hold tensors by name, or one of the entries {', '.join(entries)} that does "
+        f"(found: {words or 'nothing'})"
+    )
+
+
+def _has_names(stored: Any) -> bool:
+    return (
+        isinstance(stored, Mapping)
+        and len(stored) > 0
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in stored.items())
+    )
 
 
 def load_pickle(path: Path) -> Any:
@@ -30,10 +232,133 @@ def load_pickle(path: Path) -> Any:
             raise ValueError(
                 f"{path}: not a file of weights alone: it needs {found[1]}, and imgtok runs no code from a file. If "
                 "you trust its source, keep only the weights, on the machine that wrote it: stored = torch.load(OLD, "
-                "weights_only=False); torch.save({name: stored[name] for name in ('model', 'model_ema') if name in "
+                f"weights_only=False); torch.save({{name: stored[name] for name in {(*PLAIN, *AVERAGED)} if name in "
                 "stored}, NEW)"
             ) from error
         raise ValueError(
             f"{path}: not a whole file of torch.save with weights alone ({path.stat().st_size} bytes); copy or "
             "download it again"
         ) from error
+
+
+def damaged(path: Path, error: SafetensorError | str) -> ValueError:
+    """What to say of a safetensors file that cannot be read."""
+    return ValueError(
+        f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {error}). It was probably cut short while "
+        "being written or copied: copy or download it again, or use an earlier checkpoint"
+    )
+
+
+# ---------------------------------------------------------------- into a model
+
+
+def skeleton(make: Callable[[], M]) -> M:
+    """The model that `make` makes, with parameters that have shapes but no memory (device "meta").
+
+    Its buffers, such as tables of positions, are computed as usual. Nothing is drawn from the global generator, and
+    other threads may make models at the same time.
+    """
+    thread = threading.get_ident()
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None  # as it is
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_memory)
+    try:
+        with torch.random.fork_rng(devices=[]):  # a constructor may draw what it then registers
+            return make()
+    finally:
+        handle.remove()
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, model: str) -> None:
+    """Raise ValueError that lists every tensor that is missing, not expected, or of another shape, and those that hold
+    whole numbers where a model has others. Only shapes and kinds of numbers are looked at.
+    """
+    lines = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in found]
+    lines += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in wanted]
+    both = [name for name in wanted if name in found]
+    for name in both:
+        file_shape, model_shape = tuple(found[name].shape), tuple(wanted[name].shape)
+        if file_shape != model_shape:
+            lines.append(f"another shape: {name} is {file_shape} in the file, {model_shape} in the model")
+    if lines:
+        title = f"{path}: the weights do not fit the {model} describes:"
+        raise ValueError("\n  ".join([title, *lines]))
+    whole = [name for name in both if wanted[name].is_floating_point() and not found[name].is_floating_point()]
+    if whole:
+        raise ValueError(f"{path}: {', '.join(sorted(whole))}: not floating-point numbers")
+
+
+def fill(
+    model: M,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    map_location: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> M:
+    """Gives a `skeleton` its parameters and saved buffers, all of them, one after the other; in evaluation mode.
+
+    They become the kind of number that the model is built with, whatever the file has (float32 unless torch's default
+    is another), or `dtype` where they are floating-point. Tied parameters stay tied.
+    """
+    wanted = model.state_dict()
+    state = {}
+    for name, value in tensors:
+        kind = dtype if dtype is not None and wanted[name].is_floating_point() else wanted[name].dtype
+        state[name] = value.to(device=map_location, dtype=kind).contiguous()
+    tied = _tied_names(model)
+    model.load_state_dict(state, strict=True, assign=True)
+    for first, *others in tied:
+        for name in others:
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, model.get_parameter(first))
+    if dtype is not None:
+        model = model.to(dtype)  # buffers that are not saved
+    return model.to(map_location).eval()
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def state_of(model: Any) -> dict[str, Tensor]:
+    """The state as safetensors takes it: contiguous, tied tensors as copies, so that each name is there."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        contiguous = tensor.detach().contiguous()
+        tied = contiguous.untyped_storage().data_ptr() in seen
+        seen.add(contiguous.untyped_storage().data_ptr())
+        state[name] = contiguous.clone() if tied else contiguous
+    return state
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with `metadata` in its header. Raises OSError, also where safetensors does not."""
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:  # "... (os error 28)" is how safetensors reports a full disk
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """`torch.save`, with OSError for a full disk, which it hides behind an error of its archive."""
+    with path.open("wb") as file:
+        try:
+            torch.save(dict(tensors), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

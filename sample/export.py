@@ -1,4 +1,4 @@
-"""`imgtok export`: a FlexTok or an xAR from its published layout into ours, and from ours into the published one."""
+"""`imgtok export`: a model from its published layout into ours, and from ours into the published one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from typing import Any, Literal
 from imgtok.cli import run_job
 from imgtok.config import PositiveFloat, check
 from imgtok.generators.pipeline import check_autoencoder
-from imgtok.generators.published import xar as published_xar
 from imgtok.generators.xar import XAR
-from imgtok.hub import load
-from imgtok.published import flextok as published
-from imgtok.tokenizers.flextok import FlexTok
+from imgtok.hub import KINDS, load, writers
 from imgtok.tokenizers.vae import VAE, load_vae
 
 logger = logging.getLogger(__name__)
@@ -25,12 +22,12 @@ POSITIONAL = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes a FlexTok or an xAR, of either layout, in the layout that is asked for; its numbers stay as they are."""
+    """Writes a model, of either layout, in the layout that is asked for; its numbers stay as they are."""
 
     job: Literal["export"] = "export"
     """Which program this file is for."""
     model: str
-    """Model folder, Hub name, or lone file of published weights (a FlexTok's .safetensors, an xAR's .pth)."""
+    """Any name of a model: a folder, Hub name, or lone file of published weights."""
     out: Path
     """Folder of the new config.json and model.safetensors, which are replaced; for an xAR in the published layout, the
     .pth or .safetensors file."""
@@ -42,7 +39,7 @@ class Config:
     vae_scaling_factor: PositiveFloat | None = None
     """Factor on its latents; null takes its own."""
     raw: bool = False
-    """Takes the plain weights and not the averaged ones of an xAR's training checkpoint."""
+    """Takes the trained weights and not the averaged ones of a training checkpoint."""
     revision: str | None = None
     """Commit, branch or tag of a Hub repository; null takes the newest."""
 
@@ -54,31 +51,32 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes the folder or file `out`."""
-    model: Any = (
-        published_xar.load(Path(config.model).expanduser(), raw=True)
-        if config.raw
-        else load(config.model, revision=config.revision)
-    )
-    if not isinstance(model, FlexTok | XAR):
-        name = type(model).__name__
-        raise ValueError(
-            f"{config.model} holds a {name} (kind {model.config.kind!r}), but a FlexTok or XAR is needed here"
-        )
+    model: Any = load(config.model, revision=config.revision, raw=config.raw)
     if config.vae is not None:
         add_autoencoder(model, load_vae(config.vae, config.vae_scaling_factor), config.out / "tokenizer")
     if config.layout == "imgtok":
         model.save_pretrained(config.out)
-    elif isinstance(model, XAR):
-        published_xar.save(model, config.out)
     else:
-        published.save(model, config.out)
+        writer_of(model).save(model, config.out)
     logger.info("wrote %s in the layout %s", config.out, config.layout)
 
 
-def add_autoencoder(model: FlexTok | XAR, autoencoder: VAE, folder: Path) -> None:
+def writer_of(model: Any) -> Any:
+    """The module that writes such a model for the code that its like was published with. Raises ValueError."""
+    found = writers(model.config.kind)
+    if not found:
+        known = ", ".join(kind for kind in KINDS if writers(kind))
+        raise ValueError(
+            f"a {type(model).__name__} (kind {model.config.kind!r}) cannot be written in a published layout; that is "
+            f"known for models of kind {known}"
+        )
+    return next(iter(found.values()))
+
+
+def add_autoencoder(model: Any, autoencoder: VAE, folder: Path) -> None:
     """Raises ValueError for a model that needs none, or another one."""
     if not isinstance(model, XAR):
-        raise ValueError("vae: a FlexTok brings its own autoencoder; leave vae out")
+        raise ValueError(f"vae: a {type(model).__name__} is given no autoencoder; leave vae out")
     check_autoencoder(model, autoencoder)
     autoencoder.save_pretrained(folder)
 

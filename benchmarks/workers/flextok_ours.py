@@ -13,7 +13,7 @@ from flextok_case import Case
 from protocol import Setup, autocast, serve
 from torch import Tensor
 
-from imgtok.published.flextok import as_ours, places, sized_config
+from imgtok.published.flextok import as_ours, flextok_places, sized_config
 from imgtok.tokenizers.flextok import FlexTok
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
@@ -30,7 +30,7 @@ class Ours:
         blank = VAEConfig(latent_channels=CHANNELS, block_channels=(8,), layers_per_block=1, norm_groups=8)
         self.model = FlexTok(replace(sized_config(setup.size, blank), image_size=SIDE)).eval()
         state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("vae.")}
-        fill(state, places(state), self.shapes, setup.seed, as_ours)
+        fill(state, flextok_places(state), self.shapes, setup.seed, as_ours)
         self.model.to(setup.device)
         if setup.compile:
             for block in (*self.model.encoder.blocks, *self.model.decoder.blocks):

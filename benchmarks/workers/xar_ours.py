@@ -16,7 +16,7 @@ from xar_case import BETAS, CHANNELS, CLASSES, CLIP, DECAY, EMA_DECAY, GRID, RAT
 
 from imgtok.generators.published.xar import NAMES, as_ours
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig, xar_size
-from imgtok.published.flextok import places
+from imgtok.published.names import places
 from imgtok.randomness import step_generator
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA

@@ -1,7 +1,7 @@
 """Published xAR checkpoints: `xAR-B.pth` and its like, or a training checkpoint of the published code.
 
 Tensors are matched by name, strictly in both directions; the size of the model follows from their shapes. A file
-holds either the weights, or a training run's `model` and `model_ema`, of which the average is taken. What no file
+holds either the weights, or a training run's `model` and `model_ema`. What no file
 says is as in the published code: four cells of half the grid's side, and heads 64 channels wide unless a rotary table
 shows another width. The tables that are stored beside the weights (mask, rotary positions) are computed here; stored
 ones are compared with ours before they are left, so that another order of cells is not read as this one. `save`
@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ from imgtok.config import ConfigError
 from imgtok.files import replacing
 from imgtok.generators.entities import Cells
 from imgtok.generators.xar import XAR, XAR_SIZES, XARConfig, xar_size
-from imgtok.hub import check_tensors, read_safetensors, write_tensors
-from imgtok.published.flextok import places
-from imgtok.weights import load_pickle
+from imgtok.hub import Found
+from imgtok.published.names import places
+from imgtok.weights import Weights, check_tensors, fill, skeleton, write_pickle, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -50,54 +51,56 @@ NAMES: Mapping[str, str] = {
     ".mlp.down_proj.": ".mlp.fc2.",
     ".modulation.": ".ada_lin.1.",
 }
-"""As imgtok.published.flextok.NAMES: ours -> published."""
+"""Ours -> published; see `imgtok.published.names`."""
 POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned")
 """Published with a batch axis in front."""
 BUFFERS = re.compile(r"mask|(en|de)coder_blocks\.\d+\.attn\.rope\.freqs(_cos|_sin)?")
 """What a published file holds beside weights: tables that are computed here."""
 
 
-def load(path: Path, *, raw: bool = False, map_location: str | torch.device = "cpu") -> XAR:
-    """The model in a published file (.pth, or .safetensors with the same names), in evaluation mode.
+KIND = "xar"
+LOOKS_LIKE = "an xAR like xAR-B.pth"
+TELLING_NAMES = (
+    "class_emb.weight",
+    "time_embed.mlp.0.weight",
+    "z_proj.weight",
+    "encoder_pos_embed_learned",
+    "encoder_blocks.0.ada_lin.1.weight",
+    "pred.weight",
+)
+"""What a file has that is one of these. MAR's and TokenBridge's share names with it, but modulate no block."""
 
-    Of a training checkpoint the averaged weights are taken, or with `raw` the plain ones. Raises FileNotFoundError, and
-    ValueError for a file that would run code or is damaged, or whose tensors do not fit (all of them are listed).
+
+def recognise(description: Mapping[str, Any], names: Set[str]) -> bool:
+    return not description and names >= {*TELLING_NAMES}
+
+
+def configuration(found: Found) -> XARConfig:
+    """The configuration that the shapes of the tensors tell. Raises ValueError where they tell none."""
+    return config_of(found.weights().blank, found.path)
+
+
+def load(
+    found: Found, *, raw: bool = False, map_location: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> XAR:
+    """The model in a published file, in evaluation mode; see `read`."""
+    return read(found.weights(raw=raw), map_location=map_location, dtype=dtype)
+
+
+def read(stored: Weights, *, map_location: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> XAR:
+    """The model whose published tensors these are. Raises ValueError for ones that do not fit (all of them are listed)
+    and for tables of another order of cells.
     """
-    stored = read_tensors(path, raw=raw)
-    config = config_of(stored, path)
-    found = {name: value for name, value in stored.items() if not BUFFERS.fullmatch(name)}
-    with torch.device("meta"):  # shapes alone, so that a mistake is found before anything is copied
-        blank = XAR(config).state_dict()
+    config = config_of(stored.blank, stored.path)
+    found = {name: value for name, value in stored.blank.items() if not BUFFERS.fullmatch(name)}
+    model = skeleton(lambda: XAR(config))
+    blank = model.state_dict()
     known = places(blank, NAMES, {})
     wanted = {name: as_published(name, place.view(blank)) for name, place in known.items()}
-    check_tensors(found, wanted, path, "xAR that this file")
-    whole = sorted(name for name, value in found.items() if not value.is_floating_point())
-    if whole:
-        raise ValueError(f"{path}: {', '.join(whole)}: not floating-point numbers")
-    with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
-        model = XAR(config)
-    check_tables(stored, tables(model), path)
-    state = model.state_dict()
-    for name, place in known.items():
-        place.view(state).copy_(as_ours(name, found[name]))
-    return model.to(map_location).eval()
-
-
-def read_tensors(path: Path, *, raw: bool = False) -> Mapping[str, Tensor]:
-    """Published name -> tensor, buffers included; see `load`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the published ones are xAR-B.pth, xAR-L.pth and xAR-H.pth")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    stored = load_pickle(path)
-    if isinstance(stored, Mapping) and "model" in stored:
-        stored = stored["model" if raw or "model_ema" not in stored else "model_ema"]
-    elif isinstance(stored, Mapping) and "model_ema" in stored and not raw:
-        stored = stored["model_ema"]
-    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
-        held = ", ".join(map(str, stored))[:200] if isinstance(stored, Mapping) else type(stored).__name__
-        raise ValueError(f"{path}: must hold tensors by name, or entries model and model_ema that do (found: {held})")
-    return stored
+    check_tensors(found, wanted, stored.path, "xAR that this file")
+    check_tables(stored, tables(model), stored.path)
+    pairs = ((place.name, as_ours(name, stored[name])) for name, place in known.items())
+    return fill(model, pairs, map_location=map_location, dtype=dtype)
 
 
 TELLING = {"z_proj.weight": 2, "class_emb.weight": 2, "encoder_pos_embed_learned": 3}
@@ -210,18 +213,7 @@ def save(model: XAR, path: Path) -> None:
         if path.suffix == ".safetensors":
             write_tensors(tensors, temporary, {"format": "pt"})
         else:
-            _write_pickle(tensors, temporary)
-
-
-def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """`torch.save`, with OSError for a full disk, which it hides behind an error of its archive."""
-    with path.open("wb") as file:
-        try:
-            torch.save(dict(tensors), file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            write_pickle(tensors, temporary)
 
 
 def as_ours(published: str, value: Tensor) -> Tensor:

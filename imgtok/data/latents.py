@@ -28,9 +28,9 @@ from imgtok.data.images import Position
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
-from imgtok.hub import write_tensors
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.vae import VAE, latents_of_moments
+from imgtok.weights import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

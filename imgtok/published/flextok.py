@@ -2,8 +2,7 @@
 
 A checkpoint is a configuration (`imgtok.published.flextok_config`) and tensors. The names differ, positions are
 channels first, and where we have one matrix for queries, keys and values they have three: a published
-tensor is a block of rows of one of ours, its `Place`. `places` gives that map for any model; loading
-copies each tensor from the mapped file into its rows, and `save` writes the same rows out again.
+tensor is a block of rows of one of ours, its `Place`: loading puts these rows together, and `save` writes them out.
 Their fixed position tables are stored, ours are computed: stored ones are compared before they are left.
 """
 
@@ -12,19 +11,20 @@ from __future__ import annotations
 import ast
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from imgtok import hub
 from imgtok.config import ConfigError
 from imgtok.files import replacing
+from imgtok.hub import CONFIG_NAME, WEIGHTS_NAME, Found
 from imgtok.layers.positions import sincos_2d
+from imgtok.published import diffusers
+from imgtok.published.diffusers import todays_names
 from imgtok.published.flextok_config import (
     AUTOENCODER_FOLDER,
     DESCRIPTION,
@@ -34,10 +34,15 @@ from imgtok.published.flextok_config import (
     read_numbers,
     write_config,
 )
+from imgtok.published.names import Place, places
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
-from imgtok.tokenizers.vae import DIFFUSERS_WEIGHTS, VAE, VAEConfig, todays_names
+from imgtok.tokenizers.vae import VAEConfig
+from imgtok.weights import Weights, check_tensors, fill, skeleton, write_tensors
 
 logger = logging.getLogger(__name__)
+
+KIND = "flextok"
+LOOKS_LIKE = "a published FlexTok"
 
 # ---------------------------------------------------------------- sizes
 
@@ -92,41 +97,8 @@ TABLES = ("encoder.positions", "decoder.positions")
 REGISTER_POSITIONS = NAMES["decoder.register_positions"]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a published parameter lives in our model: one of `parts` equal blocks of rows of a tensor."""
-
-    name: str
-    part: int = 0
-    parts: int = 1
-
-    def view(self, ours: Mapping[str, Tensor]) -> Tensor:
-        """These rows of `ours`, by name: writable, and gradients are looked up the same way."""
-        return ours[self.name].chunk(self.parts)[self.part]
-
-
-def places(
-    ours: Iterable[str], names: Mapping[str, str] = NAMES, fused: Mapping[str, tuple[str, ...]] = FUSED
-) -> dict[str, Place]:
-    """Published name -> place, for all the tensors of ours that are named."""
-    return {published: place for name in ours for published, place in _published_names(name, names, fused)}
-
-
-def _published_names(
-    name: str, names: Mapping[str, str], fused: Mapping[str, tuple[str, ...]]
-) -> Iterator[tuple[str, Place]]:
-    published = name
-    for mine, theirs in names.items():
-        if mine.startswith("."):
-            published = published.replace(mine, theirs)
-        elif name.startswith(mine):
-            published = theirs + published.removeprefix(mine)
-    for mine, parts in fused.items():
-        if mine in published:
-            for part, theirs in enumerate(parts):
-                yield published.replace(mine, theirs), Place(name, part, len(parts))
-            return
-    yield published, Place(name)
+def flextok_places(ours: Iterable[str]) -> dict[str, Place]:
+    return places(ours, NAMES, FUSED)
 
 
 def as_ours(published: str, value: Tensor) -> Tensor:
@@ -152,57 +124,71 @@ def _tensors(model: FlexTok) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- checkpoints
 
 
-def load(path: Path, map_location: str | torch.device = "cpu") -> FlexTok:
+def recognise(description: Mapping[str, Any], names: Set[str]) -> bool:
+    if description:
+        return "kind" not in description and not description.keys().isdisjoint(DESCRIPTION)
+    return names >= {*TELLING}
+
+
+def configuration(found: Found) -> FlexTokConfig:
+    """What its config.json, or the header of its lone file, describes. Raises ConfigError."""
+    numbers, source = _numbers(found, None if found.path.is_dir() else found.weights())
+    return our_config(numbers, source)
+
+
+def load(
+    found: Found, *, raw: bool = False, map_location: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> FlexTok:
     """The published FlexTok in a folder, or in a lone .safetensors file whose header describes it.
 
-    The file is mapped into memory, never read whole: each tensor goes from it straight to its rows of ours,
-    as float32. The stored position tables are taken for ours where they are the sine-cosine table; if one
+    The stored position tables are taken for ours where they are the sine-cosine table; if one
     is not, both become learned positions with the stored values. Raises FileNotFoundError, ConfigError (the
     description) or ValueError (the weights; every missing, unexpected and misshapen tensor is listed).
     """
-    weights = path / hub.WEIGHTS_NAME if path.is_dir() else path
-    if not weights.is_file():
-        raise FileNotFoundError(f"{path} has a {hub.CONFIG_NAME} but no {hub.WEIGHTS_NAME}; copy or download it")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return _load(file, weights, path, map_location)
-    except SafetensorError as error:
-        raise hub.damaged(weights, error) from error
-
-
-def _load(file: Any, weights: Path, path: Path, map_location: str | torch.device) -> FlexTok:
-    source = path / hub.CONFIG_NAME if path.is_dir() else weights
-    data = hub.read_json(source) if path.is_dir() else _header(file.metadata() or {}, weights)
-    numbers = read_numbers(data, source)
+    whole = found.weights(raw=raw)
+    numbers, source = _numbers(found, whole)
     config = our_config(numbers, source)
-    with torch.device("meta"):  # shapes alone, so that a mistake is found before any number is read
-        blank = FlexTok(config)
-    shapes = _tensors(blank)
-    wanted = places(shapes)
-    stored = todays_names(  # name -> name in the file
-        name for name in sorted(file.keys()) if name != TRAINING_ONLY or not numbers["learnable_logvar"]
+    stored = whole.select(
+        todays_names(name for name in whole if name != TRAINING_ONLY or not numbers["learnable_logvar"])
     )
-    hub.check_tensors(
-        {name: torch.empty(file.get_slice(old).get_shape(), device="meta") for name, old in stored.items()},
-        {name: as_published(name, place.view(shapes)) for name, place in wanted.items()},
-        weights,
-        f"FlexTok that {'its header' if source == weights else source.name}",
-    )
-    whole = [name for name in stored.values() if not file.get_slice(name).get_dtype().startswith(("F", "BF"))]
-    if whole:
-        raise ValueError(f"{weights}: {', '.join(sorted(whole))}: not floating-point numbers")
-    tables = {NAMES[name]: file.get_tensor(NAMES[name]) for name in TABLES}
-    if not all(_is_sincos(table) for table in tables.values()):
-        logger.warning("%s: its position tables are not the sine-cosine table: loaded as learned positions", weights)
-        config = replace(config, positions="learned")
-    with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
-        model = FlexTok(config)
-    state = model.state_dict()
-    for name, place in places(state).items():
-        place.view(state).copy_(as_ours(name, file.get_tensor(stored[name])))
-    return model.to(map_location).eval()
+    model = skeleton(lambda: FlexTok(config))
+    shapes = _tensors(model)
+    wanted = {name: as_published(name, place.view(shapes)) for name, place in flextok_places(shapes).items()}
+    described = "its header" if found.path.is_file() else source.name
+    check_tensors(stored.blank, wanted, whole.path, f"FlexTok that {described}")
+    if not all(_is_sincos(stored[NAMES[name]]) for name in TABLES):
+        logger.warning("%s: its position tables are not the sine-cosine table: loaded as learned positions", whole.path)
+        learned = replace(config, positions="learned")
+        model = skeleton(lambda: FlexTok(learned))
+    return fill(model, _ours(model.state_dict(), stored), map_location=map_location, dtype=dtype)
 
 
+def _ours(names: Iterable[str], stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of ours, put together of the rows that published ones hold."""
+    parts: dict[str, list[str]] = {}
+    for published, place in flextok_places(names).items():
+        parts.setdefault(place.name, []).append(published)
+    for name, blocks in parts.items():
+        rows = [as_ours(published, stored[published]) for published in blocks]
+        yield name, rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _numbers(found: Found, stored: Weights | None) -> tuple[dict[str, Any], Path]:
+    """What the description says, and the file that it is in."""
+    if found.path.is_dir():
+        source = found.path / CONFIG_NAME
+        return read_numbers(found.config, source), source
+    assert stored is not None
+    return read_numbers(_header(stored.metadata, found.path), found.path), found.path
+
+
+TELLING = (
+    "encoder.module_dict.enc_register_module.registers",
+    "encoder.module_dict.enc_to_latents.proj.weight",
+    "decoder.module_dict.dec_from_latents.proj.weight",
+    "decoder.module_dict.dec_to_patches.proj.weight",
+)
+"""What a lone file has that is one of these."""
 TRAINING_ONLY = "vae.logvar"
 """A parameter of the published autoencoder's loss, stored where `learnable_logvar` is on."""
 
@@ -219,7 +205,7 @@ def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         found = ", ".join(metadata) or "nothing"
         raise ConfigError(
             f"{path}: its header does not describe a published FlexTok (found: {found}); "
-            f"give the folder that holds it and its {hub.CONFIG_NAME}"
+            f"give the folder that holds it and its {CONFIG_NAME}"
         )
     data: dict[str, Any] = {}
     for name, text in metadata.items():
@@ -249,23 +235,13 @@ def save(model: FlexTok, folder: Path) -> None:
     """
     data = write_config(model.config)
     ours = _tensors(model)
-    tensors = {name: as_published(name, place.view(ours)).detach().contiguous() for name, place in places(ours).items()}
+    tensors = {
+        name: as_published(name, place.view(ours)).detach().contiguous() for name, place in flextok_places(ours).items()
+    }
     header = {"_target_": ROOTS[0]} | {name: str(entry) for name, entry in data.items()}
     if data["vae"]["hf_hub_path"] is not None:
         assert model.vae is not None
-        _save_autoencoder(model.vae, folder / AUTOENCODER_FOLDER)
-    with replacing(folder / hub.CONFIG_NAME) as description, replacing(folder / hub.WEIGHTS_NAME) as weights:
+        diffusers.save(model.vae, folder / AUTOENCODER_FOLDER)
+    with replacing(folder / CONFIG_NAME) as description, replacing(folder / WEIGHTS_NAME) as weights:
         description.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        hub.write_tensors(tensors, weights, header)
-
-
-def _save_autoencoder(vae: VAE, folder: Path) -> None:
-    """As diffusers does, whose own method would leave half a file on a full disk, and another scaling factor."""
-    data = json.loads(vae.autoencoder.to_json_string()) | {"scaling_factor": vae.config.scaling_factor}
-    state = {name: value.detach().contiguous() for name, value in vae.autoencoder.state_dict().items()}
-    with (
-        replacing(folder / hub.CONFIG_NAME) as description,
-        replacing(folder / DIFFUSERS_WEIGHTS) as weights,
-    ):
-        description.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        hub.write_tensors(state, weights, {"format": "pt"})
+        write_tensors(tensors, weights, header)

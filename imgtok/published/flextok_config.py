@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from imgtok import hub
 from imgtok.config import ConfigError
+from imgtok.published.diffusers import diffusers_config
 from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfig
-from imgtok.tokenizers.vae import VAEConfig, diffusers_config
+from imgtok.tokenizers.vae import VAEConfig
 
 # ---------------------------------------------------------------- what a description may say
 
@@ -618,7 +619,8 @@ def _vae_config(numbers: Mapping[str, Any], source: Path) -> VAEConfig:
     """The autoencoder: of the published shape, or of the shape of the one that `hf_hub_path` names."""
     factor, named = numbers["scaling_factor"], numbers["autoencoder"]
     if named is not None:
-        return diffusers_config(_autoencoder_config(named, source), factor, DIFFUSERS_SCALING_FACTOR)
+        path = _autoencoder_config(named, source)
+        return diffusers_config(hub.read_json(path), path, factor, DIFFUSERS_SCALING_FACTOR)
     with _named(source):
         if not factor:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 256 pixels -> 16 channels of 16 x 16, times 0.2325. It is the suite's `VAE` with attention in the encoder's last
 level; only names and the form of the attention's kernels (1x1 convolutions there, matrices here) differ. The
-published `kl16.ckpt` is a pickle: it is read with `weights_only=True`, which runs nothing. Widths, levels and
+published `kl16.ckpt` is a pickle, which is read without running anything. Widths, levels and
 channels are read off the tensors; the 32 groups of the normalisations and the scale are in no file.
 """
 
@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imgtok import hub
+from imgtok.hub import Found
 from imgtok.tokenizers.vae import VAE, VAEConfig
-from imgtok.weights import load_pickle
+from imgtok.weights import check_tensors, fill, skeleton
 
 logger = logging.getLogger(__name__)
+
+KIND = "vae"
+LOOKS_LIKE = "an autoencoder like kl16.ckpt"
 
 KL16 = VAEConfig(
     latent_channels=16,
@@ -30,7 +33,7 @@ KL16 = VAEConfig(
     scaling_factor=0.2325,
     encoder_attention=True,
 )
-"""The published shape: 66,456,019 parameters (section 1 of the xAR specification)."""
+"""The published shape: 66,456,019 parameters (the KL-16 of arXiv 2406.11838, MAR, section 4)."""
 
 LEFTOVERS = ("loss.",)
 """How the names of what only its training needed begin: the discriminator, LPIPS."""
@@ -67,66 +70,74 @@ def is_kernel(published: str) -> bool:
     return re.search(r"\.attn(\.|_1\.)(\d+\.)?(q|k|v|proj_out)\.weight$", published) is not None
 
 
-def load(path: Path, scaling_factor: float | None = None, map_location: str | torch.device = "cpu") -> VAE:
-    """The autoencoder in a published file, `.ckpt` (weights under `model`) or `.safetensors`, in evaluation mode.
+TELLING = (
+    "encoder.conv_in.weight",
+    "encoder.down.0.block.0.conv1.weight",
+    "decoder.up.0.block.0.conv1.weight",
+    "quant_conv.weight",
+    "post_quant_conv.weight",
+)
+"""What a file has that is one of these; a VQGAN has all of them too, and a codebook `quantize.*`."""
 
-    `scaling_factor` replaces KL-16's. Raises ValueError for a file that holds anything else: a pickle of more than
-    tensors, weights that are damaged, missing, unexpected or misshapen (all are listed).
+
+def recognise(description: Mapping[str, Any], names: Set[str]) -> bool:
+    return not description and names >= {*TELLING} and not any(name.startswith("quantize.") for name in names)
+
+
+def configuration(found: Found) -> VAEConfig:
+    """The shape as the tensors tell it. Raises ValueError for tensors of anything else."""
+    return _config(found.weights().blank, found)
+
+
+def load(
+    found: Found, *, raw: bool = False, map_location: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> VAE:
+    """The autoencoder in a published file, in evaluation mode.
+
+    A `scaling_factor` in the configuration of `found` replaces KL-16's. Raises ValueError for weights that are damaged,
+    missing, unexpected or misshapen (all are listed).
     """
-    tensors = _read(path)
-    dropped = [name for name in tensors if name.startswith(LEFTOVERS)]
+    whole = found.weights(raw=raw)
+    dropped = [name for name in whole if name.startswith(LEFTOVERS)]
     if dropped:
-        logger.info("%s: left out %d tensors of its training (%s*)", path, len(dropped), "*, ".join(LEFTOVERS))
-    tensors = {name: value for name, value in tensors.items() if name not in dropped}
-    config = _config(tensors, path, KL16.scaling_factor if scaling_factor is None else scaling_factor)
-    levels = len(config.block_channels)
-    with torch.device("meta"):  # shapes alone, so that a mistake is found before anything is copied
-        blank = VAE(config).autoencoder.state_dict()
-    names = {name: published_name(name, levels) for name in blank}
+        logger.info("%s: left out %d tensors of its training (%s*)", found.path, len(dropped), "*, ".join(LEFTOVERS))
+    stored = whole.select({name: name for name in whole if name not in dropped})
+    config = _config(stored.blank, found)
+    vae = skeleton(lambda: VAE(config))
+    blank = vae.autoencoder.state_dict()
+    names = {name: published_name(name, len(config.block_channels)) for name in blank}
     wanted = {names[name]: _as_published(names[name], value) for name, value in blank.items()}
-    hub.check_tensors(tensors, wanted, path, "KL autoencoder that its first and last layers")
-    with torch.random.fork_rng(devices=[]):  # the first weights are overwritten: leave the caller's RNG alone
-        vae = VAE(config)
-    state = {name: tensors[published].reshape(blank[name].shape) for name, published in names.items()}
-    vae.autoencoder.load_state_dict(state)
-    return vae.to(map_location).eval()
+    check_tensors(stored.blank, wanted, found.path, "KL autoencoder that its first and last layers")
+    pairs = ((f"autoencoder.{name}", stored[theirs].reshape(blank[name].shape)) for name, theirs in names.items())
+    return fill(vae, pairs, map_location=map_location, dtype=dtype)
 
 
 def _as_published(published: str, value: Tensor) -> Tensor:
     return value[..., None, None] if is_kernel(published) else value
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return hub.read_safetensors(path)
-    found = load_pickle(path)
-    weights = found.get("model") if isinstance(found, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        held = ", ".join(map(str, found))[:200] if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: no weights under the key `model`, where kl16.ckpt has them (found: {held})")
-    return weights
-
-
-def _config(tensors: Mapping[str, Tensor], path: Path, scaling_factor: float) -> VAEConfig:
+def _config(tensors: Mapping[str, Tensor], found: Found) -> VAEConfig:
     """The shape as the tensors tell it; how far the others agree with these is for the caller to check."""
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
     missing = [name for name in (*firsts, "post_quant_conv.weight") if name not in tensors]
     if missing or not levels:
         listed = ", ".join(missing or ["encoder.down.0.block.0.conv1.weight"])
-        found = ", ".join(list(tensors)[:3])
-        raise ValueError(f"{path}: not a KL autoencoder in the layout of kl16.ckpt: it lacks {listed} (found: {found})")
+        held = ", ".join(list(tensors)[:3])
+        raise ValueError(
+            f"{found.path}: not a KL autoencoder in the layout of kl16.ckpt: it lacks {listed} (found: {held})"
+        )
     try:
         return VAEConfig(
             latent_channels=tensors["post_quant_conv.weight"].shape[0],
             block_channels=tuple(tensors[name].shape[0] for name in firsts),
             layers_per_block=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
             norm_groups=KL16.norm_groups,
-            scaling_factor=scaling_factor,
+            scaling_factor=found.config.get("scaling_factor", KL16.scaling_factor),
             encoder_attention=f"encoder.down.{levels - 1}.attn.0.norm.weight" in tensors,
         )
     except (ValueError, IndexError) as error:  # IndexError: a single number where a kernel should be
-        raise ValueError(f"{path}: an autoencoder that imgtok cannot stand for: {error}") from error
+        raise ValueError(f"{found.path}: an autoencoder that imgtok cannot stand for: {error}") from error
 
 
 def _count(names: Iterable[str], pattern: str) -> int:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from imgtok.config import ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt, check
+from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
-from imgtok.hub import LONE_FILES, find_folder, load, read_json, read_safetensors
+from imgtok.hub import Found, load, resolve
 from imgtok.tokenizers.base import Autoencoder, NoDecoding
 
 
@@ -146,135 +145,11 @@ def encoder_blocks(levels: int, attention: bool) -> tuple[str, ...]:
     return (plain,) * (levels - 1) + (last if attention else plain,)
 
 
-def load_vae(name: str | Path, scaling_factor: float | None = None) -> VAE:
-    """An autoencoder in evaluation mode, by any of its names: a folder or Hub repository of imgtok's or of diffusers, a
-    file in the layout of `kl16.ckpt`, or one that ships with imgtok ("shapes32").
+def load_vae(name: str | Path | Found, scaling_factor: float | None = None) -> VAE:
+    """An autoencoder in evaluation mode, by any name that `hub.resolve` follows. `scaling_factor` replaces its own.
 
-    `scaling_factor` replaces its own. Raises FileNotFoundError, ConfigError or ValueError that name the file.
+    Raises FileNotFoundError, ConfigError or ValueError that name the file.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        from imgtok.published import kl16  # which imports this module
-
-        return kl16.load(path, scaling_factor)
-    if path.suffix in LONE_FILES:  # or it would be taken for a Hub repository
-        raise FileNotFoundError(f"{path}: no such file of an autoencoder")
-    folder = find_folder(name) if "/" in str(name) or path.is_dir() else packaged_vae(str(name))
-    if is_diffusers(folder):
-        return from_diffusers(folder, scaling_factor)
-    vae: VAE = load(folder, expect=VAE)
-    if scaling_factor is not None:
-        vae.config = replace(vae.config, scaling_factor=scaling_factor)
+    found = resolve(name, expect=VAE)
+    vae: VAE = load(found if scaling_factor is None else found.with_config(scaling_factor=scaling_factor))
     return vae
-
-
-def packaged_vae(name: str) -> Path:
-    """Folder of an autoencoder that ships with imgtok, such as "shapes32"."""
-    root = Path(str(resources.files("imgtok"))) / "assets"
-    folder = root / f"vae-{name}"
-    if not folder.is_dir():
-        known = sorted(path.name.removeprefix("vae-") for path in root.glob("vae-*"))
-        raise FileNotFoundError(f"imgtok ships no autoencoder named {name!r}; it has {known}")
-    return folder
-
-
-# ---------------------------------------------------------------- folders of diffusers
-
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-FIXED = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "act_fn": "silu",
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
-"""Settings of an AutoencoderKL that `VAE` does not have, at the only values that it can stand for."""
-BLOCKS = ("down_block_types", "up_block_types")
-"""Where the kinds of its levels stand."""
-OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""How diffusers once named the parts of its attention, and how it does today."""
-
-
-def is_diffusers(folder: Path) -> bool:
-    """Whether a folder holds a model that diffusers wrote: its config.json names a class."""
-    try:
-        return "_class_name" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
-def diffusers_config(path: Path, scaling_factor: float | None = None, default_factor: float | None = None) -> VAEConfig:
-    """The shape that diffusers' config.json of an `AutoencoderKL` describes.
-
-    `scaling_factor` goes before the one there, `default_factor` stands where there is none. Raises ConfigError for an
-    autoencoder of another kind, or without any factor.
-    """
-    found = read_json(path)
-    if found.get("_class_name") != "AutoencoderKL":
-        raise ConfigError(f"{path}: _class_name: {found.get('_class_name')!r}, must be 'AutoencoderKL'")
-    needed = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", *BLOCKS)
-    missing = [name for name in needed if name not in found]
-    if missing:
-        raise ConfigError(f"{path}: lacks {', '.join(missing)}; copy or download the folder again")
-    if not isinstance(found["block_out_channels"], list):
-        raise ConfigError(f"{path}: block_out_channels: {found['block_out_channels']!r}, must be a list of integers")
-    channels = tuple(found["block_out_channels"])
-    encoder_attention = found["down_block_types"] == [*encoder_blocks(len(channels), True)]
-    blocks = {
-        "down_block_types": [*encoder_blocks(len(channels), encoder_attention)],
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-    }
-    for name, value in (FIXED | blocks).items():
-        if found.get(name, value) != value:
-            raise ConfigError(f"{path}: {name}: {found[name]!r}, imgtok can use {value!r} alone")
-    factor = next((n for n in (scaling_factor, found.get("scaling_factor"), default_factor) if n is not None), None)
-    if factor is None:
-        raise ConfigError(f"{path}: has no scaling_factor; give it yourself, vae_scaling_factor=NUMBER")
-    try:
-        return VAEConfig(
-            latent_channels=found["latent_channels"],
-            block_channels=channels,
-            layers_per_block=found["layers_per_block"],
-            norm_groups=found["norm_num_groups"],
-            scaling_factor=factor,
-            encoder_attention=encoder_attention,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def todays_names(stored: Iterable[str]) -> dict[str, str]:
-    """Diffusers' name of today -> the name in a file, for all the names in it; none is lost if it has both."""
-    names = list(stored)
-    found = {}
-    for name in names:
-        today = name
-        for old, new in OLD_ATTENTION.items() if ".attentions." in name else ():
-            today = today.replace(old, new)
-        found[name if today in names else today] = name
-    return found
-
-
-def from_diffusers(folder: Path, scaling_factor: float | None = None) -> VAE:
-    """The `AutoencoderKL` in a folder that diffusers wrote, as a `VAE` in evaluation mode.
-
-    Only the numbers of its config.json are used. `scaling_factor` replaces the one there, and has to be given where
-    there is none. Raises ConfigError for an autoencoder of another kind, FileNotFoundError without safetensors,
-    ValueError for weights that do not fit.
-    """
-    path, weights = folder / "config.json", folder / DIFFUSERS_WEIGHTS
-    config = diffusers_config(path, scaling_factor)
-    if not weights.is_file():
-        raise FileNotFoundError(f"{folder} has no {weights.name}; other formats may hold code and are not read")
-    stored = read_safetensors(weights)
-    tensors = {today: stored[name] for today, name in todays_names(stored).items()}
-    vae = VAE(config)
-    try:
-        vae.autoencoder.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{weights}: the weights do not fit {path.name}: {error}") from error
-    return vae.eval()

@@ -10,7 +10,7 @@ import torch
 
 from imgtok.generators.published.xar import NAMES, as_published
 from imgtok.generators.xar import XAR, XARConfig
-from imgtok.published.flextok import places
+from imgtok.published.names import places
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SIZE = "128x1"

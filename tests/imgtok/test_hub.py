@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import imgtok
-from imgtok import hub
+from imgtok import hub, weights
 from imgtok.config import ConfigError, PositiveInt
 from imgtok.hub import Pretrained
 
@@ -241,13 +241,13 @@ def full_disk(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, 
 
 def full_disk_as_safetensors_says_it(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     path.write_bytes(b"half of it")
-    raise hub.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise weights.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize("failure", [full_disk, full_disk_as_safetensors_says_it])
 def test_a_full_disk_leaves_the_previous_model(folder: Path, monkeypatch: pytest.MonkeyPatch, failure: Any) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(hub, "save_file", failure)
+    monkeypatch.setattr(weights, "save_file", failure)
     with pytest.raises(OSError, match="No space left on device") as caught:
         Tiny(TinyConfig(width=7)).save_pretrained(folder)
     assert caught.value.errno == errno.ENOSPC

@@ -15,11 +15,12 @@ from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.published import xar as published_xar
 from imgtok.generators.xar import XAR, XARConfig
-from imgtok.published.flextok import Place, as_ours, places
+from imgtok.published.flextok import as_ours, flextok_places
+from imgtok.published.names import Place, places
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 
-# As imgtok.published.flextok.NAMES and FUSED: ours -> published.
+# As in imgtok.published.names: ours -> published.
 GPT_NAMES = {
     "class_embedding.": "cls_embedding.embedding_table.",
     "token_embedding.": "tok_embeddings.",
@@ -46,7 +47,7 @@ def fill(
 ) -> None:
     """Copies the case's weights in; every parameter of ours outside `but` must be given, and no more."""
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(but or ("\n",))}
-    known, weights = places(state), case.weights()
+    known, weights = flextok_places(state), case.weights()
     assert known.keys() == weights.keys(), f"the case has other weights: {known.keys() ^ weights.keys()}"
     for published, value in weights.items():
         known[published].view(state).copy_(as_ours(published, value))

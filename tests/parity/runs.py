@@ -23,7 +23,7 @@ from imgtok.generators.gpt import GPT
 from imgtok.generators.sampling import TokenSampling, law
 from imgtok.layers.attention import Look
 from imgtok.layers.positions import sincos_2d, time_features
-from imgtok.published.flextok import as_published, places
+from imgtok.published.flextok import as_published, flextok_places
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers.flextok import FlexTok, crop_positions
 from imgtok.tokenizers.flextok_fast import prefix_causal_mask
@@ -178,7 +178,7 @@ def train_step(model: FlexTok, case: Case) -> Outputs:
         losses = model(latents, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-    known = places(gradients)
+    known = flextok_places(gradients)
     outputs = {
         "step.loss": losses.total,
         "step.indices": model.quantizer.codes_to_ids(model.quantizer(model.encoder(latents, model.num_tokens))),

@@ -15,7 +15,7 @@ from imgtok.generators.published.xar import NAMES, as_published
 from imgtok.generators.xar import XAR, EntityPlan, FlowSampling
 from imgtok.generators.xar_fast import BOTH, SamplingNetwork, Span
 from imgtok.layers.positions import rotary_of, rotate
-from imgtok.published.flextok import places
+from imgtok.published.names import places
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
 from imgtok.train.optim import parameter_groups, rate_at

@@ -18,10 +18,11 @@ from torchvision import models
 import imgtok
 from imgtok.config import ConfigError, load, read_yaml
 from imgtok.data.images import open_images
+from imgtok.hub import packaged_models
 from imgtok.losses.adversarial import adversarial_loss, hinge_loss
 from imgtok.losses.lpips import LPIPS
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.vae import VAE, packaged_vae
+from imgtok.tokenizers.vae import VAE
 from imgtok.train import autoencoder
 from imgtok.train.loop import Trainer
 
@@ -90,7 +91,7 @@ def test_the_scale_of_the_latents_is_measured(tmp_path):
 
 
 def test_the_packaged_autoencoder_says_how_it_was_trained():
-    shipped = packaged_vae("shapes32")
+    shipped = packaged_models()["shapes32"]
     record = load(autoencoder.Config, shipped / "config.yaml")
     configuration = load(autoencoder.Config, ROOT / "configs/vae/shapes32.yaml")
     assert record == replace(configuration, training=replace(configuration.training, threads=1))

@@ -122,10 +122,13 @@ class Code:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}, "epoch": 1}, "no weights under the key `model`.*found: state_dict, epoch"),
-        (torch.zeros(2), "no weights under the key `model`.*found: Tensor"),
-        ({"model": {"blocks.0.weight": torch.zeros(2)}}, "not a KL autoencoder .*found: blocks.0.weight"),
-        ({"model": {"weights": 3}}, "no weights under the key `model`"),
+        ({"state_dict": {}, "epoch": 1}, "must hold tensors by name.*found: state_dict, epoch"),
+        (torch.zeros(2), "must hold tensors by name.*found: Tensor"),
+        (
+            {"model": {"blocks.0.weight": torch.zeros(2)}},
+            "weights of no model that imgtok reads.*found: blocks.0.weight",
+        ),
+        ({"model": {"weights": 3}}, "must hold tensors by name"),
         ({"model": {}, "args": Fraction(1, 3)}, r"not a file of weights alone: it needs fractions\.Fraction"),
         ({"model": Code()}, r"imgtok runs no code from a file.*keep only the weights.*torch\.save"),
     ],
@@ -142,7 +145,7 @@ def test_foreign_files(tmp_path, capsys, content, message):
 @pytest.mark.parametrize("name", ["kl16.ckpt", "weights/kl16.ckpt", "/nowhere/kl16.safetensors"])
 def test_missing_files(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{name}: no such file of an autoencoder"):
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file of weights"):
         load_vae(name)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import imgtok
-from imgtok.tokenizers.vae import VAE, VAEConfig, latents_of_moments, packaged_vae
+from imgtok.tokenizers.vae import VAE, VAEConfig, latents_of_moments, load_vae
 
 TINY = VAEConfig(latent_channels=3, block_channels=(8, 16), layers_per_block=1, norm_groups=4, scaling_factor=0.5)
 
@@ -114,5 +114,5 @@ def test_widths_that_the_groups_do_not_divide(channels):
 
 
 def test_a_packaged_autoencoder_that_does_not_exist():
-    with pytest.raises(FileNotFoundError, match="no autoencoder named 'nosuch'"):
-        packaged_vae("nosuch")
+    with pytest.raises(FileNotFoundError, match=r"no model folder 'nosuch' .* imgtok ships shapes32"):
+        load_vae("nosuch")
