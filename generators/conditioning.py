@@ -1,16 +1,21 @@
 """What an image is drawn for, once for all generators: a class, or the features of a caption.
 
-While training, the condition of some samples is replaced by none, so that sampling can be guided away from none: "no
-class" is a label of its own, "no caption" the empty text, whose features a model keeps in its folder. A generator
-that reads text has cross-attention in every block, to the captions' features behind a small MLP; they stay the same
-for all calls of a `generate`, so `read` computes its keys and values once. How a class enters is each model's own.
+`condition` of a configuration is one of the small dataclasses below, and says how a condition enters the network. A
+network asks `read` what it sees of a batch of conditions: slots that stand before its content (`prefix`, with a mask
+where captions are shorter), and what its cross-attention looks at (`memory`). Both stay the same for all calls of a
+`generate`, so they are read once. While training, the condition of some samples is replaced by none, so that sampling
+can be guided away from none: "no class" is a label of its own, "no caption" the empty text, or features that stand for
+it; both are kept in the model's folder.
 
-Shapes: B images, T features of a caption.
+Nothing here switches gradients off, so that a control may differentiate through the reading and a call of the network.
+
+Shapes: B images, R rows of a call, T columns of a caption, P prefix slots, W channels of a feature, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,41 +29,122 @@ from imgtok.text.captions import Captions
 Condition = Tensor | Captions
 """What images are made for: labels (B,), -1 for no class, or captions."""
 
+# ---------------------------------------------------------------- how a condition enters
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromClass:
+    """A generator that draws for classes."""
+
+    kind: str
+    num_classes: PositiveInt = 1000
+    """Classes; training fills it in from the cache of tokens or latents."""
+    drop: Fraction = 0.1
+    """Share of training samples whose class is replaced by none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromText:
+    """A generator that draws for captions, which it reads as the features of a frozen text encoder."""
+
+    kind: str
+    text_width: PositiveInt = 2048
+    """Channels of a feature; training fills it in from the text cache."""
+    text_length: PositiveInt = 120
+    """Most features of a caption; training fills it in from the text cache."""
+    text_encoder: str | None = None
+    """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
+    drop: Fraction = 0.1
+    """Share of training samples whose caption is replaced by none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSlot(FromClass):
+    """The slot before the first token is the class's embedding; "no class" is one more row of the table (LlamaGen)."""
+
+    kind: Literal["class_slot"] = "class_slot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartPlusClass(FromClass):
+    """The slot is a learned start vector plus the class's embedding; "no class" adds nothing (FlexTok)."""
+
+    kind: Literal["start_plus_class"] = "start_plus_class"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassModulation(FromClass):
+    """The class's embedding joins that of the time; "no class" is one more row of the table (xAR)."""
+
+    kind: Literal["class"] = "class"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCrossAttention(FromText):
+    """Every block attends to the caption's features, after a small MLP; none is the empty caption (FlexTok)."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    empty_length: PositiveInt = 1
+    """Features of the empty caption, which stands for none; training fills it in from the text cache."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.empty_length > self.text_length:
+            raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
+
+
+AnyCondition = ClassSlot | StartPlusClass | ClassModulation | TextCrossAttention
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
     """What the configurations of all generators have; each says which values `kind` and `condition` take."""
 
     kind: str
-    condition: str
-    num_classes: PositiveInt = 1000
-    """Classes; training fills it in from the cache of tokens or latents."""
-    class_dropout: Fraction = 0.1
-    """Share of training samples whose class or caption is replaced by none."""
-    text_width: PositiveInt = 2048
-    """Channels of a caption's features; training fills it in from the text cache."""
-    text_length: PositiveInt = 120
-    """Most features of a caption; training fills it in from the text cache."""
-    empty_length: PositiveInt = 1
-    """Features of the empty caption, which stands for none; training fills it in from the text cache."""
-    text_encoder: str | None = None
-    """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
+    condition: AnyCondition
 
     def __post_init__(self) -> None:
         check(self)
-        if self.empty_length > self.text_length:
-            raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
 
     @property
     def reads_text(self) -> bool:
         """Whether captions are the condition, and not classes."""
-        return self.condition == "cross_attention"
+        return isinstance(self.condition, FromText)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that it draws for; 0 where captions are the condition."""
+        return self.condition.num_classes if isinstance(self.condition, FromClass) else 0
+
+    def with_condition(self, **fields: Any) -> Self:
+        """The same with other values in fields of `condition`."""
+        return replace(self, condition=replace(self.condition, **fields))
+
+
+# ---------------------------------------------------------------- the model's side
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a network sees of R conditions; None where it sees nothing of that form."""
+
+    prefix: Tensor | None = None
+    """Slots (R, P, D) before the content."""
+    memory: Memory | None = None
+    """What cross-attention looks at."""
 
 
 class ConditionalGenerator(nn.Module, Pretrained):
     """A generator of tokens or latents for labels or captions, with what is done to either before it is read.
 
-    A model calls `_add_text` where its parameters are made, and has a `CrossAttention` in each block if it reads text.
+    A model calls `_add_text` where its parameters are made, and has a `CrossAttention` in each block if `condition` is
+    `cross_attention`.
     """
 
     config: ConditionConfig
@@ -67,10 +153,12 @@ class ConditionalGenerator(nn.Module, Pretrained):
 
     def _add_text(self, width: int) -> None:
         """The way of features (.., text_width) into a model of `width`, and the place of the empty caption's."""
-        config = self.config
-        self.text_proj = text_projection(config.text_width, width) if config.reads_text else None
-        # Saved, so that a model folder knows its unconditional branch without the text encoder; see `set_empty_caption`
-        empty = torch.zeros(config.empty_length, config.text_width) if config.reads_text else None
+        condition = self.config.condition
+        self.text_proj, empty = None, None
+        if isinstance(condition, TextCrossAttention):
+            self.text_proj = text_projection(condition.text_width, condition.text_width, width)
+            # Saved, so that a folder knows its unconditional branch without the text encoder; see `set_empty_caption`
+            empty = torch.zeros(condition.empty_length, condition.text_width)
         self.register_buffer("empty_caption", empty)
 
     @property
@@ -89,30 +177,32 @@ class ConditionalGenerator(nn.Module, Pretrained):
         if isinstance(condition, Tensor):
             return torch.full_like(condition, self.null_class)
         assert self.empty_caption is not None
-        length = torch.tensor([len(self.empty_caption)], device=self.empty_caption.device)
-        return Captions(self.empty_caption.to(condition.features)[None], length).repeat(len(condition))
+        return Captions.pad([self.empty_caption.to(condition.features)]).repeat(len(condition))
 
     def with_unconditional(self, condition: Condition) -> Condition:
         """The conditions, then as many that say nothing."""
         none = self.unconditional(condition)
         if isinstance(condition, Captions):
             assert isinstance(none, Captions)
-            return condition.followed_by(none)
+            return Captions.cat([condition, none])
         assert isinstance(none, Tensor)
         return torch.cat([condition, none])
 
-    def read(self, captions: Captions) -> Memory:
-        """What the blocks' cross-attention looks at."""
+    def read(self, condition: Condition) -> Reading:
+        """What the network sees of the conditions."""
+        if not isinstance(condition, Captions):
+            return Reading()
         assert self.text_proj is not None, "a class-conditional model was called with captions"
         weight = next(self.text_proj.parameters())
-        context = self.text_proj(captions.features.to(weight.dtype))  # (B, T, D)
+        context = self.text_proj(condition.features.to(weight.dtype))  # (R, T, D)
         attentions = (module for module in self.modules() if isinstance(module, CrossAttention))  # block by block
-        return Memory([attention.keys_values(context) for attention in attentions], captions.mask[:, None, None])
+        layers = [attention.keys_values(context) for attention in attentions]
+        return Reading(memory=Memory(layers, condition.attention_mask))
 
     def _drop_some(self, condition: Condition, generator: torch.Generator) -> Condition:
-        """`class_dropout` of the conditions replaced by none."""
+        """The share `drop` of the conditions replaced by none."""
         draws = torch.rand(len(condition), generator=generator, device=generator.device)
-        dropped, none = draws < self.config.class_dropout, self.unconditional(condition)
+        dropped, none = draws < self.config.condition.drop, self.unconditional(condition)
         if isinstance(condition, Captions):
             assert isinstance(none, Captions)
             return condition.replaced(dropped.to(condition.features.device), none)
@@ -121,31 +211,34 @@ class ConditionalGenerator(nn.Module, Pretrained):
 
     def _checked(self, condition: Condition) -> Condition:
         """The condition as sampling reads it. Raises ValueError for one that the model does not know."""
-        config = self.config
-        if isinstance(condition, Captions) != config.reads_text:
-            needed, given = ("captions", "labels") if config.reads_text else ("labels", "captions")
-            raise ValueError(f"this model (condition {config.condition}) draws for {needed}, given {given}")
+        how = self.config.condition
+        if isinstance(condition, Captions) != isinstance(how, FromText):
+            needed, given = ("captions", "labels") if isinstance(how, FromText) else ("labels", "captions")
+            raise ValueError(f"this model (condition {how.kind}) draws for {needed}, given {given}")
         if isinstance(condition, Captions):
+            assert isinstance(how, FromText)
             _, columns, width = condition.features.shape
-            if width != config.text_width or columns > config.text_length:
+            if width != how.text_width or columns > how.text_length:
                 raise ValueError(
-                    f"captions of {columns} features of width {width}; this model reads at most {config.text_length} "
-                    f"of width {config.text_width}: encode them with its own text encoder"
+                    f"captions of {columns} features of width {width}; this model reads at most {how.text_length} "
+                    f"of width {how.text_width}: encode them with its own text encoder"
                 )
+            if not condition.mask.any(1).all():
+                raise ValueError("a caption of which no column is seen; even the empty text has that of its end mark")
             # One width for every batch, or the last bits would tell who shared it
-            return condition.widen(config.text_length)
+            return condition.widen(how.text_length)
         if len(condition) and not (int(condition.min()) >= -1 and int(condition.max()) <= self.null_class):
             raise ValueError(
-                f"labels must lie in 0 to {config.num_classes - 1} (or -1 or {self.null_class} for no class), "
+                f"labels must lie in 0 to {self.config.num_classes - 1} (or -1 or {self.null_class} for no class), "
                 f"got {int(condition.min())} to {int(condition.max())}"
             )
         return condition
 
 
-def text_projection(text_width: int, width: int) -> nn.Sequential:
-    """A caption's features (.., text_width) -> (.., width): text_width -> text_width -> width, tanh-GELU, no biases."""
+def text_projection(text_width: int, hidden: int, width: int) -> nn.Sequential:
+    """A caption's features (.., text_width) -> (.., width): text_width -> hidden -> width, tanh-GELU, no biases."""
     return nn.Sequential(
-        nn.Linear(text_width, text_width, bias=False),
+        nn.Linear(text_width, hidden, bias=False),
         nn.GELU(approximate="tanh"),
-        nn.Linear(text_width, width, bias=False),
+        nn.Linear(hidden, width, bias=False),
     )

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from imgtok import randomness
 from imgtok.config import Fraction, PositiveInt
 from imgtok.generators import decoding
-from imgtok.generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
+from imgtok.generators.conditioning import (
+    ClassSlot,
+    Condition,
+    ConditionalGenerator,
+    ConditionConfig,
+    StartPlusClass,
+    TextCrossAttention,
+)
 from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import KVCache, LayerCache, Window
@@ -63,10 +70,11 @@ class GPTConfig(ConditionConfig):
     """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
     qk_norm: bool = False
     """Normalise queries and keys over a head's channels, without parameters."""
-    condition: Literal["class_slot", "start_plus_class", "cross_attention"] = "class_slot"
-    """`class_slot`: the first slot is the class's embedding, "no class" being one more row of the table (LlamaGen).
-    `start_plus_class`: it is a learned start vector plus the class's embedding, "no class" adding nothing (FlexTok).
-    `cross_attention`: it is the start vector, and every block attends to the features of a caption (FlexTok)."""
+    condition: ClassSlot | StartPlusClass | TextCrossAttention = ClassSlot()
+    """What it draws for, and how that enters. `class_slot`: the slot before the first token is the class's embedding,
+    "no class" being one more row of the table (LlamaGen). `start_plus_class`: it is a learned start vector plus the
+    class's embedding, "no class" adding nothing (FlexTok). `cross_attention`: it is the start vector, and every block
+    attends to the features of a caption (FlexTok)."""
     dropout: Fraction = 0.1
     """Dropout of embeddings, attention and feed-forward outputs."""
     attention_dropout: Fraction = 0.0
@@ -113,7 +121,7 @@ def flextok_size(depth: int, *, text: bool = False) -> GPTConfig:
         depth=depth,
         num_heads=depth,
         mlp_multiple=1,
-        condition="cross_attention" if text else "start_plus_class",
+        condition=TextCrossAttention() if text else StartPlusClass(),
         attention_dropout=0.1,
     )
 
@@ -185,7 +193,8 @@ class GPT(ConditionalGenerator):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        rows = 0 if config.reads_text else config.num_classes + (config.condition == "class_slot")
+        slot = isinstance(config.condition, ClassSlot)
+        rows = config.num_classes + slot  # none for a model that reads text
         self.class_embedding = nn.Embedding(rows, config.width) if rows else None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -200,8 +209,7 @@ class GPT(ConditionalGenerator):
         else:
             rotary = rotary_2d(config.head_dim, round(config.num_tokens**0.5), prefix=1)
         self.register_buffer("rotary", rotary, persistent=False)
-        started = config.condition != "class_slot"
-        self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
+        self.register_parameter("start", None if slot else nn.Parameter(torch.empty(config.width)))
         self._add_text(config.width)
         self._initialise()
 
@@ -245,7 +253,7 @@ class GPT(ConditionalGenerator):
         """
         memory = cache.memory if cache is not None else None
         if isinstance(condition, Captions):
-            memory = self.read(condition)
+            memory = self.read(condition).memory
             if cache is not None:
                 cache.memory = memory
         x = self.token_embedding(ids_BL)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from imgtok.generators.conditioning import Condition
+from imgtok.generators.conditioning import Condition, FromText
 from imgtok.generators.gpt import GPT, SamplingConfig
 from imgtok.generators.xar import XAR, FlowSampling
 from imgtok.hub import find_folder, load
@@ -131,13 +131,15 @@ class Pipeline(ABC):
 
         Raises ValueError for a generator without text or another encoder than it was trained with.
         """
-        config = self.generator.config
-        name = text_encoder or config.text_encoder
-        if not self.reads_text or name is None:
-            why = "the generator names no encoder: say text_encoder=FOLDER" if self.reads_text else "it draws classes"
+        condition = self.generator.config.condition
+        if not isinstance(condition, FromText):
+            raise ValueError("prompts: this generator cannot read them, it draws classes")
+        name = text_encoder or condition.text_encoder
+        if name is None:
+            why = "the generator names no encoder: say text_encoder=FOLDER"
             raise ValueError(f"prompts: this generator cannot read them, {why}")
         try:
-            self.encoder = TextEncoder.load(name, max_length=config.text_length, device=self.device)
+            self.encoder = TextEncoder.load(name, max_length=condition.text_length, device=self.device)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
         assert self.generator.empty_caption is not None

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from imgtok import flow, randomness
 from imgtok.config import Fraction, NonNegativeFloat, PositiveInt, check
-from imgtok.generators.conditioning import Condition, ConditionalGenerator, ConditionConfig
+from imgtok.generators.conditioning import (
+    ClassModulation,
+    Condition,
+    ConditionalGenerator,
+    ConditionConfig,
+    TextCrossAttention,
+)
 from imgtok.generators.entities import Cells, EntityConfig
 from imgtok.generators.xar_fast import SamplingNetwork, Span
 from imgtok.layers.attention import Attention, CrossAttention
@@ -77,10 +83,10 @@ class XARConfig(ConditionConfig):
     """Channels of the latent; training fills it in from the latent cache."""
     grid: PositiveInt = 16
     """Positions a side of the latent, which the entities have to tile; that of the latent cache."""
-    condition: Literal["class", "cross_attention"] = "class"
-    """`class`: its embedding, "no class" being one more row of the table, joins that of the time. `cross_attention`:
-    every block attends to the features of a caption, and is modulated by the time alone; this is ours, the paper has
-    no text."""
+    condition: ClassModulation | TextCrossAttention = ClassModulation()
+    """What it draws for, and how that enters. `class`: its embedding, "no class" being one more row of the table, joins
+    that of the time. `cross_attention`: every block attends to the features of a caption, and is modulated by the time
+    alone; this is ours, the paper has no text."""
     entities: EntityConfig = Cells()
     """What is predicted next: the X of the paper."""
     width: PositiveInt = 768
@@ -377,7 +383,7 @@ class XAR(ConditionalGenerator):
         batch, count, device = len(latents), len(self.entities), latents.device
         condition = self._drop_some(condition, generator)
         labels = condition[:, None] if isinstance(condition, Tensor) else None
-        memory = self.read(condition) if isinstance(condition, Captions) else None
+        memory = self.read(condition).memory
         tokens = self.entities.cut(latents)  # (B, L, C)
         t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
         noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)

@@ -101,7 +101,7 @@ class SamplingNetwork:
         rows = model.with_unconditional(condition) if guided else condition
         self.model = model
         self.batch = len(condition)
-        self.memory = model.read(rows) if isinstance(rows, Captions) else None
+        self.memory = model.read(rows).memory
         times = list(dict.fromkeys(t for plan in plans for t in plan.times))
         self.modulations = ModulationTable(model, rows, self.batch, times)
         self.finished: list[Tensor] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,12 +40,11 @@ def digest_with(digest: str, captions: CaptionDataset | None) -> str:
     return digest if captions is None else f"{digest}-{captions.info.digest}"
 
 
-def with_text_fields(model: C, captions: CaptionDataset | None) -> C:
-    """The configuration with what captions decide filled in."""
+def with_condition_fields(model: C, images: TokenDataset | Latents, captions: CaptionDataset | None) -> C:
+    """The configuration with what classes or captions decide filled in."""
     if captions is None:
-        return model
-    return replace(
-        model,
+        return model.with_condition(num_classes=max(images.num_classes, 1))
+    return model.with_condition(
         text_width=captions.info.width,
         text_length=captions.info.max_length,
         empty_length=len(captions.empty),

@@ -28,7 +28,7 @@ from imgtok.generators.xar import XAR, XARConfig
 from imgtok.hub import find_folder, load
 from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.vae import load_vae
-from imgtok.train.captions import digest_with, open_captions, preview_condition, with_text_fields
+from imgtok.train.captions import digest_with, open_captions, preview_condition, with_condition_fields
 from imgtok.train.config import TrainingConfig
 from imgtok.train.latent_generator import LatentGeneratorJob
 from imgtok.train.loop import fit
@@ -54,7 +54,7 @@ class Config:
     vae_scaling_factor: PositiveFloat | None = None
     """Factor on the autoencoder's latents, as their cache was made with; null takes its own. For model.kind=xar."""
     text: Path | None = None
-    """Folder of cached text features of the same images, for model.condition=cross_attention."""
+    """Folder of cached text features of the same images, for a model.condition that reads text."""
     made_from: str | None = None
     """Fingerprint of the tokens' (and texts') models and data, filled in at the start: a run goes on only with the
     same."""
@@ -88,11 +88,13 @@ class Config:
             raise ValueError("share_digits: only for model.kind=gpt, latents have no digits; leave it out")
         if self.model.reads_text and self.text is None:
             raise ValueError(
-                "text: is required with model.condition=cross_attention; `imgtok cache text` makes such a folder"
+                f"text: is required with model.condition.kind={self.model.condition.kind}; `imgtok cache text` makes "
+                "such a folder"
             )
         if self.text is not None and not self.model.reads_text:
             raise ValueError(
-                f"text: model.condition={self.model.condition} reads no text; set model.condition=cross_attention"
+                f"text: model.condition.kind={self.model.condition.kind} reads no text; set "
+                "model.condition.kind=cross_attention"
             )
 
 
@@ -116,11 +118,8 @@ def train_on_latents(config: Config, model_config: XARConfig) -> None:
         )
     captions = open_captions(config.text, latents)
     config = with_fingerprint(config, digest_with(latents.digest, captions))
-    model_config = replace(
-        with_text_fields(model_config, captions),
-        latent_channels=latents.latent_channels,
-        num_classes=max(latents.num_classes, 1),
-    )
+    model_config = with_condition_fields(model_config, latents, captions)
+    model_config = replace(model_config, latent_channels=latents.latent_channels)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = XAR(model_config)
     if captions is not None:
@@ -151,10 +150,9 @@ def filled_in(
 ) -> GPTConfig:
     """The model with what the data decides filled in."""
     return replace(
-        with_text_fields(model, captions),
+        with_condition_fields(model, tokens, captions),
         vocab_size=tokenizer.vocab_size,
         num_tokens=tokens.info.num_tokens,
-        num_classes=max(tokens.num_classes, 1),
         levels=tokenizer.levels if config.share_digits else (),
     )
 

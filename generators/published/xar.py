@@ -23,6 +23,7 @@ from torch import Tensor
 
 from imgtok.config import ConfigError
 from imgtok.files import replacing
+from imgtok.generators.conditioning import ClassModulation
 from imgtok.generators.entities import Cells
 from imgtok.generators.xar import XAR, XAR_SIZES, XARConfig, xar_size
 from imgtok.hub import Found
@@ -136,7 +137,7 @@ def config_of(stored: Mapping[str, Tensor], path: Path) -> XARConfig:
             named or XARConfig(width=4, num_heads=1),
             latent_channels=channels,
             grid=grid,
-            num_classes=len(stored["class_emb.weight"]) - 1,
+            condition=ClassModulation(num_classes=len(stored["class_emb.weight"]) - 1),
             entities=Cells(height=grid // 2, width=grid // 2),
             width=width,
             depth=depth,
@@ -183,7 +184,7 @@ def _alike(stored: Tensor, ours: Tensor) -> bool:
 
 # ---------------------------------------------------------------- writing
 
-NOT_IN_THE_FILE = ("times", "dropout", "class_dropout", "sampling")
+NOT_IN_THE_FILE = ("times", "dropout", "condition", "sampling")
 """Fields of a configuration that a published file says nothing of: they are about training, or can be chosen anew."""
 
 
@@ -195,10 +196,15 @@ def save(model: XAR, path: Path) -> None:
     """
     if path.suffix not in (".pth", ".safetensors"):
         raise ValueError(f"{path}: an xAR is published as a file: give a name that ends in .pth or .safetensors")
-    fixed = {"condition": "class", "grid": 16, "num_classes": 1000, "entities": Cells(height=8, width=8)}
-    for name, value in fixed.items():
-        if getattr(model.config, name) != value:
-            raise ConfigError(f"{name}: the published code runs {value} alone, this xAR has {vars(model.config)[name]}")
+    config = model.config
+    for name, mine, published in (
+        ("condition.kind", config.condition.kind, "class"),
+        ("grid", config.grid, 16),
+        ("condition.num_classes", config.num_classes, 1000),
+        ("entities", config.entities, Cells(height=8, width=8)),
+    ):
+        if mine != published:
+            raise ConfigError(f"{name}: the published code runs {published} alone, this xAR has {mine}")
     state = model.state_dict()
     tensors = {
         name: as_published(name, place.view(state)).detach().contiguous()

@@ -26,8 +26,8 @@ def test_rows_are_sums_over_digits():
 
 def test_a_gradient_for_one_id_moves_its_neighbour():
     config = GPTConfig(
-        vocab_size=6, num_tokens=3, num_classes=2, width=8, depth=1, num_heads=2, levels=(2, 3), dropout=0.0
-    )
+        vocab_size=6, num_tokens=3, width=8, depth=1, num_heads=2, levels=(2, 3), dropout=0.0
+    ).with_condition(num_classes=2)
     torch.manual_seed(0)
     model = GPT(config)
     labels, ids = torch.tensor([0]), torch.full((1, 3), 4)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import imgtok
 from imgtok.generators import decoding
+from imgtok.generators.conditioning import ClassSlot, StartPlusClass
 from imgtok.generators.gpt import (
     FLEXTOK_CLASS_DEPTHS,
     FLEXTOK_TEXT_DEPTHS,
@@ -21,15 +22,18 @@ from imgtok.generators.gpt import (
 from imgtok.generators.sampling import TokenSampling, law
 from imgtok.tokenizers.tokens import Tokens
 
-TINY = GPTConfig(vocab_size=24, num_tokens=9, num_classes=5, width=32, depth=2, num_heads=2, mlp_multiple=32)
-LLAMAGEN, FLEXTOK = {"positions": "rotary_2d"}, {"condition": "start_plus_class", "mlp_multiple": 1, "qk_norm": True}
+TINY = GPTConfig(
+    vocab_size=24, num_tokens=9, width=32, depth=2, num_heads=2, mlp_multiple=32, condition=ClassSlot(num_classes=5)
+)
+LLAMAGEN = {"positions": "rotary_2d"}
+FLEXTOK = {"condition": StartPlusClass(num_classes=5), "mlp_multiple": 1, "qk_norm": True}
 VARIANTS = [pytest.param({}, id="learned"), pytest.param(LLAMAGEN, id="llamagen"), pytest.param(FLEXTOK, id="flextok")]
 
 
-def build(*, awake: bool = True, **changes) -> GPT:
+def build(*, awake: bool = True, drop: float = 0.1, **changes) -> GPT:
     """A tiny model; `awake` replaces the zero head and the small weights, so that its laws are not flat."""
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(TINY, **changes)).eval()
+    model = GPT(dataclasses.replace(TINY, **changes).with_condition(drop=drop)).eval()
     if awake:
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -92,7 +96,7 @@ def test_the_defaults_are_those_of_models_saved_before_flextoks(tmp_path):
     model = build(positions="rotary_2d")
     model.save_pretrained(tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
-    new = ["qk_norm", "condition", "text_width", "text_length", "empty_length", "text_encoder", "attention_dropout"]
+    new = ["qk_norm", "attention_dropout"]
     for field in new:
         del old[field]
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -211,7 +215,7 @@ def test_minus_one_is_no_class(variant):
 
 
 def test_everything_of_flextoks_model_is_trained():
-    model = build(**FLEXTOK, class_dropout=0.5)
+    model = build(**FLEXTOK, drop=0.5)
     model(
         Tokens.full(torch.randint(24, (3, 9), generator=generator())), LABELS, generator=generator(2)
     ).total.backward()
@@ -303,27 +307,27 @@ def test_samples_have_the_distribution_of_the_logits():
 # ---------------------------------------------------------------- training
 
 
-def test_class_dropout_shows_the_null_class():
+def test_dropped_classes_show_the_null_class():
     ids = torch.randint(24, (3, 9), generator=generator())
-    model = build(class_dropout=1.0)
+    model = build(drop=1.0)
     with torch.no_grad():
         null_logits = model.logits(torch.full((3,), model.null_class), ids)
     expected = F.cross_entropy(null_logits.flatten(0, 1), ids.flatten())
     assert model(Tokens.full(ids), LABELS, generator=generator()).total.item() == pytest.approx(
         expected.item(), rel=1e-6
     )
-    losses = {model_loss(class_dropout=0.5, seed=seed) for seed in (0, 0, 1, 2, 3)}
+    losses = {model_loss(drop=0.5, seed=seed) for seed in (0, 0, 1, 2, 3)}
     assert 1 < len(losses) <= 4
 
 
-def model_loss(class_dropout: float, seed: int) -> float:
+def model_loss(drop: float, seed: int) -> float:
     ids = torch.randint(24, (3, 9), generator=generator())
-    return build(class_dropout=class_dropout)(Tokens.full(ids), LABELS, generator=generator(seed)).total.item()
+    return build(drop=drop)(Tokens.full(ids), LABELS, generator=generator(seed)).total.item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_overfits_four_sequences_and_samples_them_by_class(variant):
-    model = build(awake=False, **variant, dropout=0.0, class_dropout=0.0).train()
+    model = build(awake=False, **variant, dropout=0.0, drop=0.0).train()
     ids = torch.randint(24, (4, 9), generator=generator(1))
     labels = torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -26,8 +26,8 @@ def generator(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generator")
     how = FlowSampling(steps=(2,), guidance=(2.0,))
     cells = Cells(height=8, width=8)
-    XAR(XARConfig(latent_channels=4, num_classes=10, entities=cells, width=96, depth=1, num_heads=3, sampling=how)
-        ).save_pretrained(folder)  # fmt: skip
+    config = XARConfig(latent_channels=4, entities=cells, width=96, depth=1, num_heads=3, sampling=how)
+    XAR(config.with_condition(num_classes=10)).save_pretrained(folder)
     VAE(SMALL).save_pretrained(folder / "tokenizer")
     return folder
 

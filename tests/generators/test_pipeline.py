@@ -21,7 +21,9 @@ def pipeline() -> Pipeline:
     )
     for parameter in tokenizer.parameters():  # a decoder at its start does not look at the tokens
         torch.nn.init.normal_(parameter, std=0.2)
-    generator = GPT(GPTConfig(vocab_size=16, num_tokens=8, num_classes=5, width=32, depth=2, num_heads=2))
+    generator = GPT(
+        GPTConfig(vocab_size=16, num_tokens=8, width=32, depth=2, num_heads=2).with_condition(num_classes=5)
+    )
     torch.nn.init.normal_(generator.head.weight, std=0.5)
     return TokenPipeline(generator, tokenizer, torch.device("cpu"))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import imgtok
 from imgtok.generators import decoding
+from imgtok.generators.conditioning import StartPlusClass, TextCrossAttention
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling, law
 from imgtok.layers.attention import CrossAttention
@@ -17,15 +18,15 @@ from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
 TINY = GPTConfig(
-    vocab_size=24, num_tokens=9, width=32, depth=2, num_heads=2, mlp_multiple=1, condition="cross_attention",
-    text_width=12, text_length=6,
+    vocab_size=24, num_tokens=9, width=32, depth=2, num_heads=2, mlp_multiple=1,
+    condition=TextCrossAttention(text_width=12, text_length=6),
 )  # fmt: skip
 
 
-def build(*, awake: bool = True, **changes) -> GPT:
+def build(*, awake: bool = True, drop: float = 0.1, **changes) -> GPT:
     """A tiny model with an empty caption; `awake` replaces small weights, so that its laws are not flat."""
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(TINY, **changes)).eval()
+    model = GPT(dataclasses.replace(TINY, **changes).with_condition(drop=drop)).eval()
     model.set_empty_caption(torch.randn(1, 12))
     if awake:
         for parameter in model.parameters():
@@ -63,7 +64,7 @@ def test_captions_are_padded_with_zeros():
     swapped = CAPTIONS.replaced(torch.tensor([False, True, False]), Captions.pad(ROWS[:1]).repeat(3))
     assert swapped.lengths.tolist() == [3, 3, 1]
     assert torch.equal(swapped.features[1], CAPTIONS.features[0])
-    assert Captions.pad(ROWS[:1]).followed_by(Captions.pad(ROWS[2:])).features.shape == (2, 3, 12)
+    assert Captions.cat([Captions.pad(ROWS[:1]), Captions.pad(ROWS[2:])]).features.shape == (2, 3, 12)
     with pytest.raises(ValueError, match="caption 1 has no features"):
         Captions.pad([ROWS[0], torch.empty(0, 12)])
 
@@ -78,7 +79,7 @@ def test_padding_leaves_no_trace(qk_norm):
         alone = torch.cat([model.logits(Captions.pad([row]), IDS[i : i + 1]) for i, row in enumerate(ROWS)])
         torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model.logits(wider, IDS), expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(model.logits(Captions(dirty, wider.lengths), IDS), model.logits(wider, IDS))
+        assert torch.equal(model.logits(Captions(dirty, wider.mask), IDS), model.logits(wider, IDS))
 
 
 def test_cross_attention_is_the_textbook_formula():
@@ -174,7 +175,7 @@ def test_guidance_of_zero_is_the_empty_caption():
 
 
 def test_dropped_captions_are_the_empty_one():
-    model = build(class_dropout=1.0)
+    model = build(drop=1.0)
     with torch.no_grad():
         logits = model.logits(Captions.pad([model.empty_caption] * 3), IDS)
     expected = F.cross_entropy(logits.flatten(0, 1), IDS.flatten())
@@ -182,14 +183,14 @@ def test_dropped_captions_are_the_empty_one():
         expected.item(), rel=1e-6
     )
     losses = {
-        build(class_dropout=0.5)(Tokens.full(IDS), CAPTIONS, generator=generator(i)).total.item()
+        build(drop=0.5)(Tokens.full(IDS), CAPTIONS, generator=generator(i)).total.item()
         for i in (0, 0, 1, 2, 3)
     }
     assert 1 < len(losses) <= 4
 
 
 def test_everything_is_trained_but_the_empty_caption():
-    model = build(class_dropout=0.5)
+    model = build(drop=0.5)
     model(Tokens.full(IDS), CAPTIONS, generator=generator(2)).total.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     assert "empty_caption" in model.state_dict()
@@ -197,7 +198,7 @@ def test_everything_is_trained_but_the_empty_caption():
 
 
 def test_overfits_three_captions_and_samples_their_sequences():
-    model = build(awake=False, dropout=0.0, class_dropout=0.0).train()
+    model = build(awake=False, dropout=0.0, drop=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
         loss = model(Tokens.full(IDS), CAPTIONS, generator=generator(step)).total
@@ -211,8 +212,8 @@ def test_overfits_three_captions_and_samples_their_sequences():
 
 def half_precision(device: str) -> None:
     """Stored features in 16 bits: a training step in mixed precision, and drawing with a model in bfloat16."""
-    model = build(class_dropout=0.5).to(device)
-    stored = Captions(CAPTIONS.features.half(), CAPTIONS.lengths).to(device)
+    model = build(drop=0.5).to(device)
+    stored = Captions(CAPTIONS.features.half(), CAPTIONS.mask).to(device)
     with torch.autocast(device, torch.bfloat16):
         loss = model(Tokens.full(IDS.to(device)), stored, generator=generator(2)).total
     loss.backward()
@@ -238,7 +239,7 @@ def test_half_precision_on_a_gpu():
 def test_the_wrong_condition_is_refused():
     with pytest.raises(ValueError, match=r"\(condition cross_attention\) draws for captions, given labels"):
         ids_of(build(), torch.tensor([0]), seed=0, indices=[0])
-    classes = GPT(dataclasses.replace(TINY, condition="start_plus_class"))
+    classes = GPT(dataclasses.replace(TINY, condition=StartPlusClass()))
     with pytest.raises(ValueError, match=r"\(condition start_plus_class\) draws for labels, given captions"):
         ids_of(classes, CAPTIONS, seed=0, indices=range(3))
 
@@ -251,11 +252,11 @@ def test_captions_of_another_encoder_are_refused(shape):
 
 def test_an_empty_caption_longer_than_any_is_refused():
     with pytest.raises(ValueError, match="empty_length: 7 is more than text_length = 6"):
-        dataclasses.replace(TINY, empty_length=7)
+        TINY.with_condition(empty_length=7)
 
 
 def test_a_model_folder_knows_its_empty_caption(tmp_path):
-    model = build(text_encoder="google/flan-t5-xl")
+    model = build(condition=dataclasses.replace(TINY.condition, text_encoder="google/flan-t5-xl"))
     model.save_pretrained(tmp_path)
     loaded = imgtok.load(tmp_path, expect=GPT)
     assert loaded.config == model.config

@@ -8,6 +8,7 @@ import torch
 from imgtok import flow, randomness
 from imgtok.config import ConfigError
 from imgtok.generators import xar_fast
+from imgtok.generators.conditioning import ClassModulation
 from imgtok.generators.entities import Cells, Patches, Scales, Subsamples, WholeImage
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig, plan_entities, xar_size
 
@@ -25,7 +26,14 @@ LABELS = torch.tensor([0, 4, -1])
 def tiny(entities=ENTITIES[0], **changes) -> XAR:
     torch.manual_seed(0)
     config = XARConfig(
-        latent_channels=3, grid=4, num_classes=5, entities=entities, width=32, depth=2, num_heads=2, **changes
+        latent_channels=3,
+        grid=4,
+        condition=ClassModulation(num_classes=5),
+        entities=entities,
+        width=32,
+        depth=2,
+        num_heads=2,
+        **changes,
     )
     return XAR(config).eval()
 
@@ -165,7 +173,7 @@ def test_guidance_and_classes_change_what_is_drawn():
 @pytest.mark.parametrize("entities", ENTITIES, ids=lambda e: e.kind)
 def test_it_learns(entities):
     """A class that is a constant latent: the loss falls below what ignorance of the class allows."""
-    model = tiny(entities, dropout=0.0, class_dropout=0.0).train()
+    model = tiny(entities, dropout=0.0, condition=ClassModulation(num_classes=5, drop=0.0)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(40):
@@ -181,7 +189,7 @@ def test_it_learns(entities):
 
 def test_entities_see_only_earlier_ones():
     model = tiny().train()
-    model.config = replace(model.config, class_dropout=0.0)
+    model.config = model.config.with_condition(drop=0.0)
     tokens = torch.randn(1, 16, 3)
     modulations = model.modulations(model.condition(torch.full((1, 4), 0.5), torch.zeros(1, 1, dtype=torch.long)))
     span = xar_fast.Span.of(model.entities, 0, 4, model.lengths)

@@ -9,6 +9,7 @@ import torch
 
 import imgtok
 from imgtok import flow, randomness
+from imgtok.generators.conditioning import ClassModulation, TextCrossAttention
 from imgtok.generators.entities import Cells, Patches, Scales, WholeImage
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.generators.xar_fast import Span
@@ -16,16 +17,16 @@ from imgtok.layers.attention import CrossAttention
 from imgtok.text.captions import Captions
 
 TINY = XARConfig(
-    latent_channels=3, grid=4, num_classes=5, entities=Cells(height=2, width=2), width=32, depth=2, num_heads=2,
-    condition="cross_attention", text_width=12, text_length=6,
+    latent_channels=3, grid=4, entities=Cells(height=2, width=2), width=32, depth=2, num_heads=2,
+    condition=TextCrossAttention(text_width=12, text_length=6),
 )  # fmt: skip
 GUIDED = FlowSampling(steps=(3,), guidance=(2.0,))
 PLAIN = FlowSampling(steps=(3,), guidance=(1.0,))
 
 
-def build(**changes) -> XAR:
+def build(*, drop: float = 0.1, **changes) -> XAR:
     torch.manual_seed(0)
-    model = XAR(replace(TINY, **changes)).eval()
+    model = XAR(replace(TINY, **changes).with_condition(drop=drop)).eval()
     model.set_empty_caption(torch.randn(1, 12))
     return model
 
@@ -79,7 +80,7 @@ def test_rows_meet_their_own_caption(scale):
         def velocity(x, t, features=features):
             modulations = model.modulations(model.condition(torch.full((1, 1), t), None))
             v_cond, v_null = (
-                model.velocity(x, modulations, span, memory=model.read(Captions.pad([rows])))
+                model.velocity(x, modulations, span, memory=model.read(Captions.pad([rows])).memory)
                 for rows in (features, model.empty_caption)
             )
             return flow.classifier_free_guidance(v_cond, v_null, scale)
@@ -104,7 +105,7 @@ def test_an_image_depends_on_seed_index_and_caption_alone():
 def test_padding_leaves_no_trace():
     model = build()
     wide = CAPTIONS.widen(6)
-    dirty = Captions(torch.where(wide.mask[..., None], wide.features, 1e4), wide.lengths)
+    dirty = Captions(torch.where(wide.mask[..., None], wide.features, 1e4), wide.mask)
     assert torch.equal(draw(model, GUIDED, dirty), draw(model, GUIDED))
 
 
@@ -150,9 +151,9 @@ def test_captions_are_read_once(monkeypatch, sampling, rows):
 
 
 def test_dropped_captions_are_the_empty_one():
-    model = build(class_dropout=1.0)
+    model = build(drop=1.0)
     dropped = model(LATENTS, CAPTIONS, generator=generator()).total
-    model.config = replace(model.config, class_dropout=0.0)
+    model.config = model.config.with_condition(drop=0.0)
     empty = model(LATENTS, Captions.pad([model.empty_caption] * 3), generator=generator()).total
     kept = model(LATENTS, CAPTIONS, generator=generator()).total
     assert dropped.item() == pytest.approx(empty.item(), rel=1e-6)
@@ -160,7 +161,7 @@ def test_dropped_captions_are_the_empty_one():
 
 
 def test_everything_is_trained_but_the_empty_caption():
-    model = build(class_dropout=0.5)
+    model = build(drop=0.5)
     model(LATENTS, CAPTIONS, generator=generator(2)).total.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     assert "empty_caption" in model.state_dict()
@@ -180,14 +181,14 @@ def test_recomputing_activations_changes_no_gradient():
 
 def test_it_learns_what_captions_say():
     """A caption's first number is the latent: the loss falls below what ignorance of the captions allows."""
-    model = build(dropout=0.0, class_dropout=0.0).train()
+    model = build(dropout=0.0, drop=0.0).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     draws, losses = generator(), []
     for _ in range(60):
         values = torch.randint(0, 5, (16,), generator=draws) - 2.0
         features = values[:, None, None].expand(16, 2, 12) / 2
         latents = values[:, None, None, None].expand(16, 3, 4, 4)
-        loss = model(latents, Captions(features, torch.full((16,), 2)), generator=draws).total
+        loss = model(latents, Captions(features, torch.ones(16, 2, dtype=torch.bool)), generator=draws).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -202,8 +203,8 @@ def test_it_learns_what_captions_say():
 
 def half_precision(device: str) -> None:
     """Stored features in 16 bits: a training step in mixed precision, and drawing with a model in bfloat16."""
-    model = build(class_dropout=0.5).to(device)
-    stored, latents = Captions(CAPTIONS.features.half(), CAPTIONS.lengths).to(device), LATENTS.to(device)
+    model = build(drop=0.5).to(device)
+    stored, latents = Captions(CAPTIONS.features.half(), CAPTIONS.mask).to(device), LATENTS.to(device)
     with torch.autocast(device, torch.bfloat16):
         loss = model(latents, stored, generator=generator(2)).total
     loss.backward()
@@ -227,7 +228,7 @@ def test_half_precision_on_a_gpu():
 
 
 def test_without_text_nothing_of_it_is_there():
-    model = XAR(replace(TINY, condition="class"))
+    model = XAR(replace(TINY, condition=ClassModulation(num_classes=5)))
     assert not any("cross" in name or "text" in name or "caption" in name for name in model.state_dict())
     assert model.class_embedding.num_embeddings == 6
 
@@ -236,18 +237,18 @@ def test_the_wrong_condition_is_refused():
     with pytest.raises(ValueError, match=r"\(condition cross_attention\) draws for captions, given labels"):
         draw(build(), PLAIN, torch.tensor([0]), (0,))
     with pytest.raises(ValueError, match=r"\(condition class\) draws for labels, given captions"):
-        draw(XAR(replace(TINY, condition="class")), PLAIN)
+        draw(XAR(replace(TINY, condition=ClassModulation(num_classes=5))), PLAIN)
     with pytest.raises(ValueError, match="this model reads at most 6 of width 12"):
         draw(build(), PLAIN, Captions.pad([torch.zeros(7, 12)]), (0,))
 
 
 def test_an_empty_caption_longer_than_any_is_refused():
     with pytest.raises(ValueError, match="empty_length: 7 is more than text_length = 6"):
-        replace(TINY, empty_length=7)
+        TINY.with_condition(empty_length=7)
 
 
 def test_a_model_folder_knows_its_empty_caption(tmp_path):
-    model = build(text_encoder="google/flan-t5-xl")
+    model = build(condition=replace(TINY.condition, text_encoder="google/flan-t5-xl"))
     model.save_pretrained(tmp_path)
     loaded = imgtok.load(tmp_path, expect=XAR)
     assert loaded.config == model.config

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from cases import Case
 from torch import nn
 
+from imgtok.generators.conditioning import ClassModulation, ClassSlot
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.published import xar as published_xar
@@ -94,14 +95,13 @@ def gpt(case: Case) -> GPT:
     config = GPTConfig(
         vocab_size=about["vocab_size"],
         num_tokens=about["block_size"],
-        num_classes=about["num_classes"],
         width=about["dim"],
         depth=about["n_layer"],
         num_heads=about["n_head"],
         mlp_multiple=about["multiple_of"],
         positions="rotary_2d",
         dropout=0.0,
-        class_dropout=0.0,
+        condition=ClassSlot(num_classes=about["num_classes"], drop=0.0),
     )
     model = GPT(config).eval()
     fill(model, case, gpt_places)
@@ -114,13 +114,12 @@ def xar(case: Case) -> XAR:
     config = XARConfig(
         latent_channels=about["latent_channels"],
         grid=about["latent_grid"][0],
-        num_classes=about["classes"],
         entities=Cells(height=about["cell"][0], width=about["cell"][1]),
         width=about["width"],
         depth=about["first_stack_blocks"],
         num_heads=about["heads"],
         dropout=about["dropout"],
-        class_dropout=about["class_drop"],
+        condition=ClassModulation(num_classes=about["classes"], drop=about["class_drop"]),
     )
     model = XAR(config).eval()
     state = model.state_dict()

@@ -51,7 +51,9 @@ def generator(tmp_path_factory) -> Path:
         )
     )  # fmt: skip
     model = GPT(
-        GPTConfig(vocab_size=200, num_tokens=8, num_classes=10, width=96, depth=2, num_heads=3, mlp_multiple=32)
+        GPTConfig(vocab_size=200, num_tokens=8, width=96, depth=2, num_heads=3, mlp_multiple=32).with_condition(
+            num_classes=10
+        )
     )
     randomise(model)
     randomise(tokenizer)

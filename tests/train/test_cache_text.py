@@ -184,7 +184,7 @@ def trained(t5, tmp_path_factory) -> Path:
     run("cache", "text", t5, f"out={folder / 'text'}", "max_length=24", *data)
     run(
         "train", "generator", f"out={folder / 'run'}", f"tokens={folder / 'tokens'}", f"text={folder / 'text'}",
-        f"tokenizer={folder / 'tokenizer'}", "num_preview=2", "model.condition=cross_attention", "model.width=32",
+        f"tokenizer={folder / 'tokenizer'}", "num_preview=2", "model.condition.kind=cross_attention", "model.width=32",
         "model.depth=1", "model.num_heads=2", "model.mlp_multiple=1", "model.dropout=0.0", "training.steps=80",
         "training.batch_size=12", "training.learning_rate=2e-2", "training.ema=0", "training.trackers=[]",
     )  # fmt: skip
@@ -197,9 +197,9 @@ def run(*arguments: object) -> None:
 
 def test_training_fills_in_the_text_and_learns(trained, t5):
     model = imgtok.load(trained / "run/final")
-    config = model.config
-    assert (config.text_width, config.text_length, config.empty_length) == (16, 24, 1)
-    assert config.text_encoder == str(t5)
+    condition = model.config.condition
+    assert (condition.text_width, condition.text_length, condition.empty_length) == (16, 24, 1)
+    assert condition.text_encoder == str(t5)
     assert torch.equal(model.empty_caption, CaptionDataset(trained / "text").empty)
     lines = [json.loads(line) for line in (trained / "run/log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -286,7 +286,7 @@ def test_scoring_asks_for_pictures_of_prompts(trained, tmp_path, capsys):
 def test_a_failed_batch_is_kept_with_its_captions(trained):
     tokens, text = TokenDataset(trained / "tokens"), CaptionDataset(trained / "text")
     kept = tensors_of(next(token_loader(tokens, 3, seed=0, captions=text)))
-    assert set(kept) == {"ids", "labels", "captions.features", "captions.lengths"}
+    assert set(kept) == {"ids", "labels", "captions.features", "captions.mask"}
     assert len(kept["captions.features"]) == 3
 
 
@@ -300,8 +300,8 @@ def test_another_text_encoder_is_refused(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.condition=cross_attention"], "text: is required with model.condition=cross_attention"),
-        (["text={text}"], "text: model.condition=class_slot reads no text"),
+        (["model.condition.kind=cross_attention"], "text: is required with model.condition.kind=cross_attention"),
+        (["text={text}"], "text: model.condition.kind=class_slot reads no text"),
     ],
 )
 def test_training_mistakes_are_said(trained, tmp_path, capsys, words, message):
@@ -330,7 +330,7 @@ def trained_on_latents(t5, tmp_path_factory) -> Path:
     run(
         "train", "generator", f"out={folder / 'run'}", f"latents={folder / 'latents'}", f"text={folder / 'text'}",
         f"tokenizer={folder / 'vae'}", "num_preview=3", "model.kind=xar", "model.grid=4",
-        "model.condition=cross_attention", "model.entities={kind: cell, height: 2, width: 2}", "model.width=16",
+        "model.condition.kind=cross_attention", "model.entities={kind: cell, height: 2, width: 2}", "model.width=16",
         "model.depth=1", "model.num_heads=2", "model.sampling.steps=[3]", "training.steps=4", "training.batch_size=4",
         "training.learning_rate=1e-3", "training.ema=0.5", "training.trackers=[]",
     )  # fmt: skip
@@ -340,9 +340,9 @@ def trained_on_latents(t5, tmp_path_factory) -> Path:
 def test_an_xar_is_trained_on_captions(trained_on_latents, t5):
     folder = trained_on_latents
     model = imgtok.load(folder / "run/final")
-    config = model.config
-    assert (config.text_width, config.text_length, config.empty_length) == (16, 24, 1)
-    assert (config.text_encoder, config.latent_channels, config.grid) == (str(t5), 2, 4)
+    config, condition = model.config, model.config.condition
+    assert (condition.text_width, condition.text_length, condition.empty_length) == (16, 24, 1)
+    assert (condition.text_encoder, config.latent_channels, config.grid) == (str(t5), 2, 4)
     assert torch.equal(model.empty_caption, CaptionDataset(folder / "text").empty)
     assert (folder / "run/samples/step_0000004.png").is_file()
 

@@ -14,6 +14,7 @@ import torch
 
 import imgtok
 from imgtok.data.sources import DataError
+from imgtok.generators.conditioning import TextCrossAttention
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPTConfig
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
@@ -36,7 +37,7 @@ MODEL = XARConfig(
 )
 
 
-TEXT = replace(MODEL, condition="cross_attention")
+TEXT = replace(MODEL, condition=TextCrossAttention())
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def job(made: Path, out: Path, **fields) -> Config:
 def test_what_the_latents_decide_is_filled_in(made, tmp_path):
     main(job(made, tmp_path))
     model = imgtok.load(tmp_path / "final", expect=XAR)
-    assert model.config == replace(MODEL, latent_channels=2, num_classes=64)
+    assert model.config == replace(MODEL, latent_channels=2).with_condition(num_classes=64)
     vae = imgtok.load(tmp_path / "final/tokenizer", expect=VAE)
     assert vae.fingerprint() == imgtok.load(made / "vae").fingerprint()
     assert (tmp_path / "samples/step_0000002.png").is_file()
@@ -85,8 +86,11 @@ def test_activations_computed_again_train_to_the_same_weights(made, tmp_path):
             {"model": GPTConfig(), "latents": None, "tokens": Path("tokens"), "checkpoint_activations": True},
             "checkpoint_activations: only for model.kind=xar",
         ),
-        ({"model": TEXT}, "text: is required with model.condition=cross_attention; `imgtok cache text` makes"),
-        ({"text": Path("text")}, "text: model.condition=class reads no text; set model.condition=cross_attention"),
+        ({"model": TEXT}, "text: is required with model.condition.kind=cross_attention; `imgtok cache text` makes"),
+        (
+            {"text": Path("text")},
+            "text: model.condition.kind=class reads no text; set model.condition.kind=cross_attention",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(made, tmp_path, fields, message):

@@ -19,6 +19,7 @@ from torch import Tensor
 import imgtok
 from imgtok.cli import main
 from imgtok.config import ConfigError
+from imgtok.generators.conditioning import ClassModulation, TextCrossAttention
 from imgtok.generators.entities import Cells, Patches, Scales
 from imgtok.generators.published import xar as published_xar
 from imgtok.generators.published.xar import NAMES, as_published, config_of, save
@@ -295,13 +296,16 @@ def test_what_is_written_is_what_is_published(tmp_path, ending):
     ("changes", "message"),
     [
         ({"grid": 8, "entities": Cells(height=4, width=4)}, "grid: the published code runs 16 alone, this xAR has 8"),
-        ({"num_classes": 10}, "num_classes: the published code runs 1000 alone, this xAR has 10"),
+        (
+            {"condition": ClassModulation(num_classes=10)},
+            "condition.num_classes: the published code runs 1000 alone, this xAR has 10",
+        ),
         ({"entities": Patches()}, "entities: the published code runs Cells.* alone, this xAR has Patches"),
         ({"entities": Scales(sides=(4, 16))}, "entities: the published code"),
         ({"entities": Cells(height=4, width=16)}, "entities: the published code"),
         (
-            {"condition": "cross_attention"},
-            "condition: the published code runs class alone, this xAR has cross_attention",
+            {"condition": TextCrossAttention()},
+            "condition.kind: the published code runs class alone, this xAR has cross_attention",
         ),
         ({"whole_times": False}, "whole_times: False, which the published code does not know"),
     ],

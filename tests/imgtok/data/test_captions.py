@@ -108,7 +108,7 @@ def test_captions_are_copied_from_page_locked_memory(tmp_path):
     write(tmp_path / "text")
     batch = next(latent_loader(latents(tmp_path / "latents"), 3, seed=0, captions=CaptionDataset(tmp_path / "text")))
     assert batch.captions.features.is_pinned()
-    assert batch.captions.lengths.is_pinned()
+    assert batch.captions.mask.is_pinned()
 
 
 def test_captions_of_other_images_are_refused(tmp_path):

@@ -110,7 +110,8 @@ def tokenizer(tmp_path_factory):
 def generator(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("generator")
-    config = GPTConfig(vocab_size=16, num_tokens=4, num_classes=64, width=32, depth=1, num_heads=2, mlp_multiple=32)
+    config = GPTConfig(vocab_size=16, num_tokens=4, width=32, depth=1, num_heads=2, mlp_multiple=32)
+    config = config.with_condition(num_classes=64)
     gpt = GPT(config)
     torch.nn.init.normal_(gpt.head.weight, std=0.5)  # from the start at zero every token would be as likely
     gpt.save_pretrained(folder)
