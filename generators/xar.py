@@ -38,7 +38,6 @@ from imgtok.layers.cache import KVCache, LayerCache, Memory
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
-from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Losses
 
 # ---------------------------------------------------------------- configuration

@@ -23,12 +23,12 @@ SAMPLINGS = {
 LABELS = torch.tensor([0, 4, -1])
 
 
-def tiny(entities=ENTITIES[0], **changes) -> XAR:
+def tiny(entities=ENTITIES[0], *, drop: float = 0.1, **changes) -> XAR:
     torch.manual_seed(0)
     config = XARConfig(
         latent_channels=3,
         grid=4,
-        condition=ClassModulation(num_classes=5),
+        condition=ClassModulation(num_classes=5, drop=drop),
         entities=entities,
         width=32,
         depth=2,
@@ -173,7 +173,7 @@ def test_guidance_and_classes_change_what_is_drawn():
 @pytest.mark.parametrize("entities", ENTITIES, ids=lambda e: e.kind)
 def test_it_learns(entities):
     """A class that is a constant latent: the loss falls below what ignorance of the class allows."""
-    model = tiny(entities, dropout=0.0, condition=ClassModulation(num_classes=5, drop=0.0)).train()
+    model = tiny(entities, dropout=0.0, drop=0.0).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(40):
