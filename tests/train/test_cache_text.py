@@ -286,7 +286,7 @@ def test_scoring_asks_for_pictures_of_prompts(trained, tmp_path, capsys):
 def test_a_failed_batch_is_kept_with_its_captions(trained):
     tokens, text = TokenDataset(trained / "tokens"), CaptionDataset(trained / "text")
     kept = tensors_of(next(token_loader(tokens, 3, seed=0, captions=text)))
-    assert set(kept) == {"ids", "labels", "captions.features", "captions.mask"}
+    assert set(kept) == {"content.ids", "content.lengths", "labels", "captions.features", "captions.mask"}
     assert len(kept["captions.features"]) == 3
 
 
