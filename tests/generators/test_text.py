@@ -182,10 +182,7 @@ def test_dropped_captions_are_the_empty_one():
     assert model(Tokens.full(IDS), CAPTIONS, generator=generator()).total.item() == pytest.approx(
         expected.item(), rel=1e-6
     )
-    losses = {
-        build(drop=0.5)(Tokens.full(IDS), CAPTIONS, generator=generator(i)).total.item()
-        for i in (0, 0, 1, 2, 3)
-    }
+    losses = {build(drop=0.5)(Tokens.full(IDS), CAPTIONS, generator=generator(i)).total.item() for i in (0, 0, 1, 2, 3)}
     assert 1 < len(losses) <= 4
 
 
