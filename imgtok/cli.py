@@ -26,7 +26,10 @@ from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_
 
 JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("imgtok.train.tokenizer", "train a tokenizer on images"),
-    "train vae": ("imgtok.train.autoencoder", "train the continuous autoencoder that a tokenizer stands on"),
+    "train autoencoder": (
+        "imgtok.train.autoencoder",
+        "train the continuous autoencoder that tokenizers and latents stand on",
+    ),
     "train generator": ("imgtok.train.generator", "train a generator on the tokens of a tokenizer"),
     "cache": ("imgtok.train.cache_tokens", "write the tokens of a data set to files, for faster training"),
     "cache latents": (

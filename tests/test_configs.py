@@ -33,8 +33,8 @@ PUBLISHED_SIZES = {
     "d18-d28": (287_031_174, 2_169_276_992),
 }
 """Trained numbers of encoder and decoder: the specification, section 1."""
-TRAINING = ("train-vae", "train-tokenizer", "train-generator")
-ORDER = ("train-vae", "train-tokenizer", "cache", "cache-latents", "train-generator")
+TRAINING = ("train-autoencoder", "train-tokenizer", "train-generator")
+ORDER = ("train-autoencoder", "train-tokenizer", "cache", "cache-latents", "train-generator")
 
 
 def job_of(path: Path) -> str:

@@ -1,80 +1,45 @@
-"""`imgtok train vae`: trains the continuous autoencoder that tokenizers stand on.
+"""`imgtok train autoencoder`: trains the continuous autoencoder that tokenizers and generators of latents stand on.
 
-The losses are L1, squared error and KL, which need nothing; LPIPS, which needs two files of weights; and a patch
-discriminator's (imgtok/losses/adversarial.py), which is trained beside it. The published autoencoders of latent
-diffusion have all of them; the small one that ships with imgtok has the first three.
-
-What the loop trains is `VAETraining`, the autoencoder and its adversary in one module. One forward pass gives the sum
-of both players' losses, each of which reaches one player's weights only, so the loop keeps its one backward pass, one
-AdamW and one checkpoint. It treats the module's `adversary` apart in two ways: its gradient is clipped by its own norm,
-and its weights are not averaged. The discriminator learns from the first step, at 2 % of the large autoencoder's
-arithmetic, and the autoencoder listens to it from `adversarial_start` on. Only the autoencoder gets into `final/`.
+What the loop trains is `Judged`, the autoencoder and the losses of its reconstructions in one module
+(imgtok/losses/reconstruction.py). One forward pass gives the sum of both players' losses, each of which reaches one
+player's weights only, so the loop keeps its one backward pass, one AdamW and one checkpoint. The discriminator is a
+group of parameters of its own: its gradient is clipped by its own norm, and its weights are not averaged. It learns
+from the first step, at 2 % of the large autoencoder's arithmetic, and the autoencoder listens to it from
+`loss.adversarial_start` on. Only the autoencoder gets into `final/`.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from imgtok import pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch, eval_loader
-from imgtok.losses.adversarial import PatchDiscriminator, adversarial_loss, balance, hinge_loss
-from imgtok.losses.lpips import LPIPS, LPIPSNet, find_lpips_weights
+from imgtok.losses.lpips import LPIPS
+from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Losses
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, open_split
-from imgtok.train.loop import fit
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the losses; `model.kl_weight` is the KL's. Without LPIPS and adversary no other file is needed."""
-
-    l1: NonNegativeFloat = 1.0
-    """Weight of the mean absolute error, on the scale [-1, 1]."""
-    mse: NonNegativeFloat = 1.0
-    """Weight of the mean squared error."""
-    lpips: NonNegativeFloat = 0.0
-    """Weight of LPIPS; 0 leaves it out, and then it needs no weights."""
-    lpips_net: LPIPSNet = "vgg"
-    """The network that LPIPS looks with."""
-    lpips_backbone: Path | None = None
-    """torchvision's weights of that network, .pth or .safetensors; null looks in torch.hub's cache."""
-    lpips_heads: Path | None = None
-    """The published `vgg.pth` or `alex.pth` of LPIPS; null looks in torch.hub's cache and an installed `lpips`."""
-    adversarial: NonNegativeFloat = 0.0
-    """Weight of the adversarial term; 0 trains no discriminator."""
-    adversarial_start: NonNegativeInt = 0
-    """Optimizer step from which the autoencoder listens to the discriminator, which learns from the first."""
-    adaptive: bool = False
-    """Let `adversarial` be relative: the term's gradient gets that multiple of the reconstruction gradient's norm."""
-    discriminator_channels: PositiveInt = 64
-    """Channels of the discriminator's first layer; each layer doubles them, up to eightfold."""
-    discriminator_layers: PositiveInt = 3
-    """Layers of the discriminator that halve the image: 3 judge patches of 70 pixels, 2 of 34."""
-
-    def __post_init__(self) -> None:
-        check(self)
+from imgtok.train.image_job import ImageJob, Judged, open_split
+from imgtok.train.loop import ParameterGroup, fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Trains a continuous autoencoder and writes a run folder with the model in `final/`."""
 
-    job: Literal["train-vae"] = "train-vae"
+    job: Literal["train-autoencoder"] = "train-autoencoder"
     """Which program this file is for."""
     out: Path
     """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
@@ -90,8 +55,8 @@ class Config:
     """Pixels a side of the training images; the finished model takes any multiple of its `factor`."""
     model: VAEConfig = VAEConfig()
     """The autoencoder."""
-    loss: LossConfig = LossConfig()
-    """What it is trained by."""
+    loss: ReconstructionLossConfig = ReconstructionLossConfig()
+    """What its reconstructions are judged by; the model's own loss (a KL divergence) is added."""
     num_preview: NonNegativeInt = 12
     """Held-out images shown in a preview."""
     half: bool = False
@@ -104,109 +69,42 @@ class Config:
         if self.image_size % self.model.factor:
             raise ValueError(
                 f"image_size: {self.image_size} is not a multiple of {self.model.factor}, "
-                f"which {len(self.model.block_channels)} levels of model.block_channels ask for"
+                "the pixels a side of one cell of the model's latents"
             )
-        smallest = PatchDiscriminator.smallest(self.loss.discriminator_layers)
-        if self.loss.adversarial and self.image_size < smallest:
-            raise ValueError(
-                f"loss.discriminator_layers: {self.loss.discriminator_layers} need images of at least {smallest} "
-                f"pixels a side, given image_size = {self.image_size}"
-            )
+        self.loss.check_size(self.image_size)
 
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
-    perceptual = load_perceptual(config)  # first: what a missing file has to say should not wait for the data
+    # first: what a missing file has to say should not wait for the data
+    perceptual = config.loss.load_perceptual(config.image_size)
     model = build_model(config)
     size = config.image_size
     source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
-    fit(VAEJob(config, model, perceptual, source, shown), config.training, config.out, config)
+    fit(AutoencoderJob(config, model, perceptual, source, shown), config.training, config.out, config)
 
 
-def load_perceptual(config: Config) -> LPIPS | None:
-    """LPIPS if its weight is above 0. Raises FileNotFoundError or ValueError for its files, and for small images."""
-    loss = config.loss
-    if not loss.lpips:
-        return None
-    backbone, heads = find_lpips_weights(
-        f"loss.lpips={loss.lpips}", loss.lpips_net, loss.lpips_backbone, loss.lpips_heads, section="loss."
-    )
-    perceptual = LPIPS.from_files(loss.lpips_net, backbone, heads)
-    if config.image_size < perceptual.smallest:
-        raise ValueError(
-            f"loss.lpips_net={loss.lpips_net} needs images of at least {perceptual.smallest} pixels a side, "
-            f"given image_size = {config.image_size}"
-        )
-    return perceptual
-
-
-def build_model(config: Config) -> VAETraining:
-    """A freshly initialised autoencoder and its adversary; the weights depend on the seed alone."""
+def build_model(config: Config) -> Judged:
+    """A freshly initialised autoencoder and its losses; the weights depend on the seed alone."""
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    return VAETraining(VAE(config.model), config.loss, start=config.loss.adversarial_start * config.training.accumulate)
+    start = config.loss.adversarial_start * config.training.accumulate
+    return Judged(VAE(config.model), config.loss, start=start)
 
 
-class VAETraining(nn.Module):
-    """An autoencoder, its adversary if there is one, and their losses."""
-
-    seen: Tensor
-
-    def __init__(self, vae: VAE, loss: LossConfig, *, start: int = 0) -> None:
-        """`start` is the micro-batch from which the adversarial term counts."""
-        super().__init__()
-        self.vae = vae
-        self.loss = loss
-        self.start = start
-        self.adversary = (
-            PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers) if loss.adversarial else None
-        )
-        if loss.adversarial:  # saved with the weights, so a resumed run knows how far it is
-            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    def forward(
-        self,
-        images: Tensor,
-        *,
-        generator: torch.Generator,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Losses:
-        """The sum of both players' losses for images (B, 3, H, W) in [-1, 1].
-
-        `perceptual` gives distances (B,) of two batches. It is an argument and no part of the module because nothing
-        of it is trained, averaged or saved.
-        """
-        loss = self.loss
-        reconstruction = self.vae(images, generator=generator)
-        decoded = judged = reconstruction.images
-        if self.adversary is not None:
-            weight = loss.adversarial * (self.seen >= self.start)  # on the device: no step waits to look at it
-            if loss.adaptive:
-                decoded, judged = balance(decoded.float(), weight)
-        l1 = F.l1_loss(decoded, images)
-        mse = F.mse_loss(decoded, images)
-        total = loss.l1 * l1 + loss.mse * mse + self.vae.config.kl_weight * reconstruction.kl
-        parts = {"l1": l1, "mse": mse, "kl": reconstruction.kl}
-        if perceptual is not None:
-            parts["lpips"] = perceptual(decoded, images).mean()
-            total = total + loss.lpips * parts["lpips"]
-        if self.adversary is not None:
-            parts["adversarial"] = adversarial_loss(self.adversary, judged)
-            parts["discriminator"] = hinge_loss(self.adversary, images, decoded)
-            total = total + weight * parts["adversarial"] + parts["discriminator"]
-            self.seen += 1
-        return Losses(total, parts)
-
-
-class VAEJob(ImageJob):
+class AutoencoderJob(ImageJob):
     """What the training loop needs to know about an autoencoder."""
 
     def __init__(
-        self, config: Config, model: VAETraining, perceptual: LPIPS | None, source: ImageSource, shown: ImageSource
+        self, config: Config, model: Judged, perceptual: LPIPS | None, source: ImageSource, shown: ImageSource
     ) -> None:
         super().__init__(source, shown, config.training)
         self.config = config
+        self.judged = model
         self.model: nn.Module = model
         self.perceptual = perceptual
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        return self.judged.groups()
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         if self.perceptual is not None:
@@ -219,31 +117,25 @@ class VAEJob(ImageJob):
         """Held-out images above their reconstructions."""
         if not self.config.num_preview:
             return
-        assert isinstance(model, VAETraining)
+        assert isinstance(model, Judged)
         device = next(model.parameters()).device
         originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
-        rows = {"original": originals, "decoded": model.vae.decode(model.vae.encode(originals)).clamp(-1, 1)}
+        decoded = model.model.decode(model.model.encode(originals)).clamp(-1, 1)
+        rows = {"original": originals, "decoded": decoded}
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
         pictures.save_png(grid, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The autoencoder's folder, after the deviation of its latents was measured on held-out images."""
-        assert isinstance(model, VAETraining)
-        vae = model.vae
-        measure_scaling(vae, self.shown, self.config.training.batch_size)
+        """The autoencoder's folder, after what is measured at the end was measured on held-out images."""
+        assert isinstance(model, Judged)
+        autoencoder = model.model
+        device = next(autoencoder.parameters()).device
+        chosen = range(0, len(self.shown), -(-len(self.shown) // 256))  # not the first: those may all be of one class
+        batches = eval_loader(self.shown, self.config.training.batch_size, indices=chosen)
+        autoencoder.calibrate(batch.images.to(device) for batch in batches)
         if self.config.half:
-            vae = copy.deepcopy(vae).half()
-        vae.save_pretrained(folder)
-
-
-@torch.no_grad()
-def measure_scaling(vae: VAE, source: ImageSource, batch_size: int) -> None:
-    """Sets `scaling_factor` to one over the deviation of the latents of at most 256 images from all of the source."""
-    device = next(vae.parameters()).device
-    chosen = range(0, len(source), -(-len(source) // 256))  # not the first: those may all be of one class
-    latents = [vae.encode(batch.images.to(device)) for batch in eval_loader(source, batch_size, indices=chosen)]
-    deviation = torch.cat(latents).std() / vae.config.scaling_factor
-    vae.config = replace(vae.config, scaling_factor=float(1 / deviation))
+            autoencoder = copy.deepcopy(autoencoder).half()
+        autoencoder.save_pretrained(folder)
 
 
 if __name__ == "__main__":

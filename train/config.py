@@ -25,10 +25,11 @@ class TrainingConfig:
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's decoupled weight decay, on tensors of two or more dimensions."""
     mup_base_width: NonNegativeInt = 0
-    """muP: matrices of a FlexTok that read its width w learn at this / w of the rate, so that a rate found at one width
-    suits another; FlexTok's is 256. 0 gives every parameter the same rate."""
+    """muP: matrices that read the network's width w learn at this / w of the rate, so that a rate found at one width
+    suits another; for models that are made for it. 0 gives every parameter the same rate."""
     clip: NonNegativeFloat = 1.0
-    """Largest norm of the whole gradient, a discriminator's measured by itself; 0 never clips."""
+    """Largest norm of the gradient, measured for each group of parameters by itself (a discriminator is a group of its
+    own); 0 never clips."""
     warmup: NonNegativeInt = 0
     """Steps below the peak at the start: step s < warmup has (s + 1) / (warmup + 1) of the peak."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
@@ -40,7 +41,10 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass; weights and optimizer stay fp32. fp16 needs a GPU."""
     ema: Fraction = 0.999
-    """Decay of the averaged weights, below 1; 0 keeps none. Warmed up as min(ema, (1 + s) / (10 + s))."""
+    """Decay of the averaged weights, below 1; 0 keeps none."""
+    ema_warmup: bool = True
+    """Begin with a smaller decay, min(ema, (1 + s) / (10 + s)) after step s, so that short runs do not keep their first
+    weights in the average; false has the decay `ema` from the first step, as published recipes do."""
     compile: bool = False
     """Compile the model's forward pass with torch.compile."""
     seed: NonNegativeInt = 0

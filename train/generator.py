@@ -31,7 +31,7 @@ from imgtok.tokenizers.vae import load_vae
 from imgtok.train.captions import digest_with, open_captions, preview_condition, with_condition_fields
 from imgtok.train.config import TrainingConfig
 from imgtok.train.latent_generator import LatentGeneratorJob
-from imgtok.train.loop import fit
+from imgtok.train.loop import Job, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def with_fingerprint(config: Config, made_from: str) -> Config:
     return replace(config, made_from=made_from)
 
 
-class GeneratorJob:
+class GeneratorJob(Job):
     """What the training loop needs to know about a generator."""
 
     def __init__(

@@ -1,16 +1,24 @@
-"""What the jobs that train on images share: the images, in the loop's batches, and held-out ones to show."""
+"""What the jobs that train on images share: the images, in the loop's batches, held-out ones to show, and the losses of
+what a model decodes while it is trained.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, train_loader
+from imgtok.losses.reconstruction import Perceptual, ReconstructionLoss, ReconstructionLossConfig
+from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
+from imgtok.train.loop import Job, ParameterGroup
 
 
-class ImageJob:
+class ImageJob(Job):
     """Batches of training images and the names in them."""
 
     def __init__(self, source: ImageSource, shown: ImageSource, training: TrainingConfig) -> None:
@@ -42,3 +50,39 @@ def open_split(
     """Images of `size` pixels a side to train on, and the share `held_out` to show; without one, training images."""
     source = open_images(data, size, flip=flip, crop=crop, held_out_fraction=held_out)
     return source, open_images(data, size, split="held_out" if held_out else "train", held_out_fraction=held_out)
+
+
+class Judged(nn.Module):
+    """A model that decodes images while it is trained, and the losses of these: what is trained and checkpointed.
+
+    Calling `model` with images and a generator gives a `Reconstruction`; its `last_layer` is the weight that gave the
+    images.
+    """
+
+    def __init__(self, model: Any, config: ReconstructionLossConfig, *, start: int = 0) -> None:
+        """`start` is the micro-batch from which the adversarial term counts."""
+        super().__init__()
+        self.model = model
+        self.judge = ReconstructionLoss(config, start=start)
+
+    def forward(self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None) -> Losses:
+        """The sum of both players' losses for images (B, 3, H, W) in [-1, 1], and of the model's own."""
+        decoded, own = self.model(images, generator=generator)
+        judged = self.judge(decoded, images, perceptual=perceptual, last_layer=self.model.last_layer)
+        return Losses(judged.total + own.total, {**judged.parts, **own.parts})
+
+    def groups(self) -> list[ParameterGroup]:
+        """The model, and the discriminator if there is one, with its own rate, decay, clip and rhythm."""
+        groups = [ParameterGroup(name="model", parameters=list(self.model.parameters()))]
+        if self.judge.discriminator is not None:
+            config = self.judge.config
+            discriminator = ParameterGroup(
+                name="discriminator",
+                parameters=list(self.judge.discriminator.parameters()),
+                rate=config.discriminator_rate,
+                weight_decay=config.discriminator_decay,
+                every=config.discriminator_every,
+                averaged=False,
+            )
+            groups.append(discriminator)
+        return groups

@@ -17,9 +17,10 @@ from imgtok.tokenizers.base import Losses
 from imgtok.tokenizers.vae import VAE
 from imgtok.train.captions import preview_condition
 from imgtok.train.config import TrainingConfig
+from imgtok.train.loop import Job
 
 
-class LatentGeneratorJob:
+class LatentGeneratorJob(Job):
     """An xAR on cached latents; the autoencoder is there for previews, and saved beside the model."""
 
     def __init__(

@@ -11,6 +11,7 @@ final/ (the finished model), failure/ after a non-finite loss.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,23 +26,28 @@ from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
 from imgtok.train.failure import NonFiniteLoss, explain, save_failure
 from imgtok.train.log import Log, describe_run
-from imgtok.train.optim import make_optimizer, rate_at, set_rate
+from imgtok.train.optim import ParameterGroup, make_optimizer, rate_at, set_rate, whole_model
 from imgtok.train.start import finished_steps, make_accelerator, prepare_folder
 from imgtok.train.state import Checkpoints, Progress, publish, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Job", "NonFiniteLoss", "TrainingConfig", "fit"]
+__all__ = ["Job", "NonFiniteLoss", "ParameterGroup", "TrainingConfig", "fit"]
 logger = logging.getLogger(__name__)
 
 
 class Job(Protocol):
-    """What a training program hands to the loop. Batches are dataclasses with tensors and `.to(device)`."""
+    """What a training program hands to the loop; derive from it. Batches are dataclasses with tensors and
+    `.to(device)`.
+    """
 
     model: nn.Module
-    """All that is trained. If it has an `adversary`, a module inside it that is trained against the rest, the gradient
-    of that part is clipped apart and its weights are not averaged."""
+    """All that is trained."""
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        """The trainable parameters in groups that have their own rate, clip, rhythm; one group by default."""
+        return whole_model(self.model)
 
     def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Losses:
         """Loss of one micro-batch. Call `model`, not `self.model`: it may be wrapped for DDP."""
@@ -87,17 +93,15 @@ class Trainer:
     def __init__(self, accelerator: Accelerator, job: Job, config: TrainingConfig, out: Path, resolved: Any) -> None:
         self.accelerator, self.job, self.config = accelerator, job, config
         self.out, self.resolved = out, resolved
-        self.adamw = make_optimizer(job.model, config, accelerator.device)
+        self.groups = [group for group in job.groups() if group.trainable]
+        self.adamw = make_optimizer(job.model, config, accelerator.device, self.groups)
         self.model, optimizer = accelerator.prepare(job.model, self.adamw)
         # Accelerate's wrapper searches the disk for an optional package at each step; only fp16 needs it
         self.optimizer = self.adamw if accelerator.scaler is None else optimizer
         if config.compile:
             job.model.compile()
-        adversary: nn.Module | None = getattr(job.model, "adversary", None)
-        self.rivals = [p for p in adversary.parameters() if p.requires_grad] if adversary is not None else []
-        rivals = {id(p) for p in self.rivals}
-        self.parameters = [p for p in job.model.parameters() if p.requires_grad and id(p) not in rivals]
-        self.ema = EMA(job.model, config.ema, without=adversary)
+        without = [parameter for group in self.groups if not group.averaged for parameter in group.parameters]
+        self.ema = EMA(job.model, config.ema, warmup=config.ema_warmup, without=without)
         self.checkpoints = Checkpoints(accelerator, job.model, self.ema, out / "checkpoints", config.keep)
         describe_run(accelerator, config, job.model, out)
         self.start = self.resume()
@@ -166,7 +170,7 @@ class Trainer:
                 window.add(losses, position)
                 accelerator.backward(losses.total)
         assert accelerator.sync_gradients, "Accelerate and this loop disagree about where a step ends"
-        window.add_norm(self.clip(), position, must_be_finite=config.precision != "fp16")
+        window.add_norm(self.clip(step), position, must_be_finite=config.precision != "fp16")
         if self.skips_broken:  # keeps the weights that met the broken batch, without waiting for the device
             self.adamw.found_inf = window.broken  # type: ignore[attr-defined]
         elif config.precision != "fp16":  # no such switch (MPS): look before the weights change
@@ -176,13 +180,21 @@ class Trainer:
         self.optimizer.zero_grad()
         self.ema.update(step)
 
-    def clip(self) -> Tensor:
-        """Limit the gradient's norm, an adversary's by itself; returns the norm of all of it before."""
-        limit = self.config.clip or float("inf")
-        norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)  # in fp16 it unscales the rivals' too
-        if not self.rivals:
-            return norm
-        return norm.hypot(nn.utils.clip_grad_norm_(self.rivals, limit))
+    def clip(self, step: int) -> Tensor:
+        """Limit the gradient's norm in each group that is due at this step, and throw away that of the others.
+
+        Returns the norm of all that is left, before it was limited.
+        """
+        self.accelerator.unscale_gradients()
+        norms = []
+        for group in self.groups:
+            if group.is_due(step):
+                limit = (self.config.clip if group.clip is None else group.clip) or float("inf")
+                norms.append(nn.utils.clip_grad_norm_(group.trainable, limit))
+            else:  # AdamW passes over a parameter without a gradient: its moments stay too
+                for parameter in group.trainable:
+                    parameter.grad = None
+        return functools.reduce(torch.hypot, norms) if norms else torch.zeros((), device=self.accelerator.device)
 
     def stop_if_broken(self) -> None:
         """Save what is needed and raise NonFiniteLoss if any process met a non-finite loss or gradient."""

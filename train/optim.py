@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, with muP's scales, and the learning rate of each step.
+"""Groups of parameters that are trained in one way each, AdamW over them, and the learning rate of each step.
 
 The rate is a plain function of the step. It is not a scheduler object that Accelerate prepares: such a one
 advances once per process, so its numbers would change with the number of processes.
@@ -7,6 +7,8 @@ advances once per process, so its numbers would change with the number of proces
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,43 +18,109 @@ from imgtok.layers.mup import noted_width
 from imgtok.train.config import TrainingConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, base_width: int = 0) -> list[dict[str, Any]]:
-    """Trainable parameters in groups that share decay and `rate_scale`, the factor on their learning rate.
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that are trained in one way. What is None is as the section `training` says."""
+
+    name: str
+    """For messages."""
+    parameters: Sequence[nn.Parameter]
+    """Those of them that do not require a gradient are ignored."""
+    rate: float = 1.0
+    """Factor on the learning rate of the step."""
+    betas: tuple[float, float] | None = None
+    """AdamW's decay rates."""
+    weight_decay: float | None = None
+    """AdamW's decay, on tensors of two or more dimensions."""
+    clip: float | None = None
+    """Largest norm of this group's gradient; 0 never clips."""
+    every: int = 1
+    """The group is updated after each `every`-th step; in the other steps its gradient is thrown away."""
+    averaged: bool = True
+    """Whether the averaged weights contain it."""
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that require a gradient."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+    def is_due(self, step: int) -> bool:
+        """Whether the group is updated after optimizer step `step`, counted from 0."""
+        return (step + 1) % self.every == 0
+
+
+def check_groups(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
+    """Raise ValueError unless each trainable parameter of `model` is in exactly one group, and nothing else is."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    counts = dict.fromkeys((id(p) for p in model.parameters() if p.requires_grad), 0)
+    for group in groups:
+        for parameter in group.trainable:
+            if id(parameter) not in counts:
+                raise ValueError(
+                    f"group {group.name}: a parameter of shape {tuple(parameter.shape)} is not the model's"
+                )
+            counts[id(parameter)] += 1
+    wrong = [f"{names[key]} ({count})" for key, count in counts.items() if count != 1]
+    if wrong:
+        raise ValueError(f"each parameter must be in one group; in how many these are: {', '.join(wrong[:5])}")
+
+
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, base_width: int = 0
+) -> list[dict[str, Any]]:
+    """The parameters that require a gradient, by what AdamW does to them: `weight_decay` and `rate_scale`, the factor
+    on their learning rate.
 
     Tensors of two or more dimensions (matrices, kernels) decay, vectors and scalars (norms, biases) do not.
     With a `base_width`, muP (arXiv 2203.03466): matrices that read the network's width learn at base_width / width of
     the rate. For hidden ones that is the rule itself. For readouts, the rule is an output times base_width / width;
     since they start at zero, a plain Linear at the smaller rate learns the same function, and is what is saved.
     Decay is divided by the scale, so that every matrix shrinks alike (and a readout as it would in the other form).
-    Raises ValueError for a `base_width` with a model that notes no widths (imgtok.layers.mup).
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.requires_grad:
             width = noted_width(parameter) if base_width else None
             scale = base_width / width if width else 1.0
             groups.setdefault((parameter.ndim >= 2, scale), []).append(parameter)
-    if base_width and groups and not any(noted_width(p) for ps in groups.values() for p in ps):
-        raise ValueError(
-            f"training.mup_base_width: {base_width}, but this model ({type(model).__name__}) is not made for muP: "
-            "set it to 0 (a FlexTok is)"
-        )
     return [
         {"params": groups[decays, scale], "weight_decay": weight_decay / scale if decays else 0.0, "rate_scale": scale}
         for decays, scale in sorted(groups, reverse=True)
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+def whole_model(model: nn.Module) -> list[ParameterGroup]:
+    """All parameters in one group, trained as the section `training` says."""
+    return [ParameterGroup(name="model", parameters=list(model.parameters()))]
+
+
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, device: torch.device, groups: Sequence[ParameterGroup] | None = None
+) -> torch.optim.AdamW:
     """AdamW, fused where torch has it: one kernel instead of several per tensor, on CPU about 8 times faster.
 
-    Not fused under fp16, whose gradient scaler has to skip whole steps from outside.
+    Not fused under fp16, whose gradient scaler has to skip whole steps from outside. Raises ValueError for a model
+    without a trainable parameter, groups that are not a partition of them, and `mup_base_width` with a model that
+    notes no widths (imgtok.layers.mup).
     """
-    groups = parameter_groups(model, config.weight_decay, config.mup_base_width)
-    if not groups:
+    groups = whole_model(model) if groups is None else groups
+    check_groups(model, groups)
+    every = [parameter for group in groups for parameter in group.trainable]
+    if not every:
         raise ValueError("the model has no trainable parameter: every parameter has requires_grad = False")
+    if config.mup_base_width and not any(noted_width(parameter) for parameter in every):
+        raise ValueError(
+            f"training.mup_base_width: {config.mup_base_width}, but this model ({type(model).__name__}) is not made "
+            "for muP: set it to 0"
+        )
+    settings: list[dict[str, Any]] = []
+    for group in groups:
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        for part in parameter_groups(group.trainable, decay, config.mup_base_width):
+            part["rate_scale"] *= group.rate
+            settings.append(part | {"betas": group.betas or config.betas})
     fused = device.type in ("cpu", "cuda") and config.precision != "fp16"
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+    return torch.optim.AdamW(settings, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
 def rate_at(step: int, config: TrainingConfig) -> float:

@@ -12,38 +12,45 @@ one player only, and one optimizer, one checkpoint and one resume serve both.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+Norm = Literal["group", "batch"]
+Game = Literal["hinge", "non_saturating"]
+
 
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) -> logits (B, 1, h, w), one for each overlapping patch: 70 pixels a side with 3 layers.
 
-    Norms are over groups of channels of one image. The lineage has batch norms, whose statistics would mix real and
-    decoded images, differ between processes, and move with every pass, also with those that only ask for a gradient.
+    By default norms are over groups of channels of one image. The lineage has batch norms, whose statistics differ
+    between processes, and move with every pass, also with those that only ask for a gradient; real and decoded images
+    must then go through it in separate batches, as the losses below send them.
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+    def __init__(self, channels: int = 64, layers: int = 3, norm: Norm = "group") -> None:
         """`channels` of the first layer, doubled by each up to eightfold; `layers` that halve the image."""
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         blocks: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for index in range(1, layers + 1):
-            stride = 2 if index < layers else 1
-            norm = nn.GroupNorm(math.gcd(32, widths[index]), widths[index])
-            conv = nn.Conv2d(widths[index - 1], widths[index], 4, stride=stride, padding=1, bias=False)
-            blocks += [conv, norm, nn.LeakyReLU(0.2)]
+            stride, width = 2 if index < layers else 1, widths[index]
+            conv = nn.Conv2d(widths[index - 1], width, 4, stride=stride, padding=1, bias=False)
+            normalise = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(math.gcd(32, width), width)
+            blocks += [conv, normalise, nn.LeakyReLU(0.2)]
         blocks.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
         self.layers = nn.Sequential(*blocks)
+        self.norm = norm
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):  # as the lineage starts
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layers(images)
@@ -55,17 +62,45 @@ class PatchDiscriminator(nn.Module):
         return 3 * 2**layers
 
 
-def hinge_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises: above 1 for real images, below -1 for others. `fake` gets no gradient."""
-    on_real, on_fake = discriminator(torch.cat([real, fake.detach().to(real)])).chunk(2)
-    return (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()) / 2
+def discriminator_loss(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor, game: Game = "hinge") -> Tensor:
+    """What the discriminator minimises; `fake` gets no gradient.
+
+    "hinge": logits above 1 for real images, below -1 for others. "non_saturating": the two cross-entropies of a
+    classifier. The mean over both kinds of images.
+    """
+    fake = fake.detach().to(real)
+    if discriminator.norm == "batch":
+        on_real, on_fake = discriminator(real), discriminator(fake)
+    else:  # one pass over both is quicker, and the same where no image sees another
+        on_real, on_fake = discriminator(torch.cat([real, fake])).chunk(2)
+    if game == "hinge":
+        return (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()) / 2
+    return (F.softplus(-on_real).mean() + F.softplus(on_fake).mean()) / 2
 
 
-def adversarial_loss(discriminator: nn.Module, fake: Tensor) -> Tensor:
-    """What the maker of `fake` minimises: minus the mean logit. The discriminator's weights get no gradient."""
+def adversarial_loss(discriminator: PatchDiscriminator, fake: Tensor, game: Game = "hinge") -> Tensor:
+    """What the maker of `fake` minimises. The discriminator's weights get no gradient.
+
+    "hinge": minus the mean logit. "non_saturating": the cross-entropy of being taken for real.
+    """
     constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits: Tensor = functional_call(discriminator, constants, (fake,))
-    return -logits.mean()
+    return -logits.mean() if game == "hinge" else F.softplus(-logits).mean()
+
+
+# ---------------------------------------------------------------- adaptive weights
+
+
+def last_layer_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """VQGAN's adaptive weight (arXiv 2012.09841, equation 7): the norm of the reconstruction loss's gradient over that
+    of the adversarial loss's, both at the weight of the decoder's last layer; a scalar without gradient.
+
+    It costs a second backward pass through what follows that layer: the perceptual network and the discriminator.
+    """
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, _LARGEST_RATIO).detach()
 
 
 def balance(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ in place of tokens. Training, caching, sampling and evaluation take any class th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -25,6 +25,15 @@ class Losses(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
+
+
+class Reconstruction(NamedTuple):
+    """What a model that decodes images while it is trained gives: the `images` (B, 3, H, W), to be judged, and the
+    `losses` that it has besides, such as a KL divergence or a codebook's.
+    """
+
+    images: Tensor
+    losses: Losses
 
 
 @dataclass(frozen=True)
@@ -173,11 +182,20 @@ class Tokenizer(nn.Module, Pretrained):
 class Autoencoder(nn.Module, Pretrained):
     """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) of about unit deviation, continuous numbers.
 
+    Calling the module with images and `generator` gives a `Reconstruction`, for training.
     `config` has `factor` f, `latent_channels` C, and `decoding`, an instance of `decoding_class`.
     """
 
     decoding_class: ClassVar[type] = NoDecoding
     """The frozen dataclass of the decoder's settings."""
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that gives the decoded images, at which an adaptive weight of a loss can be measured."""
+        raise NotImplementedError
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Take over what is measured on images when training ends, such as the latents' scale; by default nothing."""
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents; where the encoder gives a distribution its mean, or with standard-normal `noise` a sample."""

@@ -2,7 +2,7 @@
 
 Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) with f = 2^(levels - 1), multiplied by
 `scaling_factor` so that they have about unit deviation. Here it is wrapped with the suite's
-configuration and file format; `imgtok train vae` trains it (train/autoencoder.py has the losses), FlexTok and
+configuration and file format; `imgtok train autoencoder` trains it (train/autoencoder.py has the losses), FlexTok and
 others hold one frozen inside, or are trained on its cached moments (imgtok.data.latents). `load_vae`
 takes every form that one comes in. A small one for 32-pixel shapes ships with the package.
 """
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
 from imgtok.hub import Found, load, resolve
-from imgtok.tokenizers.base import Autoencoder, NoDecoding
+from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,6 @@ class VAEConfig:
         return NoDecoding()
 
 
-class Reconstruction(NamedTuple):
-    """What training compares: decoded `images` (B, 3, H, W), and the `kl` of the latents, a scalar."""
-
-    images: Tensor
-    kl: Tensor
-
-
 class VAE(Autoencoder):
     """`AutoencoderKL` with the suite's scaling."""
 
@@ -92,11 +85,26 @@ class VAE(Autoencoder):
         )
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
-        """Decodes a sample of each image's posterior; the KL divergence is in nats per image element."""
+        """Decodes a sample of each image's posterior; the loss besides is the KL divergence, in nats per image element,
+        times `kl_weight`.
+        """
         posterior = self.autoencoder.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device).to(images.device)
         decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
-        return Reconstruction(decoded, posterior.kl().sum() / images.numel())
+        kl = posterior.kl().sum() / images.numel()
+        return Reconstruction(decoded, Losses(self.config.kl_weight * kl, {"kl": kl}))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that gives the decoded images."""
+        weight: nn.Parameter = self.autoencoder.decoder.conv_out.weight
+        return weight
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Set `scaling_factor` to one over the deviation of the latents of held-out images (B, 3, H, W)."""
+        with torch.no_grad():
+            deviation = torch.cat([self.encode(images) for images in batches]).std() / self.config.scaling_factor
+        self.config = replace(self.config, scaling_factor=float(1 / deviation))
 
     def moments(self, images: Tensor) -> Tensor:
         """The posteriors, not scaled: means, then log-variances from -30 to 20, (B, 2 C, H / f, W / f)."""

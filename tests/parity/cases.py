@@ -48,7 +48,8 @@ class Case:
     def weights(self) -> dict[str, Tensor]:
         """The parameters under their published names."""
         places = {**self.about.get("config", {}), **self.about}
-        seed = places["weight_seed"] if "weight_seed" in places else places["weights_seed"]
+        where = {name: places[name] for name in ("weight_seed", "weights_seed") if name in places}
+        seed = next(iter(where.values())) if where else places["weights"]["seed"]
         return {key: torch.from_numpy(value) for key, value in recipe.weights(self.about["shapes"], seed).items()}
 
     def errors(self, ours: Mapping[str, Tensor], tolerance: float = 1e-4) -> dict[str, float]:
@@ -69,10 +70,10 @@ class Case:
 
 def draw(entry: Mapping[str, Any], seed: int) -> Tensor:
     """One input by the kinds that the cases name."""
-    if entry["kind"] == "literal":
+    if entry.get("kind") == "literal":
         return torch.tensor(entry["value"])
-    shape = tuple(entry["shape"])
-    if entry["kind"] == "integers":
-        return torch.from_numpy(recipe.integers(entry["name"], shape, entry["high"], seed))
-    values = getattr(recipe, entry["kind"])(entry["name"], shape, seed)
+    shape, name = tuple(entry["shape"]), entry.get("recipe_name", entry["name"])
+    if entry.get("kind") == "integers":
+        return torch.from_numpy(recipe.integers(name, shape, entry["high"], seed))
+    values = getattr(recipe, entry["function"] if "function" in entry else entry["kind"])(name, shape, seed)
     return torch.from_numpy(values * np.float32(entry.get("scale", 1.0)))

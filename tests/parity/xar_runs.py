@@ -156,11 +156,11 @@ def optimisation(case: Case) -> Outputs:
     rates = [rate_at(round(float(epoch) * per_epoch), config) for epoch in case.recorded["epochs"]]
     holder = torch.nn.Linear(1, 1)
     holder.weight = torch.nn.Parameter(case.input("xar.ema.a"))
-    average = EMA(holder, about["ema"])
+    average = EMA(holder, about["ema"], warmup=False)
     holder.weight.data = case.input("xar.ema.b")
     average = replaced_live(average, holder)
     for step in range(3):
-        average.update(10**6 + step)  # behind the warm-up of the average
+        average.update(step)
     return {"lr": torch.tensor(rates, dtype=torch.float64) / about["peak_lr"], "ema": average.average["weight"]}
 
 
@@ -272,8 +272,8 @@ def check_decay(case: Case, model: XAR) -> None:
     decaying, others = (
         {id(p) for group in groups for p in group["params"]}
         for groups in (
-            [g for g in parameter_groups(model, 0.02) if g["weight_decay"]],
-            [g for g in parameter_groups(model, 0.02) if not g["weight_decay"]],
+            [g for g in parameter_groups(model.parameters(), 0.02) if g["weight_decay"]],
+            [g for g in parameter_groups(model.parameters(), 0.02) if not g["weight_decay"]],
         )
     )
     parameters = dict(model.named_parameters())

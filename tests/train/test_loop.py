@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from imgtok.tokenizers.base import Losses
 from imgtok.train import loop
 from imgtok.train.ema import EMA
 from imgtok.train.log import check_trackers
-from imgtok.train.loop import NonFiniteLoss, Trainer, fit
-from imgtok.train.optim import parameter_groups
+from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
+from imgtok.train.optim import check_groups, parameter_groups
 from imgtok.train.state import complete_steps
 
 
@@ -80,7 +81,7 @@ def test_no_previews_in_between(tmp_path):
 
 
 @dataclasses.dataclass
-class Slices:
+class Slices(Job):
     """A linear model on slices of fixed data: what a step does to it can be computed by hand."""
 
     size: int
@@ -225,7 +226,146 @@ def test_threads(tmp_path):
         torch.set_num_threads(before)
 
 
+# ------------------------------------------------------------------------------------- groups of parameters
+
+
+class TwoPlayers(nn.Module):
+    """Two parts whose gradients are those of their own terms; the second has a norm with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor, *, generator: torch.Generator) -> Losses:
+        return Losses((self.one(x) - x).square().mean() + 9 * (self.other(x) - 1).square().mean(), {})
+
+
+class GroupedJob(ToyJob):
+    def __init__(self, config, **of_the_other):
+        super().__init__(config)
+        torch.manual_seed(1)
+        self.model = TwoPlayers()
+        self.of_the_other = of_the_other
+        self.weights: list[list[Tensor]] = []
+
+    def groups(self):
+        one = ParameterGroup(name="one", parameters=list(self.model.one.parameters()))
+        other = ParameterGroup(name="other", parameters=list(self.model.other.parameters()), **self.of_the_other)
+        return [one, other]
+
+    def loss(self, model, batch, generator):
+        self.weights.append([part.weight.detach().clone() for part in (self.model.one, self.model.other[0])])
+        return super().loss(model, batch, generator)
+
+
+def grouped(out: Path, changes=None, **of_the_other) -> GroupedJob:
+    config = toy_config(**(changes or {}))
+    job = GroupedJob(config, **of_the_other)
+    fit(job, config.training, out, config)
+    return job
+
+
+def moved(job: GroupedJob, part: int) -> list[bool]:
+    return [not torch.equal(a[part], b[part]) for a, b in zip(job.weights, job.weights[1:], strict=False)]
+
+
+def test_a_group_has_a_rhythm_of_its_own(tmp_path):
+    job = grouped(tmp_path, every=3)
+    assert moved(job, 0) == [True] * 5
+    assert moved(job, 1) == [False, False, True, False, False]  # after the third and the sixth step
+    states = job.model.other[0].weight
+    checkpoint = torch.load(tmp_path / "checkpoints/step_0000006/optimizer.bin", weights_only=True)
+    assert sorted({int(state["step"]) for state in checkpoint["state"].values()}) == [2, 6]
+    assert states.grad is None
+
+
+def test_a_group_has_a_rate_betas_and_a_decay_of_its_own(tmp_path, monkeypatch):
+    found = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *arguments, **named):
+        found.append([(g["lr"], g["betas"], g["weight_decay"]) for g in self.param_groups])
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    grouped(tmp_path, {"warmup": 0}, rate=0.5, betas=(0.5, 0.9), weight_decay=0.25)
+    assert found[0] == [
+        (0.01, (0.9, 0.95), 0.05),
+        (0.01, (0.9, 0.95), 0.0),
+        (0.005, (0.5, 0.9), 0.25),
+        (0.005, (0.5, 0.9), 0.0),
+    ]
+
+
+def test_a_group_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *arguments, **named):
+        gradients = [torch.cat([p.grad.flatten() for g in part for p in g["params"]]) for part in
+                     (self.param_groups[:2], self.param_groups[2:])]  # fmt: skip
+        norms.append([gradient.norm().item() for gradient in gradients])
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    grouped(tmp_path / "a", {"clip": 0.01})
+    assert norms[0] == pytest.approx([0.01, 0.01], rel=1e-3)
+    grouped(tmp_path / "b", {"clip": 0.01}, clip=0.02)
+    assert norms[-1] == pytest.approx([0.01, 0.02], rel=1e-3)
+    whole = [line["grad_norm"] for line in log_of(tmp_path / "a")]
+    grouped(tmp_path / "c", {"clip": 0.0})
+    assert whole[0] == pytest.approx(math.hypot(*norms[-6]), rel=1e-6), "the logged norm is of both, before clipping"
+
+
+def test_the_average_leaves_a_group_and_its_buffers_out(tmp_path):
+    grouped(tmp_path, averaged=False)
+    averaged = load_file(tmp_path / "checkpoints/step_0000006/ema.safetensors")
+    assert averaged.keys() == {"one.weight", "one.bias"}
+
+
+def test_a_grouped_run_that_was_interrupted_ends_with_the_same_weights(tmp_path):
+    class Interrupted(GroupedJob):
+        def loss(self, model, batch, generator):
+            if len(self.weights) == 5:
+                raise KeyboardInterrupt
+            return super().loss(model, batch, generator)
+
+    options = {"every": 2, "averaged": False, "rate": 2.0}
+    grouped(tmp_path / "whole", **options)
+    config = toy_config()
+    with pytest.raises(KeyboardInterrupt):
+        fit(Interrupted(config, **options), config.training, tmp_path / "resumed", config)
+    grouped(tmp_path / "resumed", **options)
+    assert same(final(tmp_path / "whole"), final(tmp_path / "resumed"))
+
+
+def test_a_parameter_in_no_group_or_in_two_is_named(tmp_path):
+    class Forgetful(GroupedJob):
+        def groups(self):
+            return super().groups()[: self.count]
+
+    for count, message in ((1, r"other\.0\.weight \(0\)"), (2, None)):
+        job = Forgetful(toy_config())
+        job.count = count
+        if message:
+            with pytest.raises(ValueError, match=message):
+                fit(job, job.config.training, tmp_path / str(count), job.config)
+    model = TwoPlayers()
+    twice = [ParameterGroup(name=name, parameters=list(model.parameters())) for name in "ab"]
+    with pytest.raises(ValueError, match=r"one\.weight \(2\)"):
+        check_groups(model, twice)
+    with pytest.raises(ValueError, match=r"group c: a parameter of shape \(7, 3\) is not the model's"):
+        check_groups(model, [ParameterGroup(name="c", parameters=list(nn.Linear(3, 7).parameters()))])
+
+
 # --------------------------------------------------------------------------------------------------- EMA
+
+
+def test_without_a_warm_up_the_decay_holds_from_the_first_step(tmp_path):
+    averaged = run_slices(tmp_path / "averaged", 12, ema=0.9, ema_warmup=False)
+    first, start = run_one_step_weight(), torch.full((1, 3), 0.5)
+    live = run_slices(tmp_path / "live", 12, ema=0.0).model.weight.detach()
+    torch.testing.assert_close(averaged.saved, start.lerp(first, 0.1).lerp(live, 0.1))
 
 
 def test_ema_agrees_with_torch_and_leaves_out_what_is_frozen():
@@ -321,8 +461,8 @@ def test_an_optimizer_that_cannot_skip_waits_before_the_weights_change(tmp_path,
         prepare(self, *arguments)
         self.on_cpu = False
 
-    def unfused(model, config, device):
-        return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.01, betas=config.betas)
+    def unfused(model, config, device, groups):
+        return torch.optim.AdamW(parameter_groups(model.parameters(), config.weight_decay), lr=0.01, betas=config.betas)
 
     monkeypatch.setattr(loop.Trainer, "__init__", unwatched)
     monkeypatch.setattr(loop, "make_optimizer", unfused)

@@ -31,7 +31,7 @@ class Mixed(nn.Module):
 
 def test_matrices_decay_and_vectors_do_not():
     model = Mixed()
-    decayed, free = parameter_groups(model, 0.1)
+    decayed, free = parameter_groups(model.parameters(), 0.1)
     assert {id(p) for p in decayed["params"]} == {id(model.linear.weight), id(model.table.weight)}
     assert {id(p) for p in free["params"]} == {id(model.linear.bias), id(model.gain)}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
@@ -64,7 +64,7 @@ class Wide(nn.Module):
 
 def test_mup_groups():
     model = Wide()
-    groups = parameter_groups(model, 0.1, base_width=4)
+    groups = parameter_groups(model.parameters(), 0.1, base_width=4)
     found = [
         ({name for name, p in model.named_parameters() if any(p is q for q in group["params"])},
          group["rate_scale"], group["weight_decay"])
@@ -75,7 +75,7 @@ def test_mup_groups():
         ({"hidden.weight", "readout.weight"}, 0.25, 0.4),  # rate x decay is that of the others
         ({"input.bias", "hidden.bias", "readout.bias"}, 1.0, 0.0),
     ]
-    assert [group["rate_scale"] for group in parameter_groups(model, 0.1)] == [1.0, 1.0]
+    assert [group["rate_scale"] for group in parameter_groups(model.parameters(), 0.1)] == [1.0, 1.0]
 
 
 def test_every_group_keeps_its_share_of_the_rate():

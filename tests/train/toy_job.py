@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from imgtok.tokenizers.base import Losses
 from imgtok.train.ema import EMA
-from imgtok.train.loop import NonFiniteLoss, TrainingConfig, fit
+from imgtok.train.loop import Job, NonFiniteLoss, TrainingConfig, fit
 
 DEFAULTS: dict[str, Any] = {
     "steps": 6,
@@ -67,7 +67,7 @@ class ToyModel(nn.Module):
         return Losses(error.square().mean(), {"absolute": error.abs().mean()})
 
 
-class ToyJob:
+class ToyJob(Job):
     """`bad` is the (optimizer step, process) whose first micro-batch makes the loss NaN."""
 
     def __init__(self, config: ToyConfig, bad: tuple[int, int] | None = None) -> None:

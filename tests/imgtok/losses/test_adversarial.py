@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from imgtok.losses.adversarial import PatchDiscriminator, adversarial_loss, balance, hinge_loss
+from imgtok.losses.adversarial import (
+    PatchDiscriminator,
+    adversarial_loss,
+    balance,
+    discriminator_loss,
+    last_layer_weight,
+)
 
 
 def small(layers: int = 2) -> PatchDiscriminator:
@@ -49,7 +55,7 @@ def test_it_learns_to_tell_two_kinds_of_images_apart():
     fake = torch.nn.functional.avg_pool2d(real, 3, stride=1, padding=1)  # blurred
     history = []
     for _ in range(60):
-        loss = hinge_loss(discriminator, real, fake)
+        loss = discriminator_loss(discriminator, real, fake)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,7 +70,7 @@ def test_the_losses_are_those_of_their_formulas():
     real, fake = images(1), images(2)
     on_real, on_fake = discriminator(real), discriminator(fake)
     hinge = ((1 - on_real).clamp(min=0).mean() + (1 + on_fake).clamp(min=0).mean()) / 2
-    torch.testing.assert_close(hinge_loss(discriminator, real, fake), hinge)
+    torch.testing.assert_close(discriminator_loss(discriminator, real, fake), hinge)
     torch.testing.assert_close(adversarial_loss(discriminator, fake), -on_fake.mean())
 
 
@@ -76,7 +82,9 @@ def test_each_loss_reaches_one_player():
     assert adversarial[0] is not None
     assert adversarial[0].abs().sum() > 0
     assert all(gradient is None for gradient in adversarial[1:])
-    judging = torch.autograd.grad(hinge_loss(discriminator, images(1), fake), [fake, *weights], allow_unused=True)
+    judging = torch.autograd.grad(
+        discriminator_loss(discriminator, images(1), fake), [fake, *weights], allow_unused=True
+    )
     assert judging[0] is None
     *judged, bias = judging[1:]
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in judged)
@@ -118,3 +126,39 @@ def test_a_term_that_does_not_count_or_has_no_gradient_adds_nothing(weight, scal
 def test_a_gradient_of_next_to_nothing_is_not_blown_up():
     found, reconstruction, direction = gradient_of(0.5, 1e-12)
     torch.testing.assert_close(found, reconstruction + 0.5 * 1e4 * 1e-12 * direction)
+
+
+# ------------------------------------------------------------------------------------------------ published ways
+
+
+def test_the_losses_of_the_other_game_are_cross_entropies():
+    discriminator = small()
+    real, fake = images(1), images(2)
+    on_real, on_fake = discriminator(real), discriminator(fake)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    judged = (entropy(on_real, torch.ones_like(on_real)) + entropy(on_fake, torch.zeros_like(on_fake))) / 2
+    torch.testing.assert_close(discriminator_loss(discriminator, real, fake, "non_saturating"), judged)
+    fooled = entropy(on_fake, torch.ones_like(on_fake))
+    torch.testing.assert_close(adversarial_loss(discriminator, fake, "non_saturating"), fooled)
+
+
+def test_with_batch_norms_real_and_decoded_images_do_not_share_their_statistics():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(channels=8, layers=2, norm="batch")
+    real, fake = images(1), images(2) * 0.1
+    apart = [discriminator(batch) for batch in (real, fake)]
+    hinge = ((1 - apart[0]).clamp(min=0).mean() + (1 + apart[1]).clamp(min=0).mean()) / 2
+    torch.testing.assert_close(discriminator_loss(discriminator, real, fake), hinge)
+    together = discriminator(torch.cat([real, fake]))
+    assert not torch.allclose(together[:4], apart[0], atol=1e-3)
+
+
+def test_the_weight_at_the_last_layer_is_the_ratio_of_two_gradients():
+    last = torch.nn.Conv2d(2, 3, 1)
+    decoded = last(torch.rand(2, 2, 4, 4))
+    losses = decoded.square().mean(), 7 * decoded.sin().mean()
+    norms = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in losses]
+    found = last_layer_weight(*losses, last.weight)
+    torch.testing.assert_close(found, norms[0] / (norms[1] + 1e-4))
+    assert not found.requires_grad
+    assert last_layer_weight(1e9 * losses[0], 1e-9 * losses[1], last.weight) == 1e4
