@@ -205,5 +205,4 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, entry in {"TOKENIZERS": ("toytok", "ToyTok"), "AUTOENCODERS": ("toyae", "ToyAE")}.items():
         kind, cls = entry
         place = f"{__name__}:{cls}"
-        for table in (getattr(hub, name), hub.KINDS):
-            monkeypatch.setitem(table, kind, place)
+        monkeypatch.setitem(getattr(hub, name), kind, place)

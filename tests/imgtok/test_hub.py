@@ -341,3 +341,94 @@ def test_a_line_in_one_table_is_a_new_kind(monkeypatch: pytest.MonkeyPatch) -> N
     assert hub.config_class("tiny") is TinyConfig
     with pytest.raises(ValueError, match="kind: given 'huge', must be one of vae, flextok, tiny, gpt, xar"):
         hub.config_class("huge")
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_name_is_followed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: reads.append(path) or text(path, **options))
+    found = hub.resolve(folder, expect=nn.Module)
+    assert (found.path, found.layout, found.kind, found.model_class) == (folder, "imgtok", "tiny", Tiny)
+    assert found.config == {"kind": "tiny", "width": 4, "sizes": [5, 6]}
+    assert hub.configuration(found) == TinyConfig(width=4, sizes=(5, 6))
+    assert hub.resolve(found) is found
+    assert isinstance(hub.load(found), Tiny)
+    assert isinstance(hub.load(found, expect=Tiny), Tiny)
+    assert reads == [folder / "config.json"]
+    hub.load(folder)
+    assert reads == [folder / "config.json"] * 2
+    with pytest.raises(ValueError, match=r"holds a Tiny \(kind 'tiny'\), but a Other is needed here"):
+        hub.resolve(found, expect=Other)
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_model_inside_another(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no tokenizer/ folder: say which one with tokenizer=FOLDER"):
+        hub.resolve(folder).part("tokenizer")
+    Tiny(TinyConfig(width=9)).save_pretrained(folder / "tokenizer")
+    assert hub.load(hub.resolve(folder).part("tokenizer")).config.width == 9
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_fingerprint_changes_with_weights_and_configuration(folder: Path, tmp_path: Path) -> None:
+    first = hub.resolve(folder)
+    assert len(first.fingerprint()) == 16
+    model = Tiny.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "copy")
+    assert hub.resolve(tmp_path / "copy").fingerprint() == first.fingerprint()
+    edit_config(tmp_path / "copy", sizes=[1])
+    assert hub.resolve(tmp_path / "copy").fingerprint() != first.fingerprint()
+    assert first.with_config(sizes=[1]).fingerprint() == hub.resolve(tmp_path / "copy").fingerprint()
+    assert hub.load(first.with_config(sizes=[1])).config.sizes == (1,)
+    before = first.fingerprint()
+    model.layer.bias.data[0] += 1
+    model.save_pretrained(folder)
+    assert hub.resolve(folder).fingerprint() != before
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize("form", ["whole", "half", "shards", "module."])
+def test_every_form_of_our_weights_is_the_same_model(folder: Path, form: str) -> None:
+    wanted, path = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    if form == "half":
+        save_file({name: value.bfloat16() for name, value in wanted.items()}, path)
+        wanted = {name: value.bfloat16().float() for name, value in wanted.items()}
+    elif form == "shards":
+        path.unlink()
+        for name, value in wanted.items():
+            save_file({name: value}, folder / f"{name}.safetensors")
+        weight_map = {name: f"{name}.safetensors" for name in wanted}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert len(hub.resolve(folder).fingerprint()) == 16
+    elif form == "module.":
+        save_file({f"module.{name}": value for name, value in wanted.items()}, path)
+    found = hub.load(folder).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == torch.float32 for name, value in wanted.items())
+    assert hub.load(folder, dtype=torch.bfloat16).layer.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="raw: .* holds one set of weights"):
+        hub.load(folder, raw=True)
+
+
+def test_a_name_that_ships_with_imgtok() -> None:
+    found = hub.resolve("shapes32")
+    assert (found.kind, found.layout, found.name) == ("vae", "imgtok", "shapes32")
+    assert found.path == hub.packaged_models()["shapes32"]
+    assert imgtok.load("shapes32").config.kind == "vae"
+    with pytest.raises(ValueError, match="holds a VAE .kind 'vae'., but a GPT is needed here"):
+        imgtok.load("shapes32", expect=hub.model_class("gpt"))
+
+
+def test_a_description_of_something_else(folder: Path) -> None:
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(ConfigError, match=r"not written by imgtok.*a published FlexTok, .*UNet2DConditionModel"):
+        hub.resolve(folder)
+
+
+def test_a_lone_file_of_ours_is_shown_its_folder(folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"of no model that imgtok reads.*; or give its folder, {folder} "):
+        hub.resolve(folder / "model.safetensors")
