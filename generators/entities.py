@@ -62,9 +62,13 @@ class Entities:
         back = torch.argsort(self.order[-area:]).to(tokens.device)
         return tokens[:, -area:][:, back].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
+    def which(self) -> Tensor:
+        """(L,) int64: the entity that each token belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.sizes), output_size=self.length)
+
     def may_look(self) -> Tensor:
         """(L, L) boolean: a token sees its own entity and all earlier ones (xAR, section 3.3)."""
-        which = torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.sizes))
+        which = self.which()
         return which[:, None] >= which[None, :]
 
 

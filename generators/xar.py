@@ -1,15 +1,19 @@
 """xAR (arXiv 2502.20388): next-X prediction, where X is an entity of a continuous latent, drawn by flow matching.
 
-The latent of an image is cut into a few large entities (`generators/entities.py`). A transformer sees the
-sequence of all entities, each moved towards noise by its own time, and predicts each token's velocity; full
-attention within an entity and back to earlier ones, none forward. Training needs no clean copy of the
-sequence: *Noisy Context Learning* lets every entity be at once what is denoised and the noisy context of
-those behind it. Sampling integrates the entities one after the other; the finished ones stand in the
-key/value cache as they are, at time 0. Time and class reach every block as gates, scales and shifts, which are
-the same for all tokens of an entity; a caption, which neither the paper nor its code knows, is attended to.
-Read downwards: configuration, blocks, network, loss, sampling.
+The latent of an image is cut into a few large *entities*, the X of the title (section 3.2; `generators/entities.py`).
+A transformer sees the sequence of all entities, each moved towards noise by its own time, and predicts the velocity of
+each token; attention is full within an entity and to all earlier ones, and there is none to later ones. *Noisy Context
+Learning* (section 3.4) is the training: every entity is at once what is denoised and the noisy context of those after
+it, so that no clean copy of the sequence is needed (`XAR.forward`). *Next-X prediction* is the sampling: one entity
+after the other is integrated from noise to data; the finished ones are the context, at time 0
+(`XAR.generate_plainly`, fifteen lines). Time and class reach every block as gates, scales and shifts, which are the
+same for all tokens of an entity. A caption, which neither the paper nor its code conditions on, is attended to.
 
-Shapes: B images, C channels, G grid side, L tokens, N entities, W width, R rows of a sampling call.
+This file holds the algorithm. What makes it fast (a cache of finished entities, no masked attention, modulation
+computed once) is in `generators/xar_fast.py`, and a test holds it to `XAR.velocity` and `generate_plainly`.
+Read downwards: configuration, how an entity is drawn, blocks, network, training, sampling.
+
+Shapes: B images, C channels, G grid side, L tokens, N entities, W width, R rows of a call of the network.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from imgtok import flow, randomness
 from imgtok.config import Fraction, NonNegativeFloat, PositiveInt, check
+from imgtok.generators import xar_fast
 from imgtok.generators.conditioning import (
     ClassModulation,
     Condition,
@@ -32,8 +37,7 @@ from imgtok.generators.conditioning import (
     TextCrossAttention,
 )
 from imgtok.generators.entities import Cells, EntityConfig
-from imgtok.generators.xar_fast import SamplingNetwork, Span
-from imgtok.layers.attention import Attention, CrossAttention
+from imgtok.layers.attention import Attention, CrossAttention, Look
 from imgtok.layers.cache import KVCache, LayerCache, Memory
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
@@ -99,7 +103,7 @@ class XARConfig(ConditionConfig):
     whole_times: bool = True
     """Cut 1000 t down to a whole number for the time embedding, as published weights were trained."""
     dropout: Fraction = 0.1
-    """Dropout of attention weights, attention outputs, and within and behind the feed-forward layer."""
+    """Dropout of attention weights, attention outputs, and within and after the feed-forward layer."""
     sampling: FlowSampling = FlowSampling()
     """How `generate` draws unless it is told otherwise."""
 
@@ -130,6 +134,9 @@ def xar_size(name: Literal["B", "L", "H"]) -> XARConfig:
     return XARConfig(width=width, depth=depth, num_heads=heads, sampling=sampling)
 
 
+# ---------------------------------------------------------------- how an entity is drawn
+
+
 @dataclass(frozen=True)
 class EntityPlan:
     """How one entity is drawn."""
@@ -150,6 +157,18 @@ class EntityPlan:
     @property
     def ever_guided(self) -> bool:
         return any(self.guided(t) for t in self.times)
+
+    @property
+    def num_draws(self) -> int:
+        """Normal numbers that a token's channel takes: where it starts, and one more for each noisy step."""
+        return self.steps if self.solver == "stochastic" else 1
+
+    def solve(self, velocity: flow.Velocity, draws: Tensor, on_step: flow.OnStep | None = None) -> Tensor:
+        """The entity (B, l, C) from its `draws` (num_draws, B, l, C)."""
+        if self.solver == "stochastic":
+            return flow.stochastic_euler(velocity, draws[0], self.steps, list(draws[1:]), on_step)
+        walk = flow.euler if self.solver == "euler" else flow.adams
+        return walk(velocity, draws[0], self.steps, on_step)
 
 
 def plan_entities(sampling: FlowSampling, count: int) -> list[EntityPlan]:
@@ -198,10 +217,10 @@ class GEGLU(nn.Module):
 
 
 class XARBlock(nn.Module):
-    """Pre-norm attention and gated feed-forward, each between a scale and shift and a gate of its entity.
+    """Attention and gated feed-forward after a norm without parameters, each with its scale, shift and gate.
 
-    Between the two, where there are captions, attention to them: behind the same norm without parameters, and without
-    gate, scale or shift. That place and form are ours; neither the paper nor its code conditions on text.
+    Between the two, where there are captions, is attention to them: after the same norm, and without gate, scale or
+    shift. That place and form are ours; neither the paper nor its code conditions on text.
     """
 
     def __init__(self, config: XARConfig) -> None:
@@ -221,39 +240,38 @@ class XARBlock(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        span: Span,
         rotary: Tensor,
-        cache: LayerCache | None,
-        last_only: bool,
+        looks: Sequence[Look],
+        cache: LayerCache | None = None,
+        wanted: slice | None = None,
         caption: tuple[Tensor, Tensor] | None = None,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
-        """X (R, L, W), `modulation` (R, N, 6 W), `caption` this layer's keys and values of the captions. With
-        `last_only` the earlier entities are looked at, not computed.
+        """X (R, ..., W) in any shape against which `modulation` (R, ..., 6 W) broadcasts: (R, L, W), or by entity.
+
+        `looks` say who sees whom, `rotary` (L, E / 2, 2) where the tokens are, `caption` this layer's keys and values
+        of the captions. With `wanted`, a slice of dimension 1 that the looks ask for, the other tokens are looked at
+        and not computed.
         """
-        gates, scales, shifts = modulation.chunk(3, dim=-1)  # for attention and feed-forward: this order is published
-        (gate_a, gate_m), (scale_a, scale_m), (shift_a, shift_m) = (
-            part.chunk(2, dim=-1) for part in (gates, 1 + scales, shifts)
-        )
-        inputs = span.apply(shift_a, rms_norm(x, EPS), scale_a)
+        # This order is published; a is attention, m the feed-forward layer
+        gate_a, gate_m, scale_a, scale_m, shift_a, shift_m = modulation.chunk(6, dim=-1)
         attended = self.attention(
-            inputs,
-            looks=[span.last_look] if last_only else span.looks,
+            torch.addcmul(shift_a, rms_norm(x, EPS), 1 + scale_a).flatten(1, -2),
+            looks=looks,
             rotate=lambda y: rotate(y, rotary),
             cache=cache,
         )
-        if last_only:
-            x, span = x[:, span.last_look.queries], span.only_last()
-            gate_a, gate_m, scale_m, shift_m = (part[:, -1:] for part in (gate_a, gate_m, scale_m, shift_m))
-        x = span.apply(x, attended, gate_a)
+        if wanted is not None:
+            x, gate_a, gate_m, scale_m, shift_m = (part[:, wanted] for part in (x, gate_a, gate_m, scale_m, shift_m))
+        x = torch.addcmul(x, attended.view_as(x), gate_a)
         if self.cross_attention is not None:
             assert caption is not None, "a model that reads text was called without captions"
-            x = x + self.cross_attention(rms_norm(x, EPS), caption, mask=caption_mask)
-        return span.apply(x, self.mlp(span.apply(shift_m, rms_norm(x, EPS), scale_m)), gate_m)
+            x = x + self.cross_attention(rms_norm(x, EPS).flatten(1, -2), caption, mask=caption_mask).view_as(x)
+        return torch.addcmul(x, self.mlp(torch.addcmul(shift_m, rms_norm(x, EPS), 1 + scale_m)), gate_m)
 
 
 EPS = 1e-6
-"""Of every norm."""
+"""The epsilon of every norm."""
 
 
 # ---------------------------------------------------------------- the network
@@ -265,7 +283,7 @@ class XAR(ConditionalGenerator):
     config_class: ClassVar[type] = XARConfig
     config: XARConfig
     rotary: Tensor
-    lengths: Tensor
+    entity: Tensor
 
     def __init__(self, config: XARConfig) -> None:
         super().__init__()
@@ -285,7 +303,7 @@ class XAR(ConditionalGenerator):
         self.second_norm = RMSNorm(width, EPS)
         self.readout = nn.Linear(width, config.latent_channels)
         self.register_buffer("rotary", rotary_of(self.entities.places, config.head_dim), persistent=False)
-        self.register_buffer("lengths", torch.tensor(self.entities.sizes), persistent=False)
+        self.register_buffer("entity", self.entities.which(), persistent=False)  # (L,): the entity of each token
         self._add_text(width)
         self.recompute = False
         self._initialise()
@@ -312,12 +330,12 @@ class XAR(ConditionalGenerator):
         """From now on keep only the blocks' inputs for the backward pass."""
         self.recompute = True
 
-    # ------------------------------------------------ one path for training and sampling
+    # ------------------------------------------------ the network
 
     def condition(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Embedding of times in [0, 1] plus that of labels, -1 for none; shapes (...) that broadcast -> (..., W).
 
-        Without a table of classes, which a model that reads text has not, that of the times alone.
+        A model that reads text has no table of classes: there it is the embedding of the times alone.
         """
         thousandths = t.float() * 1000  # in float64 the product would sometimes lie below the next whole number
         if self.config.whole_times:
@@ -334,41 +352,51 @@ class XAR(ConditionalGenerator):
         active = F.silu(condition)
         return [block.modulation(active) for block in self.blocks]
 
-    def velocity(
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Velocities (R, L, C) of the first entities of R sequences, x (R, L, C), whose times are t (R, N).
+
+        A token sees its own entity and all earlier ones (section 3.3). Here this is one mask, and every token has its
+        own copy of its entity's modulation; `xar_fast.velocity` is the same with less work.
+        """
+        which = self.entity[: x.shape[1]]
+        labels = condition[:, None] if isinstance(condition, Tensor) else None
+        memory = self.read(condition).memory
+        modulations = [part[:, which] for part in self.modulations(self.condition(t, labels))]
+        sight = Look(slice(None), slice(None), which[:, None] >= which)
+        return self.network(x, modulations, slice(0, x.shape[1]), [sight], memory=memory)
+
+    def network(
         self,
         x: Tensor,
         modulations: Sequence[Tensor],
-        span: Span,
-        start: int = 0,
-        cache: KVCache | None = None,
-        last_only: bool = False,
+        places: slice,
+        looks: Sequence[Look],
+        *,
         memory: Memory | None = None,
+        cache: KVCache | None = None,
+        last: tuple[Look, slice] | None = None,
     ) -> Tensor:
-        """Velocities (R, L, C) of the tokens x (R, L, C) of a span of entities whose first token is number `start`.
+        """Velocities of tokens x (R, ..., C), which have the `places` of the sequence; (R, L, C), or by entity.
 
-        `modulations` (R, N, 6 W) for each block, `memory` what `read` made of R captions. With `last_only`, the
-        velocities of the last entity.
+        `modulations` (R, ..., 6 W) for each block broadcast against x; `looks` say who sees whom, `memory` is what
+        `read` made of R captions. The `cache` holds what comes before the tokens.
+        With `last`, the last block computes only a slice of dimension 1, which looks as said there.
         """
-        places = slice(start, start + span.length)
         rotary, blocks = self.rotary[places], self.blocks
-        layers = [None] * len(blocks) if cache is None else cache.layers(cache.open(span.length, causal=False))
-        h = self.input_norm(self.input_proj(x) + self.first_positions[places])
+        layers = [None] * len(blocks) if cache is None else cache.layers(cache.open(len(rotary), causal=False))
+        first, second = (
+            table[places].unflatten(0, x.shape[1:-1]) for table in (self.first_positions, self.second_positions)
+        )
+        h = self.input_norm(self.input_proj(x) + first)
         for index, block in enumerate(blocks):
             if index == self.config.depth:
-                h = self.middle_proj(self.first_norm(h)) + self.second_positions[places]
-            is_end = index == len(blocks) - 1
-            h = call_block(
-                block,
-                h,
-                modulations[index],
-                span,
-                rotary,
-                layers[index],
-                last_only and is_end,
-                None if memory is None else memory.layers[index],
-                None if memory is None else memory.mask,
-                recompute=self.recompute,
-            )
+                h = self.middle_proj(self.first_norm(h)) + second
+            wanted = None
+            if last is not None and index == len(blocks) - 1:
+                looks, wanted = [last[0]], last[1]
+            caption = (None, None) if memory is None else (memory.layers[index], memory.mask)
+            inputs = (modulations[index], rotary, looks, layers[index], wanted, *caption)
+            h = call_block(block, h, *inputs, recompute=self.recompute)
         return self.readout(self.second_norm(h))
 
     # ------------------------------------------------ training
@@ -377,19 +405,22 @@ class XAR(ConditionalGenerator):
         """Noisy Context Learning (section 3.4): mean squared error of all velocities.
 
         `latents` (B, C, G, G), scaled to about unit deviation; labels (B,), -1 for none, or captions, dropped at
-        random.
+        random. All random numbers but those of dropout layers come from `generator`.
         """
-        batch, count, device = len(latents), len(self.entities), latents.device
+        device, shape = latents.device, (len(latents), self.entities.length, self.config.latent_channels)
         condition = self._drop_some(condition, generator)
-        labels = condition[:, None] if isinstance(condition, Tensor) else None
-        memory = self.read(condition).memory
+        t = self._draw_times(len(latents) * len(self.entities), generator)
+        t = t.view(len(self.entities), len(latents)).T.to(device)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(device)
+        return self.noisy_context_loss(latents, condition, t, noise)
+
+    def noisy_context_loss(self, latents: Tensor, condition: Condition, t: Tensor, noise: Tensor) -> Losses:
+        """`forward` with what it draws: times t (B, N), one an entity, and noise (B, L, C). `torch.compile` takes it
+        whole.
+        """
         tokens = self.entities.cut(latents)  # (B, L, C)
-        t = self._draw_times(batch * count, generator).view(count, batch).T.to(device)  # (B, N)
-        noise = torch.randn(tokens.shape, generator=generator, device=generator.device).to(device)
-        span = Span.of(self.entities, 0, count, self.lengths)
-        noisy = flow.interpolate(tokens, noise, span.spread(t))
-        modulations = self.modulations(self.condition(t, labels))
-        v = self.velocity(noisy, modulations, span, memory=memory)
+        noisy = flow.interpolate(tokens, noise, t[:, self.entity])
+        v = xar_fast.velocity(self, noisy, t, condition)
         errors = (v.float() - flow.velocity_target(tokens, noise)).square().mean(dim=(0, 2))  # (L,)
         loss, first = errors.mean(), errors[: self.entities.sizes[0]].mean()
         return Losses(loss, {"flow": loss, "first_entity": first})
@@ -402,6 +433,33 @@ class XAR(ConditionalGenerator):
     # ------------------------------------------------ sampling
 
     @torch.no_grad()
+    def generate_plainly(
+        self,
+        condition: Condition,
+        *,
+        seed: int,
+        indices: Sequence[int],
+        sampling: FlowSampling | None = None,
+    ) -> Tensor:
+        """Next-X prediction, as simply as it can be said; `generate` gives the same numbers with less work."""
+        condition, plans = self._checked(condition), self._plans(sampling)
+        finished: list[Tensor] = []
+        for entity, (plan, draws) in enumerate(zip(plans, self._draws(plans, seed, indices), strict=True)):
+
+            def velocity(x: Tensor, step: int, t: float, entity: int = entity, plan: EntityPlan = plan) -> Tensor:
+                """The current entity at time t, after the finished ones, which are at time 0."""
+                sequence = torch.cat([*finished, x], dim=1).to(self.readout.weight.dtype)
+                times = torch.tensor([[0.0] * entity + [t]], device=x.device).expand(len(x), -1)
+                v = self.velocity(sequence, times, condition)[:, -x.shape[1] :].float()
+                if not plan.guided(t):
+                    return v
+                v_null = self.velocity(sequence, times, self.unconditional(condition))[:, -x.shape[1] :].float()
+                return flow.classifier_free_guidance(v, v_null, plan.guidance)
+
+            finished.append(plan.solve(velocity, draws))
+        return self.entities.join(torch.cat(finished, dim=1))
+
+    @torch.no_grad()
     def generate(
         self,
         condition: Condition,
@@ -409,29 +467,33 @@ class XAR(ConditionalGenerator):
         seed: int,
         indices: Sequence[int],
         sampling: FlowSampling | None = None,
-        cached: bool = True,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents (B, C, G, G) for labels (B,), -1 for no class, or captions; row b uses the noise of (`seed`,
         `indices[b]`) alone.
 
-        `on_step` is told the entity and the steps done in it. `cached=False` computes the finished entities again at
-        every call: slow, kept as the oracle of the cache. Raises ValueError for a condition that the model does not
-        know.
+        `on_step` is told the entity and the steps done in it. Raises ValueError for a condition that the model does
+        not know.
         """
-        plans = plan_entities((sampling or FlowSampling()).over(self.config.sampling), len(self.entities))
-        network = SamplingNetwork(self, self._checked(condition), plans, cached=cached)
-        for entity, plan in enumerate(plans):
-            count = plan.steps if plan.solver == "stochastic" else 1  # the start, then a step's each
-            shape = (count, self.entities.sizes[entity], self.config.latent_channels)
-            draws = randomness.normal(seed, indices, shape, f"entity {entity}").transpose(0, 1)
-            draws = draws.to(self.readout.weight.device)  # in float32 like the solver, whatever the network's precision
-            velocity = network.guided(plan)
+        condition, plans = self._checked(condition), self._plans(sampling)
+        network = xar_fast.SamplingNetwork(self, condition, plans)
+        for entity, (plan, draws) in enumerate(zip(plans, self._draws(plans, seed, indices), strict=True)):
             report = None if on_step is None else (lambda step, x, guess, entity=entity: on_step(entity, step))
-            if plan.solver == "stochastic":
-                x = flow.stochastic_euler(velocity, draws[0], plan.steps, list(draws[1:]), report)
-            else:
-                walk = flow.euler if plan.solver == "euler" else flow.adams
-                x = walk(velocity, draws[0], plan.steps, report)
-            network.finished.append(x)
+            network.finished.append(plan.solve(network.velocity, draws, report))
         return self.entities.join(torch.cat(network.finished, dim=1))
+
+    def _plans(self, sampling: FlowSampling | None) -> list[EntityPlan]:
+        return plan_entities((sampling or FlowSampling()).over(self.config.sampling), len(self.entities))
+
+    def _draws(self, plans: Sequence[EntityPlan], seed: int, indices: Sequence[int]) -> list[Tensor]:
+        """The normal numbers of each entity (num_draws, B, l, C), of (seed, index) alone; on the device in one copy.
+
+        In float32 like the solver, whatever the network's precision.
+        """
+        shapes = [
+            (plan.num_draws, size, self.config.latent_channels)
+            for plan, size in zip(plans, self.entities.sizes, strict=True)
+        ]
+        draws = [randomness.normal(seed, indices, shape, f"entity {i}").flatten(1) for i, shape in enumerate(shapes)]
+        parts = torch.cat(draws, dim=1).to(self.readout.weight.device).split([part.shape[1] for part in draws], dim=1)
+        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,8 +1,9 @@
 """The fast path of xAR (`generators/xar.py`): the same numbers, to rounding, with less work.
 
-`Span` runs several entities through the network and computes nothing that the mask forbids; `SamplingNetwork` keeps
-finished entities in a key/value cache and leaves out unconditional rows that nobody reads; `ModulationTable` computes
-what times and classes do to the blocks for all calls of a `generate` at once.
+`Span` runs several entities through the network: it computes nothing that the mask forbids, and shares gates, scales
+and shifts among the tokens of an entity. `SamplingNetwork` keeps finished entities in a key/value cache and leaves out
+unconditional rows that nobody reads. `ModulationTable` computes what times and classes do to the blocks for all calls
+of a `generate` at once. `tests/generators/test_xar.py` compares all of them with the plain algorithm.
 
 Shapes: B images, C channels, L tokens, N entities, W width, R rows of a sampling call.
 """
@@ -20,7 +21,7 @@ from imgtok import flow
 from imgtok.generators.conditioning import Condition
 from imgtok.generators.entities import Entities
 from imgtok.layers.attention import Look
-from imgtok.layers.cache import KVCache
+from imgtok.layers.cache import KVCache, Memory
 from imgtok.text.captions import Captions
 
 if TYPE_CHECKING:
@@ -29,21 +30,31 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- several entities in one call
 
 
+def velocity(model: XAR, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """`XAR.velocity` of the first entities of R sequences, as training calls it: x (R, L, C), t (R, N) -> (R, L, C)."""
+    labels = condition[:, None] if isinstance(condition, Tensor) else None
+    memory = model.read(condition).memory
+    span = Span.of(model.entities, 0, t.shape[1], model.entity)
+    return span.call(model, x, model.modulations(model.condition(t, labels)), memory=memory)
+
+
 @dataclass(frozen=True)
 class Span:
-    """Consecutive entities that go through the network in one call."""
+    """Consecutive entities that go through the network in one call, after those that a cache holds."""
 
     sizes: tuple[int, ...]
+    places: slice
+    """Where their tokens are in the sequence."""
     looks: Sequence[Look]
     """What they see, in the keys of the cache and of this call."""
     last_look: Look
     """What the last of them sees."""
-    lengths: Tensor
-    """`sizes` on the device."""
+    entity: Tensor
+    """(L,) which of them each token belongs to."""
 
     @classmethod
-    def of(cls, entities: Entities, first: int, stop: int, lengths: Tensor) -> Span:
-        """Entities `first` to `stop`, all that came before being in the cache; `lengths` are all entities' sizes.
+    def of(cls, entities: Entities, first: int, stop: int, entity: Tensor) -> Span:
+        """Entities `first` to `stop`, all that came before being in the cache; `entity` is that of every token.
 
         A look for each entity computes nothing that is masked; above `MOST_LOOKS` there is one for all, with a mask.
         """
@@ -55,29 +66,37 @@ class Span:
                 for i in range(first, stop)
             ]
         else:
-            looks = [Look(slice(None), slice(None), entities.may_look()[start:end, :end].to(lengths.device))]
-        return cls(entities.sizes[first:stop], looks, last, lengths[first:stop])
+            looks = [Look(slice(None), slice(None), entity[start:end, None] >= entity[:end])]
+        return cls(entities.sizes[first:stop], slice(start, end), looks, last, entity[start:end] - first)
 
     @property
     def length(self) -> int:
         return sum(self.sizes)
 
-    def only_last(self) -> Span:
-        """The last entity alone, which still sees all."""
-        return Span(self.sizes[-1:], [self.last_look], self.last_look, self.lengths[-1:])
+    @property
+    def even(self) -> bool:
+        """Whether all entities have one size, so that gates, scales and shifts broadcast and are not copied out."""
+        return len(set(self.sizes)) == 1
 
-    def apply(self, base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-        """Base + x * factor, where x is (R, L, W) and the others are that or (R, N, W), one row an entity."""
-        if len(set(self.sizes)) == 1:  # as a view: nothing is copied out to the tokens
-            count = len(self.sizes)
-            x4, base4 = (part.unflatten(1, (count, -1)) for part in (x, base))
-            return torch.addcmul(base4, x4, factor[:, :, None]).flatten(1, 2)
-        base, factor = (part if part.shape[1] == x.shape[1] else self.spread(part) for part in (base, factor))
-        return torch.addcmul(base, x, factor)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """(R, N, ...) -> (R, L, ...), each entity's value at all its tokens."""
-        return values.repeat_interleave(self.lengths, dim=1, output_size=self.length)
+    def call(
+        self,
+        model: XAR,
+        x: Tensor,
+        modulations: Sequence[Tensor],
+        *,
+        memory: Memory | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Velocities of x (R, L, C) under `modulations` (R, N, 6 W); with `last_only`, those of the last entity."""
+        if self.even:  # (R, N, l, C) against (R, N, 1, 6 W)
+            x = x.unflatten(1, (len(self.sizes), -1))
+            modulations, wanted = [part[:, :, None] for part in modulations], slice(-1, None)
+        else:
+            modulations, wanted = [part[:, self.entity] for part in modulations], slice(-self.sizes[-1], None)
+        last = (self.last_look, wanted) if last_only else None
+        v = model.network(x, modulations, self.places, self.looks, memory=memory, cache=cache, last=last)
+        return v.flatten(1, -2)
 
 
 MOST_LOOKS = 16
@@ -91,62 +110,54 @@ class SamplingNetwork:
     """The network of one `generate` call: the entities finished so far, and the cache.
 
     Rows are the images with their classes or captions and, if anything is guided, the same images without: two
-    branches. An entity enters the cache once, finished and at time 0: the first call behind it carries it in front of
-    the current one. A branch that is not called (no guidance for an entity, or at a time) falls behind and catches up
-    in the same way, so the null branch of a first entity with guidance 1 is never computed. Captions are read once.
+    branches. An entity enters the cache once, finished and at time 0: the first call after it carries it before the
+    current one. A branch that is not called (no guidance for an entity, or at a time) falls behind and catches up in
+    the same way, so the null branch of a first entity with guidance 1 is never computed. Captions are read once.
     """
 
-    def __init__(self, model: XAR, condition: Condition, plans: Sequence[EntityPlan], *, cached: bool) -> None:
+    def __init__(self, model: XAR, condition: Condition, plans: Sequence[EntityPlan]) -> None:
         guided = any(plan.ever_guided for plan in plans)
         rows = model.with_unconditional(condition) if guided else condition
         self.model = model
         self.batch = len(condition)
         self.memory = model.read(rows).memory
-        times = list(dict.fromkeys(t for plan in plans for t in plan.times))
-        self.modulations = ModulationTable(model, rows, self.batch, times)
+        self.plans = plans
+        row_of: dict[float, int] = {}  # entities share the times, and so the rows of the table
+        self.rows = [[row_of.setdefault(t, len(row_of)) for t in plan.times] for plan in plans]
+        self.modulations = ModulationTable(model, rows, self.batch, list(row_of))
         self.finished: list[Tensor] = []
         self.held = [0, 0]  # entities in the cache, by branch
         config, length = model.config, model.entities.length
-        self.cache = (
-            KVCache(2 * config.depth, len(rows), config.num_heads, length, config.head_dim, model.readout.weight)
-            if cached
-            else None
+        self.cache = KVCache(
+            2 * config.depth, len(rows), config.num_heads, length, config.head_dim, model.readout.weight
         )
 
-    def guided(self, plan: EntityPlan) -> flow.Velocity:
-        """The velocity of the entity behind the finished ones, as its plan guides it."""
+    def velocity(self, x: Tensor, step: int, t: float) -> Tensor:
+        """The velocity of the entity x (B, l, C) after the finished ones, guided as its plan says."""
+        plan = self.plans[len(self.finished)]
+        if not plan.guided(t):
+            return self._call(x, step, CONDITIONAL)
+        if self.held[0] == self.held[1]:
+            v_cond, v_null = self._call(x, step, BOTH).chunk(2)
+        else:
+            v_cond, v_null = self._call(x, step, CONDITIONAL), self._call(x, step, NULL)
+        return flow.classifier_free_guidance(v_cond, v_null, plan.guidance)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            if not plan.guided(t):
-                return self._call(x, t, CONDITIONAL)
-            if self.held[0] == self.held[1]:
-                v_cond, v_null = self._call(x, t, BOTH).chunk(2)
-            else:
-                v_cond, v_null = self._call(x, t, CONDITIONAL), self._call(x, t, NULL)
-            return flow.classifier_free_guidance(v_cond, v_null, plan.guidance)
-
-        return velocity
-
-    def _call(self, x: Tensor, t: float, branches: range) -> Tensor:
-        """Velocities of the current entity x (B, L, C), for the rows of the branches."""
+    def _call(self, x: Tensor, step: int, branches: range) -> Tensor:
+        """Velocities of the current entity x (B, l, C) at a step, for the rows of the branches."""
         current, held = len(self.finished), self.held[branches.start]
         new, rows = self.finished[held:], slice(branches.start * self.batch, branches.stop * self.batch)
         offsets = self.model.entities.offsets
-        cache = None
-        if self.cache is not None:
-            cache = self.cache.rows(rows, offsets[held])
         tokens = torch.cat([*new, x], dim=1).repeat(len(branches), 1, 1)
-        v = self.model.velocity(
+        self.held[branches.start : branches.stop] = [current] * len(branches)  # the current one is not finished
+        v = Span.of(self.model.entities, held, current + 1, self.model.entity).call(
+            self.model,
             tokens.to(self.model.readout.weight.dtype),
-            self.modulations.of_span(len(new), t, rows),
-            Span.of(self.model.entities, held, current + 1, self.model.lengths),
-            offsets[held],
-            cache,
-            last_only=True,
+            self.modulations.of_span(len(new), self.rows[current][step], rows),
             memory=None if self.memory is None else self.memory.rows(rows),
+            cache=self.cache.rows(rows, offsets[held]),
+            last_only=True,
         )
-        if self.cache is not None:  # with the view `cache` goes the current entity, which is not finished
-            self.held[branches.start : branches.stop] = [current] * len(branches)
         return v.float()
 
 
@@ -164,7 +175,7 @@ class ModulationTable:
     """
 
     def __init__(self, model: XAR, condition: Condition, batch: int, times: Sequence[float]) -> None:
-        """The first `batch` of the conditions are images', any others are none."""
+        """The first `batch` of the conditions are those of images; any others are none."""
         self.model = model
         self.labels: Tensor | None = None
         if isinstance(condition, Captions):  # the modulation knows the time alone: one row of it serves all
@@ -173,29 +184,28 @@ class ModulationTable:
             classes, nulls = condition[:batch], len(condition) - batch
             self.row = torch.arange(len(condition), device=condition.device).clamp(max=batch)
             self.labels = torch.cat([classes, condition[batch : batch + 1]]) if nulls else classes
-        self.times = times
+        self.times = torch.tensor([0.0, *times], device=self.row.device)
         numbers = (1 if self.labels is None else len(self.labels)) * len(model.blocks) * 6 * model.config.width
         self.together = max(1, MOST_NUMBERS // numbers)
-        self.clean = self._compute([0.0])
+        self.clean = self._compute(self.times[:1])
         self.loaded, self.part = -1, self.clean
 
-    def of_span(self, clean: int, t: float, rows: slice) -> list[Tensor]:
-        """For each block (R, clean + 1, 6 W): so many finished entities, then one at time t."""
-        part, place = divmod(self.times.index(t), self.together)
+    def of_span(self, clean: int, time: int, rows: slice) -> list[Tensor]:
+        """For each block (R, clean + 1, 6 W): so many finished entities, then one at the time of that number."""
+        part, place = divmod(time, self.together)
         if part != self.loaded:
             self.loaded = part
-            self.part = self._compute(self.times[part * self.together : (part + 1) * self.together])
+            self.part = self._compute(self.times[1:][part * self.together : (part + 1) * self.together])
         row = self.row[rows]
         return [
             torch.stack([*[finished[0, row]] * clean, noisy[place, row]], dim=1)
             for finished, noisy in zip(self.clean, self.part, strict=True)
         ]
 
-    def _compute(self, times: Sequence[float]) -> list[Tensor]:
+    def _compute(self, times: Tensor) -> list[Tensor]:
         """(T, classes, 6 W) for each block; (T, 1, 6 W) without classes."""
-        t = torch.tensor(times, device=self.row.device)
-        return self.model.modulations(self.model.condition(t[:, None], self.labels))
+        return self.model.modulations(self.model.condition(times[:, None], self.labels))
 
 
 MOST_NUMBERS = 1 << 26
-"""Of a `ModulationTable` in memory at once: 256 MB in float32."""
+"""The most numbers of a `ModulationTable` in memory at once: 256 MB in float32."""

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, float], Tensor]  # (x_t, t) -> v, both shaped like x_t
+Velocity = Callable[[Tensor, int, float], Tensor]  # (x_t, number of the step from 0 on, t) -> v, shaped like x_t
 Guidance = float | Callable[[float], float]  # a scale, or a function of the time
 OnStep = Callable[[int, Tensor, Tensor], None]  # (steps done, x after them, the model's guess of x at t = 0)
 
@@ -64,7 +64,7 @@ def euler(velocity: Velocity, noise: Tensor, steps: int, on_step: OnStep | None 
     """Walks from t = 1 to 0 in `steps` equal Euler steps: one call of `velocity` each, none at t = 0."""
     x = noise
     for step, t in enumerate(step_times(steps)):
-        v = velocity(x, t)
+        v = velocity(x, step, t)
         if on_step is not None:
             on_step(step + 1, x - v / steps, x - t * v)
         x = x - v / steps
@@ -78,7 +78,7 @@ def adams(velocity: Velocity, noise: Tensor, steps: int, on_step: OnStep | None 
     """
     x, before = noise, None
     for step, t in enumerate(step_times(steps)):
-        v = velocity(x, t)
+        v = velocity(x, step, t)
         moved = x - (v if before is None else 1.5 * v - 0.5 * before) / steps
         if on_step is not None:
             on_step(step + 1, moved, x - t * v)
@@ -110,7 +110,7 @@ def stochastic_euler(
     """
     x = noise
     for step, (t, after) in enumerate(pairwise([*stochastic_times(steps), 0.0])):
-        v = velocity(x, t)
+        v = velocity(x, step, t)
         moved = x + (after - t) * (x + (2 - t) * v)
         if after > 0:
             moved = moved + math.sqrt(2 * t * (t - after)) * draws[step]
@@ -146,7 +146,7 @@ class AdaptiveProjectedGuidance:
         rest = tuple(range(1, v_cond.ndim))
         norm = torch.linalg.vector_norm(difference, dim=rest, keepdim=True)
         update = difference * (self.cap / norm.clamp_min(1e-12)).clamp(max=1)
-        # The projection is a small difference of large numbers at high guidance: float64 (which MPS has not).
+        # The projection is a small difference of large numbers at high guidance: float64 (which MPS lacks).
         wide = torch.float32 if v_cond.device.type == "mps" else torch.float64
         direction = torch.nn.functional.normalize(v_cond.to(wide).flatten(1), dim=1).view(v_cond.shape)
         along = (update.to(wide) * direction).sum(dim=rest, keepdim=True) * direction

@@ -776,17 +776,16 @@ class FlexTok(Tokenizer):
     def _guided_velocity(
         self, condition: Condition, times: Sequence[float], guidance: flow.Guidance, *, projected: bool
     ) -> flow.Velocity:
-        """The decoder as a function of (x, t), t one of `times`, guided against the null condition unless by 1."""
+        """The decoder as a function of (x, step, t), steps at `times`, guided against null unless by 1."""
         modulations = self.decoder.modulations(torch.tensor(times, device=condition.registers.device))
-        rows = {t: row for row, t in enumerate(times)}
         null = self.decoder.null_condition(len(condition.registers))
         apg = flow.AdaptiveProjectedGuidance() if projected else None
         combine = apg or flow.classifier_free_guidance
 
-        def guided(x: Tensor, t: float) -> Tensor:
+        def guided(x: Tensor, step: int, t: float) -> Tensor:
             scale = guidance(t) if callable(guidance) else guidance
             conditions = [condition] if scale == 1 else [condition, null]
-            estimates = self.decoder.velocities(x, conditions, modulations.row(rows[t]))
+            estimates = self.decoder.velocities(x, conditions, modulations.row(step))
             if self.config.prediction == "data":
                 estimates = [(x - estimate) / t for estimate in estimates]
             return estimates[0] if scale == 1 else combine(estimates[0], estimates[1], scale)

@@ -38,8 +38,9 @@ def tiny(entities=ENTITIES[0], *, drop: float = 0.1, **changes) -> XAR:
     return XAR(config).eval()
 
 
-def draw(model, sampling, labels=LABELS, indices=(3, 7, 11), **options):
-    return model.generate(labels, seed=1, indices=list(indices), sampling=sampling, **options)
+def draw(model, sampling, labels=LABELS, indices=(3, 7, 11), *, plainly=False):
+    generate = model.generate_plainly if plainly else model.generate
+    return generate(labels, seed=1, indices=list(indices), sampling=sampling)
 
 
 # ---------------------------------------------------------------- sampling
@@ -47,17 +48,17 @@ def draw(model, sampling, labels=LABELS, indices=(3, 7, 11), **options):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("entities", ENTITIES, ids=lambda e: e.kind)
-def test_the_cache_changes_no_number(entities, sampling):
+def test_sampling_is_the_plain_algorithm(entities, sampling):
     model = tiny(entities)
-    cached, plain = draw(model, sampling), draw(model, sampling, cached=False)
-    assert cached.shape == (3, 3, 4, 4)
-    assert torch.allclose(cached, plain, atol=1e-5)
+    fast, plain = draw(model, sampling), draw(model, sampling, plainly=True)
+    assert fast.shape == (3, 3, 4, 4)
+    assert torch.allclose(fast, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [(1.0, 2.0, 0.5, 2.0), (2.0, 1.0, 1.0, 3.0), (1.0, 1.0, 1.0, 2.0)])
 def test_a_null_branch_that_fell_behind_catches_up(guidance):
     model, sampling = tiny(), FlowSampling(steps=(3,), guidance=guidance)
-    assert torch.allclose(draw(model, sampling), draw(model, sampling, cached=False), atol=1e-5)
+    assert torch.allclose(draw(model, sampling), draw(model, sampling, plainly=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", ["stochastic", "euler", "adams"])
@@ -65,14 +66,12 @@ def test_a_single_entity_is_the_plain_flow_model(solver):
     model, steps, scale = tiny(WholeImage()), 4, 2.5
     drawn = draw(model, FlowSampling(steps=(steps,), guidance=(scale,), solver=solver))
     noise = randomness.normal(1, [3, 7, 11], (steps, 16, 3), "entity 0").transpose(0, 1)
-    span = xar_fast.Span.of(model.entities, 0, 1, model.lengths)
 
     @torch.no_grad()
-    def velocity(x, t):
+    def velocity(x, step, t):
         """Nothing of the sampler: both conditions in full, no cache, no table."""
         labels = torch.cat([LABELS, torch.full((3,), model.null_class)])
-        modulations = model.modulations(model.condition(torch.full((6, 1), t), labels[:, None]))
-        v_cond, v_null = model.velocity(x.repeat(2, 1, 1), modulations, span).chunk(2)
+        v_cond, v_null = model.velocity(x.repeat(2, 1, 1), torch.full((6, 1), t), labels).chunk(2)
         return flow.classifier_free_guidance(v_cond, v_null, scale)
 
     if solver == "stochastic":
@@ -100,18 +99,18 @@ def test_an_image_does_not_tell_which_classes_were_drawn_beside_it():
 
 @pytest.mark.parametrize("sampling", [SAMPLINGS["published"], SAMPLINGS["interval"]], ids=["published", "interval"])
 def test_half_precision_in_the_network_alone(sampling, monkeypatch):
-    """Cached equals uncached under autocast too; the cache is of that precision, solver and latents are float32."""
+    """Fast equals plain under autocast too; the cache is of that precision, solver and latents are float32."""
     kept = []
     rows = xar_fast.KVCache.rows
     monkeypatch.setattr(xar_fast.KVCache, "rows", lambda self, *a: kept.append(self.keys[0].dtype) or rows(self, *a))
     model = tiny()
     exact = draw(model, sampling)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cached, plain = draw(model, sampling), draw(model, sampling, cached=False)
+        fast, plain = draw(model, sampling), draw(model, sampling, plainly=True)
     assert kept[-1] == torch.bfloat16
-    assert cached.dtype == torch.float32
-    assert torch.allclose(cached, plain, atol=0.05)
-    assert 1e-5 < (cached - exact).abs().max() < 0.1
+    assert fast.dtype == torch.float32
+    assert torch.allclose(fast, plain, atol=0.05)
+    assert 1e-5 < (fast - exact).abs().max() < 0.1
     half = draw(model.to(torch.bfloat16), sampling)
     assert half.dtype == torch.float32
     assert (half - exact).abs().max() < 0.2
@@ -119,13 +118,13 @@ def test_half_precision_in_the_network_alone(sampling, monkeypatch):
 
 def test_null_rows_that_nothing_depends_on_are_not_computed(monkeypatch):
     rows: list[int] = []
-    velocity = XAR.velocity
+    network = XAR.network
 
     def counting(self, x, *args, **options):
         rows.append(len(x))
-        return velocity(self, x, *args, **options)
+        return network(self, x, *args, **options)
 
-    monkeypatch.setattr(XAR, "velocity", counting)
+    monkeypatch.setattr(XAR, "network", counting)
     model = tiny()
     draw(model, FlowSampling(steps=(3,), guidance=(1.0,)))
     assert rows == [3] * 12
@@ -191,24 +190,31 @@ def test_entities_see_only_earlier_ones():
     model = tiny().train()
     model.config = model.config.with_condition(drop=0.0)
     tokens = torch.randn(1, 16, 3)
-    modulations = model.modulations(model.condition(torch.full((1, 4), 0.5), torch.zeros(1, 1, dtype=torch.long)))
-    span = xar_fast.Span.of(model.entities, 0, 4, model.lengths)
+    t, label = torch.full((1, 4), 0.5), torch.zeros(1, dtype=torch.long)
     model.eval()
-    before = model.velocity(tokens, modulations, span)
-    tokens[:, 8:12] += 1  # the third entity
-    changed = (model.velocity(tokens, modulations, span) - before).abs().sum(-1)[0] > 1e-6
-    assert changed.tolist() == [False] * 8 + [True] * 8
+    for velocity in (XAR.velocity, xar_fast.velocity):
+        tokens = tokens.clone()
+        before = velocity(model, tokens, t, label)
+        tokens[:, 8:12] += 1  # the third entity
+        changed = (velocity(model, tokens, t, label) - before).abs().sum(-1)[0] > 1e-6
+        assert changed.tolist() == [False] * 8 + [True] * 8
 
 
-def test_a_few_looks_and_one_mask_give_the_same(monkeypatch):
-    latents, labels = torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
-
-    def loss():
-        return tiny()(latents, labels, generator=torch.Generator().manual_seed(0)).total
-
-    looks = loss()
-    monkeypatch.setattr(xar_fast, "MOST_LOOKS", 1)
-    assert torch.allclose(looks, loss(), atol=1e-6)
+@pytest.mark.parametrize("most_looks", [0, 16])
+@pytest.mark.parametrize("entities", ENTITIES, ids=lambda e: e.kind)
+def test_training_is_the_plain_algorithm(monkeypatch, entities, most_looks):
+    """Velocities, loss and gradients: one mask and a copy of the modulation for every token, or entity by entity."""
+    monkeypatch.setattr(xar_fast, "MOST_LOOKS", most_looks)
+    latents, labels = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 2, -1])
+    results = []
+    for velocity in (xar_fast.velocity, XAR.velocity):
+        with monkeypatch.context() as patched:
+            patched.setattr(xar_fast, "velocity", velocity)
+            model = tiny(entities)
+            loss = model(latents, labels, generator=torch.Generator().manual_seed(0)).total
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.allclose(fast, plain, atol=1e-5) for fast, plain in zip(*results, strict=True))
 
 
 def test_recomputing_activations_changes_no_gradient():

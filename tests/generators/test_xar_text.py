@@ -12,7 +12,6 @@ from imgtok import flow, randomness
 from imgtok.generators.conditioning import ClassModulation, TextCrossAttention
 from imgtok.generators.entities import Cells, Patches, Scales, WholeImage
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
-from imgtok.generators.xar_fast import Span
 from imgtok.layers.attention import CrossAttention
 from imgtok.text.captions import Captions
 
@@ -40,8 +39,11 @@ CAPTIONS = Captions.pad(ROWS)
 LATENTS = torch.randn(3, 3, 4, 4, generator=generator(9))
 
 
-def draw(model: XAR, sampling: FlowSampling, captions: Captions = CAPTIONS, indices=(3, 7, 11), **options):
-    return model.generate(captions, seed=1, indices=list(indices), sampling=sampling, **options)
+def draw(
+    model: XAR, sampling: FlowSampling, captions: Captions = CAPTIONS, indices=(3, 7, 11), *, plainly: bool = False
+):
+    generate = model.generate_plainly if plainly else model.generate
+    return generate(captions, seed=1, indices=list(indices), sampling=sampling)
 
 
 # ---------------------------------------------------------------- sampling
@@ -59,12 +61,12 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("entities", [TINY.entities, Scales(sides=(1, 2, 4)), Patches()], ids=lambda e: e.kind)
-def test_the_cache_changes_no_number(entities, sampling):
+def test_sampling_is_the_plain_algorithm(entities, sampling):
     model = build(entities=entities)
     how = sampling(len(model.entities))
-    cached, plain = draw(model, how), draw(model, how, cached=False)
-    assert cached.shape == (3, 3, 4, 4)
-    assert torch.allclose(cached, plain, atol=1e-5)
+    fast, plain = draw(model, how), draw(model, how, plainly=True)
+    assert fast.shape == (3, 3, 4, 4)
+    assert torch.allclose(fast, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -73,14 +75,12 @@ def test_rows_meet_their_own_caption(scale):
     model, steps = build(entities=WholeImage()), 4
     drawn = draw(model, FlowSampling(steps=(steps,), guidance=(scale,)))
     noise = randomness.normal(1, [3, 7, 11], (steps, 16, 3), "entity 0").transpose(0, 1)
-    span = Span.of(model.entities, 0, 1, model.lengths)
     for row, features in enumerate(ROWS):
 
         @torch.no_grad()
-        def velocity(x, t, features=features):
-            modulations = model.modulations(model.condition(torch.full((1, 1), t), None))
+        def velocity(x, step, t, features=features):
             v_cond, v_null = (
-                model.velocity(x, modulations, span, memory=model.read(Captions.pad([rows])).memory)
+                model.velocity(x, torch.full((1, 1), t), Captions.pad([rows]))
                 for rows in (features, model.empty_caption)
             )
             return flow.classifier_free_guidance(v_cond, v_null, scale)

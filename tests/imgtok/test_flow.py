@@ -30,7 +30,7 @@ SOLVERS = [flow.euler, flow.adams]
 @pytest.mark.parametrize("steps", [1, 3, 25])
 def test_solvers_are_exact_on_a_straight_path(solve, steps):
     x0, noise = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
-    out = solve(lambda x, t: flow.velocity_target(x0, noise), noise, steps)
+    out = solve(lambda x, step, t: flow.velocity_target(x0, noise), noise, steps)
     torch.testing.assert_close(out, x0, atol=1e-14, rtol=0)
 
 
@@ -41,7 +41,7 @@ def test_solvers_call_the_velocity_at_the_beginning_of_each_step_and_never_at_ze
     def on_step(step, x, guess):
         seen.append((step, float(x), float(guess)))
 
-    solve(lambda x, t: times.append(t) or x * 0 + 1, torch.ones(1), 4, on_step)
+    solve(lambda x, step, t: times.append(t) or x * 0 + 1, torch.ones(1), 4, on_step)
     assert times == [1.0, 0.75, 0.5, 0.25]
     assert seen == [(1, 0.75, 0), (2, 0.5, 0), (3, 0.25, 0), (4, 0, 0)]
 
@@ -51,7 +51,7 @@ def test_solvers_converge_at_their_order_on_a_curved_field(solve, order):
     """dx/dt = x + t has the solution x(0) = (x(1) + 2) / e - 1."""
     noise = torch.tensor([0.3, -1.2], dtype=torch.float64)
     exact = (noise + 2) / math.e - 1
-    errors = [(solve(lambda x, t: x + t, noise, steps) - exact).abs().max().item() for steps in (100, 200)]
+    errors = [(solve(lambda x, step, t: x + t, noise, steps) - exact).abs().max().item() for steps in (100, 200)]
     assert errors[0] < 0.02
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.03)
 
@@ -60,7 +60,7 @@ def test_solvers_converge_at_their_order_on_a_curved_field(solve, order):
 @pytest.mark.parametrize("steps", [0, -1])
 def test_solvers_need_a_step(solve, steps):
     with pytest.raises(ValueError, match="at least 1 step"):
-        solve(lambda x, t: x, torch.ones(1), steps)
+        solve(lambda x, step, t: x, torch.ones(1), steps)
 
 
 # ---------------------------------------------------------------- times

@@ -247,7 +247,8 @@ def test_times_of_the_wrong_end(monkeypatch):
     def late(velocity, noise, steps, on_step=None):
         x = noise
         for step in range(steps):
-            x = x - velocity(x, 1 - min(step + 1, steps - 1) / steps) / steps
+            later = min(step + 1, steps - 1)
+            x = x - velocity(x, later, 1 - later / steps) / steps
             on_step(step + 1, x, x)
         return x
 

@@ -54,11 +54,11 @@ def test_one_step():
     check(case, ours)
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("plainly", [False, True])
 @pytest.mark.parametrize("name", ["sample_sde_cfg", "sample_sde_nocfg", "sample_sde_40", "sample_ode_cfg"])
-def test_sampling(name, cached):
+def test_sampling(name, plainly):
     case = Case.load(f"xar/{name}")
-    ours = xar_runs.sampling(xar(case), case, cached=cached)
+    ours = xar_runs.sampling(xar(case), case, plainly=plainly)
     check(case, ours)
 
 

@@ -51,17 +51,17 @@ def train_error(change: Change = lambda model: None, out: str = "velocity") -> f
     return error(TRAIN, out, xar_runs.training(model, TRAIN))
 
 
-def sample_error(change: Change = lambda model: None, *, case: Case = FOUR, cached: bool = True) -> float:
+def sample_error(change: Change = lambda model: None, *, case: Case = FOUR, plainly: bool = False) -> float:
     model = fresh(case)
     change(model)
-    return error(case, "latent", xar_runs.sampling(model, case, cached=cached))
+    return error(case, "latent", xar_runs.sampling(model, case, plainly=plainly))
 
 
 def test_the_right_code_passes():
     assert train_error() <= 1
     assert train_error(out="loss") <= 1
     assert sample_error() <= 1
-    assert sample_error(cached=False) <= 1
+    assert sample_error(plainly=True) <= 1
 
 
 # ---------------------------------------------------------------- times
@@ -97,11 +97,13 @@ def test_four_steps_hide_a_missing_truncation(monkeypatch):
 def test_product_in_float64(monkeypatch):
     """0.68 is 679 then; times come in float64 too, as they do from numpy."""
 
-    def compute(self, times):
-        t = torch.tensor(times, dtype=torch.float64)
-        return self.model.modulations(self.model.condition(t[:, None], self.labels[None]))
+    original = ModulationTable.__init__
 
-    monkeypatch.setattr(ModulationTable, "_compute", compute)
+    def init(self, model, condition, batch, times):
+        original(self, model, condition, batch, times)
+        self.times = torch.tensor([0.0, *times], dtype=torch.float64)
+
+    monkeypatch.setattr(ModulationTable, "__init__", init)
     assert sample_error() <= 1, "the model itself goes to float32"
     monkeypatch.setattr(
         XAR, "condition", lambda self, t, labels: condition(self, (t.double() * 1000).trunc().float(), labels)
@@ -183,11 +185,11 @@ def test_condition_without_silu(monkeypatch):
     assert train_error() > 1
 
 
-def test_position_behind_the_norm():
+def test_position_after_the_norm():
     def change(model: XAR) -> None:
         norm = model.input_norm.forward
-        positions = model.first_positions
-        model.input_norm.forward = lambda h: norm(h - positions) + positions  # training sees all positions at once
+        positions = model.first_positions.unflatten(0, (4, 64))  # training sees all positions at once, by entity
+        model.input_norm.forward = lambda h: norm(h - positions) + positions
 
     assert train_error(change) > 1
 
@@ -201,7 +203,7 @@ def test_a_norm_at_the_start_of_the_second_stack():
 
 
 def test_epsilon_of_the_learned_norms():
-    """The value behind the first block shows it; the velocities, by 0.7 of the tolerance, do not."""
+    """The value after the first block shows it; the velocities, by 0.7 of the tolerance, do not."""
 
     def change(model: XAR) -> None:
         for norm in (model.input_norm, model.first_norm, model.second_norm):
@@ -252,8 +254,8 @@ def test_rotary_tables(change):
 
 @pytest.mark.parametrize("mistake", ["causal within an entity", "everything is seen", "only itself is seen"])
 def test_masks(monkeypatch, mistake):
-    def of(entities, first, stop, lengths):
-        right = original(entities, first, stop, lengths)
+    def of(entities, first, stop, entity):
+        right = original(entities, first, stop, entity)
         start, end = entities.offsets[first], entities.offsets[stop]
         allowed = entities.may_look()[start:end, :end]
         if mistake == "causal within an entity":
@@ -263,7 +265,7 @@ def test_masks(monkeypatch, mistake):
         else:
             allowed = allowed & entities.may_look().T[start:end, :end]
         last = replace(right.last_look, mask=allowed[right.last_look.queries])
-        return Span(right.sizes, [Look(slice(None), slice(None), allowed)], last, right.lengths)
+        return replace(right, looks=[Look(slice(None), slice(None), allowed)], last_look=last)
 
     original = Span.of
     monkeypatch.setattr(Span, "of", of)
@@ -275,26 +277,25 @@ def test_masks(monkeypatch, mistake):
 # ---------------------------------------------------------------- context and cache
 
 
-def written_while_denoising(self, x, t, branches):
+def written_while_denoising(self, x, step, branches):
     """Every call writes the current entity over what its last call wrote: so that of 0.04 stays."""
     current, offsets = len(self.finished), self.model.entities.offsets
     assert branches == BOTH
     rows = slice(0, 2 * self.batch)
-    return self.model.velocity(
+    return Span.of(self.model.entities, current, current + 1, self.model.entity).call(
+        self.model,
         x.repeat(2, 1, 1),
-        self.modulations.of_span(0, t, rows),
-        Span.of(self.model.entities, current, current + 1, self.model.lengths),
-        offsets[current],
-        self.cache.rows(rows, offsets[current]),
+        self.modulations.of_span(0, self.rows[current][step], rows),
+        cache=self.cache.rows(rows, offsets[current]),
         last_only=True,
     )
 
 
-def keeps_the_current(self, x, t, branches):
+def keeps_the_current(self, x, step, branches):
     """The first call keeps what it computed of the current entity too, which later calls then see beside themselves."""
     current, offsets = len(self.finished), self.model.entities.offsets
     assert branches == BOTH
-    rows, first = slice(0, 2 * self.batch), t == 1
+    rows, first = slice(0, 2 * self.batch), step == 0
     new = self.finished[-1:] if first else []
     filled = self.filled if hasattr(self, "filled") else 0
     size = (len(new) + 1) * 64
@@ -302,12 +303,12 @@ def keeps_the_current(self, x, t, branches):
         self.filled = filled + size
     look = Look(slice(64 * len(new), size), slice(0, filled + size))
     looks = [Look(slice(0, 64), slice(0, filled + 64)), look] if new else [look]
-    return self.model.velocity(
+    places = slice(offsets[current] - 64 * len(new), offsets[current] + 64)
+    return Span((64,) * (len(new) + 1), places, looks, look, self.model.entity[: places.stop - places.start]).call(
+        self.model,
         torch.cat([*new, x], dim=1).repeat(2, 1, 1),
-        self.modulations.of_span(len(new), t, rows),
-        Span((64,) * (len(new) + 1), looks, look, self.model.lengths[: len(new) + 1]),
-        offsets[current] - 64 * len(new),
-        self.cache.rows(rows, filled),
+        self.modulations.of_span(len(new), self.rows[current][step], rows),
+        cache=self.cache.rows(rows, filled),
         last_only=True,
     )
 
@@ -325,15 +326,16 @@ def test_cache(monkeypatch, mistake):
     assert sample_error() > 1
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_context_at_the_current_time(monkeypatch, cached):
-    original = ModulationTable.of_span
+@pytest.mark.parametrize("plainly", [False, True])
+def test_context_at_the_current_time(monkeypatch, plainly):
+    of_span, velocity = ModulationTable.of_span, XAR.velocity
 
-    def of_span(self, clean, t, rows):
-        return [part[:, -1:].expand(-1, clean + 1, -1) for part in original(self, clean, t, rows)]
+    def current(self, clean, time, rows):
+        return [part[:, -1:].expand(-1, clean + 1, -1) for part in of_span(self, clean, time, rows)]
 
-    monkeypatch.setattr(ModulationTable, "of_span", of_span)
-    assert sample_error(cached=cached) > 1
+    monkeypatch.setattr(ModulationTable, "of_span", current)
+    monkeypatch.setattr(XAR, "velocity", lambda self, x, t, labels: velocity(self, x, t[:, -1:].expand_as(t), labels))
+    assert sample_error(plainly=plainly) > 1
 
 
 # ---------------------------------------------------------------- classes and guidance
@@ -386,7 +388,7 @@ def walk(velocity, noise, steps, draws, on_step, *, diffusion: float, noise_at_l
     """Euler-Maruyama with w = `diffusion` t, written from the score."""
     x = noise
     for step, (t, after) in enumerate(pairwise([*flow.stochastic_times(steps), 0.0])):
-        v, w = velocity(x, t), diffusion * t
+        v, w = velocity(x, step, t), diffusion * t
         score = -(x + (1 - t) * v) / t
         x = x + (v - w / 2 * score) * (after - t)
         if after > 0 or noise_at_last:
@@ -426,8 +428,8 @@ def test_grid_of_times(monkeypatch, times):
 
 def test_velocity_sign():
     def change(model: XAR) -> None:
-        velocity = model.velocity
-        model.velocity = lambda *args, **options: -velocity(*args, **options)
+        network = model.network
+        model.network = lambda *args, **options: -network(*args, **options)
 
     assert sample_error(change) > 1
 

@@ -56,7 +56,7 @@ def masks(case: Case) -> Outputs:
     }
     for cell in range(4):  # the finished cell before it and the current one, as the sampler's looks show them
         entities = cells(grid, 8, 8)
-        span = Span.of(entities, max(0, cell - 1), cell + 1, torch.tensor(entities.sizes))
+        span = Span.of(entities, max(0, cell - 1), cell + 1, entities.which())
         seen = torch.zeros(span.length, entities.offsets[cell + 1], dtype=torch.bool)
         for look in span.looks:
             seen[look.queries, look.keys] = True
@@ -104,10 +104,12 @@ def training(model: XAR, case: Case) -> Outputs:
         return result
 
     hooks = [
-        model.input_proj.register_forward_pre_hook(lambda module, inputs: seen.update(noisy=inputs[0])),
-        model.first_blocks[0].register_forward_hook(lambda module, inputs, x: seen.update(block0_image0=x[0])),
-        model.first_norm.register_forward_hook(lambda module, inputs, x: seen.update(mid_image0=x[0])),
-        model.readout.register_forward_hook(lambda module, inputs, x: seen.update(velocity=x)),
+        model.input_proj.register_forward_pre_hook(lambda module, inputs: seen.update(noisy=inputs[0].flatten(1, -2))),
+        model.first_blocks[0].register_forward_hook(
+            lambda module, inputs, x: seen.update(block0_image0=x[0].flatten(0, -2))
+        ),
+        model.first_norm.register_forward_hook(lambda module, inputs, x: seen.update(mid_image0=x[0].flatten(0, -2))),
+        model.readout.register_forward_hook(lambda module, inputs, x: seen.update(velocity=x.flatten(1, -2))),
     ]
     with (
         patch.object(model, "condition", keep_condition),
@@ -173,17 +175,24 @@ def replaced_live(average: EMA, holder: torch.nn.Linear) -> EMA:
 # ---------------------------------------------------------------- sampling
 
 
-def sampling(model: XAR, case: Case, *, cached: bool = True) -> Outputs:
+def sampling(model: XAR, case: Case, *, plainly: bool = False) -> Outputs:
     about = case.about["sampler"]
     labels_entry, start_entry, *noise_entries = case.about["inputs"]  # names with the cell and the step left open
     labels = case.input(labels_entry["name"])
     first: list[Tensor] = []
-    call = SamplingNetwork._call
+    call, plain_velocity = SamplingNetwork._call, XAR.velocity
 
-    def record(network: SamplingNetwork, x: Tensor, t: float, branches: range) -> Tensor:
-        v = call(network, x, t, branches)
-        if t == 1:
+    def record(network: SamplingNetwork, x: Tensor, step: int, branches: range) -> Tensor:
+        v = call(network, x, step, branches)
+        if step == 0:
             first.append(v)
+        return v
+
+    def record_plainly(model: XAR, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        v, entity = plain_velocity(model, x, t, condition), t.shape[1] - 1
+        if t[0, -1] == 1:
+            current = v[:, model.entities.offsets[entity] :]
+            first[entity:] = [torch.cat([*first[entity:], current])]  # the unconditional branch comes second
         return v
 
     def stored(seed: int, indices: object, shape: tuple[int, ...], purpose: str) -> Tensor:
@@ -202,8 +211,10 @@ def sampling(model: XAR, case: Case, *, cached: bool = True) -> Outputs:
     with (
         patch.object(randomness, "normal", stored),
         patch.object(SamplingNetwork, "_call", record),
+        patch.object(XAR, "velocity", record_plainly),
     ):
-        latent = model.generate(labels, seed=0, indices=range(len(labels)), sampling=how, cached=cached)
+        generate = model.generate_plainly if plainly else model.generate
+        latent = generate(labels, seed=0, indices=range(len(labels)), sampling=how)
     outputs = {"labels": labels, "latent": latent, "cells": by_entity(model.entities.cut(latent), model.entities)}
     if "first_velocity" in case.recorded:
         outputs["first_velocity"] = torch.stack([padded(v, cell, case) for cell, v in enumerate(first)])
@@ -222,15 +233,14 @@ def one_step(model: XAR, case: Case) -> Outputs:
     times = [0.52, 0.3, 0.7, 0.111]
     plan = EntityPlan("stochastic", 4, 1.8, (0.0, 1.0))
     with patch.object(EntityPlan, "times", [1.0, *times]):
-        network = SamplingNetwork(model, inputs["label"], [plan], cached=True)
+        network = SamplingNetwork(model, inputs["label"], [plan] * 4)
     first, following = [], []
     with torch.no_grad():
-        for cell, t in enumerate(times):
-            first.append(network._call(inputs[f"x.{cell}"], 1.0, BOTH))
-            following.append(network._call(inputs[f"x.{cell}"], t, BOTH))
+        for cell in range(4):
+            first.append(network._call(inputs[f"x.{cell}"], 0, BOTH))
+            following.append(network._call(inputs[f"x.{cell}"], cell + 1, BOTH))
             if cell < 3:
                 network.finished.append(inputs[f"clean.{cell}"])
-    assert network.cache is not None
     layers = network.cache.layers
     x, eps, v = inputs["x.2"].double(), inputs["eps"].double(), following[2].double()
     t, after = 0.7, 0.6
@@ -255,14 +265,14 @@ def step_of(solver: Any, x: Tensor, v: Tensor, times: tuple[float, float], eps: 
     """One noisy step of the stochastic solver from times[0] to times[1]."""
     states: list[Tensor] = []
     with patch.object(flow, "stochastic_times", return_value=list(times)):
-        solver(lambda x, t: v, x, 2, [eps], lambda step, x, guess: states.append(x))
+        solver(lambda x, step, t: v, x, 2, [eps], lambda step, x, guess: states.append(x))
     return states[0]
 
 
 def first_euler_step(x: Tensor, v: Tensor, steps: int) -> Tensor:
     """One of `steps` equal steps along a constant velocity."""
     states: list[Tensor] = []
-    flow.euler(lambda x, t: v, x, steps, lambda step, x, guess: states.append(x))
+    flow.euler(lambda x, step, t: v, x, steps, lambda step, x, guess: states.append(x))
     return states[0]
 
 

@@ -289,7 +289,7 @@ def test_plain_guidance_is_that_of_two_separate_passes():
     x = torch.randn(2, 3, 8, 8, generator=generator())
     with torch.no_grad():
         cond, uncond = (model.decoder(x, torch.tensor([0.4]), r) for r in (registers, null))
-        guided = model._guided_velocity(Condition(registers), [0.4], 2.5, projected=False)(x, 0.4)
+        guided = model._guided_velocity(Condition(registers), [0.4], 2.5, projected=False)(x, 0, 0.4)
     torch.testing.assert_close(guided, uncond + 2.5 * (cond - uncond), atol=1e-5, rtol=1e-5)
 
 
