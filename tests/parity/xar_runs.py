@@ -241,16 +241,16 @@ def one_step(model: XAR, case: Case) -> Outputs:
             following.append(network._call(inputs[f"x.{cell}"], cell + 1, BOTH))
             if cell < 3:
                 network.finished.append(inputs[f"clean.{cell}"])
-    layers = network.cache.layers
+    keys, values = network.cache.keys, network.cache.values
     x, eps, v = inputs["x.2"].double(), inputs["eps"].double(), following[2].double()
     t, after = 0.7, 0.6
     twice = x.repeat(2, 1, 1)
     guided = flow.classifier_free_guidance(*v.chunk(2), plan.guidance)
     mean = step_of(flow.stochastic_euler, x, guided, (t, after), torch.zeros_like(eps))
     return {
-        "cache_key_first_block": layers[0].keys[0, :, :192],
-        "cache_value_first_block": layers[0].values[0, :, :192],
-        "cache_key_last_block": layers[-1].keys[0, :, :192],
+        "cache_key_first_block": keys[0][0, :, :192],
+        "cache_value_first_block": values[0][0, :, :192],
+        "cache_key_last_block": keys[-1][0, :, :192],
         "velocity_first": torch.stack(first),
         "velocity_cached": torch.stack(following),
         "score": -(twice + (1 - t) * v) / t,  # by the formula: nothing of ours computes it, only the velocity counts
