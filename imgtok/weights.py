@@ -93,15 +93,13 @@ def open_weights(path: Path, *, raw: bool = False) -> Weights:
     DistributedDataParallel and torch.compile put before every name is left out. Raises FileNotFoundError, and
     ValueError for a file that would run code, is damaged, or holds no tensors by name.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    if path.name.endswith(INDEX):
-        found = _open_shards(path)
-    elif path.suffix == SAFETENSORS:
-        found = _open_safetensors(path)
-    else:
-        found = _open_pickle(path, raw=raw)
+    found = _open(path, raw=raw)
     return found.select(_without_prefixes(found))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of weights, under the very names that it has. Raises as `open_weights`."""
+    return dict(_open(path, raw=False))
 
 
 def find_weights(folder: Path, name: str) -> Path:
@@ -119,9 +117,12 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(path.parent / name for name in sorted(set(_weight_map(path).values())))]
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file of weights. Raises as `open_weights`."""
-    return dict(open_weights(path))
+def _open(path: Path, *, raw: bool) -> Weights:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    if path.name.endswith(INDEX):
+        return _open_shards(path)
+    return _open_safetensors(path) if path.suffix == SAFETENSORS else _open_pickle(path, raw=raw)
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from imgtok.weights import read_weights, write_tensors
+
 
 class EMA:
     """Running average of a model's trainable parameters and saved buffers, without frozen parameters, the parameters in
@@ -63,16 +65,12 @@ class EMA:
 
     def save(self, path: Path) -> None:
         """Write the averages as safetensors."""
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, path)
+        write_tensors({name: tensor.contiguous() for name, tensor in self.average.items()}, path, {})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Read what `save` wrote; raises ValueError if the names differ from this model's."""
-        from safetensors.torch import load_file
-
-        stored = load_file(path)
+        stored = read_weights(path)
         if stored.keys() != self.average.keys():
             different = sorted(stored.keys() ^ self.average.keys())
             raise ValueError(f"{path}: averaged weights of another model; names that differ: {different[:5]}")

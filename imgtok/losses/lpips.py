@@ -20,6 +20,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from imgtok.weights import open_weights
+
 LPIPSNet = Literal["vgg", "alex"]
 """Which network looks at the images. VGG16 is usual as a loss and for tokenizers, AlexNet is the authors' choice."""
 
@@ -97,8 +99,8 @@ class LPIPS(nn.Module):
         tensors = {}
         for path in (backbone, heads):
             try:
-                tensors[path] = _read(path)
-            except Exception as error:  # pickle, zip and safetensors errors: all of them mean another file
+                tensors[path] = open_weights(path)
+            except ValueError as error:
                 raise ValueError(f"{path} is not a file of weights: {str(error)[:200]}") from error
         try:
             return cls(net, tensors[backbone], tensors[heads])
@@ -160,17 +162,6 @@ def _pick(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str
             what = "missing" if value is None else f"of shape {tuple(value.shape)}"
             raise ValueError(f"{prefix + name} is {what}, must be of shape {tuple(tensor.shape)}")
     return {name: found[prefix + name] for name in wanted}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
-    return state
 
 
 # Weights

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from imgtok.files import replacing
@@ -25,6 +23,7 @@ from imgtok.randomness import step_generator
 from imgtok.runtime import cpu_threads
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import COLOURS, SHAPES, VERSION, ShapesConfig
+from imgtok.weights import read_weights, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ def load_or_train(recipe: Recipe | None = None, folder: Path | None = None) -> S
     net = train(recipe)
     try:
         with replacing(path) as temporary:
-            save_file(net.state_dict(), temporary, metadata={"recipe": json.dumps(asdict(recipe))})
+            write_tensors(net.state_dict(), temporary, {"recipe": json.dumps(asdict(recipe))})
     except OSError as error:
         logger.warning("cannot keep %s, it will be trained again next time: %s", path, error)
     return net
@@ -204,8 +203,8 @@ def _read(path: Path) -> ShapesNet | None:
         return None
     net = ShapesNet()
     try:
-        net.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
+        net.load_state_dict(read_weights(path))
+    except (ValueError, RuntimeError, OSError) as error:
         logger.warning("%s is damaged and will be made again: %s", path, error)
         return None
     return net.eval()

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imgtok.hub import find_folder
+from imgtok.weights import read_weights
 
 DINOV2_LARGE = "vit_large_patch14_dinov2.lvd142m"
 """timm's name of ViT-L/14, the network that FlexTok's paper compares with and learns from."""
@@ -172,7 +171,7 @@ def load(model: str, weights: Path, size: int = SIZE, fields: Fields = OF_EVALUA
     names = settings.classifier or ()  # one, or several
     classifiers = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     try:
-        state = as_timm_names_it(_read(weights), net)
+        state = as_timm_names_it(read_weights(weights), net)
         net.load_state_dict({name: value for name, value in state.items() if not name.startswith(classifiers)})
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         text = f"{weights}: does not hold the weights of {model}: {_brief(error)}"
@@ -180,20 +179,6 @@ def load(model: str, weights: Path, size: int = SIZE, fields: Fields = OF_EVALUA
     except ValueError as error:
         raise ValueError(f"{fields.weights}: {error}") from error
     return DINOv2(net, size)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable weights file: {_brief(error)}") from error
-    except Exception as error:  # what the unpickler says of a file that holds more than tensors
-        raise ValueError(f"{path}: holds more than tensors, and is not read: {_brief(error)}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not named tensors")
-    return state
 
 
 def _settings(model: str, fields: Fields) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.files import replacing
+from imgtok.weights import read_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -76,7 +77,7 @@ def _build_inception(weights: Path) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # costs seconds to import
 
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_weights(weights)
         # The class unpickles without restraint whatever it is given, so it gets what the safe reader has read.
         buffer = io.BytesIO()
         torch.save(state, buffer)

@@ -165,10 +165,10 @@ class Anything:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.safetensors", b"nothing", "not a readable weights file"),
-        ("a.pth", b"nothing", "a.pth: (not a readable|holds more)"),
-        ("a.pth", Anything(), "holds more than tensors"),
-        ("a.pth", torch.zeros(2), "holds a Tensor, not named tensors"),
+        ("a.safetensors", b"nothing", "not a whole safetensors file"),
+        ("a.pth", b"nothing", "a.pth: not a whole file"),
+        ("a.pth", Anything(), "a.pth: not a file of weights alone"),
+        ("a.pth", torch.zeros(2), "must hold tensors by name.*found: Tensor"),
         ("a.pth", {"weight": torch.zeros(2)}, f"does not hold the weights of {TINY}"),
     ],
 )
