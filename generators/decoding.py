@@ -1,16 +1,18 @@
 """From a GPT and a law to sequences of ids: the loops that draw one token after the other.
 
-`plain` is the definition: every token's law is read from a pass over the whole prefix. `cached` draws the same ids from
-one prefill and one step a token, over a key/value cache. Both keep to what an accelerator likes: nothing is read by the
-host and nothing copied to the device for a token; uniforms go there once.
+`plain` is the definition: every token's law is read from a pass over the whole prefix. `cached` draws the same tokens
+from one prefill and one step a token, over a key/value cache. Both keep to what an accelerator likes: nothing is copied
+to the device for a token, and nothing read by the host, but for one look every `LOOK_EVERY` tokens whether all
+sequences have ended, where they can end.
 
-Shapes: B images, R rows through the network (2B where guided), K tokens, V outputs.
+Shapes: B images, R rows through the network (2B where guided), K tokens, D width, V outputs, S slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,52 +25,128 @@ if TYPE_CHECKING:
     from imgtok.generators.gpt import GPT
 
 OnStep = Callable[[int], None]
+LOOK_EVERY = 16
+"""Tokens between two looks whether there is anything left to draw."""
 
 
-@torch.no_grad()
-def cached(
-    model: GPT, condition: Condition, uniforms: Tensor, sampling: TokenSampling, on_step: OnStep | None = None
-) -> Tokens:
-    """Ids (B, K) for the condition, from uniforms (B, K)."""
-    count, guided = uniforms.shape[1], sampling.guidance != 1
-    streams = model.with_unconditional(condition) if guided else condition
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=model.device)
-    uniforms = on_device(uniforms, model.device)
-    cache = model.new_cache(len(streams), count)
-    logits = model.prefill(streams, cache)
-    for k in range(count):
-        ids[:, k] = draw(law_of(logits[:, -1], sampling), uniforms[:, k])
-        if on_step is not None:
-            on_step(k + 1)
-        if k + 1 < count:
-            logits = model.step(ids[:, k : k + 1].repeat(1 + guided, 1), cache)
-    return Tokens.full(ids)
+class Uniforms(NamedTuple):
+    """The random numbers of a call, in [0, 1)."""
+
+    ids: Tensor
+    """(B, K): one for each id, or for the end in its place."""
+    slots: Tensor | None = None
+    """(B, K): one for each slot, or for the end in its place; for a model that draws slots."""
+
+    def to(self, device: torch.device) -> Uniforms:
+        """The same where they are needed, in one copy; MPS has no float64, so for it they stay on the host."""
+        if device.type == "mps":
+            return self
+        return Uniforms(self.ids.to(device), None if self.slots is None else self.slots.to(device))
 
 
 @torch.no_grad()
 def plain(
-    model: GPT, condition: Condition, uniforms: Tensor, sampling: TokenSampling, on_step: OnStep | None = None
+    model: GPT, condition: Condition, uniforms: Uniforms, sampling: TokenSampling, on_step: OnStep | None = None
 ) -> Tokens:
-    """The same by recomputing the whole prefix for every token: slow, and the oracle of `cached`."""
+    """Tokens (B, K) by recomputing the whole prefix for each of them: slow, and the oracle of `cached`."""
     streams = model.with_unconditional(condition) if sampling.guidance != 1 else condition
-    ids = torch.empty(len(condition), 0, dtype=torch.long, device=model.device)
-    for k in range(uniforms.shape[1]):
-        states = model.hidden(streams, ids.repeat(len(streams) // len(ids), 1))
-        drawn = draw(law_of(model.read_out(states[:, -1]), sampling), uniforms[:, k])
-        ids = torch.cat([ids, drawn[:, None]], dim=1)
+    drawing = Drawing(model, uniforms, sampling)
+    for k in range(drawing.count):
+        ids, slots = drawing.columns(slice(0, k))
+        drawing.add(k, model.hidden(streams, ids, slots=slots)[:, -1])
         if on_step is not None:
             on_step(k + 1)
-    return Tokens.full(ids)
+    return drawing.tokens()
 
 
-def law_of(logits: Tensor, sampling: TokenSampling) -> Tensor:
-    """The law (B, V) of logits (R, V), whose second half is the unconditional stream where there is guidance."""
-    if sampling.guidance == 1:
-        return law(logits, sampling)
-    conditional, unconditional = logits.chunk(2)
-    return law(conditional, sampling, unconditional)
+@torch.no_grad()
+def cached(
+    model: GPT, condition: Condition, uniforms: Uniforms, sampling: TokenSampling, on_step: OnStep | None = None
+) -> Tokens:
+    """The same tokens, each from one step over what the cache holds."""
+    streams = model.with_unconditional(condition) if sampling.guidance != 1 else condition
+    drawing = Drawing(model, uniforms, sampling)
+    cache = model.new_cache(len(streams), drawing.count)
+    states = model.first_state(streams, cache)
+    for k in range(drawing.count):
+        drawing.add(k, states[:, -1])
+        if on_step is not None:
+            on_step(k + 1)
+        if k + 1 == drawing.count or drawing.has_ended(k):
+            break
+        ids, slots = drawing.columns(slice(k, k + 1))
+        states = model.hidden(None, ids, cache, slots=slots)
+    return drawing.tokens()
 
 
-def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
-    """The uniforms where they are needed, in one copy; MPS has no float64, so there they stay on the host."""
-    return uniforms if device.type == "mps" else uniforms.to(device)
+class Drawing:
+    """The tokens of one call as they are drawn, one column after the other."""
+
+    def __init__(self, model: GPT, uniforms: Uniforms, sampling: TokenSampling) -> None:
+        config, device = model.config, model.device
+        batch, self.count = uniforms.ids.shape
+        self.model = model
+        self.uniforms = uniforms.to(device)
+        self.sampling = sampling
+        self.streams = 1 if sampling.guidance == 1 else 2
+        self.slot_sampling = replace(sampling, top_k=0, top_p=1.0, forbidden=())  # those are meant for ids
+        self.ids = torch.zeros(batch, self.count, dtype=torch.long, device=device)
+        self.slots = torch.zeros_like(self.ids) if config.num_slots else None
+        self.lengths = torch.full((batch,), 0 if config.ends else self.count, device=device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+
+    def add(self, k: int, states_RD: Tensor) -> None:
+        """Draws token k of each row from the states that predict it."""
+        config = self.model.config
+        slots = None
+        if self.slots is not None:
+            assert self.uniforms.slots is not None, "a model that draws slots needs random numbers for them"
+            previous = self.slots[:, k - 1] if k else torch.full_like(self.lengths, -1)
+            closed = closed_slots(previous, config.num_slots)
+            probabilities = self._law(self.model.slot_logits(states_RD), self.slot_sampling, closed)
+            slots = draw(probabilities, self.uniforms.slots[:, k])
+            self.alive = self.alive & (slots != config.num_slots)
+            slots = slots.where(self.alive, 0)
+            self.slots[:, k] = slots
+            slots = slots.repeat(self.streams)
+        logits = self.model.read_out(states_RD, slots)
+        first = config.end is not None and k == 0  # which is no end
+        closed_ids = torch.arange(logits.shape[-1], device=logits.device) == config.end if first else None
+        ids = draw(self._law(logits, self.sampling, closed_ids), self.uniforms.ids[:, k])
+        if config.end is not None:
+            self.alive = self.alive & (ids != config.end)
+        if config.ends:
+            self.lengths += self.alive
+            ids = ids.where(self.alive, 0)
+        self.ids[:, k] = ids
+
+    def _law(self, logits: Tensor, sampling: TokenSampling, closed: Tensor | None) -> Tensor:
+        """The law (B, V) of logits (R, V), whose second half is the unconditional stream where there is guidance."""
+        if self.streams == 1:
+            return law(logits, sampling, closed=closed)
+        conditional, unconditional = logits.chunk(2)
+        return law(conditional, sampling, unconditional, closed)
+
+    def columns(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """Ids and slots of some tokens, the same for both streams: (R, columns)."""
+        slots = None if self.slots is None else self.slots[:, columns].repeat(self.streams, 1)
+        return self.ids[:, columns].repeat(self.streams, 1), slots
+
+    def has_ended(self, k: int) -> bool:
+        """Whether nothing is left to draw after token k, as far as anyone looked."""
+        look = self.model.config.ends and (k + 1) % LOOK_EVERY == 0
+        return look and not bool(self.alive.any())
+
+    def tokens(self) -> Tokens:
+        """All of them, with zeros after the end of a row."""
+        return Tokens(self.ids, self.lengths, self.slots)
+
+
+def closed_slots(previous: Tensor, num_slots: int) -> Tensor:
+    """What cannot follow a token of the slots `previous` (...), -1 before the first: boolean (..., S + 1).
+
+    Those are the slots up to it, and for the first token the end, which is number S.
+    """
+    choices = torch.arange(num_slots + 1, device=previous.device)
+    before = previous[..., None]
+    return (choices <= before) | ((choices == num_slots) & (before < 0))

@@ -5,9 +5,11 @@ token that follows. The slot is a class's embedding (LlamaGen), or a learned sta
 embedding is added (FlexTok), or the start vector alone while every block also attends to the features of a
 caption (FlexTok from text). Conditions are dropped now and then while training, so that sampling can be guided
 away from "no class" or the empty caption. Token sequences are ordered (learned positions; FlexTok) or a raster
-(two-dimensional rotary; LlamaGen). Training and sampling run the same `hidden` path; sampling hands it a cache.
+(two-dimensional rotary; LlamaGen), of one length or ended by an end mark; where a tokenizer picks slots (KARL), a
+token's slot is drawn before its id and read beside it. Training and sampling run the same `hidden` path; sampling hands
+it a cache.
 
-Shapes: B batch, L tokens, D width, V vocabulary.
+Shapes: B batch, L tokens, D width, V vocabulary (and end mark), S slots.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import randomness
-from imgtok.config import Fraction, PositiveInt
+from imgtok.config import Fraction, NonNegativeInt, PositiveInt
 from imgtok.generators import decoding
 from imgtok.generators.conditioning import (
     ClassSlot,
@@ -32,6 +34,7 @@ from imgtok.generators.conditioning import (
     StartPlusClass,
     TextCrossAttention,
 )
+from imgtok.generators.decoding import Uniforms, closed_slots
 from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import KVCache, LayerCache, Window
@@ -54,7 +57,13 @@ class GPTConfig(ConditionConfig):
     vocab_size: PositiveInt = 16384
     """Token ids; training fills it in from the token cache."""
     num_tokens: PositiveInt = 256
-    """Tokens of an image; training fills it in from the token cache."""
+    """Tokens of an image, at most; training fills it in from the token cache."""
+    ends: bool = False
+    """Whether an image may have fewer tokens, at least one: then an end mark can be drawn in place of a token.
+    Training fills it in from the tokenizer."""
+    num_slots: NonNegativeInt = 0
+    """Slots of the tokenizer that a token can come from, increasing along a sequence that `ends`; 0 where token k is
+    slot k. Training fills it in from the tokenizer."""
     width: PositiveInt = 768
     """Channels; a multiple of num_heads."""
     depth: PositiveInt = 12
@@ -86,6 +95,8 @@ class GPTConfig(ConditionConfig):
         super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"width: {self.width} is not a multiple of num_heads = {self.num_heads}")
+        if self.num_slots and not (self.ends and self.num_slots >= self.num_tokens):
+            raise ValueError(f"num_slots: {self.num_slots} slots need ends=true and at most as many tokens")
         if self.levels and math.prod(self.levels) != self.vocab_size:
             made = f"{list(self.levels)} make {math.prod(self.levels)} ids"
             raise ValueError(f"levels: {made}, but vocab_size is {self.vocab_size}")
@@ -95,6 +106,11 @@ class GPTConfig(ConditionConfig):
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def end(self) -> int | None:
+        """The output that ends a sequence in place of an id; None if none does, or the slots' outputs do."""
+        return self.vocab_size if self.ends and not self.num_slots else None
 
     @property
     def prefix_length(self) -> int:
@@ -200,9 +216,13 @@ class GPT(ConditionalGenerator):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.width, config.vocab_size + (config.end is not None), bias=False)
         self.digit_embedding = DigitRows(config.levels, config.width) if config.levels else None
         self.digit_head = DigitRows(config.levels, config.width) if config.levels else None
+        slots, width = config.num_slots, config.width
+        self.slot_embedding = nn.Embedding(slots, width) if slots else None
+        self.slot_head = nn.Linear(width, slots + 1, bias=False) if slots else None  # the last output is the end
+        self.slot_modulation = nn.Embedding(slots, 2 * width) if slots else None
         rotary = None
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
@@ -215,7 +235,7 @@ class GPT(ConditionalGenerator):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """N(0, 0.02) everywhere, except norms at one and the head at zero."""
+        """N(0, 0.02) everywhere, except norms at one and the heads at zero."""
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -224,6 +244,8 @@ class GPT(ConditionalGenerator):
         nn.init.zeros_(self.head.weight)
         if self.digit_head is not None:
             nn.init.zeros_(self.digit_head.table)
+        if self.slot_head is not None:
+            nn.init.zeros_(self.slot_head.weight)
 
     def slot(self, condition: Condition) -> Tensor:
         """What stands before the tokens, (B, D)."""
@@ -245,11 +267,12 @@ class GPT(ConditionalGenerator):
         ids_BL: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """[condition slot | tokens] -> normed states (B, L or L + 1, D); the state at a token predicts the next.
 
         Without `condition` its slot is already in the cache, and the ids follow what each row holds, or stand at
-        `positions` (B, L), which count the slot.
+        `positions` (B, L), which count the slot. `slots` (B, L) are the tokenizer's, for a model that draws them.
         """
         memory = cache.memory if cache is not None else None
         if isinstance(condition, Captions):
@@ -259,6 +282,9 @@ class GPT(ConditionalGenerator):
         x = self.token_embedding(ids_BL)
         if self.digit_embedding is not None:
             x = x + self.digit_embedding(ids_BL)
+        if self.slot_embedding is not None:
+            assert slots is not None, "this model reads the slots of tokens"
+            x = x + self.slot_embedding(slots)
         if condition is not None:
             x = torch.cat([self.slot(condition)[:, None], x], dim=1)
         window = Window.first(x.shape[1]) if cache is None else cache.open(x.shape[1], positions)
@@ -274,24 +300,54 @@ class GPT(ConditionalGenerator):
             x = block(x, table, layers[index], memory.layers[index] if memory is not None else None, mask)
         return self.norm(x)
 
-    def read_out(self, states: Tensor) -> Tensor:
-        """Logits (..., V) in float32 of normed states (..., D)."""
+    def read_out(self, states: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Logits (..., V) in float32 of normed states (..., D); for a model that draws slots, of the tokens that come
+        from `slots` (...).
+        """
+        if self.slot_modulation is not None:
+            assert slots is not None, "this model draws a token's slot before its id"
+            scale, shift = self.slot_modulation(slots).chunk(2, dim=-1)
+            states = torch.addcmul(shift, states, 1 + scale)
         logits = self.head(states)
         if self.digit_head is not None:
-            logits = logits + F.linear(states, self.digit_head())
+            of_ids = F.linear(states, self.digit_head())
+            logits = logits + F.pad(of_ids, (0, logits.shape[-1] - of_ids.shape[-1]))
         return logits.float()
 
-    def logits(self, condition: Condition, ids_BL: Tensor) -> Tensor:
-        """Logits (B, L, V) in float32 of all L tokens given the condition and the tokens before each."""
-        return self.read_out(self.hidden(condition, ids_BL[:, :-1]))
+    def slot_logits(self, states: Tensor) -> Tensor:
+        """Logits (..., S + 1) in float32 of the slot that the next token comes from, or the end, which is the last."""
+        assert self.slot_head is not None
+        return self.slot_head(states).float()
+
+    def logits(self, condition: Condition, ids_BL: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) in float32 of all L tokens given the condition, the tokens before each, and its slot."""
+        before = None if slots is None else slots[:, :-1]
+        return self.read_out(self.hidden(condition, ids_BL[:, :-1], slots=before), slots)
+
+    # ------------------------------------------------ training
 
     def forward(self, content: Tokens, condition: Condition, *, generator: torch.Generator) -> Losses:
-        """Mean cross-entropy of all tokens that are meant; labels (B,) or captions, dropped at random."""
-        ids = content.ids
-        logits = self.logits(self._drop_some(condition, generator), ids)
-        targets = ids.masked_fill(~content.mask, IGNORED)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return Losses(loss, {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])})
+        """Mean cross-entropy of all tokens that are meant, and of the end and the slots where they are drawn; labels
+        (B,) or captions, dropped at random.
+        """
+        config, content = self.config, content.padded()
+        ids, slots = content.ids, content.slots
+        if (slots is not None) != (config.num_slots > 0):
+            raise ValueError(f"tokens {'without' if slots is None else 'with'} slots, num_slots is {config.num_slots}")
+        if config.ends and ids.shape[1] < config.num_tokens:  # room for the end of the longest
+            ids, slots = F.pad(ids, (0, 1)), None if slots is None else F.pad(slots, (0, 1))
+        states = self.hidden(
+            self._drop_some(condition, generator), ids[:, :-1], slots=None if slots is None else slots[:, :-1]
+        )
+        logits = self.read_out(states, slots)
+        loss = cross_entropy(logits, targets_of(ids, content.lengths, config.end))
+        parts = {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])}
+        if slots is not None:
+            previous = F.pad(slots[:, :-1], (1, 0), value=-1)
+            of_slots = self.slot_logits(states).masked_fill(closed_slots(previous, config.num_slots), -torch.inf)
+            parts["slots"] = cross_entropy(of_slots, targets_of(slots, content.lengths, config.num_slots))
+            loss = loss + parts["slots"]
+        return Losses(loss, parts)
 
     # ------------------------------------------------ sampling
 
@@ -306,8 +362,8 @@ class GPT(ConditionalGenerator):
         on_step: Callable[[int], None] | None = None,
         cached: bool = True,
     ) -> Tokens:
-        """Tokens (B, num_tokens) for labels (B,), -1 for no class, or captions; the first of a longer request are
-        those of a shorter one, and row b uses the uniforms of (`seed`, `indices[b]`) alone.
+        """Tokens (B, num_tokens), or fewer in rows that end, for labels (B,), -1 for no class, or captions; the first
+        of a longer request are those of a shorter one, and row b uses the uniforms of (`seed`, `indices[b]`) alone.
 
         `on_step` is told how many tokens are drawn. `cached=False` recomputes the whole prefix at each step: slow, kept
         as the oracle of the cache. Raises ValueError for a condition that the model does not know or more tokens than
@@ -316,15 +372,26 @@ class GPT(ConditionalGenerator):
         count = self.config.num_tokens if num_tokens is None else num_tokens
         if not 1 <= count <= self.config.num_tokens:
             raise ValueError(f"num_tokens: this model draws 1 to {self.config.num_tokens} tokens, asked for {count}")
-        uniforms = randomness.uniform(seed, indices, (self.config.num_tokens,), "tokens")[:, :count]
+        sampling = sampling or self.config.sampling
+        if max(sampling.forbidden, default=0) >= self.config.vocab_size:
+            raise ValueError(f"sampling.forbidden: ids lie in 0 to {self.config.vocab_size - 1}")
+        shape = (self.config.num_tokens,)
+        uniforms = Uniforms(
+            randomness.uniform(seed, indices, shape, "tokens")[:, :count],
+            randomness.uniform(seed, indices, shape, "slots")[:, :count] if self.config.num_slots else None,
+        )
         loop = decoding.cached if cached else decoding.plain
-        return loop(self, self._checked(condition), uniforms, sampling or self.config.sampling, on_step)
+        return loop(self, self._checked(condition), uniforms, sampling, on_step)
+
+    def first_state(self, condition: Condition, cache: KVCache) -> Tensor:
+        """The state (R, 1, D) that predicts the first token; the condition goes into an empty cache."""
+        assert cache.length == 0, "a prefill wants an empty cache: truncate it to 0"
+        none = torch.empty(len(condition), 0, dtype=torch.long, device=self.device)
+        return self.hidden(condition, none, cache, slots=none)[:, -1:]
 
     def prefill(self, condition: Condition, cache: KVCache) -> Tensor:
         """Logits (R, 1, V) of the first token; the condition goes into an empty cache."""
-        assert cache.length == 0, "a prefill wants an empty cache: truncate it to 0"
-        nothing = torch.empty(len(condition), 0, dtype=torch.long, device=self.device)
-        return self.read_out(self.hidden(condition, nothing, cache)[:, -1:])
+        return self.read_out(self.first_state(condition, cache))
 
     def step(self, ids_RL: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
         """Logits (R, L, V) of the token after each of `ids_RL`, which follow what each row of the cache holds.
@@ -343,6 +410,18 @@ class GPT(ConditionalGenerator):
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over those targets (B, L) that are not `IGNORED`; logits (B, L, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def targets_of(numbers: Tensor, lengths: Tensor, end: int | None) -> Tensor:
+    """What is to be predicted in place of `numbers` (B, K), of which `lengths` (B,) are meant: they, then the end."""
+    columns, lengths = torch.arange(numbers.shape[1], device=numbers.device), lengths.to(numbers.device)[:, None]
+    targets = numbers.masked_fill(columns >= lengths, IGNORED)
+    return targets if end is None else targets.masked_fill(columns == lengths, end)
 
 
 IGNORED = -100

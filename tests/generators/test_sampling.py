@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from imgtok.generators.sampling import draw, filter_logits, guide
+from imgtok.generators.sampling import TokenSampling, draw, filter_logits, guide, law
 
 
 def kept(logits: torch.Tensor, **filters: float) -> list[list[int]]:
@@ -68,6 +70,69 @@ def test_filters_leave_their_input_alone():
     assert torch.equal(logits, before)
 
 
+# ---------------------------------------------------------------- the law
+
+
+def plain_law(logits: list[float], none: list[float] | None, sampling: TokenSampling, closed: set[int]) -> list[float]:
+    """One row, number by number."""
+    if none is not None:
+        logits = [u + sampling.guidance * (c - u) for c, u in zip(logits, none, strict=True)]
+    alive = [i for i in range(len(logits)) if i not in closed and i not in sampling.forbidden]
+    if sampling.temperature == 0:
+        best = max(alive, key=lambda i: (logits[i], -i))
+        return [float(i == best) for i in range(len(logits))]
+    weights = {i: math.exp(logits[i] / sampling.temperature) for i in alive}
+    ranked = sorted(alive, key=lambda i: -weights[i])
+    if sampling.top_k:
+        ranked = ranked[: sampling.top_k]
+    total, held, kept = sum(weights[i] for i in ranked), 0.0, []
+    for i in ranked:
+        if kept and held > sampling.top_p:
+            break
+        kept.append(i)
+        held += weights[i] / total
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 0.0},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"top_k": 4, "top_p": 0.7, "temperature": 1.4},
+        {"forbidden": (0, 5)},
+        {"forbidden": (2,), "temperature": 0.0, "top_k": 2},
+    ],
+    ids=str,
+)
+def test_the_law_against_a_plain_one(settings, guided):
+    generator = torch.Generator().manual_seed(7)
+    logits, none = torch.randn(2, 4, 3, 9, generator=generator)
+    closed = torch.zeros(3, 9, dtype=torch.bool)
+    closed[1, [1, 8]] = True
+    sampling = TokenSampling(guidance=1.7, **settings)
+    before = logits.clone()
+    found = law(logits, sampling, none if guided else None, closed)
+    assert found.shape == (4, 3, 9)
+    assert found.dtype == torch.float32
+    assert torch.equal(logits, before)
+    for i in range(4):
+        for j in range(3):
+            shut = set(closed[j].nonzero().flatten().tolist())
+            expected = plain_law(logits[i, j].tolist(), none[i, j].tolist() if guided else None, sampling, shut)
+            torch.testing.assert_close(found[i, j], torch.tensor(expected), atol=1e-6, rtol=1e-5)
+
+
+def test_the_first_of_equals_comes_at_temperature_zero():
+    assert law(torch.tensor([0.0, 2.0, 2.0]), TokenSampling(temperature=0.0)).tolist() == [0, 1, 0]
+    assert law(torch.tensor([0.0, 2.0, 2.0]).bfloat16(), TokenSampling()).dtype == torch.float32
+
+
 # ---------------------------------------------------------------- draws
 
 
@@ -113,6 +178,13 @@ def test_rows_are_drawn_alone():
     uniforms = torch.rand(5, dtype=torch.float64)
     single = [draw(probabilities[i : i + 1], uniforms[i : i + 1]).item() for i in range(5)]
     assert draw(probabilities, uniforms).tolist() == single
+
+
+def test_draws_of_several_positions_at_once():
+    probabilities = torch.randn(3, 4, 12).softmax(-1)
+    uniforms = torch.rand(3, 4, dtype=torch.float64)
+    rows = [draw(probabilities[:, k], uniforms[:, k]) for k in range(4)]
+    assert torch.equal(draw(probabilities, uniforms), torch.stack(rows, dim=1))
 
 
 def test_guide():
