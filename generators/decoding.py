@@ -110,8 +110,9 @@ class Drawing:
             self.slots[:, k] = slots
             slots = slots.repeat(self.streams)
         logits = self.model.read_out(states_RD, slots)
-        first = config.end is not None and k == 0  # which is no end
-        closed_ids = torch.arange(logits.shape[-1], device=logits.device) == config.end if first else None
+        closed_ids = None
+        if config.end is not None and k == 0:  # there is at least one token
+            closed_ids = torch.arange(logits.shape[-1], device=logits.device).eq(config.end)
         ids = draw(self._law(logits, self.sampling, closed_ids), self.uniforms.ids[:, k])
         if config.end is not None:
             self.alive = self.alive & (ids != config.end)
