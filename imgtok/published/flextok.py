@@ -1,6 +1,6 @@
 """FlexTok as it was published: its checkpoints read into our `FlexTok`, and ours written as it reads them.
 
-A checkpoint is a configuration (`imgtok.published.flextok_config`) and tensors. The names differ, positions are
+A checkpoint is a configuration (`imgtok.published.flextok_template`) and tensors. The names differ, positions are
 channels first, and where we have one matrix for queries, keys and values they have three: a published
 tensor is a block of rows of one of ours, its `Place`: loading puts these rows together, and `save` writes them out.
 Their fixed position tables are stored, ours are computed: stored ones are compared before they are left.
@@ -25,15 +25,8 @@ from imgtok.hub import CONFIG_NAME, WEIGHTS_NAME, Found
 from imgtok.layers.positions import sincos_2d
 from imgtok.published import diffusers
 from imgtok.published.diffusers import todays_names
-from imgtok.published.flextok_config import (
-    AUTOENCODER_FOLDER,
-    DESCRIPTION,
-    PUBLISHED_VAE,
-    ROOTS,
-    our_config,
-    read_numbers,
-    write_config,
-)
+from imgtok.published.flextok_config import AUTOENCODER_FOLDER, PUBLISHED_VAE, our_config, write_config
+from imgtok.published.flextok_template import DESCRIPTION, ROOTS, read_numbers
 from imgtok.published.names import Place, places
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig

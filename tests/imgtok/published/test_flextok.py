@@ -24,7 +24,8 @@ from imgtok.cli import main
 from imgtok.config import ConfigError
 from imgtok.published import flextok as published
 from imgtok.published.diffusers import OLD_ATTENTION
-from imgtok.published.flextok_config import DESCRIPTION, our_config, read_numbers, write_config
+from imgtok.published.flextok_config import our_config, write_config
+from imgtok.published.flextok_template import DESCRIPTION, read_numbers
 from imgtok.tokenizers.base import Tokenizer
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
