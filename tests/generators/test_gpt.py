@@ -162,9 +162,9 @@ def test_the_cache_changes_no_token(monkeypatch, variant, guidance):
     ids = {}
     for cached in (True, False):
 
-        def record(logits, *args, kind=cached):
+        def record(logits, *args, kind=cached, **rest):
             seen[kind].append(logits)
-            return law(logits, *args)
+            return law(logits, *args, **rest)
 
         monkeypatch.setattr(decoding, "law", record)
         sampling = TokenSampling(guidance=guidance, top_k=12, top_p=0.95, temperature=1.1)
@@ -243,7 +243,9 @@ def test_guidance_of_one_runs_one_stream(monkeypatch):
     widths = []
     hidden = GPT.hidden
     monkeypatch.setattr(
-        GPT, "hidden", lambda self, c, ids, *rest: widths.append(len(ids)) or hidden(self, c, ids, *rest)
+        GPT,
+        "hidden",
+        lambda self, c, ids, *rest, **more: widths.append(len(ids)) or hidden(self, c, ids, *rest, **more),
     )
     for guidance in (1.0, 2.0):
         ids_of(model, LABELS, seed=0, indices=range(3), sampling=TokenSampling(guidance=guidance), num_tokens=2)

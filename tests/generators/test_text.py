@@ -121,9 +121,9 @@ def test_the_cache_changes_no_token(monkeypatch, guidance):
     ids = {}
     for cached in (True, False):
 
-        def record(logits, *args, kind=cached):
+        def record(logits, *args, kind=cached, **rest):
             seen[kind].append(logits)
-            return law(logits, *args)
+            return law(logits, *args, **rest)
 
         monkeypatch.setattr(decoding, "law", record)
         sampling = TokenSampling(guidance=guidance)

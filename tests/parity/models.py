@@ -48,7 +48,7 @@ def fill(
 ) -> None:
     """Copies the case's weights in; every parameter of ours outside `but` must be given, and no more."""
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(but or ("\n",))}
-    known, weights = flextok_places(state), case.weights()
+    known, weights = places(state), case.weights()
     assert known.keys() == weights.keys(), f"the case has other weights: {known.keys() ^ weights.keys()}"
     for published, value in weights.items():
         known[published].view(state).copy_(as_ours(published, value))
@@ -85,7 +85,7 @@ def flextok(case: Case, *, projected_guidance: bool = True) -> FlexTok:
         **trunks,
     )
     model = FlexTok(config).eval()
-    fill(model, case, places, but=() if vae else ("vae.",))
+    fill(model, case, flextok_places, but=() if vae else ("vae.",))
     return model
 
 

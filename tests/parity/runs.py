@@ -236,7 +236,9 @@ def gpt_generation(model: GPT, case: Case, name: str, *, cached: bool = True) ->
     """Arg-max in place of the draw; the logits it sees are recorded."""
     steps: list[Tensor] = []
 
-    def argmax(logits: Tensor, sampling: TokenSampling, unconditional: Tensor | None = None) -> Tensor:
+    def argmax(
+        logits: Tensor, sampling: TokenSampling, unconditional: Tensor | None = None, closed: Tensor | None = None
+    ) -> Tensor:
         if unconditional is not None:
             logits = imgtok.generators.sampling.guide(logits, unconditional, sampling.guidance)
         steps.append(logits)
