@@ -24,6 +24,7 @@ from imgtok.config import Fraction, PositiveInt, check
 from imgtok.hub import Pretrained
 from imgtok.layers.attention import CrossAttention
 from imgtok.layers.cache import Memory
+from imgtok.layers.record import AttentionRecord
 from imgtok.text.captions import Captions
 
 Condition = Tensor | Captions
@@ -99,7 +100,16 @@ class TextCrossAttention(FromText):
             raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
 
 
-AnyCondition = ClassSlot | StartPlusClass | ClassModulation | TextCrossAttention
+@dataclass(frozen=True, kw_only=True)
+class TextPrefix(FromText):
+    """The caption's features, after a small MLP, stand in `text_length` slots before the first token, the last of them
+    in the last slot; none is features that are drawn once and never trained, seen where the caption's are (LlamaGen).
+    """
+
+    kind: Literal["text_prefix"] = "text_prefix"
+
+
+AnyCondition = ClassSlot | StartPlusClass | ClassModulation | TextPrefix | TextCrossAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +146,14 @@ class Reading:
 
     prefix: Tensor | None = None
     """Slots (R, P, D) before the content."""
+    prefix_mask: Tensor | None = None
+    """How the slots are seen, (R, P), boolean (True = seen) or additive; None where all are seen as they stand."""
     memory: Memory | None = None
     """What cross-attention looks at."""
+
+    def recorded(self, record: AttentionRecord | None) -> Reading:
+        """The same, with a record of the maps of cross-attention."""
+        return self if self.memory is None else replace(self, memory=self.memory.recorded(record))
 
 
 class ConditionalGenerator(nn.Module, Pretrained):
@@ -150,16 +166,25 @@ class ConditionalGenerator(nn.Module, Pretrained):
     config: ConditionConfig
     text_proj: nn.Sequential | None
     empty_caption: Tensor | None
+    """(empty_length, text_width): the empty text's features, which stand for "no caption"; see `set_empty_caption`."""
+    no_caption: Tensor | None
+    """(text_length, text_width): what stands for "no caption" in a text prefix."""
 
     def _add_text(self, width: int) -> None:
-        """The way of features (.., text_width) into a model of `width`, and the place of the empty caption's."""
+        """The way of features (.., text_width) into a model of `width`, and what stands for no caption.
+
+        That is saved, so that a folder knows its unconditional branch without the text encoder.
+        """
         condition = self.config.condition
-        self.text_proj, empty = None, None
+        self.text_proj, empty, none = None, None, None
         if isinstance(condition, TextCrossAttention):
             self.text_proj = text_projection(condition.text_width, condition.text_width, width)
-            # Saved, so that a folder knows its unconditional branch without the text encoder; see `set_empty_caption`
             empty = torch.zeros(condition.empty_length, condition.text_width)
+        if isinstance(condition, TextPrefix):
+            self.text_proj = text_projection(condition.text_width, width, width)
+            none = torch.randn(condition.text_length, condition.text_width) / condition.text_width**0.5
         self.register_buffer("empty_caption", empty)
+        self.register_buffer("no_caption", none)
 
     @property
     def null_class(self) -> int:
@@ -168,15 +193,19 @@ class ConditionalGenerator(nn.Module, Pretrained):
 
     @torch.no_grad()
     def set_empty_caption(self, features: Tensor) -> None:
-        """Keep the features (empty_length, text_width) of the empty text, which stands for "no caption"."""
-        assert self.empty_caption is not None, "this model reads no captions"
-        self.empty_caption.copy_(features)
+        """Keep the features (empty_length, text_width) of the empty text, if they stand for "no caption" here."""
+        if self.empty_caption is not None:
+            self.empty_caption.copy_(features)
 
     def unconditional(self, condition: Condition) -> Condition:
         """As many conditions that say nothing."""
         if isinstance(condition, Tensor):
             return torch.full_like(condition, self.null_class)
-        assert self.empty_caption is not None
+        if self.no_caption is not None:
+            placed = self._placed(condition)
+            none = self.no_caption.to(placed.features)
+            return Captions(none.expand_as(placed.features), placed.mask, spans=placed.spans)
+        assert self.empty_caption is not None, "this model reads no captions"
         return Captions.pad([self.empty_caption.to(condition.features)]).repeat(len(condition))
 
     def with_unconditional(self, condition: Condition) -> Condition:
@@ -184,20 +213,30 @@ class ConditionalGenerator(nn.Module, Pretrained):
         none = self.unconditional(condition)
         if isinstance(condition, Captions):
             assert isinstance(none, Captions)
-            return Captions.cat([condition, none])
+            return Captions.cat([self._placed(condition), none])
         assert isinstance(none, Tensor)
         return torch.cat([condition, none])
 
-    def read(self, condition: Condition) -> Reading:
-        """What the network sees of the conditions."""
-        if not isinstance(condition, Captions):
+    def read(self, condition: Condition | Reading) -> Reading:
+        """What the network sees of the conditions; of a reading, itself."""
+        if isinstance(condition, Reading):
+            return condition
+        if isinstance(condition, Tensor):
             return Reading()
         assert self.text_proj is not None, "a class-conditional model was called with captions"
         weight = next(self.text_proj.parameters())
-        context = self.text_proj(condition.features.to(weight.dtype))  # (R, T, D)
+        captions = self._placed(condition)
+        context = self.text_proj(captions.features.to(weight.dtype))  # (R, T, D)
+        if self.no_caption is not None:
+            return Reading(prefix=context, prefix_mask=captions.attention_mask[:, 0, 0])
         attentions = (module for module in self.modules() if isinstance(module, CrossAttention))  # block by block
         layers = [attention.keys_values(context) for attention in attentions]
-        return Reading(memory=Memory(layers, condition.attention_mask))
+        return Reading(memory=Memory(layers, captions.attention_mask))
+
+    def _placed(self, captions: Captions) -> Captions:
+        """The captions in the columns that the model knows: for a prefix, each moved to the last of its slots."""
+        condition = self.config.condition
+        return captions.aligned_right(condition.text_length) if isinstance(condition, TextPrefix) else captions
 
     def _drop_some(self, condition: Condition, generator: torch.Generator) -> Condition:
         """The share `drop` of the conditions replaced by none."""
@@ -205,7 +244,7 @@ class ConditionalGenerator(nn.Module, Pretrained):
         dropped, none = draws < self.config.condition.drop, self.unconditional(condition)
         if isinstance(condition, Captions):
             assert isinstance(none, Captions)
-            return condition.replaced(dropped.to(condition.features.device), none)
+            return self._placed(condition).replaced(dropped.to(condition.features.device), none)
         assert isinstance(none, Tensor)
         return torch.where(dropped.to(condition.device), none, condition)
 
@@ -226,7 +265,7 @@ class ConditionalGenerator(nn.Module, Pretrained):
             if not condition.mask.any(1).all():
                 raise ValueError("a caption of which no column is seen; even the empty text has that of its end mark")
             # One width for every batch, or the last bits would tell who shared it
-            return condition.widen(how.text_length)
+            return self._placed(condition.widen(how.text_length))
         if len(condition) and not (int(condition.min()) >= -1 and int(condition.max()) <= self.null_class):
             raise ValueError(
                 f"labels must lie in 0 to {self.config.num_classes - 1} (or -1 or {self.null_class} for no class), "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -31,17 +31,18 @@ from imgtok.generators.conditioning import (
     Condition,
     ConditionalGenerator,
     ConditionConfig,
+    Reading,
     StartPlusClass,
     TextCrossAttention,
+    TextPrefix,
 )
 from imgtok.generators.decoding import Uniforms, closed_slots
 from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
-from imgtok.layers.cache import KVCache, LayerCache, Window
+from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
-from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Losses
 from imgtok.tokenizers.tokens import Tokens
 
@@ -79,11 +80,11 @@ class GPTConfig(ConditionConfig):
     """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
     qk_norm: bool = False
     """Normalise queries and keys over a head's channels, without parameters."""
-    condition: ClassSlot | StartPlusClass | TextCrossAttention = ClassSlot()
+    condition: ClassSlot | StartPlusClass | TextPrefix | TextCrossAttention = ClassSlot()
     """What it draws for, and how that enters. `class_slot`: the slot before the first token is the class's embedding,
     "no class" being one more row of the table (LlamaGen). `start_plus_class`: it is a learned start vector plus the
-    class's embedding, "no class" adding nothing (FlexTok). `cross_attention`: it is the start vector, and every block
-    attends to the features of a caption (FlexTok)."""
+    class's embedding, "no class" adding nothing (FlexTok). `text_prefix`: a caption's features stand there, one a slot
+    (LlamaGen). `cross_attention`: it is the start vector, and every block attends to a caption's features (FlexTok)."""
     dropout: Fraction = 0.1
     """Dropout of embeddings, attention and feed-forward outputs."""
     attention_dropout: Fraction = 0.0
@@ -115,7 +116,7 @@ class GPTConfig(ConditionConfig):
     @property
     def prefix_length(self) -> int:
         """Slots that the condition takes before the tokens."""
-        return 1
+        return self.condition.text_length if isinstance(self.condition, TextPrefix) else 1
 
     @property
     def mlp_hidden(self) -> int:
@@ -151,10 +152,11 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(width)
         dropout, weight_dropout, qk_norm = config.dropout, config.attention_dropout, config.qk_norm
         self.attention = Attention(width, heads, qk_norm=qk_norm, dropout=dropout, weight_dropout=weight_dropout)
-        self.cross_norm = RMSNorm(width) if config.reads_text else None
+        attends = isinstance(config.condition, TextCrossAttention)
+        self.cross_norm = RMSNorm(width) if attends else None
         self.cross_attention = (
             CrossAttention(width, heads, qk_norm=qk_norm, dropout=dropout, weight_dropout=weight_dropout)
-            if config.reads_text
+            if attends
             else None
         )
         self.mlp_norm = RMSNorm(width)
@@ -163,19 +165,20 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        window: Window,
         table: Tensor | None,
         cache: LayerCache | None,
-        caption: tuple[Tensor, Tensor] | None = None,
-        caption_mask: Tensor | None = None,
+        caption: MemoryLayer | None = None,
     ) -> Tensor:
-        """`table` holds the rotary rows of x's positions, (L, ...) or (R, 1, L, ...), and `caption` this layer's keys
-        and values of the captions.
+        """`window` says what x's positions see, `table` holds their rotary rows, (L, ...) or (R, 1, L, ...), and
+        `caption` is what this layer sees of the captions.
         """
         turn = None if table is None else (lambda y: rotate(y, table))
-        x = x + self.attention(self.attention_norm(x), causal=x.shape[1] > 1, rotate=turn, cache=cache)
+        mask = window.mask if cache is None else None  # a cache knows its window
+        x = x + self.attention(self.attention_norm(x), mask=mask, causal=window.causal, rotate=turn, cache=cache)
         if self.cross_attention is not None and self.cross_norm is not None:
-            assert caption is not None, "a model that reads text was called without captions"
-            x = x + self.cross_attention(self.cross_norm(x), caption, mask=caption_mask)
+            assert caption is not None, "a model that attends to captions was called without"
+            x = x + self.cross_attention(self.cross_norm(x), caption)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -209,8 +212,8 @@ class GPT(ConditionalGenerator):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        slot = isinstance(config.condition, ClassSlot)
-        rows = config.num_classes + slot  # none for a model that reads text
+        started = isinstance(config.condition, StartPlusClass | TextCrossAttention)
+        rows = config.num_classes + isinstance(config.condition, ClassSlot)  # none for a model that reads text
         self.class_embedding = nn.Embedding(rows, config.width) if rows else None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -225,11 +228,12 @@ class GPT(ConditionalGenerator):
         self.slot_modulation = nn.Embedding(slots, 2 * width) if slots else None
         rotary = None
         if config.positions == "learned":
-            self.positions = nn.Parameter(torch.empty(config.num_tokens, config.width))
+            places = config.prefix_length + config.num_tokens - 1  # the last token is never read
+            self.positions = nn.Parameter(torch.empty(places, config.width))
         else:
-            rotary = rotary_2d(config.head_dim, round(config.num_tokens**0.5), prefix=1)
+            rotary = rotary_2d(config.head_dim, round(config.num_tokens**0.5), config.prefix_length)
         self.register_buffer("rotary", rotary, persistent=False)
-        self.register_parameter("start", None if slot else nn.Parameter(torch.empty(config.width)))
+        self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
         self._add_text(config.width)
         self._initialise()
 
@@ -247,6 +251,13 @@ class GPT(ConditionalGenerator):
         if self.slot_head is not None:
             nn.init.zeros_(self.slot_head.weight)
 
+    def read(self, condition: Condition | Reading) -> Reading:
+        """What stands before the tokens, and what the blocks attend to beside them; of a reading, itself."""
+        reading = super().read(condition)
+        if isinstance(condition, Reading) or reading.prefix is not None:
+            return reading
+        return replace(reading, prefix=self.slot(condition)[:, None])
+
     def slot(self, condition: Condition) -> Tensor:
         """What stands before the tokens, (B, D)."""
         if self.class_embedding is None:
@@ -263,42 +274,46 @@ class GPT(ConditionalGenerator):
 
     def hidden(
         self,
-        condition: Condition | None,
+        condition: Condition | Reading | None,
         ids_BL: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """[condition slot | tokens] -> normed states (B, L or L + 1, D); the state at a token predicts the next.
+        """[prefix of the condition | tokens] -> normed states (B, L or L + 1, D) of the prefix's last slot and the
+        tokens; the state at a token predicts the next.
 
-        Without `condition` its slot is already in the cache, and the ids follow what each row holds, or stand at
-        `positions` (B, L), which count the slot. `slots` (B, L) are the tokenizer's, for a model that draws them.
+        Without `condition`, or what `read` made of it, it is already in the cache, and the ids follow what each row
+        holds, or stand at `positions` (B, L), which count the prefix. `slots` (B, L) are the tokenizer's, for a model
+        that draws them.
         """
-        memory = cache.memory if cache is not None else None
-        if isinstance(condition, Captions):
-            memory = self.read(condition).memory
-            if cache is not None:
-                cache.memory = memory
         x = self.token_embedding(ids_BL)
         if self.digit_embedding is not None:
             x = x + self.digit_embedding(ids_BL)
         if self.slot_embedding is not None:
             assert slots is not None, "this model reads the slots of tokens"
             x = x + self.slot_embedding(slots)
+        before, memory, prefix_mask = 0, None, None
         if condition is not None:
-            x = torch.cat([self.slot(condition)[:, None], x], dim=1)
-        window = Window.first(x.shape[1]) if cache is None else cache.open(x.shape[1], positions)
+            reading = self.read(condition)
+            assert reading.prefix is not None
+            x = torch.cat([reading.prefix.to(x.dtype), x], dim=1)
+            before, memory, prefix_mask = reading.prefix.shape[1] - 1, reading.memory, reading.prefix_mask
+            if cache is not None:
+                cache.memory, cache.prefix_mask = memory, prefix_mask
+        elif cache is not None:
+            memory = cache.memory
+        window = Window.first(x.shape[1], prefix_mask) if cache is None else cache.open(x.shape[1], positions)
         if self.config.positions == "learned":
             x = x + window.of(self.positions)
         x = self.dropout(x)
         table = None if self.rotary is None else window.of(self.rotary)
         if table is not None and window.positions is not None:
             table = table[:, None]  # the same for all heads
-        mask = memory.mask if memory is not None else None
         layers = [None] * len(self.blocks) if cache is None else cache.layers(window)
         for index, block in enumerate(self.blocks):
-            x = block(x, table, layers[index], memory.layers[index] if memory is not None else None, mask)
-        return self.norm(x)
+            x = block(x, window, table, layers[index], None if memory is None else memory.layer(index))
+        return self.norm(x[:, before:])
 
     def read_out(self, states: Tensor, slots: Tensor | None = None) -> Tensor:
         """Logits (..., V) in float32 of normed states (..., D); for a model that draws slots, of the tokens that come
@@ -319,7 +334,7 @@ class GPT(ConditionalGenerator):
         assert self.slot_head is not None
         return self.slot_head(states).float()
 
-    def logits(self, condition: Condition, ids_BL: Tensor, slots: Tensor | None = None) -> Tensor:
+    def logits(self, condition: Condition | Reading, ids_BL: Tensor, slots: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) in float32 of all L tokens given the condition, the tokens before each, and its slot."""
         before = None if slots is None else slots[:, :-1]
         return self.read_out(self.hidden(condition, ids_BL[:, :-1], slots=before), slots)
@@ -383,14 +398,14 @@ class GPT(ConditionalGenerator):
         loop = decoding.cached if cached else decoding.plain
         return loop(self, self._checked(condition), uniforms, sampling, on_step)
 
-    def first_state(self, condition: Condition, cache: KVCache) -> Tensor:
+    def first_state(self, condition: Condition | Reading, cache: KVCache) -> Tensor:
         """The state (R, 1, D) that predicts the first token; the condition goes into an empty cache."""
         assert cache.length == 0, "a prefill wants an empty cache: truncate it to 0"
-        none = torch.empty(len(condition), 0, dtype=torch.long, device=self.device)
+        none = torch.empty(len(cache), 0, dtype=torch.long, device=self.device)
         return self.hidden(condition, none, cache, slots=none)[:, -1:]
 
-    def prefill(self, condition: Condition, cache: KVCache) -> Tensor:
-        """Logits (R, 1, V) of the first token; the condition goes into an empty cache."""
+    def prefill(self, condition: Condition | Reading, cache: KVCache) -> Tensor:
+        """Logits (R, 1, V) of the first token; the condition, or what `read` made of it, goes into an empty cache."""
         return self.read_out(self.first_state(condition, cache))
 
     def step(self, ids_RL: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:

@@ -142,8 +142,8 @@ class Pipeline(ABC):
             self.encoder = TextEncoder.load(name, max_length=condition.text_length, device=self.device)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
-        assert self.generator.empty_caption is not None
-        self.encoder.check_same(self.generator.empty_caption)
+        if self.generator.empty_caption is not None:
+            self.encoder.check_same(self.generator.empty_caption)
         self.prompts = prompts
 
     def condition(self, labels: Sequence[int]) -> Condition:

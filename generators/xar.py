@@ -34,11 +34,12 @@ from imgtok.generators.conditioning import (
     Condition,
     ConditionalGenerator,
     ConditionConfig,
+    Reading,
     TextCrossAttention,
 )
 from imgtok.generators.entities import Cells, EntityConfig
 from imgtok.layers.attention import Attention, CrossAttention, Look
-from imgtok.layers.cache import KVCache, LayerCache, Memory
+from imgtok.layers.cache import KVCache, LayerCache, Memory, MemoryLayer
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
@@ -244,12 +245,11 @@ class XARBlock(nn.Module):
         looks: Sequence[Look],
         cache: LayerCache | None = None,
         wanted: slice | None = None,
-        caption: tuple[Tensor, Tensor] | None = None,
-        caption_mask: Tensor | None = None,
+        caption: MemoryLayer | None = None,
     ) -> Tensor:
         """X (R, ..., W) in any shape against which `modulation` (R, ..., 6 W) broadcasts: (R, L, W), or by entity.
 
-        `looks` say who sees whom, `rotary` (L, E / 2, 2) where the tokens are, `caption` this layer's keys and values
+        `looks` say who sees whom, `rotary` (L, E / 2, 2) where the tokens are, `caption` what this layer sees
         of the captions. With `wanted`, a slice of dimension 1 that the looks ask for, the other tokens are looked at
         and not computed.
         """
@@ -266,7 +266,7 @@ class XARBlock(nn.Module):
         x = torch.addcmul(x, attended.view_as(x), gate_a)
         if self.cross_attention is not None:
             assert caption is not None, "a model that reads text was called without captions"
-            x = x + self.cross_attention(rms_norm(x, EPS).flatten(1, -2), caption, mask=caption_mask).view_as(x)
+            x = x + self.cross_attention(rms_norm(x, EPS).flatten(1, -2), caption).view_as(x)
         return torch.addcmul(x, self.mlp(torch.addcmul(shift_m, rms_norm(x, EPS), 1 + scale_m)), gate_m)
 
 
@@ -352,8 +352,9 @@ class XAR(ConditionalGenerator):
         active = F.silu(condition)
         return [block.modulation(active) for block in self.blocks]
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Velocities (R, L, C) of the first entities of R sequences, x (R, L, C), whose times are t (R, N).
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | Reading) -> Tensor:
+        """Velocities (R, L, C) of the first entities of R sequences, x (R, L, C), whose times are t (R, N), for labels
+        (R,), -1 for none, captions or what `read` made of them.
 
         A token sees its own entity and all earlier ones (section 3.3). Here this is one mask, and every token has its
         own copy of its entity's modulation; `xar_fast.velocity` is the same with less work.
@@ -394,8 +395,8 @@ class XAR(ConditionalGenerator):
             wanted = None
             if last is not None and index == len(blocks) - 1:
                 looks, wanted = [last[0]], last[1]
-            caption = (None, None) if memory is None else (memory.layers[index], memory.mask)
-            inputs = (modulations[index], rotary, looks, layers[index], wanted, *caption)
+            caption = None if memory is None else memory.layer(index)
+            inputs = (modulations[index], rotary, looks, layers[index], wanted, caption)
             h = call_block(block, h, *inputs, recompute=self.recompute)
         return self.readout(self.second_norm(h))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from imgtok.layers.cache import LayerCache
+from imgtok.layers.cache import LayerCache, MemoryLayer
 from imgtok.layers.norms import layer_norm
 
 Rotation = Callable[[Tensor], Tensor]
@@ -93,7 +93,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         dropped = self.weight_dropout if self.training else 0.0
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=causal, scale=self.scale
+            q, k, v, attn_mask=as_dtype_of(q, mask), dropout_p=dropped, is_causal=causal, scale=self.scale
         )
 
 
@@ -120,11 +120,19 @@ class CrossAttention(nn.Module):
         k, v = rearrange(self.kv_proj(context_BTD), "b t (two h e) -> two b h t e", two=2, h=self.num_heads)
         return (layer_norm(k) if self.qk_norm else k), v
 
-    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor], *, mask: Tensor | None = None) -> Tensor:
-        """`mask` is boolean (True = may look) and broadcasts to (B, H, L, T); every row must see something."""
+    def forward(self, x_BLD: Tensor, memory: MemoryLayer) -> Tensor:
+        """X (B, L, D) looks at a memory of B rows."""
         q = rearrange(self.q_proj(x_BLD), "b l (h e) -> b h l e", h=self.num_heads)
         if self.qk_norm:
             q = layer_norm(q)
+        if memory.record is not None:
+            memory.record.add(memory.number, q, memory.keys, memory.mask)
         dropped = self.weight_dropout if self.training else 0.0
-        out_BHLE = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, dropout_p=dropped)
+        mask = as_dtype_of(q, memory.mask)
+        out_BHLE = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=mask, dropout_p=dropped)
         return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))
+
+
+def as_dtype_of(q: Tensor, mask: Tensor | None) -> Tensor | None:
+    """A mask as attention wants it: boolean, or additive in the queries' dtype."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

@@ -14,25 +14,53 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imgtok.layers.record import AttentionRecord
+
+
+@dataclass(frozen=True)
+class MemoryLayer:
+    """What one layer of cross-attention looks at."""
+
+    keys: Tensor
+    """(R, H, T, E)."""
+    values: Tensor
+    """(R, H, T, E)."""
+    mask: Tensor | None = None
+    """Boolean (True = may look) or additive; broadcasts to (R, H, L, T). Every row has to see something."""
+    record: AttentionRecord | None = None
+    """What keeps the layer's map, if it is asked for."""
+    number: int = 0
+    """The layer's, for the record."""
+
 
 @dataclass(frozen=True)
 class Memory:
-    """What cross-attention looks at, which does not grow: keys and values (B, H, T, E) of each layer, and which of
-    the T columns a row may see, boolean (B, 1, 1, T).
+    """What cross-attention looks at, which does not grow: keys and values (R, H, T, E) of each layer, and how the rows
+    see the T columns: (R, 1, 1, T), boolean (True = may look) or additive.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
     mask: Tensor
+    record: AttentionRecord | None = None
+
+    def layer(self, number: int) -> MemoryLayer:
+        """What layer `number` looks at."""
+        record = self.record if self.record is not None and self.record.wants(number) else None
+        return MemoryLayer(*self.layers[number], self.mask, record, number)
 
     def rows(self, rows: slice) -> Memory:
         """What some rows of the batch look at."""
-        return Memory([(keys[rows], values[rows]) for keys, values in self.layers], self.mask[rows])
+        return Memory([(keys[rows], values[rows]) for keys, values in self.layers], self.mask[rows], self.record)
+
+    def recorded(self, record: AttentionRecord | None) -> Memory:
+        """The same, with a record that keeps the maps of all calls that look at it from now on; None keeps none."""
+        return replace(self, record=record)
 
 
 @dataclass(frozen=True)
@@ -46,14 +74,18 @@ class Window:
     positions: Tensor | None
     """(R, L) columns of the new positions, if rows differ."""
     mask: Tensor | None
-    """Boolean (R or 1, 1, L, S), True = may look; None where nothing has to be hidden, or `causal` says it all."""
+    """(R or 1, 1, L, S), boolean (True = may look) or additive; None where nothing has to be hidden, or `causal` says
+    it all."""
     causal: bool
     """Whether the new positions are all there are, and see no later ones."""
 
     @classmethod
-    def first(cls, num_new: int) -> Window:
-        """That of a call without a cache."""
-        return cls(slice(0, num_new), slice(0, num_new), None, None, causal=True)
+    def first(cls, num_new: int, prefix_mask: Tensor | None = None) -> Window:
+        """That of a call without a cache; `prefix_mask` as in `KVCache`."""
+        mask, new = None, slice(0, num_new)
+        if prefix_mask is not None:
+            mask = causal_mask(torch.arange(num_new, device=prefix_mask.device)[None], num_new, prefix_mask)
+        return cls(new, new, None, mask, causal=mask is None)
 
     def of(self, table: Tensor) -> Tensor:
         """The rows of a table of positions (positions, ...) at the new positions: (L, ...), or (R, L, ...)."""
@@ -99,8 +131,8 @@ class KVCache:
         self.length: int | None = 0
         self._lengths: Tensor | None = None
         self.memory: Memory | None = None
-        self.padding: Tensor | None = None
-        """(R, P) boolean: columns of a prefix in which nothing stands, and that no other position sees."""
+        self.prefix_mask: Tensor | None = None
+        """How the columns of a prefix are seen, (R, P), boolean or additive, as in `causal_mask`; None is all."""
 
     def __len__(self) -> int:
         return self.keys[0].shape[0]
@@ -133,15 +165,15 @@ class KVCache:
             assert stop <= self.capacity, "the cache was made for a shorter sequence"
             self.length = stop
             mask = None
-            if causal and (self.padding is not None or (num_new > 1 and start > 0)):
-                mask = self._mask(torch.arange(start, stop, device=self.device)[None], stop)
+            if causal and (self.prefix_mask is not None or (num_new > 1 and start > 0)):
+                mask = causal_mask(torch.arange(start, stop, device=self.device)[None], stop, self.prefix_mask)
             plain = causal and mask is None and num_new > 1
             return Window(slice(0, stop), slice(start, stop), None, mask, causal=plain)
         lengths = self.lengths
         if positions is None:
             positions = lengths[:, None] + torch.arange(num_new, device=lengths.device)
         self.length, self._lengths = None, torch.maximum(lengths, positions[:, -1] + 1)
-        mask = self._mask(positions, self.capacity) if causal else None
+        mask = causal_mask(positions, self.capacity, self.prefix_mask) if causal else None
         return Window(slice(None), slice(0), positions, mask, causal=False)
 
     def layers(self, window: Window) -> list[LayerCache]:
@@ -161,16 +193,25 @@ class KVCache:
         """Some rows of the batch as a cache on the same memory, the first `length` positions of which are filled."""
         part = copy.copy(self)
         part.keys, part.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
-        part.padding = None if self.padding is None else self.padding[rows]
+        part.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[rows]
         part.length, part._lengths = length, None
         return part
 
-    def _mask(self, positions: Tensor, columns: int) -> Tensor:
-        """What `positions` (R or 1, L) see of the first columns, boolean (R or 1, 1, L, columns)."""
-        column = torch.arange(columns, device=positions.device)
-        own = positions[..., None]
-        seen = column <= own
-        if self.padding is not None:
-            empty = F.pad(self.padding, (0, columns - self.padding.shape[1]))
-            seen = (seen & ~empty[:, None]) | (column == own)  # a row of the softmax needs something to look at
-        return seen[:, None]
+
+def causal_mask(positions: Tensor, columns: int, prefix_mask: Tensor | None = None) -> Tensor:
+    """What `positions` (R or 1, L) see of the first columns, (R or 1, 1, L, columns): themselves and what comes before.
+
+    `prefix_mask` (R, P) says how the first P columns are seen: boolean, or additive, and then so is the result. A
+    position sees itself all the same, since a softmax needs something to look at.
+    """
+    column = torch.arange(columns, device=positions.device)
+    own = positions[..., None]
+    seen = column <= own  # (R or 1, L, columns)
+    if prefix_mask is not None:
+        rest = columns - prefix_mask.shape[1]
+        if prefix_mask.dtype == torch.bool:
+            seen = (seen & F.pad(prefix_mask, (0, rest), value=True)[:, None]) | (column == own)
+        else:
+            weights = F.pad(prefix_mask, (0, rest))[:, None].masked_fill(column == own, 0)
+            seen = weights.masked_fill(~seen, -torch.inf)
+    return seen[:, None]

@@ -112,6 +112,23 @@ class Captions:
             None if self.spans is None else F.pad(self.spans, (0, 0, 0, missing)),
         )
 
+    def aligned_right(self, columns: int) -> Captions:
+        """The same captions in `columns`, each moved so that the last column that is seen is the last; zeros fill up.
+
+        Holes stay where they are in a caption. What does not fit falls off its beginning.
+        """
+        length = self.features.shape[1]
+        unseen_after = self.mask.flip(1).int().argmax(dim=1)  # (B,) columns after the last that is seen
+        source = torch.arange(columns, device=self.mask.device) - columns + length - unseen_after[:, None]
+        there, source = source >= 0, source.clamp(min=0)
+
+        def moved(values: Tensor) -> Tensor:
+            shape = (*source.shape, *[1] * (values.ndim - 2))
+            taken = values.gather(1, source.view(shape).expand(*source.shape, *values.shape[2:]))
+            return taken.masked_fill(~there.view(shape), 0)
+
+        return Captions(**{name: moved(value) for name, value in self._tensors().items()})
+
     def repeat(self, count: int) -> Captions:
         """One caption, `count` times."""
         assert len(self) == 1

@@ -14,6 +14,7 @@ from imgtok.generators.conditioning import StartPlusClass, TextCrossAttention
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling, law
 from imgtok.layers.attention import CrossAttention
+from imgtok.layers.cache import MemoryLayer
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
@@ -94,7 +95,7 @@ def test_cross_attention_is_the_textbook_formula():
         scores = (q[:, part] @ k[:, part].T / 4**0.5).masked_fill(~mask, -torch.inf)
         heads.append(scores.softmax(-1) @ v[:, part])
     expected = attention.out_proj(torch.cat(heads, dim=-1))
-    found = attention(x, attention.keys_values(context), mask=mask[None, None, None])
+    found = attention(x, MemoryLayer(*attention.keys_values(context), mask[None, None, None]))
     torch.testing.assert_close(found[0], expected)
 
 

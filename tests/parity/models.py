@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from cases import Case
 from torch import nn
 
-from imgtok.generators.conditioning import ClassModulation, ClassSlot
+from imgtok.generators.conditioning import ClassModulation, ClassSlot, TextPrefix
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.published import xar as published_xar
@@ -24,6 +24,9 @@ from imgtok.tokenizers.vae import VAEConfig
 # As in imgtok.published.names: ours -> published.
 GPT_NAMES = {
     "class_embedding.": "cls_embedding.embedding_table.",
+    "text_proj.0.": "cls_embedding.cap_proj.fc1.",
+    "text_proj.2.": "cls_embedding.cap_proj.fc2.",
+    "no_caption": "cls_embedding.uncond_embedding",
     "token_embedding.": "tok_embeddings.",
     "blocks.": "layers.",
     "head.": "output.",
@@ -92,6 +95,9 @@ def flextok(case: Case, *, projected_guidance: bool = True) -> FlexTok:
 def gpt(case: Case) -> GPT:
     """The case's GPT, every dropout 0."""
     about = case.about["build"]["config"]
+    condition: ClassSlot | TextPrefix = ClassSlot(num_classes=about["num_classes"], drop=0.0)
+    if about.get("model_type") == "t2i":
+        condition = TextPrefix(text_width=about["caption_dim"], text_length=about["cls_token_num"], drop=0.0)
     config = GPTConfig(
         vocab_size=about["vocab_size"],
         num_tokens=about["block_size"],
@@ -101,7 +107,7 @@ def gpt(case: Case) -> GPT:
         mlp_multiple=about["multiple_of"],
         positions="rotary_2d",
         dropout=0.0,
-        condition=ClassSlot(num_classes=about["num_classes"], drop=0.0),
+        condition=condition,
     )
     model = GPT(config).eval()
     fill(model, case, gpt_places)

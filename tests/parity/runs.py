@@ -19,12 +19,14 @@ from torch import Tensor
 import imgtok.generators.decoding
 import imgtok.generators.sampling
 from imgtok import flow, randomness
+from imgtok.generators.conditioning import Condition
 from imgtok.generators.gpt import GPT
 from imgtok.generators.sampling import TokenSampling, law
 from imgtok.layers.attention import Look
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.published.flextok import as_published, flextok_places
 from imgtok.quantizers.fsq import FSQ
+from imgtok.text.captions import Captions
 from imgtok.tokenizers.flextok import FlexTok, crop_positions
 from imgtok.tokenizers.flextok_fast import prefix_causal_mask
 from imgtok.tokenizers.tokens import Tokens
@@ -213,20 +215,30 @@ def image(model: FlexTok, case: Case) -> Outputs:
 # ---------------------------------------------------------------- GPT
 
 
+def gpt_condition(model: GPT, case: Case) -> Condition:
+    """The case's labels; or its captions, whose padded columns hold numbers that must not matter."""
+    if not model.config.reads_text:
+        return case.input("labels")
+    return Captions(case.input("text_features"), case.input("text_mask").bool())
+
+
 def gpt_training(model: GPT, case: Case) -> Outputs:
-    tokens, labels = case.input("tokens"), case.input("labels")
-    losses = model(Tokens.full(tokens), labels, generator=torch.Generator())
+    tokens, condition = case.input("tokens"), gpt_condition(model, case)
+    content = Tokens.full(tokens)
+    if model.config.reads_text:  # rows flagged as not valid have no tokens to learn from
+        content = Tokens(tokens, case.input("valid") * tokens.shape[1])
+    losses = model(content, condition, generator=torch.Generator())
     losses.total.backward()
     gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
     known = gpt_places(gradients)
     norms = [known[key].view(gradients).norm() for key in case.about["grad_keys"]]
     with torch.no_grad():
-        logits = model.logits(labels, tokens)
-        null_logits = model.logits(torch.full_like(labels, model.null_class), tokens)
-    return {
-        "train_logits": logits,
-        "train_loss": losses.total,
-        "grad_norms": torch.stack(norms),
+        logits = model.logits(condition, tokens)
+        null_logits = model.logits(model.unconditional(condition), tokens)
+    outputs = {"train_logits": logits, "train_loss": losses.total, "grad_norms": torch.stack(norms)}
+    if model.config.reads_text:
+        return outputs
+    return outputs | {
         "null_logits": null_logits,
         "null_loss": F.cross_entropy(null_logits.flatten(0, 1), tokens.flatten()),
     }
@@ -245,7 +257,7 @@ def gpt_generation(model: GPT, case: Case, name: str, *, cached: bool = True) ->
         return law(logits, TokenSampling(temperature=0.0))
 
     sampling = TokenSampling(guidance=case.about["generation"][name]["cfg_scale"])
-    labels = case.input("labels")
+    condition = gpt_condition(model, case)
     with patch.object(imgtok.generators.decoding, "law", argmax):
-        tokens = model.generate(labels, seed=0, indices=range(len(labels)), sampling=sampling, cached=cached)
+        tokens = model.generate(condition, seed=0, indices=range(len(condition)), sampling=sampling, cached=cached)
     return {f"ids_{name}": tokens.ids, f"steps_{name}": torch.stack(steps, dim=1)}

@@ -1,9 +1,11 @@
-"""The class-conditional GPT against what LlamaGen's published code computed.
+"""The GPT, from a class or from text, against what LlamaGen's published code computed.
 
 Left out, because this code does not do it: cfg4_interval5 (guidance for the first steps only).
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import runs
@@ -12,11 +14,17 @@ from models import gpt
 
 from imgtok.generators.sampling import filter_logits
 from imgtok.layers.positions import rotary_2d
+from imgtok.text.captions import Captions
 
 
 @pytest.fixture(scope="module")
 def case() -> Case:
     return Case.load("gpt/c2i_tiny")
+
+
+@pytest.fixture(scope="module")
+def text_case() -> Case:
+    return Case.load("gpt/t2i_tiny")
 
 
 def check(case: Case, ours: runs.Outputs) -> None:
@@ -45,3 +53,24 @@ def test_generation(case, name, cached):
 def test_filters(case, index):
     logits = filter_logits(case.input("filter_logits"), **case.about["filters"][index])
     check(case, {f"probs_{index}": logits.softmax(dim=-1)})
+
+
+# ---------------------------------------------------------------- from text: 120 slots of features, padded on the left
+
+
+def test_text_prefix(text_case):
+    model = gpt(text_case)
+    captions = Captions(text_case.input("text_features"), text_case.input("text_mask").bool())
+    reading = model.read(dataclasses.replace(captions, features=captions.features * captions.mask[..., None]))
+    check(text_case, {"prefix": reading.prefix[:, :4], "prefix_tail": reading.prefix[:, -4:]})
+    check(text_case, {"freqs_tail": model.rotary[119:128]})
+
+
+def test_training_from_text(text_case):
+    check(text_case, runs.gpt_training(gpt(text_case), text_case))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["cfg1", "cfg3"])
+def test_generation_from_text(text_case, name, cached):
+    check(text_case, runs.gpt_generation(gpt(text_case), text_case, name, cached=cached))

@@ -1,0 +1,335 @@
+"""What a control of prompts needs: holes and weights of columns, maps of attention, gradients through a call."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from imgtok.generators.conditioning import ConditionalGenerator, Reading, StartPlusClass, TextCrossAttention, TextPrefix
+from imgtok.generators.entities import Cells
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.xar import XAR, XARConfig
+from imgtok.layers import record
+from imgtok.layers.record import AttentionRecord
+from imgtok.text.captions import Captions
+from imgtok.tokenizers.tokens import Tokens
+
+WIDTH, LONGEST, DEPTH = 12, 6, 2
+ACROSS = TextCrossAttention(text_width=WIDTH, text_length=LONGEST)
+BEFORE = TextPrefix(text_width=WIDTH, text_length=LONGEST)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def awake(model: ConditionalGenerator) -> ConditionalGenerator:
+    """No weight so small that nothing depends on it."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.3)
+    model.set_empty_caption(torch.randn(1, WIDTH))
+    return model.eval()
+
+
+def gpt(condition=ACROSS, **changes) -> GPT:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "num_tokens": 9, "width": 32, "depth": DEPTH, "num_heads": 2, "mlp_multiple": 1}
+    return awake(GPT(GPTConfig(**sizes | changes, condition=condition)))
+
+
+def xar() -> XAR:
+    torch.manual_seed(0)
+    cells = Cells(height=2, width=2)
+    sizes = {"latent_channels": 3, "grid": 4, "entities": cells, "width": 32, "depth": 1, "num_heads": 2}
+    return awake(XAR(XARConfig(**sizes, condition=ACROSS)))
+
+
+ROWS = [torch.randn(length, WIDTH, generator=generator(length)) for length in (3, 6, 2)]
+CAPTIONS = Captions.pad(ROWS)
+IDS = torch.randint(24, (3, 9), generator=generator(7))
+LATENTS = torch.randn(3, 3, 4, 4, generator=generator(9))
+
+
+def outputs(model: ConditionalGenerator, condition: Captions | Reading) -> torch.Tensor:
+    """Logits of a teacher-forced pass, or velocities."""
+    if isinstance(model, GPT):
+        return model.logits(condition, IDS)
+    return model.velocity(model.entities.cut(LATENTS), torch.full((3, 4), 0.5), condition)
+
+
+MODELS = [
+    pytest.param(gpt, id="gpt"),
+    pytest.param(xar, id="xar"),
+    pytest.param(lambda: gpt(BEFORE), id="prefix"),
+    pytest.param(lambda: gpt(BEFORE, positions="rotary_2d", qk_norm=True), id="llamagen"),
+]
+
+# ---------------------------------------------------------------- holes and weights
+
+
+@pytest.mark.parametrize("build", MODELS[:2])
+def test_a_hole_is_a_caption_without_the_column(build):
+    model, mask = build(), CAPTIONS.mask.clone()
+    mask[0, 1] = mask[1, 0] = mask[1, 4] = False
+    kept = [ROWS[0][[0, 2]], ROWS[1][[1, 2, 3, 5]], ROWS[2]]
+    holed = dataclasses.replace(CAPTIONS, mask=mask)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, holed), outputs(model, Captions.pad(kept)), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(outputs(model, holed), outputs(model, CAPTIONS), atol=1e-3)
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_what_stands_in_a_hole_leaves_no_trace(build):
+    model, mask = build(), CAPTIONS.mask.clone()
+    mask[0, 1] = False
+    dirty = torch.where(mask[..., None], CAPTIONS.features, 1e4)
+    with torch.no_grad():
+        clean = outputs(model, dataclasses.replace(CAPTIONS, mask=mask))
+        assert torch.equal(outputs(model, dataclasses.replace(CAPTIONS, features=dirty, mask=mask)), clean)
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_weights_of_zero_change_no_bit(build):
+    model = build()
+    weighted = dataclasses.replace(CAPTIONS, log_weights=torch.zeros(CAPTIONS.mask.shape))
+    with torch.no_grad():
+        assert torch.equal(outputs(model, weighted), outputs(model, CAPTIONS))
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_no_weight_is_a_hole(build):
+    model, weights, mask = build(), torch.zeros(CAPTIONS.mask.shape), CAPTIONS.mask.clone()
+    weights[0, 1], mask[0, 1] = -torch.inf, False
+    with torch.no_grad():
+        without = outputs(model, dataclasses.replace(CAPTIONS, log_weights=weights))
+        assert torch.equal(without, outputs(model, dataclasses.replace(CAPTIONS, mask=mask)))
+
+
+@pytest.mark.parametrize("build", MODELS[:2])
+def test_a_weight_of_two_is_the_column_twice(build):
+    model, weights = build(), torch.zeros(CAPTIONS.mask.shape)
+    weights[2, 0] = torch.tensor(2.0).log()
+    twice = Captions.pad([*ROWS[:2], ROWS[2][[0, 0, 1]]])
+    with torch.no_grad():
+        heavier = outputs(model, dataclasses.replace(CAPTIONS, log_weights=weights))
+        torch.testing.assert_close(heavier, outputs(model, twice), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("condition", [ACROSS, BEFORE])
+def test_weights_reach_the_steps_of_a_cache(condition):
+    model, weights = gpt(condition), torch.randn(CAPTIONS.mask.shape, generator=generator(3))
+    captions = dataclasses.replace(CAPTIONS, log_weights=weights)
+    cache = model.new_cache(3, 9)
+    with torch.no_grad():
+        found = [model.prefill(captions, cache), model.step(IDS[:, :5], cache), model.step(IDS[:, 5:6], cache)]
+        expected = model.logits(captions, IDS)[:, :7]
+        assert not torch.allclose(expected, model.logits(CAPTIONS, IDS)[:, :7], atol=1e-3)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- maps
+
+
+def record_of(model: ConditionalGenerator, captions: Captions, **options) -> tuple[AttentionRecord, torch.Tensor]:
+    """The record of one call, and what the call gave."""
+    asked = AttentionRecord(**options)
+    return asked, outputs(model, model.read(captions).recorded(asked))
+
+
+@pytest.mark.parametrize(("build", "positions"), [(gpt, 9), (xar, 16)])
+def test_maps_are_distributions_and_change_nothing(build, positions):
+    model = build()
+    asked, found = record_of(model, CAPTIONS)
+    assert torch.equal(found, outputs(model, CAPTIONS))
+    assert sorted(asked.maps) == [0, 1]
+    for maps in asked.maps.values():
+        assert [tuple(one.shape) for one in maps] == [(3, 2, positions, 6)]  # images, heads, positions, columns
+        torch.testing.assert_close(maps[0].sum(-1), torch.ones(3, 2, positions))
+        assert not maps[0].masked_select(~CAPTIONS.mask[:, None, None]).any()
+
+
+def test_a_map_is_what_attention_multiplies_values_with():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    seen = torch.tensor([True, True, False, True, True]).expand(2, 1, 1, 5)
+    for mask in (None, seen, torch.randn(2, 1, 1, 5)):
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(record.attention_map(q, k, mask) @ v, expected)
+
+
+def test_only_the_layers_that_are_asked_for_are_recorded():
+    asked, _ = record_of(gpt(), CAPTIONS, layers={1})
+    assert sorted(asked.maps) == [1]
+    asked.clear()
+    assert not asked.maps
+
+
+def test_no_map_is_computed_unless_asked_for(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a map was computed")
+
+    monkeypatch.setattr(record, "attention_map", refuse)
+    for build in (gpt, xar):
+        outputs(build(), CAPTIONS)
+    gpt().generate(CAPTIONS, seed=0, indices=range(3))
+    with pytest.raises(AssertionError, match="a map was computed"):
+        record_of(gpt(), CAPTIONS)
+
+
+def test_steps_of_a_cache_are_recorded_until_the_record_is_taken_away():
+    model, asked = gpt(), AttentionRecord(layers=[0])
+    cache = model.new_cache(3, 9)
+    with torch.no_grad():
+        model.prefill(model.read(CAPTIONS).recorded(asked), cache)
+        model.step(IDS[:, :4], cache)
+        cache.memory = cache.memory.recorded(None)
+        model.step(IDS[:, 4:5], cache)
+        whole, _ = record_of(model, CAPTIONS)
+    assert [one.shape[2] for one in asked.maps[0]] == [1, 4]
+    torch.testing.assert_close(torch.cat(asked.maps[0], dim=2), whole.maps[0][0][:, :, :5], atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def of_features(captions: Captions) -> tuple[Captions, torch.Tensor]:
+    """The captions with features to differentiate with respect to."""
+    features = captions.features.clone().requires_grad_()
+    return dataclasses.replace(captions, features=features), features
+
+
+@pytest.mark.parametrize("call", ["hidden", "prefill", "step"])
+def test_a_map_of_a_gpt_has_gradients_by_features(call):
+    model, asked = gpt().requires_grad_(False), AttentionRecord()
+    captions, features = of_features(CAPTIONS)
+    reading = model.read(captions).recorded(asked)
+    if call == "hidden":
+        model.hidden(reading, IDS[:, :-1])
+    else:
+        cache = model.new_cache(3, 9)
+        model.prefill(reading, cache)
+        if call == "step":
+            asked.clear()
+            model.step(IDS[:, :4], cache)
+    for layer in range(DEPTH):
+        (gradient,) = torch.autograd.grad(asked.maps[layer][0][:, :, :, 0].sum(), features, retain_graph=True)
+        assert gradient[CAPTIONS.mask].any(dim=-1).all(), "of every column that is seen"
+        assert not gradient[~CAPTIONS.mask].any()
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_outputs_have_gradients_by_features_and_weights(build):
+    model = build().requires_grad_(False)
+    captions, features = of_features(CAPTIONS)
+    weights = torch.zeros(CAPTIONS.mask.shape, requires_grad=True)
+    captions = dataclasses.replace(captions, log_weights=weights)
+    result = outputs(model, captions)[:2].square().sum()
+    by_features, by_weights = torch.autograd.grad(result, [features, weights])
+    seen = CAPTIONS.mask[:2]
+    assert by_features[:2][seen].any(dim=-1).all()
+    assert by_weights[:2][seen].all()
+    assert not by_weights[2].any()
+    step = 1e-2 * by_weights / by_weights.abs().max()
+    with torch.no_grad():
+        moved = [outputs(model, dataclasses.replace(CAPTIONS, log_weights=sign * step))[:2] for sign in (1, -1)]
+    slope = (moved[0].square().sum() - moved[1].square().sum()) / 2
+    assert slope.item() == pytest.approx((step * by_weights).sum().item(), rel=0.02)
+
+
+def test_a_map_of_an_xar_has_gradients_by_features():
+    model, (captions, features) = xar().requires_grad_(False), of_features(CAPTIONS)
+    asked, _ = record_of(model, captions)
+    for layer in range(DEPTH):
+        (gradient,) = torch.autograd.grad(asked.maps[layer][0][:, :, :, 0].sum(), features, retain_graph=True)
+        assert gradient[CAPTIONS.mask].any(dim=-1).all()
+
+
+# ---------------------------------------------------------------- captions as a prefix
+
+PREFIXED = [pytest.param({}, id="learned"), pytest.param({"positions": "rotary_2d"}, id="llamagen")]
+
+
+@pytest.mark.parametrize("variant", PREFIXED)
+def test_ragged_captions_equal_one_by_one(variant):
+    model = gpt(BEFORE, **variant)
+    with torch.no_grad():
+        together = model.logits(CAPTIONS, IDS)
+        alone = [model.logits(Captions.pad([row]), IDS[i : i + 1]) for i, row in enumerate(ROWS)]
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model.logits(CAPTIONS[[1, 1, 1]], IDS), together, atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", PREFIXED)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_sample_depends_on_its_caption_alone(variant, guidance):
+    model = gpt(BEFORE, **variant)
+    sampling = dataclasses.replace(model.config.sampling, guidance=guidance)
+    options = {"seed": 9, "sampling": sampling}
+    batch = model.generate(CAPTIONS, indices=[10, 11, 12], **options).ids
+    assert torch.equal(model.generate(CAPTIONS, indices=[10, 11, 12], cached=False, **options).ids, batch)
+    alone = [model.generate(Captions.pad([row]), indices=[10 + i], **options).ids for i, row in enumerate(ROWS)]
+    assert torch.equal(torch.cat(alone), batch)
+
+
+def test_windows_behind_a_ragged_prefix_equal_a_fresh_forward():
+    model = gpt(BEFORE)
+    cache = model.new_cache(3, 9)
+    with torch.no_grad():
+        expected = model.logits(CAPTIONS, IDS)
+        model.prefill(CAPTIONS, cache)
+        model.step(IDS[:, :5], cache)
+        cache.truncate(LONGEST + torch.tensor([1, 3, 2]))  # rows of different lengths
+        rows = torch.arange(3)[:, None]
+        columns = torch.tensor([1, 3, 2])[:, None] + torch.arange(3)
+        found = model.step(IDS[rows, columns], cache)
+    torch.testing.assert_close(found, expected[rows, columns + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_no_caption_is_seen_where_the_caption_is():
+    model = gpt(BEFORE)
+    none = model.unconditional(CAPTIONS)
+    assert none.mask.sum(1).tolist() == [3, 6, 2]
+    assert none.mask[:, -1].all()
+    assert torch.equal(none.features[1], model.no_caption)
+    both = model.with_unconditional(CAPTIONS)
+    with torch.no_grad():
+        twice = model.logits(both, IDS.repeat(2, 1))
+        torch.testing.assert_close(twice[:3], model.logits(CAPTIONS, IDS))
+        torch.testing.assert_close(twice[3:], model.logits(none, IDS))
+
+
+def test_dropped_captions_are_none_of_their_length():
+    model = gpt(dataclasses.replace(BEFORE, drop=1.0), dropout=0.0)
+    with torch.no_grad():
+        logits = model.logits(model.unconditional(CAPTIONS), IDS)
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+    found = model(Tokens.full(IDS), CAPTIONS, generator=generator()).total
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", PREFIXED)
+def test_a_model_with_a_prefix_is_trained_but_for_none(variant):
+    model = gpt(dataclasses.replace(BEFORE, drop=0.5), **variant).train()
+    model(Tokens.full(IDS), CAPTIONS, generator=generator(2)).total.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert "no_caption" in model.state_dict()
+    assert not any("cross" in name or "start" in name for name in model.state_dict())
+
+
+def test_a_reading_says_what_the_network_sees():
+    across, before = gpt().read(CAPTIONS), gpt(BEFORE).read(CAPTIONS)
+    assert across.prefix.shape == (3, 1, 32)
+    assert across.prefix_mask is None
+    assert len(across.memory.layers) == DEPTH
+    assert before.prefix.shape == (3, LONGEST, 32)
+    assert before.prefix_mask.tolist() == [[False] * 3 + [True] * 3, [True] * 6, [False] * 4 + [True] * 2]
+    assert before.memory is None
+    assert before.recorded(AttentionRecord()) == before
+    classes = gpt(StartPlusClass(num_classes=5)).read(torch.tensor([0, 4]))
+    assert isinstance(classes, Reading)
+    assert classes.prefix.shape == (2, 1, 32)
+    assert xar().read(CAPTIONS).prefix is None
