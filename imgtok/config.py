@@ -3,6 +3,7 @@
 A configuration is a keyword-only dataclass with a doc string literal under each field; ranges are
 `Annotated` types (`PositiveInt`, `Fraction`, ...). A field that may hold one of several dataclasses is
 written as their union, and the field `kind: Literal["..."]` of each selects it: the union is the registry.
+Where the members are entries of a table, and only the chosen one shall be imported, it is a `Section` with a `ByKind`.
 Every mistake raises `ConfigError`, which names the file, the field, what was given and what is allowed.
 """
 
@@ -12,6 +13,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import itertools
 import math
@@ -146,7 +148,7 @@ def describe(kind: Any, default: Any = None, prefix: str = "", when: str = "") -
         annotation = _hints(kind)[field.name]
         value = getattr(default, field.name) if default is not None else _default(field)
         name = prefix + field.name
-        sections = _sections(annotation)
+        sections = _sections(annotation, every=True)
         shown = "required" if value is dataclasses.MISSING else _show(_plain(value))
         if not sections:
             lines.append(FieldHelp(name, _expected(annotation), shown, docs.get(field.name, ""), when))
@@ -206,6 +208,149 @@ class Settings(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+
+
+# ------------------------------------------------------------------------- sections chosen from a table
+
+
+class ByKind:
+    """A union of configurations that is read from a table, in `Annotated[Section, ByKind(table)]`.
+
+    The table leads from a `kind` to "module:Class" of a model, whose `config_class` is the dataclass. Only the chosen
+    module is imported; help imports all.
+    """
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        self.table = table
+
+    def config_class(self, kind: str) -> Any:
+        """The dataclass of a kind that is in the table."""
+        module, _, name = self.table[kind].partition(":")
+        return getattr(importlib.import_module(module), name).config_class
+
+
+class Section:
+    """The fields of a configuration that were given, of a dataclass that its `kind` chose from a table.
+
+    It is kept as it was given because the rest may come from elsewhere: from another model's configuration, and from
+    data. `over` puts all together. Field by field, what was given has been checked.
+    """
+
+    def __init__(self, config_class: Any, given: Mapping[str, Any], place: _Place) -> None:
+        """`config_class` is None where no kind was given."""
+        self.config_class, self.given, self._place = config_class, dict(given), place
+
+    @classmethod
+    def of(cls, config: Any) -> Section:
+        """A section as it is; of an instance of a dataclass, made in Python, the fields that differ from their defaults:
+        the others count as not given.
+        """
+        return config if isinstance(config, Section) else cls(type(config), _differing(config), _Place("", "model"))
+
+    def over(self, base: Any = None, facts: Mapping[str, Any] | None = None, holder: str = "the data") -> Any:
+        """An instance of the dataclass: the given fields, then `facts`, then those of the instance `base`, then defaults.
+
+        `facts` are values that are not open to choice, by dotted names such as "condition.num_classes"; those which the
+        dataclass has no field for are passed over. Raises ConfigError for a given value that contradicts a fact, which
+        the message says is that of `holder`, for another kind than `base`'s, and as `from_dict` does.
+        """
+        kind = self.config_class or type(base)
+        if kind is type(None):
+            raise self._place.child("kind").error("is required")
+        if base is not None and not isinstance(base, kind):
+            mine, other = _kind_name(kind), _kind_name(type(base))
+            raise self._place.child("kind").error(f"given {mine!r}, but the model to start from is of kind {other!r}")
+        data = _with_facts(kind, self.given, base, facts or {}, self._place, holder)
+        return _build(kind, data, self._place, base)
+
+    @property
+    def kind(self) -> str | None:
+        """The name that chose the dataclass; None where none was given."""
+        return None if self.config_class is None else _kind_name(self.config_class)
+
+    def plain(self) -> dict[str, Any]:
+        """What was given, as `to_dict` has it."""
+        chosen = {} if self.kind is None else {"kind": self.kind}
+        return chosen | {name: _plain(_parsed(value)) for name, value in self.given.items()}
+
+    def __eq__(self, other: object) -> bool:
+        if dataclasses.is_dataclass(other):
+            return type(other) is self.config_class and Section.of(other).plain() == self.plain()
+        return isinstance(other, Section) and self.plain() == other.plain()
+
+    def __hash__(self) -> int:
+        return hash((self.kind, frozenset(self.given)))
+
+    def __repr__(self) -> str:
+        return f"Section({self.plain()!r})"
+
+
+def _differing(config: Any) -> dict[str, Any]:
+    """The fields of an instance that are not at their defaults."""
+    values = {field.name: (getattr(config, field.name), _default(field)) for field in dataclasses.fields(config)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _with_facts(
+    kind: Any, given: Mapping[str, Any], base: Any, facts: Mapping[str, Any], place: _Place, holder: str
+) -> dict[str, Any]:
+    """The given fields of the dataclass `kind` with the facts among them; ConfigError where the two differ."""
+    data, hints, nested = dict(given), _hints(kind), dict[str, dict[str, Any]]()
+    for name, fact in facts.items():
+        head, dot, rest = name.partition(".")
+        if head not in hints:
+            continue
+        if dot:
+            nested.setdefault(head, {})[rest] = fact
+            continue
+        if head in data:
+            mine = _convert(hints[head], data[head], place.child(head), None)
+            if mine != fact:
+                text = f"given {_show(_plain(mine))}, but {holder} decides it: {_show(_plain(fact))}; leave it out"
+                raise place.child(head).error(text, data[head])
+        data[head] = fact
+    defaults = {field.name: _default(field) for field in dataclasses.fields(kind)} if base is None else vars(base)
+    for head, inner in nested.items():
+        section, default = data.get(head, {}), defaults[head]
+        section = section.parsed() if isinstance(section, _Raw) else section
+        if dataclasses.is_dataclass(section):
+            chosen, section = type(section), {"kind": _kind_name(type(section)), **_differing(section)}
+        else:
+            chosen = _choose(_sections(hints[head]), section, place.child(head), default)
+        default = default if isinstance(default, chosen) else None
+        data[head] = _with_facts(chosen, section, default, inner, place.child(head), holder)
+    return data
+
+
+def _choose_from(table: ByKind, value: Any, place: _Place, default: Any) -> Any:
+    """The `Section` that a mapping is, or an instance or a section as it is, of a kind in the table."""
+    if dataclasses.is_dataclass(value) or isinstance(value, Section):
+        kind = value.kind if isinstance(value, Section) else _kind_name(type(value))
+        if kind is None or (kind in table.table and Section.of(value).config_class is table.config_class(kind)):
+            return value
+        raise place.refuse(kind, "a section with kind " + _any_of(table.table))
+    data = value.parsed() if isinstance(value, _Raw) else value
+    if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
+        raise place.refuse(value, "a section with kind " + _any_of(table.table))
+    kind = str(_parsed(data["kind"])) if "kind" in data else getattr(default, "kind", None)
+    if kind is None:
+        return Section(None, data, place)
+    if kind not in table.table:
+        raise place.child("kind").refuse(data["kind"], _any_of(table.table) + _did_you_mean(kind, table.table))
+    config_class, given = table.config_class(kind), {name: item for name, item in data.items() if name != "kind"}
+    hints = _hints(config_class)
+    for name, item in given.items():
+        if name not in hints:
+            raise _Place(place.source).error(_unknown_field(config_class, name, place.path), item)
+        fallback = next(_default(field) for field in dataclasses.fields(config_class) if field.name == name)
+        _convert(hints[name], item, place.child(name), fallback)
+    return Section(config_class, given, place)
+
+
+def _table(annotation: Any) -> ByKind | None:
+    """The table of a section that is chosen from one."""
+    metadata = annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
+    return next((item for item in metadata if isinstance(item, ByKind)), None)
 
 
 # ------------------------------------------------------------------------------------------- internals
@@ -310,6 +455,10 @@ def _build(kind: type, data: Any, place: _Place, default: Any) -> Any:
             values[field.name] = fallback
     try:
         return kind(**values)
+    except ConfigError as error:
+        if str(error).startswith((f"{place.source}: ", "command line: ")):  # a section put together by a check
+            raise
+        raise place.error(str(error)) from error
     except ValueError as error:
         raise place.error(str(error)) from error
 
@@ -319,6 +468,8 @@ def _convert(annotation: Any, value: Any, place: _Place, default: Any) -> Any:
     origin = typing.get_origin(annotation)
     if origin in (Union, types.UnionType):
         return _convert_union(annotation, value, place, default)
+    if (table := _table(annotation)) is not None:
+        return _choose_from(table, value, place, default)
     if origin is Annotated:
         number = _scalar(annotation.__origin__, value)
         limits = [limit for limit in annotation.__metadata__ if isinstance(limit, Range)]
@@ -427,6 +578,8 @@ def _finite(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.plain()
     if isinstance(value, Settings):
         return {name: _plain(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -450,9 +603,16 @@ def _options(annotation: Any) -> list[Any]:
     return [option for option in typing.get_args(annotation) if option is not types.NoneType]
 
 
-def _sections(annotation: Any) -> list[Any]:
-    """The dataclasses among the members of a union, or the annotation alone if it is one."""
-    return [option for option in _options(annotation) if dataclasses.is_dataclass(option)]
+def _sections(annotation: Any, every: bool = False) -> list[Any]:
+    """The dataclasses among the members of a union, or the annotation alone if it is one; `every` imports a table's."""
+    sections: list[Any] = []
+    for option in _options(annotation):
+        table = _table(option)
+        if table is not None and every:
+            sections += map(table.config_class, table.table)
+        elif dataclasses.is_dataclass(option):
+            sections.append(option)
+    return sections
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -469,6 +629,8 @@ def _kind_name(kind: Any) -> str:
 def _expected(annotation: Any, python: bool = False) -> str:
     """What a field accepts, in words that follow "must be"."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if (table := _table(annotation)) is not None:
+        return "a section with kind " + _any_of(table.table)
     if origin is Annotated:
         return " ".join([_expected(args[0], python), *(str(a) for a in args[1:] if isinstance(a, Range))])
     if origin is Literal:
