@@ -15,7 +15,7 @@ Shapes: B images, R rows of a call, T columns of a caption, P prefix slots, W ch
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,8 @@ class ConditionalGenerator(nn.Module, Pretrained):
     `cross_attention`.
     """
 
+    learns_from: ClassVar[Literal["tokens", "latents"]]
+    """What it draws, and so what its cache holds and its decoder takes."""
     config: ConditionConfig
     text_proj: nn.Sequential | None
     empty_caption: Tensor | None
@@ -185,6 +187,10 @@ class ConditionalGenerator(nn.Module, Pretrained):
             none = torch.randn(condition.text_length, condition.text_width) / condition.text_width**0.5
         self.register_buffer("empty_caption", empty)
         self.register_buffer("no_caption", none)
+
+    def recompute_activations(self) -> None:
+        """From now on compute activations again in the backward pass. Raises ValueError for a model that cannot."""
+        raise ValueError(f"checkpoint_activations: {type(self).__name__} keeps its activations; leave it out")
 
     @property
     def null_class(self) -> int:

@@ -205,6 +205,7 @@ class GPT(ConditionalGenerator):
     """Class- or text-conditional GPT. Calling it gives the training loss; `generate` samples."""
 
     config_class: ClassVar[type] = GPTConfig
+    learns_from = "tokens"
     config: GPTConfig
     rotary: Tensor | None
     start: nn.Parameter | None

@@ -281,6 +281,7 @@ class XAR(ConditionalGenerator):
     """Class- or text-conditional xAR. Calling it gives the training loss; `generate` samples."""
 
     config_class: ClassVar[type] = XARConfig
+    learns_from = "latents"
     config: XARConfig
     rotary: Tensor
     entity: Tensor

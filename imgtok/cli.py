@@ -76,7 +76,8 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
     The first other word fills the field `positional`. Dashes in names stand for underscores. Raises
     ConfigError for an unknown name (with the known ones) or a value that does not fit.
     """
-    known = {line.name: line for line in describe(config_class)}
+    # which options are flags; a description imports all that a union holds, so only where it is needed
+    known = {line.name: line for line in describe(config_class)} if any(w.startswith("--") for w in argv) else {}
     path: Path | None = None
     overrides: list[str] = []
     words = list(argv)

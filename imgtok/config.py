@@ -242,13 +242,14 @@ class Section:
 
     @classmethod
     def of(cls, config: Any) -> Section:
-        """A section as it is; of an instance of a dataclass, made in Python, the fields that differ from their defaults:
-        the others count as not given.
+        """A section as it is; of a dataclass instance, made in Python, the fields that differ from their defaults: the
+        others count as not given.
         """
         return config if isinstance(config, Section) else cls(type(config), _differing(config), _Place("", "model"))
 
     def over(self, base: Any = None, facts: Mapping[str, Any] | None = None, holder: str = "the data") -> Any:
-        """An instance of the dataclass: the given fields, then `facts`, then those of the instance `base`, then defaults.
+        """An instance of the dataclass: the given fields, then `facts`, then the fields of the instance `base`, then
+        defaults.
 
         `facts` are values that are not open to choice, by dotted names such as "condition.num_classes"; those which the
         dataclass has no field for are passed over. Raises ConfigError for a given value that contradicts a fact, which
@@ -262,6 +263,11 @@ class Section:
             raise self._place.child("kind").error(f"given {mine!r}, but the model to start from is of kind {other!r}")
         data = _with_facts(kind, self.given, base, facts or {}, self._place, holder)
         return _build(kind, data, self._place, base)
+
+    @property
+    def place(self) -> _Place:
+        """Where it stands, for messages."""
+        return self._place
 
     @property
     def kind(self) -> str | None:

@@ -13,25 +13,26 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
-from imgtok import pictures
+from imgtok import hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, check
+from imgtok.config import ByKind, NonNegativeInt, PositiveInt, Range, Section, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch, eval_loader
+from imgtok.hub import Found
 from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.base import Losses
-from imgtok.tokenizers.vae import VAE, VAEConfig
+from imgtok.tokenizers.base import Autoencoder, Losses
 from imgtok.train.config import TrainingConfig
 from imgtok.train.image_job import ImageJob, Judged, open_split
+from imgtok.train.initialise import check_kind, configure, find_init, start_from
 from imgtok.train.loop import ParameterGroup, fit
 
 
@@ -53,8 +54,14 @@ class Config:
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
     image_size: PositiveInt
     """Pixels a side of the training images; the finished model takes any multiple of its `factor`."""
-    model: VAEConfig = VAEConfig()
-    """The autoencoder."""
+    model: Annotated[Section, ByKind(hub.AUTOENCODERS)] | None = None
+    """The autoencoder. With `init`, null or a field left out is as there."""
+    init: str | None = None
+    """Any name of an autoencoder whose weights the training starts from; null starts afresh."""
+    init_new: tuple[str, ...] = ()
+    """Patterns of the parameters that may start afresh, because `init` lacks them or has another shape."""
+    init_drop: tuple[str, ...] = ()
+    """Patterns of the parameters of `init` that are left out."""
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
     """What its reconstructions are judged by; the model's own loss (a KL divergence) is added."""
     num_preview: NonNegativeInt = 12
@@ -66,29 +73,42 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.image_size % self.model.factor:
-            raise ValueError(
-                f"image_size: {self.image_size} is not a multiple of {self.model.factor}, "
-                "the pixels a side of one cell of the model's latents"
-            )
+        check_kind(self.model, self.init)
         self.loss.check_size(self.image_size)
+        if self.init is None:
+            check_factor(self, configure(self.model, None))
+
+
+def check_factor(config: Config, model: Any) -> None:
+    """Raise ValueError for images that do not divide into cells of the latents."""
+    if config.image_size % model.factor:
+        raise ValueError(
+            f"image_size: {config.image_size} is not a multiple of {model.factor}, the pixels a side of one cell of "
+            "the latents"
+        )
 
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
     # first: what a missing file has to say should not wait for the data
     perceptual = config.loss.load_perceptual(config.image_size)
-    model = build_model(config)
+    init = find_init(config.init, Autoencoder)
+    config = replace(config, model=configure(config.model, init))
+    check_factor(config, config.model)
+    model = build_model(config, init)
     size = config.image_size
     source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     fit(AutoencoderJob(config, model, perceptual, source, shown), config.training, config.out, config)
 
 
-def build_model(config: Config) -> Judged:
-    """A freshly initialised autoencoder and its losses; the weights depend on the seed alone."""
+def build_model(config: Config, init: Found | None = None) -> Judged:
+    """An autoencoder with the weights of `init` or fresh ones, and its losses; these depend on the seed alone."""
+    model = configure(config.model, init)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     start = config.loss.adversarial_start * config.training.accumulate
-    return Judged(VAE(config.model), config.loss, start=start)
+    judged = Judged(hub.model_class(model.kind)(model), config.loss, start=start)
+    start_from(judged.model, init, config.init_new, config.init_drop)
+    return judged
 
 
 class AutoencoderJob(ImageJob):
@@ -117,18 +137,16 @@ class AutoencoderJob(ImageJob):
         """Held-out images above their reconstructions."""
         if not self.config.num_preview:
             return
-        assert isinstance(model, Judged)
         device = next(model.parameters()).device
         originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
-        decoded = model.model.decode(model.model.encode(originals)).clamp(-1, 1)
+        decoded = self.judged.model.reconstruct(originals)
         rows = {"original": originals, "decoded": decoded}
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
         pictures.save_png(grid, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The autoencoder's folder, after what is measured at the end was measured on held-out images."""
-        assert isinstance(model, Judged)
-        autoencoder = model.model
+        autoencoder = self.judged.model
         device = next(autoencoder.parameters()).device
         chosen = range(0, len(self.shown), -(-len(self.shown) // 256))  # not the first: those may all be of one class
         batches = eval_loader(self.shown, self.config.training.batch_size, indices=chosen)

@@ -18,8 +18,8 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig, ImageSource, Views, open_images
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, fingerprint
-from imgtok.hub import find_folder, load
+from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter
+from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate, Tokenizer
@@ -100,15 +100,15 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     state = process_state()
-    folder = find_folder(config.tokenizer)
-    tokenizer = load(folder, expect=Tokenizer).to(state.device)
+    found = resolve(config.tokenizer, expect=Tokenizer)
+    tokenizer = load(found).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
     views = config.views
     rate = None if config.rate is None else Rate.parse(config.rate)
     if rate is not None:
         tokenizer.check_rate(rate)
     info = TokenCacheInfo(
-        fingerprint=fingerprint(folder),
+        fingerprint=found.fingerprint(),
         dataset=json.dumps(to_dict(config.data), sort_keys=True),
         split=config.split,
         image_size=tokenizer.image_size,

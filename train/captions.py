@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import LatentDataset, Latents
 from imgtok.data.tokens import TokenDataset
-from imgtok.generators.conditioning import Condition, ConditionConfig
-
-C = TypeVar("C", bound=ConditionConfig)
+from imgtok.generators.conditioning import Condition
 
 
 def open_captions(folder: Path | None, images: TokenDataset | Latents) -> CaptionDataset | None:
@@ -40,16 +38,16 @@ def digest_with(digest: str, captions: CaptionDataset | None) -> str:
     return digest if captions is None else f"{digest}-{captions.info.digest}"
 
 
-def with_condition_fields(model: C, images: TokenDataset | Latents, captions: CaptionDataset | None) -> C:
-    """The configuration with what classes or captions decide filled in."""
+def condition_facts(num_classes: int, captions: CaptionDataset | None) -> dict[str, Any]:
+    """What classes or captions decide of a generator's configuration, for `imgtok.config.Section.over`."""
     if captions is None:
-        return model.with_condition(num_classes=max(images.num_classes, 1))
-    return model.with_condition(
-        text_width=captions.info.width,
-        text_length=captions.info.max_length,
-        empty_length=len(captions.empty),
-        text_encoder=captions.info.encoder,
-    )
+        return {"condition.num_classes": max(num_classes, 1)}
+    return {
+        "condition.text_width": captions.info.width,
+        "condition.text_length": captions.info.max_length,
+        "condition.empty_length": len(captions.empty),
+        "condition.text_encoder": captions.info.encoder,
+    }
 
 
 def preview_condition(

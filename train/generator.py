@@ -1,7 +1,7 @@
-"""`imgtok train generator`: trains a generator on the cached tokens or latents of a frozen tokenizer.
+"""`imgtok train generator`: trains a generator on what a frozen tokenizer or autoencoder made of a data set.
 
-A GPT learns from the ids that `imgtok cache` wrote, an xAR (`train/latent_generator.py` has its job) from the latents
-of an autoencoder that `imgtok cache latents` wrote.
+Which of the two caches a generator takes, tokens (`imgtok cache`) or latents (`imgtok cache latents`), its class says
+by `learns_from`; `imgtok.data.content` makes the two alike.
 """
 
 from __future__ import annotations
@@ -11,26 +11,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from imgtok import pictures
+from imgtok import hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, check
+from imgtok.config import ByKind, NonNegativeInt, PositiveFloat, Section, Settings, check
 from imgtok.data.captions import CaptionDataset
-from imgtok.data.latents import open_latents
-from imgtok.data.loaders import TokenBatch, token_loader
-from imgtok.data.tokens import TokenDataset, fingerprint
-from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
-from imgtok.generators.xar import XAR, XARConfig
-from imgtok.hub import find_folder, load
-from imgtok.tokenizers.base import Losses, Tokenizer
-from imgtok.tokenizers.vae import load_vae
-from imgtok.train.captions import digest_with, open_captions, preview_condition, with_condition_fields
+from imgtok.data.content import CONTENTS, Content
+from imgtok.data.latents import LatentBatch
+from imgtok.data.tokens import TokenBatch
+from imgtok.generators.conditioning import ConditionalGenerator
+from imgtok.hub import Found
+from imgtok.tokenizers.base import Losses
+from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition
 from imgtok.train.config import TrainingConfig
-from imgtok.train.latent_generator import LatentGeneratorJob
+from imgtok.train.initialise import check_kind, configure, find_init, start_from
 from imgtok.train.loop import Job, fit
 
 
@@ -45,116 +43,118 @@ class Config:
     out: Path
     """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
     tokens: Path | None = None
-    """Folder of cached tokens, for model.kind=gpt."""
+    """Folder of cached tokens, for a generator that learns from tokens."""
     latents: Path | None = None
-    """Folder of cached latents, for model.kind=xar: of `imgtok cache latents`, or MAR's .npz files."""
+    """Folder of cached latents, for a generator that learns from latents: of `imgtok cache latents`, or MAR's .npz
+    files."""
     tokenizer: str
-    """Model folder or Hub name of the tokenizer that made the tokens; for latents the autoencoder, also as a file like
-    kl16.ckpt or one that ships with imgtok (`shapes32`). Copied into `final/tokenizer`."""
+    """Any name of the tokenizer that made the tokens, or of the autoencoder that made the latents: a folder, a Hub
+    name, a file like kl16.ckpt, or one that ships with imgtok (`shapes32`). Copied into `final/tokenizer`."""
     vae_scaling_factor: PositiveFloat | None = None
-    """Factor on the autoencoder's latents, as their cache was made with; null takes its own. For model.kind=xar."""
+    """Factor on the autoencoder's latents, as their cache was made with; null takes its own."""
     text: Path | None = None
     """Folder of cached text features of the same images, for a model.condition that reads text."""
     made_from: str | None = None
     """Fingerprint of the tokens' (and texts') models and data, filled in at the start: a run goes on only with the
     same."""
-    model: GPTConfig | XARConfig = GPTConfig()
-    """The model. What the data decides is filled in: vocabulary, length and classes from the tokens, text fields from
-    `text`; channels and classes from the latents."""
+    model: Annotated[Section, ByKind(hub.GENERATORS)] | None = None
+    """The model. What the data decides is filled in (vocabulary, length, channels, grid, classes, text fields) and may
+    be left out; another value is refused. With `init`, null or a field left out is as there."""
+    init: str | None = None
+    """Any name of a generator whose weights the training starts from; null starts afresh."""
+    init_new: tuple[str, ...] = ()
+    """Patterns (such as head.*) of the parameters that may start afresh, because `init` lacks them or has another
+    shape."""
+    init_drop: tuple[str, ...] = ()
+    """Patterns of the parameters of `init` that are left out."""
     share_digits: bool = False
     """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How previews of a GPT are drawn; an xAR's are as `model.sampling` says."""
+    sampling: Settings = Settings()
+    """How previews are drawn: the model's own settings, in place of those in `model.sampling`."""
     num_preview: NonNegativeInt = 64
     """Images in a preview."""
     checkpoint_activations: bool = False
-    """Compute an xAR's blocks again in the backward pass instead of keeping their activations: memory for time."""
+    """Compute blocks again in the backward pass instead of keeping their activations: memory for time."""
     training: TrainingConfig
     """Length, optimiser, precision, logging."""
 
     def __post_init__(self) -> None:
         check(self)
-        needed, other = ("latents", "tokens") if isinstance(self.model, XARConfig) else ("tokens", "latents")
-        if getattr(self, needed) is None:
-            what = "imgtok cache latents" if needed == "latents" else "imgtok cache"
-            raise ValueError(f"{needed}: is required with model.kind={self.model.kind}; `{what}` makes such a folder")
-        if getattr(self, other) is not None:
-            raise ValueError(f"{other}: model.kind={self.model.kind} learns from {needed}; leave {other} out")
-        if self.checkpoint_activations and not isinstance(self.model, XARConfig):
-            raise ValueError("checkpoint_activations: only for model.kind=xar; leave it out")
-        if self.vae_scaling_factor is not None and not isinstance(self.model, XARConfig):
-            raise ValueError("vae_scaling_factor: only for model.kind=xar; a tokenizer has its own, leave it out")
-        if isinstance(self.model, XARConfig) and self.share_digits:
-            raise ValueError("share_digits: only for model.kind=gpt, latents have no digits; leave it out")
-        if self.model.reads_text and self.text is None:
-            raise ValueError(
-                f"text: is required with model.condition.kind={self.model.condition.kind}; `imgtok cache text` makes "
-                "such a folder"
-            )
-        if self.text is not None and not self.model.reads_text:
-            raise ValueError(
-                f"text: model.condition.kind={self.model.condition.kind} reads no text; set "
-                "model.condition.kind=cross_attention"
-            )
+        check_kind(self.model, self.init)
+        kind = None if self.model is None else self.model.kind
+        if kind is not None:
+            check_inputs(self, hub.model_class(kind))
+
+
+def check_inputs(config: Config, model_class: type[ConditionalGenerator]) -> None:
+    """Raise ValueError for a cache that a generator of this class needs, or has no use for."""
+    kind, needed = model_class.config_class.kind, model_class.learns_from
+    (other,) = set(CONTENTS) - {needed}
+    if getattr(config, needed) is None:
+        command = CONTENTS[needed].COMMAND
+        raise ValueError(f"{needed}: is required with model.kind={kind}; `{command}` makes such a folder")
+    if getattr(config, other) is not None:
+        raise ValueError(f"{other}: model.kind={kind} learns from {needed}; leave {other} out")
+    if needed == "tokens" and config.vae_scaling_factor is not None:
+        raise ValueError("vae_scaling_factor: a tokenizer has its own; only for latents, leave it out")
 
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
-    if isinstance(config.model, XARConfig):
-        train_on_latents(config, config.model)
-    else:
-        train_on_tokens(config, config.model)
-
-
-def train_on_latents(config: Config, model_config: XARConfig) -> None:
-    """An xAR."""
-    assert config.latents is not None, "Config has checked this"
-    vae = load_vae(config.tokenizer, config.vae_scaling_factor)
-    latents = open_latents(config.latents, vae)
-    if model_config.grid != latents.grid:
-        raise ValueError(
-            f"model.grid: {model_config.grid}, but {config.latents} holds latents of {latents.grid} x {latents.grid}: "
-            f"set model.grid={latents.grid}, and entities that tile it"
-        )
-    captions = open_captions(config.text, latents)
-    config = with_fingerprint(config, digest_with(latents.digest, captions))
-    model_config = with_condition_fields(model_config, latents, captions)
-    model_config = replace(model_config, latent_channels=latents.latent_channels)
+    init = find_init(config.init, ConditionalGenerator)
+    kind = config.model.kind if config.model is not None else None
+    model_class = hub.model_class(kind) if kind is not None else find_class(config, init)
+    found = hub.resolve(config.tokenizer)
+    if config.vae_scaling_factor is not None:
+        found = found.with_config(scaling_factor=config.vae_scaling_factor)
+    folder: Path = getattr(config, model_class.learns_from)
+    content = CONTENTS[model_class.learns_from](folder, found)
+    captions = open_captions(config.text, content.cache)
+    config = with_fingerprint(config, digest_with(content.digest, captions))
+    facts = facts_of(config, content, captions, model_class)
+    config = replace(config, model=configure(config.model, init, facts, f"the data in {folder}"))
+    check_text(config.model, config)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    model = XAR(model_config)
+    model = model_class(config.model)
+    start_from(model, init, config.init_new, config.init_drop)
     if captions is not None:
         model.set_empty_caption(captions.empty)
     if config.checkpoint_activations:
         model.recompute_activations()
-    job = LatentGeneratorJob(model, latents, vae, config.training, config.num_preview, captions)
-    fit(job, config.training, config.out, config)
+    fit(GeneratorJob(config, model, content, found, captions), config.training, config.out, config)
 
 
-def train_on_tokens(config: Config, model_config: GPTConfig) -> None:
-    """A GPT."""
-    assert config.tokens is not None, "Config has checked this"
-    folder = find_folder(config.tokenizer)
-    tokenizer = load(folder, expect=Tokenizer)
-    tokens = TokenDataset(config.tokens, expect_fingerprint=fingerprint(folder))
-    captions = open_captions(config.text, tokens)
-    config = with_fingerprint(config, digest_with(tokens.info.digest, captions))
-    torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    model = GPT(filled_in(config, model_config, tokens, tokenizer, captions))
-    if captions is not None:
-        model.set_empty_caption(captions.empty)
-    fit(GeneratorJob(config, model, tokens, tokenizer, folder, captions), config.training, config.out, config)
+def find_class(config: Config, init: Found | None) -> type[ConditionalGenerator]:
+    """The class of the model to start from."""
+    assert init is not None, "Config has checked this"
+    model_class: type[ConditionalGenerator] = init.model_class
+    check_inputs(config, model_class)
+    return model_class
 
 
-def filled_in(
-    config: Config, model: GPTConfig, tokens: TokenDataset, tokenizer: Tokenizer, captions: CaptionDataset | None
-) -> GPTConfig:
-    """The model with what the data decides filled in."""
-    return replace(
-        with_condition_fields(model, tokens, captions),
-        vocab_size=tokenizer.vocab_size,
-        num_tokens=tokens.info.num_tokens,
-        levels=tokenizer.levels if config.share_digits else (),
-    )
+def facts_of(
+    config: Config, content: Content, captions: CaptionDataset | None, model_class: type[ConditionalGenerator]
+) -> dict[str, Any]:
+    """What content and captions decide of the model's configuration."""
+    facts = content.facts | condition_facts(content.num_classes, captions)
+    fields, kind = model_class.config_class.__dataclass_fields__, model_class.config_class.kind
+    if facts.get("ends") and "ends" not in fields:
+        raise ValueError(f"tokens: each image has as many as it needs; model.kind={kind} learns from one length alone")
+    levels = getattr(content.decoder, "levels", ())
+    given = config.model.given.get("levels") if isinstance(config.model, Section) else None
+    if config.share_digits and not (levels and "levels" in fields):
+        what = "the tokenizer's ids have no digits" if "levels" in fields else f"model.kind={kind} knows of no digits"
+        raise ValueError(f"share_digits: {what}; leave it out")
+    return facts | ({"levels": levels} if config.share_digits or given else {})
+
+
+def check_text(model: Any, config: Config) -> None:
+    """Raise ValueError unless there are captions if and only if the model reads them."""
+    name = f"model.condition.kind={model.condition.kind}"
+    if model.reads_text and config.text is None:
+        raise ValueError(f"text: is required with {name}; `imgtok cache text` makes such a folder")
+    if config.text is not None and not model.reads_text:
+        raise ValueError(f"text: {name} reads no text; set model.condition.kind=cross_attention")
 
 
 def with_fingerprint(config: Config, made_from: str) -> Config:
@@ -168,41 +168,41 @@ def with_fingerprint(config: Config, made_from: str) -> Config:
 
 
 class GeneratorJob(Job):
-    """What the training loop needs to know about a generator."""
+    """What the training loop needs to know about a generator. The decoder is there for previews, and saved with it."""
 
     def __init__(
         self,
         config: Config,
-        model: GPT,
-        tokens: TokenDataset,
-        tokenizer: Tokenizer,
-        tokenizer_folder: Path,
+        model: ConditionalGenerator,
+        content: Content,
+        decoder: Found,
         captions: CaptionDataset | None = None,
     ) -> None:
         self.config = config
         self.model: nn.Module = model
-        self.tokens = tokens
-        self.tokenizer = tokenizer
-        self.tokenizer_folder = tokenizer_folder
+        self.content = content
+        self.decoder = decoder
         self.captions = captions
+        own: Any = model.config
+        self.sampling = config.sampling.over(own.sampling, "sampling")
 
-    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch]:
+    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch | LatentBatch]:
         training = self.config.training
-        return token_loader(
-            self.tokens,
+        return self.content.batches(
             training.batch_size,
             seed=training.seed,
             start_step=start_step * training.accumulate,
             rank=rank,
             world=world,
+            num_workers=training.num_workers,
             captions=self.captions,
         )
 
-    def loss(self, model: nn.Module, batch: TokenBatch, generator: torch.Generator) -> Losses:
+    def loss(self, model: nn.Module, batch: TokenBatch | LatentBatch, generator: torch.Generator) -> Losses:
         losses: Losses = model(batch.content, batch.condition, generator=generator)
         return losses
 
-    def names(self, batch: TokenBatch) -> Sequence[str]:
+    def names(self, batch: TokenBatch | LatentBatch) -> Sequence[str]:
         return batch.names
 
     @torch.no_grad()
@@ -210,21 +210,24 @@ class GeneratorJob(Job):
         """Images of the first classes in turn or of the first captions, always from the same seed."""
         if not self.config.num_preview:
             return
-        assert isinstance(model, GPT)
-        device = model.head.weight.device
+        assert isinstance(model, ConditionalGenerator)
+        device = next(model.parameters()).device
         indices = range(self.config.num_preview)
-        classes, images = model.config.num_classes, self.tokens.indices
-        condition = preview_condition(len(indices), classes, images, self.captions, device)
-        tokens = model.generate(condition, seed=0, indices=indices, sampling=self.config.sampling)
-        self.tokenizer.to(device)
-        drawn: Tensor = self.tokenizer.decode(tokens, seed=0, indices=indices)
-        pictures.save_png(pictures.make_grid(drawn, columns=8), path)
+        classes = model.config.num_classes
+        condition = preview_condition(len(indices), classes, self.content.indices, self.captions, device)
+        generate: Any = model.generate
+        drawn = generate(condition, seed=0, indices=indices, sampling=self.sampling)
+        images = self.content.decoder.to(device).decode(drawn, seed=0, indices=indices).clamp(-1, 1)
+        pictures.save_png(pictures.make_grid(images, columns=8), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model folder, with the tokenizer inside: all that sampling needs."""
-        assert isinstance(model, GPT)
+        """The model folder, with the decoder inside: all that sampling needs."""
+        assert isinstance(model, ConditionalGenerator)
         model.save_pretrained(folder)
-        shutil.copytree(self.tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
+        if self.decoder.layout == hub.OURS and self.config.vae_scaling_factor is None:
+            shutil.copytree(self.decoder.path, folder / "tokenizer", dirs_exist_ok=True)
+        else:
+            self.content.decoder.save_pretrained(folder / "tokenizer")
 
 
 if __name__ == "__main__":

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from imgtok import pictures
+from imgtok import hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
+from imgtok.config import ByKind, NonNegativeInt, PositiveFloat, Range, Section, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch
-from imgtok.losses.repa import AlignedFlexTok, REPAConfig, load_teacher, teacher_features
+from imgtok.losses.reconstruction import ReconstructionLossConfig
+from imgtok.losses.repa import Aligned, REPAConfig, load_teacher, teacher_features
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.base import Losses, Tokenizer, powers_of_two
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig
-from imgtok.tokenizers.vae import load_vae
+from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, open_split
-from imgtok.train.loop import fit
+from imgtok.train.image_job import ImageJob, Judged, open_split
+from imgtok.train.initialise import check_kind, configure, find_init, start_from
+from imgtok.train.loop import ParameterGroup, fit
 from imgtok.vision.dino import DINOv2
 
 
@@ -43,17 +44,27 @@ class Config:
     """Which square of a training image is used; the held-out images and shapes are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
-    model: FlexTokConfig = FlexTokConfig()
-    """The model."""
+    model: Annotated[Section, ByKind(hub.TOKENIZERS)] | None = None
+    """The model. With `init`, null or a field left out is as there."""
+    init: str | None = None
+    """Any name of a tokenizer whose weights the training starts from; null starts afresh."""
+    init_new: tuple[str, ...] = ()
+    """Patterns of the parameters that may start afresh, because `init` lacks them or has another shape."""
+    init_drop: tuple[str, ...] = ()
+    """Patterns of the parameters of `init` that are left out."""
     vae: str | None = None
-    """The frozen autoencoder under a tokenizer: a folder or a Hub name, of imgtok's or of a diffusers AutoencoderKL, a
-    file in the layout of `kl16.ckpt`, or one that ships with imgtok (`shapes32`)."""
+    """The frozen autoencoder under the tokenizer, by any name: a folder or a Hub name, of imgtok's or of a diffusers
+    AutoencoderKL, a file in the layout of `kl16.ckpt`, or one that ships with imgtok (`shapes32`)."""
     vae_scaling_factor: PositiveFloat | None = None
     """Factor on the autoencoder's latents; null takes its own."""
+    loss: ReconstructionLossConfig | None = None
+    """What reconstructions are judged by, for tokenizers that decode images while they are trained; null is the plain
+    distances. Others have losses of their own alone."""
     repa: REPAConfig | None = None
-    """Alignment of the decoder with a frozen image encoder while training, such as repa={}; null is none."""
+    """Alignment of one of the tokenizer's blocks with a frozen image encoder while training, such as repa={}; null is
+    none."""
     checkpoint_activations: bool = False
-    """Compute the trunks' activations again in the backward pass instead of keeping them: memory for time."""
+    """Compute blocks again in the backward pass instead of keeping their activations: memory for time."""
     num_preview: NonNegativeInt = 12
     """Held-out images shown in a preview."""
     half: bool = False
@@ -63,45 +74,70 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        check_kind(self.model, self.init)
         if self.vae_scaling_factor is not None and self.vae is None:
             raise ValueError("vae_scaling_factor: there is no autoencoder to scale, name one with vae=FOLDER")
-        if self.repa and self.repa.tap >= self.model.decoder.depth:
-            blocks = self.model.decoder.depth
-            raise ValueError(f"repa.tap: {self.repa.tap}, but the decoder's blocks are 0 to {blocks - 1}")
-        if self.model.vae is not None:
-            raise ValueError(
-                "model.vae: training fills this in from the autoencoder itself, with its trained weights: leave it "
-                "out and name the autoencoder, vae=FOLDER or vae=shapes32"
-            )
+        if self.init is None and self.vae is None:
+            check_autoencoder(configure(self.model, None))
+
+
+def check_autoencoder(model: Any) -> None:
+    """Raise ValueError for an autoencoder that the configuration describes, and whose weights nothing names."""
+    field = hub.model_class(model.kind).stands_on
+    if field is not None and getattr(model, field) is not None:
+        raise ValueError(
+            f"model.{field}: training fills this in from the autoencoder itself, with its trained weights: leave it "
+            "out and name the autoencoder, vae=FOLDER or vae=shapes32"
+        )
 
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
     model = build_model(config)
+    config = replace(config, model=model.config)
     size = model.image_size
     source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job: TokenizerJob
-    if isinstance(model, FlexTok) and config.repa is not None:
+    if config.repa is not None:
         job = AlignedJob(config, model, load_teacher(config.repa), source, shown)
+    elif model.reconstructs:
+        job = JudgedJob(config, model, source, shown)
     else:
         job = TokenizerJob(config, model, source, shown)
     fit(job, config.training, config.out, config)
 
 
 def build_model(config: Config) -> Tokenizer:
-    """A freshly initialised model; its weights depend on the seed alone."""
+    """The model with the weights of `init` or fresh ones, which depend on the seed alone, and with its autoencoder."""
+    init = find_init(config.init, Tokenizer)
+    kind = config.model.kind if config.model is not None else None
+    model_class: type[Tokenizer] = hub.model_class(kind or (init.kind if init else ""))
+    autoencoder = find_autoencoder(config, model_class)
+    facts = {} if autoencoder is None else {str(model_class.stands_on): autoencoder.config}
+    model_config = configure(config.model, init, facts, f"the autoencoder {config.vae}")
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    if config.vae is None:
-        model = FlexTok(config.model)
-    else:
-        vae = load_vae(config.vae, config.vae_scaling_factor)
-        torch.manual_seed(config.training.seed)
-        model = FlexTok(replace(config.model, vae=vae.config))
-        assert model.vae is not None
-        model.vae.load_state_dict(vae.state_dict())
+    model = model_class(model_config)
+    start_from(model, init, config.init_new, config.init_drop)
+    if autoencoder is not None:
+        getattr(model, str(model_class.stands_on)).load_state_dict(autoencoder.state_dict())
     if config.checkpoint_activations:
         model.recompute_activations()
+    if config.loss is not None and not model.reconstructs:
+        raise ValueError(f"loss: a {model_class.__name__} has losses of its own alone; leave loss out")
     return model
+
+
+def find_autoencoder(config: Config, model_class: type[Tokenizer]) -> Autoencoder | None:
+    """The autoencoder that `vae` names. Raises ValueError if the tokenizer has no place for one."""
+    if config.vae is None:
+        return None
+    if model_class.stands_on is None:
+        raise ValueError(f"vae: a {model_class.__name__} stands on no autoencoder; leave vae out")
+    found = hub.resolve(config.vae, expect=Autoencoder)
+    if config.vae_scaling_factor is not None:
+        found = found.with_config(scaling_factor=config.vae_scaling_factor)
+    autoencoder: Autoencoder = hub.load(found)
+    return autoencoder
 
 
 class TokenizerJob(ImageJob):
@@ -110,7 +146,9 @@ class TokenizerJob(ImageJob):
     def __init__(self, config: Config, model: Tokenizer, source: ImageSource, shown: ImageSource) -> None:
         super().__init__(source, shown, config.training)
         self.config = config
+        self.tokenizer = model
         self.model: nn.Module = model
+        """What is trained: the tokenizer, or something around it."""
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         losses: Losses = model(batch.images, generator=generator)
@@ -118,37 +156,56 @@ class TokenizerJob(ImageJob):
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Held-out images above their reconstructions, one row a token count."""
+        """Held-out images above their reconstructions, one row a rate."""
         if not self.config.num_preview:
             return
-        assert isinstance(model, Tokenizer)
         device = next(model.parameters()).device
         originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
-        tokens = model.encode(originals)
-        rows = {"original": originals} | {
-            str(count): model.decode(tokens.truncate(count)) for count in powers_of_two(model.num_tokens)
-        }
+        rates = self.tokenizer.rates()
+        tokens = dict(zip(map(str, rates), self.tokenizer.encode_at(originals, rates), strict=True))
+        rows = {"original": originals} | {rate: self.tokenizer.decode(each) for rate, each in tokens.items()}
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
         pictures.save_png(grid, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The model folder."""
-        assert isinstance(model, Tokenizer)
+        """The tokenizer's folder, without what is only there for training."""
+        tokenizer = self.tokenizer
         if self.config.half:
-            model = copy.deepcopy(model).half()
-        model.save_pretrained(folder)
+            tokenizer = copy.deepcopy(tokenizer).half()
+        tokenizer.save_pretrained(folder)
+
+
+class JudgedJob(TokenizerJob):
+    """A tokenizer that decodes images while it is trained, which are judged."""
+
+    def __init__(self, config: Config, model: Tokenizer, source: ImageSource, shown: ImageSource) -> None:
+        super().__init__(config, model, source, shown)
+        loss = config.loss or ReconstructionLossConfig()
+        loss.check_size(model.image_size)
+        self.perceptual = loss.load_perceptual(model.image_size)
+        self.judged = Judged(model, loss, start=loss.adversarial_start * config.training.accumulate)
+        self.model = self.judged
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        return self.judged.groups()
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        if self.perceptual is not None:
+            self.perceptual.to(batch.images.device)
+        losses: Losses = model(batch.images, generator=generator, perceptual=self.perceptual)
+        return losses
 
 
 class AlignedJob(TokenizerJob):
-    """A FlexTok that is trained with REPA. The teacher is no part of the model: it is neither trained nor saved."""
+    """A tokenizer that is trained with REPA. The teacher is no part of the model: it is neither trained nor saved."""
 
     def __init__(
-        self, config: Config, model: FlexTok, teacher: DINOv2, source: ImageSource, shown: ImageSource
+        self, config: Config, model: Tokenizer, teacher: DINOv2, source: ImageSource, shown: ImageSource
     ) -> None:
         assert config.repa is not None
         super().__init__(config, model, source, shown)
         self.teacher = teacher
-        self.model = AlignedFlexTok(model, config.repa, teacher.width)
+        self.model = Aligned(model, config.repa, teacher.width)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         losses: Losses = model(batch.images, self.targets(batch.images), generator=generator)
@@ -160,15 +217,6 @@ class AlignedJob(TokenizerJob):
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         with torch.autocast(images.device.type, dtype=dtype, enabled=precision != "fp32"):
             return teacher_features(self.teacher.to(images.device), images)
-
-    def preview(self, model: nn.Module, path: Path) -> None:
-        assert isinstance(model, AlignedFlexTok)
-        super().preview(model.tokenizer, path)
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """The tokenizer alone."""
-        assert isinstance(model, AlignedFlexTok)
-        super().save(model.tokenizer, folder)
 
 
 if __name__ == "__main__":

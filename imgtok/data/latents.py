@@ -29,7 +29,8 @@ from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
 from imgtok.text.captions import Captions
-from imgtok.tokenizers.vae import VAE, latents_of_moments
+from imgtok.tokenizers.base import Autoencoder
+from imgtok.tokenizers.vae import latents_of_moments
 from imgtok.weights import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -37,7 +38,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class LatentCacheInfo(CacheInfo):
-    """What a latent cache was made from; `fingerprint` is `VAE.fingerprint`."""
+    """What a latent cache was made from; `fingerprint` is `Autoencoder.fingerprint`."""
 
     PREFIX: ClassVar[str] = "latent"
     COMMAND: ClassVar[str] = "imgtok cache latents"
@@ -118,8 +119,8 @@ class LatentShardWriter:
 class LatentBatch:
     """Latents that go through a generator together."""
 
-    latents: Tensor
-    """(B, C, h, w) float32, scaled."""
+    content: Tensor
+    """What the generator learns to draw: latents (B, C, h, w) float32, scaled."""
     labels: Tensor
     """(B,) int64."""
     names: tuple[str, ...]
@@ -127,15 +128,20 @@ class LatentBatch:
     captions: Captions | None = None
     """Features of their captions, for a generator that reads text."""
 
+    @property
+    def condition(self) -> Tensor | Captions:
+        """What the generator draws them for: captions where there are any, else labels."""
+        return self.labels if self.captions is None else self.captions
+
     def to(self, device: torch.device | str) -> LatentBatch:
         """The same batch on another device."""
-        latents, labels = (tensor.to(device, non_blocking=True) for tensor in (self.latents, self.labels))
+        latents, labels = (tensor.to(device, non_blocking=True) for tensor in (self.content, self.labels))
         return LatentBatch(latents, labels, self.names, self.captions.to(device) if self.captions is not None else None)
 
     def pin_memory(self) -> LatentBatch:
         """The same batch in page-locked memory, from which a GPU copies while the processor goes on."""
         captions = self.captions.pin_memory() if self.captions is not None else None
-        return LatentBatch(self.latents.pin_memory(), self.labels.pin_memory(), self.names, captions)
+        return LatentBatch(self.content.pin_memory(), self.labels.pin_memory(), self.names, captions)
 
 
 class Latents(ABC):
@@ -305,7 +311,7 @@ class MARLatents(Latents):
 # ---------------------------------------------------------------- either
 
 
-def open_latents(folder: Path, vae: VAE, image_size: int | None = None) -> Latents:
+def open_latents(folder: Path, vae: Autoencoder, image_size: int | None = None) -> Latents:
     """The cache in a folder, `imgtok cache latents`' or MAR's, for a generator on the latents of `vae`.
 
     Raises FileNotFoundError when there is none, DataError when it was made by another autoencoder, with another scale

@@ -1,12 +1,12 @@
-"""REPA (arXiv 2410.06940) for FlexTok: early decoder features are drawn towards those of a frozen image encoder.
+"""REPA (arXiv 2410.06940): early features of a tokenizer are drawn towards those of a frozen image encoder.
 
 A flow decoder has to find out by itself what is in an image before it can paint it. DINOv2 already knows: a small
-MLP reads the patches behind one early decoder block and is trained to predict DINOv2's patch features of the clean
+MLP reads the patches after one early block and is trained to predict DINOv2's patch features of the clean
 image, up to their length. The gradient teaches the MLP, that block and those before it, the codes and the encoder.
 It mainly speeds convergence up and helps small token counts. Only training knows of all this: the teacher is
-part of no checkpoint, the MLP part of no saved tokenizer.
+part of no checkpoint, the MLP part of no saved tokenizer. It works with any tokenizer that has `taps`.
 
-Shapes: B batch, N patches, D decoder width, C teacher width, H W the teacher's grid.
+Shapes: B batch, N patches, D width of the tapped block, C teacher width, H W the teacher's grid.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, check
 from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
-from imgtok.tokenizers.base import Losses
-from imgtok.tokenizers.flextok import FlexTok
+from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.vision import dino
 from imgtok.vision.dino import DINOv2
 
 
 @dataclass(frozen=True, kw_only=True)
 class REPAConfig:
-    """Teacher, tapped block and the head between them; the defaults are FlexTok's, as far as they are known."""
+    """Teacher, tapped block and the head between them; the defaults are FlexTok's, as far as they are published."""
 
     encoder: str = "vit_large_patch14_dinov2.lvd142m"
     """timm's name of the teacher: any DINOv2, or another vision transformer."""
@@ -38,12 +37,12 @@ class REPAConfig:
     """Its weights: a file (.safetensors, or .pth and .bin without code), or a folder or Hub repository with
     model.safetensors; null is timm's repository of that name, downloaded unless a cache of this machine has it."""
     image_size: PositiveInt = 518
-    """Pixels a side at which the teacher sees images; divided by its patch size, the grid to which the decoder's map is
+    """Pixels a side at which the teacher sees images; divided by its patch size, the grid to which the block's map is
     interpolated (518 / 14 = 37)."""
     tap: NonNegativeInt = 1
-    """Decoder block whose output is aligned, counted from 0."""
+    """Block whose output is aligned, counted from 0 among those that the tokenizer shows."""
     hidden_multiple: PositiveInt = 4
-    """Hidden width of the head, in decoder widths."""
+    """Hidden width of the head, in widths of the block."""
     layers: PositiveInt = 3
     """Linear layers of the head."""
     weight: NonNegativeFloat = 1.0
@@ -112,15 +111,20 @@ def alignment_loss(projected: Tensor, targets: Tensor) -> Tensor:
     return -F.cosine_similarity(maps, targets, dim=1).mean()
 
 
-class AlignedFlexTok(nn.Module):
-    """A FlexTok and the head beside it: what is trained and checkpointed. Only the `tokenizer` is saved in the end."""
+class Aligned(nn.Module):
+    """A tokenizer and the head beside it: what is trained and checkpointed. In the end the `tokenizer` is saved."""
 
-    def __init__(self, tokenizer: FlexTok, config: REPAConfig, target_width: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: REPAConfig, target_width: int) -> None:
+        """Raises ValueError for a tokenizer that does not show its blocks, or has too few."""
         super().__init__()
-        assert config.tap < tokenizer.config.decoder.depth
+        taps = tokenizer.taps
+        if taps is None:
+            raise ValueError(f"repa: a {type(tokenizer).__name__} shows none of its blocks; leave repa out")
+        if config.tap >= taps.num_blocks:
+            raise ValueError(f"repa.tap: {config.tap}, but the blocks to choose from are 0 to {taps.num_blocks - 1}")
         self.config = config
         self.tokenizer = tokenizer
-        self.projection = Projection(tokenizer.config.decoder.width, config, target_width)
+        self.projection = Projection(taps.width, config, target_width)
 
     def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator) -> Losses:
         """The tokenizer's losses with the alignment to the teacher's `targets` (B, C, H, W) of the same images."""

@@ -7,7 +7,7 @@ in place of tokens. Training, caching, sampling and evaluation take any class th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -74,14 +74,45 @@ class NoDecoding:
         check(self)
 
 
+class Taps(NamedTuple):
+    """The blocks whose patches a tokenizer shows while it is trained: how many there are, and the patches' width."""
+
+    num_blocks: int
+    width: int
+
+
+OnBlock = Callable[[int, Tensor], None]
+"""Sees the number of a block, counted from 0, and the patches (B, N, D) after it, a square grid row by row."""
+
+
 class Tokenizer(nn.Module, Pretrained):
-    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`.
+    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`; or, where
+    `reconstructs`, a `Reconstruction` for the job to judge. One with `taps` also takes `on_block`, an `OnBlock`.
 
     `config.decoding` is an instance of `decoding_class`: the settings that `decode` uses unless it is given others.
     """
 
     decoding_class: ClassVar[type] = NoDecoding
     """The frozen dataclass of the decoder's settings."""
+    stands_on: ClassVar[str | None] = None
+    """The name of a frozen autoencoder's configuration in `config`, and of that autoencoder in the model; None for a
+    tokenizer that has none."""
+    reconstructs: ClassVar[bool] = False
+    """Whether it decodes images while it is trained."""
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Where it `reconstructs`: the weight that gives the images, at which an adaptive weight can be measured."""
+        raise NotImplementedError
+
+    @property
+    def taps(self) -> Taps | None:
+        """What `on_block` sees; None for a tokenizer that does not show its blocks."""
+        return None
+
+    def recompute_activations(self) -> None:
+        """From now on compute activations again in the backward pass. Raises ValueError for a model that cannot."""
+        raise ValueError(f"checkpoint_activations: {type(self).__name__} keeps its activations; leave it out")
 
     @property
     def image_size(self) -> int:

@@ -13,7 +13,7 @@ Shapes: B batch, C H W latents, N patches, K registers, D width, n FSQ dimension
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -31,7 +31,7 @@ from imgtok.layers.patches import patchify, unpatchify
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.layers.recompute import call_block
 from imgtok.quantizers.fsq import FSQ
-from imgtok.tokenizers.base import Losses, Rate, Tokenizer, powers_of_two
+from imgtok.tokenizers.base import Losses, OnBlock, Rate, Taps, Tokenizer, powers_of_two
 from imgtok.tokenizers.flextok_fast import Condition, Modulations, Packing, encoder_looks
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAE, VAEConfig
@@ -279,10 +279,6 @@ def crop_positions(table: Tensor, latents: Tensor, patch_size: int) -> Tensor:
     return table[:rows, :columns].flatten(0, 1)
 
 
-OnBlock = Callable[[int, Tensor], None]
-"""Sees the index of a decoder block and the patch tokens (B, N, D) behind it."""
-
-
 class Decoder(nn.Module):
     """Velocity of noised latents given the tokens' codes and the time."""
 
@@ -399,6 +395,7 @@ class FlexTok(Tokenizer):
     """The whole tokenizer. Calling it gives the training losses; see `encode` and `decode` for its use."""
 
     config_class: ClassVar[type] = FlexTokConfig
+    stands_on = "vae"
     decoding_class: ClassVar[type] = FlexTokDecoding
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -422,6 +419,10 @@ class FlexTok(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self.quantizer.vocab_size
+
+    @property
+    def taps(self) -> Taps:
+        return Taps(self.config.decoder.depth, self.config.decoder.width)
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -95,9 +95,10 @@ def test_the_packaged_autoencoder_says_how_it_was_trained():
     shipped = packaged_models()["shapes32"]
     record = load(autoencoder.Config, shipped / "config.yaml")
     configuration = load(autoencoder.Config, ROOT / "configs/vae/shapes32.yaml")
-    assert record == replace(configuration, training=replace(configuration.training, threads=1))
+    assert record == replace(configuration, model=record.model, training=replace(configuration.training, threads=1))
+    assert record.model.over() == configuration.model.over()
     measured = imgtok.load(shipped).config
-    assert measured == replace(record.model, scaling_factor=measured.scaling_factor)
+    assert measured == replace(record.model.over(), scaling_factor=measured.scaling_factor)
 
 
 # ---------------------------------------------------------------------------------------------- with a rival
@@ -313,9 +314,9 @@ def test_the_imagenet_autoencoder_is_the_published_one_in_shape():
     """Section 2 of the specification: 83.82 million parameters with 16 latent channels."""
     config = load(autoencoder.Config, ROOT / "configs/vae/imagenet-c16.yaml")
     with torch.device("meta"):
-        model = VAE(config.model)
+        model = VAE(config.model.over())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(83.82e6, rel=1e-4)
-    assert config.model.factor == 8
+    assert model.config.factor == 8
     assert config.loss.lpips > 0
     assert config.loss.adversarial > 0
     assert read_yaml(ROOT / "configs/vae/imagenet-c16.yaml")["job"] == "train-autoencoder"

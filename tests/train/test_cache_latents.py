@@ -62,7 +62,7 @@ def test_the_moments_of_every_image_and_of_its_mirror_image(vae, folder, tmp_pat
     torch.testing.assert_close(latents.moments(range(6), [True] * 6), mirrored)
     assert (plain - mirrored).abs().max() > 0.01
     assert latents.labels.tolist() == batch.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    torch.testing.assert_close(latents.batch(range(6)).latents, model.encode(batch.images))
+    torch.testing.assert_close(latents.batch(range(6)).content, model.encode(batch.images))
     info = latents.info
     assert (info.image_size, info.grid, info.latent_channels, info.num_classes) == (8, 4, 2, 2)
     assert (info.scaling_factor, info.fingerprint, info.mirrored) == (0.5, model.fingerprint(), True)
@@ -112,8 +112,8 @@ def test_unreadable_images_are_left_out(vae, folder, tmp_path):
 
 
 def test_half_precision(vae, folder, tmp_path):
-    whole = cache(vae, folder, tmp_path / "whole").batch(range(6)).latents
-    half = cache(vae, folder, tmp_path / "half", dtype="float16").batch(range(6)).latents
+    whole = cache(vae, folder, tmp_path / "whole").batch(range(6)).content
+    half = cache(vae, folder, tmp_path / "half", dtype="float16").batch(range(6)).content
     assert 0 < (half - whole).abs().max() <= 2**-11 * whole.abs().max()
 
 
@@ -123,7 +123,7 @@ def test_shapes_have_no_mirror_images(vae, tmp_path, capsys):
     assert imgtok_main(words) == 0
     latents = LatentDataset(tmp_path / "out")
     assert not latents.mirrored
-    assert latents.batch([0]).latents.shape == (1, 2, 16, 16)
+    assert latents.batch([0]).content.shape == (1, 2, 16, 16)
     capsys.readouterr()
     assert imgtok_main([*words, "mirrored=true"]) == 2
     assert "mirrored: not possible with data.kind=shapes" in capsys.readouterr().err

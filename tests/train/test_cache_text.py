@@ -184,7 +184,8 @@ def trained(t5, tmp_path_factory) -> Path:
     run("cache", "text", t5, f"out={folder / 'text'}", "max_length=24", *data)
     run(
         "train", "generator", f"out={folder / 'run'}", f"tokens={folder / 'tokens'}", f"text={folder / 'text'}",
-        f"tokenizer={folder / 'tokenizer'}", "num_preview=2", "model.condition.kind=cross_attention", "model.width=32",
+        f"tokenizer={folder / 'tokenizer'}", "num_preview=2", "model.kind=gpt",
+        "model.condition.kind=cross_attention", "model.width=32",
         "model.depth=1", "model.num_heads=2", "model.mlp_multiple=1", "model.dropout=0.0", "training.steps=80",
         "training.batch_size=12", "training.learning_rate=2e-2", "training.ema=0", "training.trackers=[]",
     )  # fmt: skip
@@ -306,7 +307,7 @@ def test_another_text_encoder_is_refused(trained, tmp_path, capsys):
 )
 def test_training_mistakes_are_said(trained, tmp_path, capsys, words, message):
     words = [word.format(text=trained / "text") for word in words]
-    given = [f"tokens={trained / 'tokens'}", f"tokenizer={trained / 'tokenizer'}", f"out={tmp_path}"]
+    given = [f"tokens={trained / 'tokens'}", f"tokenizer={trained / 'tokenizer'}", f"out={tmp_path}", "model.kind=gpt"]
     training = ["training.steps=1", "training.batch_size=2", "training.learning_rate=1e-3"]
     assert main(["train", "generator", *given, *training, *words]) == 2
     assert message in capsys.readouterr().err

@@ -127,12 +127,12 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
 
 
 def test_an_unknown_autoencoder_is_answered_with_the_known_ones(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no autoencoder named 'shapes64'.*shapes32"):
+    with pytest.raises(FileNotFoundError, match=r"no model folder 'shapes64'.*ships shapes32"):
         train(tokenizer, "flextok", tmp_path, "vae=shapes64")
 
 
 def test_a_tokenizer_is_no_autoencoder(tmp_path, flextok):
-    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a VAE is needed"):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a Autoencoder is needed"):
         train(tokenizer, "flextok", tmp_path, f"vae={flextok}")
 
 

@@ -105,13 +105,12 @@ def test_the_head_starts_alike_whatever_happened_before(teacher, tmp_path):
     assert same(*starts)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["repa.tap=2", "model.decoder.depth=2"], "repa.tap: 2, but the decoder's blocks are 0 to 1"),
-        (["vae_scaling_factor=2"], "vae_scaling_factor: there is no autoencoder"),
-    ],
-)
-def test_what_does_not_go_together(overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        load(Config, TINY, overrides)
+def test_what_does_not_go_together(tmp_path, teacher, capsys):
+    with pytest.raises(ConfigError, match="vae_scaling_factor: there is no autoencoder"):
+        load(Config, TINY, ["vae_scaling_factor=2"])
+    for override, message in (
+        ("repa.tap=2", "repa.tap: 2, but the blocks to choose from are 0 to 1"),
+        ("loss={}", "loss: a FlexTok has losses of its own alone; leave loss out"),
+    ):
+        assert run(tmp_path, *teacher, override) == 2
+        assert message in capsys.readouterr().err

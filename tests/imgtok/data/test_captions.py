@@ -97,7 +97,7 @@ def test_latents_meet_their_captions(tmp_path, num_workers):
     captions.check_matches(cached)
     captions.features(0)  # a file is open when the workers start
     for batch in itertools.islice(latent_loader(cached, 3, seed=0, captions=captions, num_workers=num_workers), 3):
-        assert torch.allclose(batch.captions.features[:, 0, 0].float(), batch.latents[:, 0, 0, 0], atol=1e-4)
+        assert torch.allclose(batch.captions.features[:, 0, 0].float(), batch.content[:, 0, 0, 0], atol=1e-4)
         assert batch.to("meta").captions.features.device.type == "meta"
     assert next(latent_loader(cached, 3, seed=0)).captions is None
     assert torch.equal(pickle.loads(pickle.dumps(captions)).features(9), captions.features(9))

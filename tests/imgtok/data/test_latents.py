@@ -86,10 +86,10 @@ def test_round_trip(tmp_path, info):
     assert (len(latents), latents.num_classes, latents.info) == (9, 5, info)
     assert latents.indices.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     batch = latents.batch([8, 2, 2])
-    assert torch.equal(batch.latents, means([9, 3, 3]))
-    assert batch.latents.dtype == torch.float32
+    assert torch.equal(batch.content, means([9, 3, 3]))
+    assert batch.content.dtype == torch.float32
     assert (batch.labels.tolist(), batch.names) == ([4, 3, 3], ("train[9]", "train[3]", "train[3]"))
-    assert batch.to("meta").latents.device.type == "meta"
+    assert batch.to("meta").content.device.type == "meta"
 
 
 def test_a_row_is_a_sample_of_the_image_or_its_mirror_image(tmp_path, info):
@@ -98,12 +98,12 @@ def test_a_row_is_a_sample_of_the_image_or_its_mirror_image(tmp_path, info):
     chosen = []
     for epoch in range(40):
         batch = latents.training_batch([Position(epoch, 3)], seed=7)  # image 4, since 0 is left out
-        flipped = bool(batch.latents.mean() > FLIPPED / 4)
+        flipped = bool(batch.content.mean() > FLIPPED / 4)
         chosen.append(flipped)
         moments = moments_of([4], FLIPPED if flipped else 0.0)
         noise = randomness.normal(7, [4], (2, 3, 3), f"posterior {epoch}")
         wanted = 0.5 * (moments[:, :2] + (0.5 * moments[:, 2:]).exp() * noise)
-        torch.testing.assert_close(batch.latents, wanted)
+        torch.testing.assert_close(batch.content, wanted)
     assert 10 <= sum(chosen) <= 30
 
 
@@ -112,14 +112,14 @@ def test_randomness_depends_on_seed_epoch_and_image_alone(tmp_path, info):
     write(tmp_path / "part", replace(info, shard_size=3), left_out=(0, 1))
     whole, part = LatentDataset(tmp_path / "whole"), LatentDataset(tmp_path / "part")
     places = [Position(1, 5), Position(2, 5), Position(1, 9), Position(1, 5)]
-    together = whole.training_batch(places, seed=3).latents
+    together = whole.training_batch(places, seed=3).content
     assert torch.equal(together[0], together[3])
     assert not torch.equal(together[0], together[1])
     for place, row in zip(places, together, strict=True):
-        assert torch.equal(whole.training_batch([place], seed=3).latents[0], row)
+        assert torch.equal(whole.training_batch([place], seed=3).content[0], row)
         shifted = Position(place.epoch, place.index - 2)
-        assert torch.equal(part.training_batch([shifted], seed=3).latents[0], row)
-    assert not torch.equal(whole.training_batch(places, seed=4).latents[0], together[0])
+        assert torch.equal(part.training_batch([shifted], seed=3).content[0], row)
+    assert not torch.equal(whole.training_batch(places, seed=4).content[0], together[0])
 
 
 def test_samples_have_the_posteriors_deviation(tmp_path, info):
@@ -128,7 +128,7 @@ def test_samples_have_the_posteriors_deviation(tmp_path, info):
     moments[:, 2:] = 2 * np.log(3.0)
     writer.write(0, moments, None, torch.zeros(1, dtype=torch.int64), [0])
     latents = LatentDataset(tmp_path)
-    drawn = torch.cat([latents.training_batch([Position(epoch, 0)], seed=0).latents for epoch in range(300)])
+    drawn = torch.cat([latents.training_batch([Position(epoch, 0)], seed=0).content for epoch in range(300)])
     assert drawn.std().item() == pytest.approx(0.5 * 3.0, rel=0.05)
     assert drawn.mean().abs() < 0.1
 
@@ -138,7 +138,7 @@ def test_without_mirror_images(tmp_path, info):
     assert set(load_file(tmp_path / "latents-00000-of-00003.safetensors")) == {"moments", "labels", "indices"}
     latents = LatentDataset(tmp_path)
     positions = [Position(epoch, 3) for epoch in range(20)]
-    assert latents.training_batch(positions, seed=0).latents.max() < FLIPPED / 4
+    assert latents.training_batch(positions, seed=0).content.max() < FLIPPED / 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -152,22 +152,22 @@ def test_the_loader_has_the_order_of_training_and_resumes(tmp_path, info, num_wo
     assert names[:10] != names[10:20]
     later = list(itertools.islice(latent_loader(latents, 3, seed=1, start_step=4, num_workers=num_workers), 4))
     assert [batch.names for batch in later] == [batch.names for batch in batches[4:]]
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(later, batches[4:], strict=True))
+    assert all(torch.equal(a.content, b.content) for a, b in zip(later, batches[4:], strict=True))
     halves = [next(latent_loader(latents, 3, seed=1, start_step=1, rank=rank, world=2)) for rank in range(2)]
-    assert torch.equal(torch.cat([half.latents for half in halves]), torch.cat([b.latents for b in batches[2:4]]))
+    assert torch.equal(torch.cat([half.content for half in halves]), torch.cat([b.content for b in batches[2:4]]))
 
 
 def test_a_dataset_can_go_to_another_process(tmp_path, info):
     write(tmp_path, info)
     latents = LatentDataset(tmp_path)
-    before = latents.batch([7]).latents
-    assert torch.equal(pickle.loads(pickle.dumps(latents)).batch([7]).latents, before)
+    before = latents.batch([7]).content
+    assert torch.equal(pickle.loads(pickle.dumps(latents)).batch([7]).content, before)
 
 
 def test_float16(tmp_path, info):
     write(tmp_path / "half", replace(info, dtype="float16"))
     write(tmp_path / "whole", info)
-    half, whole = (LatentDataset(tmp_path / name).batch(range(10)).latents for name in ("half", "whole"))
+    half, whole = (LatentDataset(tmp_path / name).batch(range(10)).content for name in ("half", "whole"))
     assert half.dtype == torch.float32
     assert not torch.equal(half, whole)
     torch.testing.assert_close(half, whole, rtol=2**-11, atol=1e-7)
@@ -251,13 +251,13 @@ def test_mars_folders(mar, vae):
     assert (len(latents), latents.num_classes, latents.latent_channels, latents.grid) == (4, 2, 2, 3)
     assert latents.labels.tolist() == [0, 0, 0, 1]
     batch = latents.batch([0, 3])
-    assert torch.equal(batch.latents, means([1, 3]))
+    assert torch.equal(batch.content, means([1, 3]))
     assert [Path(name).relative_to(mar).as_posix() for name in batch.names] == ["n01/a.npz", "n02/a.npz"]
-    samples = latents.training_batch([Position(epoch, 0) for epoch in range(40)], seed=0).latents
+    samples = latents.training_batch([Position(epoch, 0) for epoch in range(40)], seed=0).content
     flipped = samples.mean(dim=(1, 2, 3)) > FLIPPED / 4
     assert 10 <= flipped.sum() <= 30
     assert (samples[~flipped] - means([1])).abs().max() < 0.5
-    assert next(latent_loader(latents, 6, seed=0)).latents.shape == (6, 2, 3, 3)
+    assert next(latent_loader(latents, 6, seed=0)).content.shape == (6, 2, 3, 3)
 
 
 def test_mars_folders_of_another_size(mar, vae):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from imgtok.losses.repa import AlignedFlexTok, Projection, REPAConfig, alignment_loss, load_teacher, teacher_features
+from imgtok.losses.repa import Aligned, Projection, REPAConfig, alignment_loss, load_teacher, teacher_features
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.vision import dino
 from imgtok.vision.dino import DINOv2
@@ -205,9 +205,9 @@ def test_the_head_has_its_layers():
 # ---------------------------------------------------------------- training
 
 
-def aligned(config: REPAConfig, **changes) -> AlignedFlexTok:
+def aligned(config: REPAConfig, **changes) -> Aligned:
     torch.manual_seed(0)
-    return AlignedFlexTok(FlexTok(TINY), dataclasses.replace(config, **changes), 64)
+    return Aligned(FlexTok(TINY), dataclasses.replace(config, **changes), 64)
 
 
 @pytest.mark.parametrize("tap", [0, 1])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import imgtok
+from imgtok.config import ConfigError, Settings, load
 from imgtok.data.sources import DataError
 from imgtok.generators.conditioning import TextCrossAttention
 from imgtok.generators.entities import Cells
@@ -81,21 +82,33 @@ def test_activations_computed_again_train_to_the_same_weights(made, tmp_path):
     [
         ({"latents": None}, "latents: is required with model.kind=xar; `imgtok cache latents` makes"),
         ({"tokens": Path("tokens")}, "tokens: model.kind=xar learns from latents; leave tokens out"),
-        ({"share_digits": True}, "share_digits: only for model.kind=gpt"),
+        ({"model": GPTConfig()}, "tokens: is required with model.kind=gpt; `imgtok cache` makes"),
         (
-            {"model": GPTConfig(), "latents": None, "tokens": Path("tokens"), "checkpoint_activations": True},
-            "checkpoint_activations: only for model.kind=xar",
+            {"model": GPTConfig(), "latents": None, "tokens": Path("tokens"), "vae_scaling_factor": 1.0},
+            "vae_scaling_factor: a tokenizer has its own; only for latents, leave it out",
         ),
-        ({"model": TEXT}, "text: is required with model.condition.kind=cross_attention; `imgtok cache text` makes"),
-        (
-            {"text": Path("text")},
-            "text: model.condition.kind=class reads no text; set model.condition.kind=cross_attention",
-        ),
+        ({"model": None}, "model.kind: is required, unless init=MODEL"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(made, tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         job(made, tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"share_digits": True}, "share_digits: model.kind=xar knows of no digits; leave it out"),
+        ({"model": TEXT}, "text: is required with model.condition.kind=cross_attention; `imgtok cache text` makes"),
+        ({"sampling": Settings(temperature=2.0)}, "sampling has no field 'temperature'"),
+        ({"init_new": ("head",)}, "init_new, init_drop: say how to start from a model; name it with init=MODEL"),
+        ({"init": "nothing/here", "model": None}, "nothing/here"),
+    ],
+)
+def test_what_does_not_fit_the_model_or_its_data_is_refused(made, tmp_path, fields, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(job(made, tmp_path, **fields))
 
 
 def test_the_latents_of_another_autoencoder_are_refused(made, tmp_path):
@@ -127,8 +140,42 @@ def test_a_grid_that_the_cells_do_not_tile_is_refused(made, tmp_path):
         XARConfig(grid=4)
 
 
-def test_a_grid_that_is_not_the_latents_is_refused(made, tmp_path):
-    with pytest.raises(ValueError, match="model.grid: 16, but .* holds latents of 4 x 4: set model.grid=4"):
+def from_yaml(made: Path, out: Path, *overrides: str) -> Config:
+    """The same job as a user writes it, the model's fields field by field."""
+    inputs = [f"latents={made / 'latents'}", f"tokenizer={made / 'vae'}", f"out={out}", "num_preview=0"]
+    training = "training={steps: 1, batch_size: 2, learning_rate: 1e-3, trackers: []}"
+    model = ["model={kind: xar, width: 16, depth: 1, num_heads: 2, entities: {kind: cell, height: 2, width: 2}}"]
+    return load(Config, None, [*inputs, training, *model, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.grid=16", r"command line: model.grid: given 16, but the data in .*latents decides it: 4; leave it out"),
+        ("model.latent_channels=16", r"model.latent_channels: given 16, but the data in .* decides it: 2"),
+        ("model.condition.num_classes=1000", r"model.condition.num_classes: given 1000, but .* decides it: 64"),
+        ("model.condition={kind: class, num_classes: 63}", r"model.condition.num_classes: given 63, but .*: 64"),
+    ],
+)
+def test_a_value_that_the_data_contradict_is_refused_whether_it_is_a_default_or_not(made, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        main(from_yaml(made, tmp_path, override))
+
+
+def test_facts_may_be_left_out_or_given_and_the_run_keeps_them(made, tmp_path):
+    main(from_yaml(made, tmp_path / "without"))
+    main(
+        from_yaml(made, tmp_path / "with", "model.grid=4", "model.latent_channels=2", "model.condition.num_classes=64")
+    )
+    configs = [imgtok.load(tmp_path / name / "final").config for name in ("without", "with")]
+    assert configs[0] == configs[1]
+    kept = load(Config, tmp_path / "without/config.yaml")
+    assert kept.model.over() == configs[0]
+    main(kept)  # the run is complete: nothing contradicts
+
+
+def test_a_grid_that_the_entities_do_not_tile_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match="entities.height: cells of 8 do not tile a grid of 4"):
         main(job(made, tmp_path, model=XARConfig()))
 
 

@@ -1,0 +1,135 @@
+"""What a generator learns from: a cache of tokens or of latents, with the frozen model that made it.
+
+Both are the same to a training program: batches with `.content` and `.condition`, the facts that decide fields of the
+generator's configuration, and the decoder that makes images of what is drawn. A generator says by `learns_from` which
+of the two it takes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from imgtok.data.captions import CaptionDataset
+from imgtok.data.latents import LatentBatch, Latents, open_latents
+from imgtok.data.loaders import latent_loader, token_loader
+from imgtok.data.tokens import TokenBatch, TokenDataset
+from imgtok.hub import Found, load
+from imgtok.tokenizers.base import Autoencoder, Tokenizer
+
+
+class Content(ABC):
+    """A cache and its decoder."""
+
+    COMMAND: ClassVar[str]
+    """What writes such a cache."""
+    cache: TokenDataset | Latents
+    decoder: Tokenizer | Autoencoder
+    digest: str
+    """Changes with what the cache was made from."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Values of the generator's configuration that are not open to choice, for `imgtok.config.Section.over`."""
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int,
+        rank: int,
+        world: int,
+        num_workers: int,
+        captions: CaptionDataset | None,
+    ) -> Iterator[TokenBatch | LatentBatch]:
+        """Batches for one process, without end, from `start_step` on; see `imgtok.data.loaders`."""
+
+    @property
+    def indices(self) -> Tensor:
+        """(N,) int64: which image of the source each row is."""
+        return self.cache.indices
+
+    @property
+    def num_classes(self) -> int:
+        """Labels lie in [0, num_classes); 0 for data without labels."""
+        return self.cache.num_classes
+
+
+class TokenContent(Content):
+    """Tokens of a tokenizer. Raises DataError for those of another one, else as `TokenDataset` and `load`."""
+
+    COMMAND = "imgtok cache"
+    cache: TokenDataset
+    decoder: Tokenizer
+
+    def __init__(self, folder: Path, found: Found) -> None:
+        self.decoder = load(found, expect=Tokenizer)
+        self.cache = TokenDataset(folder, expect_fingerprint=found.fingerprint())
+        self.digest = self.cache.info.digest
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        info = self.cache.info
+        return {
+            "vocab_size": info.vocab_size,
+            "num_tokens": info.num_tokens,
+            "ends": not info.fixed_length,
+            "num_slots": info.num_slots or 0,
+        }
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int,
+        rank: int,
+        world: int,
+        num_workers: int,
+        captions: CaptionDataset | None,
+    ) -> Iterator[TokenBatch]:
+        # in memory: workers would have nothing to do
+        place = {"seed": seed, "start_step": start_step, "rank": rank, "world": world}
+        return token_loader(self.cache, batch_size, captions=captions, **place)
+
+
+class LatentContent(Content):
+    """Latents of an autoencoder. Raises DataError for those of another one, else as `open_latents` and `load`."""
+
+    COMMAND = "imgtok cache latents"
+    cache: Latents
+    decoder: Autoencoder
+
+    def __init__(self, folder: Path, found: Found) -> None:
+        self.decoder = load(found, expect=Autoencoder)
+        self.cache = open_latents(folder, self.decoder)
+        self.digest = self.cache.digest
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"latent_channels": self.cache.latent_channels, "grid": self.cache.grid}
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int,
+        rank: int,
+        world: int,
+        num_workers: int,
+        captions: CaptionDataset | None,
+    ) -> Iterator[LatentBatch]:
+        place = {"seed": seed, "start_step": start_step, "rank": rank, "world": world}
+        return latent_loader(self.cache, batch_size, num_workers=num_workers, captions=captions, **place)
+
+
+CONTENTS: dict[str, type[TokenContent] | type[LatentContent]] = {"tokens": TokenContent, "latents": LatentContent}
+"""By `learns_from` of a generator."""

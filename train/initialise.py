@@ -1,0 +1,89 @@
+"""Where a model that is trained begins: its configuration put together, and weights of its own or of another model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imgtok.config import Section
+from imgtok.hub import Found, configuration, load, resolve
+
+
+def find_init(name: str | None, expect: type[Any]) -> Found | None:
+    """What the field `init` leads to, a model that derives from `expect`; raises as `hub.resolve`."""
+    return None if name is None else resolve(name, expect=expect)
+
+
+def check_kind(model: Section | Any | None, init: str | None) -> None:
+    """Raise ValueError if nothing says of which kind the model to train is."""
+    if init is None and (model is None or model.kind is None):
+        raise ValueError("model.kind: is required, unless init=MODEL says what to start from")
+
+
+def configure(
+    model: Section | Any | None, init: Found | None, facts: Mapping[str, Any] | None = None, holder: str = "the data"
+) -> Any:
+    """The configuration of the model to train: what was given, the facts, then what `init` has, then defaults.
+
+    Raises ConfigError where these contradict each other; `check_kind` has seen to one of the first and third.
+    """
+    base = None if init is None else configuration(init)
+    section = Section(type(base), {}, Section.of(base).place) if model is None else Section.of(model)
+    return section.over(base, facts, holder)
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, init: Found | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
+    """Fill `model`, freshly initialised, with the weights of `init`, strictly; without one, nothing happens.
+
+    `new` are patterns (`fnmatch`) of parameters that keep their first values where `init` does not have them, or has
+    them in another shape; `drop` patterns of those of `init` that are left out. Raises ValueError that lists every
+    tensor which is too many, too few or of another shape, and every pattern that fits no name.
+    """
+    if init is None:
+        if new or drop:
+            raise ValueError("init_new, init_drop: say how to start from a model; name it with init=MODEL")
+        return
+    with torch.random.fork_rng(devices=[]):
+        stored: dict[str, Tensor] = load(init).state_dict()
+    wanted = model.state_dict()
+    for field, patterns, names in (("init_new", new, wanted), ("init_drop", drop, stored)):
+        idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+        if idle:
+            whose = "the model to train" if names is wanted else str(init.path)
+            raise ValueError(
+                f"{field}: {idle[0]!r} fits no tensor of {whose}; it has {', '.join(list(names)[:5])}, ..."
+            )
+    kept = {name: tensor for name, tensor in stored.items() if not _fits(name, drop)}
+    problems = _problems(kept, wanted, new)
+    if problems:
+        title = f"init: the weights in {init.path} do not fit the model to train:"
+        raise ValueError("\n  ".join([title, *problems]))
+    for name, tensor in kept.items():
+        if tensor.shape == wanted[name].shape:
+            wanted[name].copy_(tensor)
+
+
+def _problems(kept: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: Sequence[str]) -> list[str]:
+    lines = []
+    for name, tensor in wanted.items():
+        shape = tuple(tensor.shape)
+        if name not in kept and not _fits(name, new):
+            lines.append(f"missing: {name} {shape}; init_new=[{name}] starts it afresh")
+        elif name in kept and kept[name].shape != tensor.shape and not _fits(name, new):
+            lines.append(
+                f"another shape: {name} is {tuple(kept[name].shape)} there and {shape} here; change the model's "
+                f"configuration, or init_new=[{name}] starts it afresh"
+            )
+    for name, tensor in kept.items():
+        if name not in wanted:
+            lines.append(f"too many: {name} {tuple(tensor.shape)}; init_drop=[{name}] leaves it out")
+    return lines
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
