@@ -14,6 +14,7 @@ Shapes: B images, R rows of a call, T columns of a caption, P prefix slots, W ch
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -160,7 +161,8 @@ class ConditionalGenerator(nn.Module, Pretrained):
     """A generator of tokens or latents for labels or captions, with what is done to either before it is read.
 
     A model calls `_add_text` where its parameters are made, and has a `CrossAttention` in each block if `condition` is
-    `cross_attention`.
+    `cross_attention`. Its configuration also has `sampling`, a dataclass: the settings that `generate` draws by unless
+    it is given others.
     """
 
     learns_from: ClassVar[Literal["tokens", "latents"]]
@@ -191,6 +193,31 @@ class ConditionalGenerator(nn.Module, Pretrained):
     def recompute_activations(self) -> None:
         """From now on compute activations again in the backward pass. Raises ValueError for a model that cannot."""
         raise ValueError(f"checkpoint_activations: {type(self).__name__} keeps its activations; leave it out")
+
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        seed: int,
+        indices: Sequence[int],
+        sampling: Any = None,
+        on_step: Callable[..., None] | None = None,
+    ) -> Any:
+        """Tokens, or latents (B, C, G, G), for a condition; row b uses the random numbers of (`seed`, `indices[b]`)
+        alone.
+
+        A generator of tokens also takes `num_tokens`. `on_step(done)` or `on_step(done, latents)` follows the drawing:
+        how much is done, and what the latents are expected to become.
+        """
+        raise NotImplementedError
+
+    def rates(self) -> list[int]:
+        """The numbers of tokens that one draw can be decoded at; none for latents, and where the model decides."""
+        return []
+
+    def check_decoder(self, decoder: nn.Module) -> None:
+        """Raises ValueError for a tokenizer or autoencoder that cannot decode what this model draws."""
+        raise NotImplementedError
 
     @property
     def null_class(self) -> int:

@@ -43,7 +43,7 @@ from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
-from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
 SamplingConfig = TokenSampling
@@ -398,6 +398,26 @@ class GPT(ConditionalGenerator):
         )
         loop = decoding.cached if cached else decoding.plain
         return loop(self, self._checked(condition), uniforms, sampling, on_step)
+
+    def rates(self) -> list[int]:
+        """Every number of tokens up to all: a longer draw begins with the shorter one. None if sequences end."""
+        return [] if self.config.ends else list(range(1, self.config.num_tokens + 1))
+
+    def check_decoder(self, decoder: nn.Module) -> None:
+        """Raises ValueError for anything but a tokenizer of this vocabulary, these slots and at least this length."""
+        config = self.config
+        if not isinstance(decoder, Tokenizer):
+            raise ValueError(f"the generator draws tokens, which a {type(decoder).__name__} does not decode")
+        if config.vocab_size != decoder.vocab_size or config.num_tokens > decoder.num_tokens:
+            raise ValueError(
+                f"the generator draws {config.num_tokens} tokens of {config.vocab_size}, but the tokenizer decodes "
+                f"{decoder.num_tokens} of {decoder.vocab_size}: they were not trained together"
+            )
+        if (config.num_slots or None) != decoder.num_slots:
+            raise ValueError(
+                f"the generator draws tokens of {config.num_slots or 'no'} slots, but the tokenizer has "
+                f"{decoder.num_slots or 'none'}: they were not trained together"
+            )
 
     def first_state(self, condition: Condition | Reading, cache: KVCache) -> Tensor:
         """The state (R, 1, D) that predicts the first token; the condition goes into an empty cache."""

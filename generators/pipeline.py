@@ -1,116 +1,200 @@
-"""A generator with its tokenizer or autoencoder: from classes or prompts to images, in batches that leave no trace.
+"""A generator with the decoder of what it draws, a tokenizer or an autoencoder: from classes or prompts to images.
 
-Image i of seed s depends on (s, i) and its label alone, which is a class or, after `read_prompts`, the number of
-a prompt. Noise and token draws are keyed that way; what remains is arithmetic. On a CPU the last bits of a result
-vary with the number of rows (other kernels) and of threads (other partial sums), and a last bit can tip a token.
-So there images are computed in blocks of one size, the last one padded, with a fixed number of threads.
+    pipe = imgtok.pipeline("outputs/quickstart/generator/final")
+    images = pipe(classes=[3, 7], seed=1)  # PIL images
+
+Image i of seed s depends on (s, i) and on what it is drawn for. Noise and token draws are keyed that way; what remains
+is arithmetic. On a CPU the last bits of a result vary with the number of rows (other kernels) and of threads (other
+partial sums), and a last bit can tip a token. Where that matters (`exact`), images are computed in blocks of one size,
+the last one padded, with a fixed number of threads; otherwise by all cores, and no more rows than were asked for.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import difflib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Self, cast
 
 import torch
+from huggingface_hub import HfApi
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from imgtok.generators.conditioning import Condition, FromText
-from imgtok.generators.gpt import GPT, SamplingConfig
-from imgtok.generators.xar import XAR, FlowSampling
+from imgtok.config import Settings
+from imgtok.files import replacing
+from imgtok.generators.conditioning import Condition, ConditionalGenerator, FromText
 from imgtok.hub import find_folder, load
-from imgtok.pictures import to_uint8
-from imgtok.runtime import cpu_threads
+from imgtok.pictures import to_pil, to_uint8
+from imgtok.runtime import Blocks
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
-from imgtok.tokenizers.base import Tokenizer
-from imgtok.tokenizers.vae import VAE
+from imgtok.tokenizers.base import Autoencoder, Tokenizer
+from imgtok.tokenizers.tokens import Tokens
 
 ROWS = 16
 """Images that a CPU computes at once."""
 TOKENS_AT_ONCE = 1024
-"""Of those, tokens at most where a generator draws many in one call."""
+"""Of those, positions at most where a generator may compute all of a latent in one call."""
 Precision = Literal["fp32", "bf16"]
-"""Arithmetic of the networks; noise and solvers stay in float32."""
+"""Arithmetic of the networks, as the jobs call it; noise and solvers stay in float32."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+BATCH = 64
+"""Images that an accelerator computes at once, unless it is told otherwise."""
+EXAMPLE_PROMPT = "a red circle above a blue square"
+CARD = """---
+library_name: imgtok
+pipeline_tag: unconditional-image-generation
+---
+
+# A `{kinds}`, for imgtok
+
+```python
+import imgtok
+
+pipe = imgtok.pipeline("{name}")
+images = pipe({example}, seed=0)
+```
+
+The decoder is in `tokenizer/`; the configurations are in the files `config.json`.
+"""
+
+Drawn = Tokens | Tensor
+"""What a generator draws: tokens, or latents (B, C, G, G)."""
+Subject = int | str
+"""What one image is drawn for: a class, -1 for none, or a prompt."""
 
 
 @dataclass(frozen=True)
-class DecodeSettings:
-    """How tokens become images; None leaves the tokenizer's own setting."""
+class Step:
+    """Where a call is, as its callback is told."""
 
-    num_tokens: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
+    stage: Literal["draw", "decode"]
+    done: int
+    """Tokens, entities or steps of the decoder that are finished, of the images `indices`."""
+    indices: Sequence[int]
+    guess: Callable[[], Tensor] | None = None
 
-    def over(self, own: Any) -> Any:
-        """A decoder's own settings with those given here in their place. Raises ValueError for one it does not have."""
-        given = {name: getattr(self, name) for name in ("steps", "guidance") if getattr(self, name) is not None}
-        for name in given:
-            if not hasattr(own, name):
-                raise ValueError(f"decode_{name}: this decoder has no such setting; leave it out")
-        return replace(own, **given)
+    def images(self) -> list[Image.Image]:
+        """What the images are expected to become, computed when asked for; none while tokens are drawn."""
+        return [] if self.guess is None else to_pil(self.guess())
 
 
-class Asked(NamedTuple):
-    """What is the same for all blocks of a call."""
-
-    counts: Sequence[int | None]
-    seed: int
-    sampling: SamplingConfig | FlowSampling
-    decode: DecodeSettings
+Callback = Callable[[Step], None]
 
 
-class Pipeline(ABC):
-    """A loaded generator with what makes images of its draws, on one device; `threads` is how many of a CPU it uses."""
+def pipeline(
+    name: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
+    text_encoder: str | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+) -> Pipeline:
+    """The generator in a folder or Hub repository, with its decoder, ready to draw.
 
-    tokenizer: Tokenizer | VAE
-    most_tokens: int | None = None
-    """Tokens that an image can have; None for a generator of latents."""
-    rows = ROWS
-    """Images that a CPU computes at once."""
+    tokenizer: that whose tokens it draws, or the autoencoder of its latents; without one, that inside its folder.
+    device: where to compute, such as "cuda" or "cpu"; without one, the accelerator that there is, or else the CPU.
+    dtype: arithmetic of the networks ("float32", "bfloat16", "float16"); weights, noise and solvers stay in float32.
+    text_encoder: folder or Hub name, for a generator that reads text; without one, that which the generator names.
+    exact, threads: see `Pipeline`.
 
-    def __init__(self, generator: GPT | XAR, device: torch.device, threads: int, precision: Precision) -> None:
-        self.generator = generator.to(device).eval()
-        self.device = device
-        self.threads = threads
-        self.precision = precision
-        self.prompts: Sequence[str] = ()
-        self.encoder: TextEncoder | None = None
+    Raises FileNotFoundError for what is not there, ValueError for a model that is no generator, or for a decoder that
+    cannot decode what it draws.
+    """
+    folder = find_folder(name)
+    generator = load(folder, expect=ConditionalGenerator)
+    place = decoder_folder(folder, tokenizer)
+    kind: type[Any] = Tokenizer if generator.learns_from == "tokens" else Autoencoder
+    pipe = Pipeline(
+        generator,
+        load(place, expect=kind),
+        device=device,
+        dtype=dtype,
+        text_encoder=text_encoder,
+        exact=exact,
+        threads=threads,
+    )
+    pipe.folders = folder, place
+    return pipe
 
-    @staticmethod
-    def load(
-        model: str,
-        tokenizer: str | None,
-        device: torch.device,
-        threads: int = 1,
-        precision: Precision = "fp32",
-    ) -> Pipeline:
-        """From model folders or Hub names; the tokenizer inside the generator's folder unless another is given."""
-        folder = find_folder(model)
-        generator = load(folder)
-        if not isinstance(generator, GPT | XAR):
-            name = type(generator).__name__
-            raise ValueError(
-                f"{folder} holds a {name} (kind {generator.config.kind!r}), but a GPT or XAR is needed here"
-            )
-        place = tokenizer_folder(folder, tokenizer)
-        if isinstance(generator, XAR):
-            return LatentPipeline(generator, load(place, expect=VAE), device, threads, precision)
-        return TokenPipeline(generator, load(place, expect=Tokenizer), device, threads, precision)
+
+class Pipeline:
+    """A generator and its decoder on one device. Calling it gives images; `tokens` or `latents` stop before decoding.
+
+    With `exact`, an image drawn on a CPU is the same to the byte whatever else is asked for, at a price: blocks of one
+    size, the last one padded, and `threads` threads, 1 unless another number is given. Without it `threads` is torch's
+    own number, which is that of the cores unless OMP_NUM_THREADS says another.
+    """
+
+    folders: tuple[Path, Path] | None = None
+    """Where generator and decoder were read from, if they were."""
+
+    def __init__(
+        self,
+        generator: ConditionalGenerator,
+        decoder: Tokenizer | Autoencoder,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "float32",
+        text_encoder: str | None = None,
+        exact: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        """Raises ValueError for a decoder of other tokens or latents than the generator's."""
+        generator.check_decoder(decoder)
+        self.generator = generator.eval()
+        self.decoder: Any = decoder.eval()
+        self.exact, self.threads = exact, threads
+        condition = generator.config.condition
+        self.text_encoder = text_encoder or (condition.text_encoder if isinstance(condition, FromText) else None)
+        self._encoder: TextEncoder | None = None
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.to(default_device() if device is None else device, dtype)
+
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
+        """Moves both models to a device, and sets the arithmetic, where given."""
+        if dtype is not None:
+            self.dtype = find_dtype(dtype)
+        if device is not None:
+            self.device = torch.device(device)
+            self.generator.to(self.device)
+            self.decoder.to(self.device)
+            self._encoder = None
+        return self
+
+    def __repr__(self) -> str:
+        models = f"{type(self.generator).__name__} -> {type(self.decoder).__name__}"
+        place = f"{self.image_size} pixels, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        return f"Pipeline({models}, {place}, sampling={self.sampling}, decoding={self.decoding})"
+
+    # ------------------------------------------------ what the models say of themselves
 
     @property
-    def num_classes(self) -> int:
-        """Labels lie in [0, num_classes): classes, or prompts. Raises ValueError for text without prompts."""
-        if not self.reads_text:
-            return self.generator.config.num_classes
-        if not self.prompts:
-            raise ValueError(
-                "this generator draws from text: imgtok sample MODEL prompts='a red circle' (or prompts=FILE.txt, a "
-                "prompt a line); then score its images with imgtok evaluate images=FOLDER"
-            )
-        return len(self.prompts)
+    def sampling(self) -> Any:
+        """The settings by which the generator draws unless it is told otherwise."""
+        config: Any = self.generator.config
+        return config.sampling
+
+    @property
+    def decoding(self) -> Any:
+        """The settings of the decoder, likewise."""
+        return self.decoder.config.decoding
+
+    @property
+    def draws_tokens(self) -> bool:
+        """Whether the generator draws tokens, and not latents."""
+        return self.generator.learns_from == "tokens"
 
     @property
     def reads_text(self) -> bool:
@@ -118,242 +202,439 @@ class Pipeline(ABC):
         return self.generator.config.reads_text
 
     @property
-    @abstractmethod
+    def num_classes(self) -> int:
+        """Classes are 0 to num_classes - 1."""
+        return self.generator.config.num_classes
+
+    @property
     def image_size(self) -> int:
         """Pixels a side."""
+        config: Any = self.generator.config
+        size: int = self.decoder.image_size if self.draws_tokens else config.grid * self.decoder.config.factor
+        return size
 
-    @abstractmethod
-    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> SamplingConfig | FlowSampling:
-        """Which of the two this generator draws by. Raises ValueError if the other was changed."""
+    @property
+    def blocks(self) -> Blocks:
+        """Which images are computed together."""
+        config: Any = self.generator.config
+        rows = ROWS if self.draws_tokens else max(1, min(ROWS, TOKENS_AT_ONCE // config.grid**2))
+        return Blocks(self.device, self.exact, self.threads, rows)
 
-    def read_prompts(self, prompts: Sequence[str], text_encoder: str | None) -> None:
-        """Draw for `prompts` from now on, with the text encoder that is named or that the generator names.
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the networks, as the jobs call it."""
+        return next(name for name in ("fp32", "bf16", "fp16") if DTYPES[name] == self.dtype)
 
-        Raises ValueError for a generator without text or another encoder than it was trained with.
+    # ------------------------------------------------ for users
+
+    def __call__(
+        self,
+        classes: int | Sequence[int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        num_per_condition: int = 1,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        decoding: Mapping[str, Any] | None = None,
+        batch_size: int = BATCH,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Images of classes (-1 for none) or, from a generator that reads text, of prompts ("" for none).
+
+        num_per_condition: images of each, which follow one another.
+        seed, indices: image k has the noise and draws of (seed, indices[k]); indices count from 0 unless given.
+        num_tokens: draw and decode so many tokens, fewer than all, where the generator can.
+        settings: any of `pipe.sampling` and `pipe.decoding` (`imgtok info MODEL` lists them). A name that both have is
+            the generator's; those of the decoder can be told apart as decoding={"guidance": 2.0}.
+        batch_size: images computed at once.
+        progress: a bar on the terminal; by default where there is a terminal.
+        callback: is given a `Step` now and then, whose `images()` are what the images are becoming.
+
+        Raises ValueError for a class, a setting or a number of tokens that the models do not have.
         """
-        condition = self.generator.config.condition
-        if not isinstance(condition, FromText):
-            raise ValueError("prompts: this generator cannot read them, it draws classes")
-        name = text_encoder or condition.text_encoder
-        if name is None:
-            why = "the generator names no encoder: say text_encoder=FOLDER"
-            raise ValueError(f"prompts: this generator cannot read them, {why}")
+        subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
+        sampling, decoder = self.settings(settings, decoding)
+        found: list[Image.Image] = []
+        with progress_bar(len(subjects), progress, callback) as (bar, told):
+            for rows in self.blocks.of(len(subjects), batch_size):
+                images = self.images(
+                    [subjects[row] for row in rows],
+                    [indices[row] for row in rows],
+                    seed=seed,
+                    sampling=sampling,
+                    decoding=decoder,
+                    num_tokens=num_tokens,
+                    callback=told,
+                )
+                found += to_pil(images)
+                bar.update(len(rows))
+        return found
+
+    def tokens(
+        self, classes: int | Sequence[int] | None = None, prompts: str | Sequence[str] | None = None, **options: Any
+    ) -> Tokens:
+        """The tokens of such images, for `decode`. Options are those of a call, less what concerns the decoder.
+
+        Raises ValueError for a generator of latents.
+        """
+        if not self.draws_tokens:
+            raise ValueError("this generator draws latents and not tokens: call pipe.latents(...)")
+        return Tokens.cat(cast(list[Tokens], self._parts(classes, prompts, **options)))
+
+    def latents(
+        self, classes: int | Sequence[int] | None = None, prompts: str | Sequence[str] | None = None, **options: Any
+    ) -> Tensor:
+        """The latents (B, C, G, G) of such images, for `decode`. Options are those of a call, less what concerns the
+        decoder.
+
+        Raises ValueError for a generator of tokens.
+        """
+        if self.draws_tokens:
+            raise ValueError("this generator draws tokens and not latents: call pipe.tokens(...)")
+        return torch.cat(cast(list[Tensor], self._parts(classes, prompts, **options)))
+
+    def decode(
+        self,
+        drawn: Drawn,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+        **decoding: Any,
+    ) -> list[Image.Image]:
+        """Images of what `tokens` or `latents` drew, or of any tokens or latents (B, C, G, G) of the decoder's.
+
+        Image k has the decoder's noise of (seed, indices[k]), which count from 0 unless given; further keywords are
+        settings of `pipe.decoding`.
+        """
+        how = Settings(**decoding).over(self.decoding, "decoding")
+        chosen = check_indices(indices, len(drawn))
+        found: list[Image.Image] = []
+        with progress_bar(len(drawn), progress, callback) as (bar, told):
+            for rows in self.blocks.of(len(drawn), batch_size):
+                part = drawn[self.blocks.padded(rows)].to(self.device)
+                found += to_pil(self._decode(part, [chosen[row] for row in rows], seed, how, told))
+                bar.update(len(rows))
+        return found
+
+    def save_pretrained(self, folder: str | Path, *, name: str | None = None) -> None:
+        """Writes a model folder with the decoder in `tokenizer/`, which `imgtok.pipeline(folder)` opens again.
+
+        Where there is no model card yet, one is written, whose example opens `name`, by default the folder.
+        """
+        folder, generator = Path(folder), self.generator
+        if self.reads_text:
+            generator.config = generator.config.with_condition(text_encoder=self.text_encoder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "README.md").exists():
+            example = f"prompts={EXAMPLE_PROMPT!r}" if self.reads_text else "classes=[0, 1]"
+            kinds = f"{generator.config.kind}` generator with its `{self.decoder.config.kind}"
+            with replacing(folder / "README.md") as card:
+                card.write_text(CARD.format(kinds=kinds, name=name or folder, example=example), encoding="utf-8")
+        generator.save_pretrained(folder)
+        self.decoder.save_pretrained(folder / "tokenizer", repo_id=str(folder / "tokenizer"))
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a generator with its decoder",
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hub repository "owner/name", and returns the commit's address.
+
+        `imgtok.pipeline("owner/name")` opens it. Raises ConnectionError when the Hub cannot be reached or refuses.
+        """
+        api = HfApi(token=token)
         try:
-            self.encoder = TextEncoder.load(name, max_length=condition.text_length, device=self.device)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
-        if self.generator.empty_caption is not None:
-            self.encoder.check_same(self.generator.empty_caption)
-        self.prompts = prompts
+            name = api.create_repo(name, private=private, exist_ok=True).repo_id
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, name=name)
+                return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
+        except Exception as error:  # the HTTP library, and with it the exception, varies between releases
+            raise ConnectionError(f"could not push to {name!r} on the Hugging Face Hub: {error}") from error
 
-    def condition(self, labels: Sequence[int]) -> Condition:
-        """What the generator draws for. Each prompt is encoded alone, so that its features tell nothing of others."""
-        if self.encoder is None:
-            return torch.tensor(labels, device=self.device)
-        features = {label: self.encoder.encode([self.prompts[label]])[0] for label in sorted(set(labels))}
-        return Captions.pad([features[label] for label in labels])
+    def settings(self, given: Mapping[str, Any], decoding: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+        """The settings of generator and decoder with the given ones in their place: by name, the generator's first,
+        and as `decoding` the decoder's alone.
 
-    @torch.no_grad()
+        Raises ValueError for a name that neither has, or a value that they do not take.
+        """
+        own, decoders = names_of(self.sampling), names_of(self.decoding)
+        for name in given:
+            if name not in (*own, *decoders):
+                close = difflib.get_close_matches(name, [*own, *decoders], n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "."
+                raise ValueError(
+                    f"{name}: no setting of these models{hint} sampling has: {', '.join(own) or 'none'}; "
+                    f"decoding has: {', '.join(decoders) or 'none'}"
+                )
+        sampling = Settings(**{name: value for name, value in given.items() if name in own})
+        rest = {name: value for name, value in given.items() if name not in own} | dict(decoding or {})
+        return sampling.over(self.sampling, "sampling"), Settings(**rest).over(self.decoding, "decoding")
+
+    # ------------------------------------------------ for programs
+
     def images(
         self,
+        subjects: Sequence[Subject],
         indices: Sequence[int],
-        labels: Sequence[int],
         *,
         seed: int,
-        sampling: SamplingConfig | FlowSampling,
-        decode: DecodeSettings,
+        sampling: Any = None,
+        decoding: Any = None,
+        num_tokens: int | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """uint8 images (len(indices), 3, H, W)."""
-        count = decode.num_tokens
-        return self.images_at((count,), indices, labels, seed=seed, sampling=sampling, decode=decode)[count]
+        """uint8 images (len(indices), 3, H, W) of classes or prompts, one each, computed together but for `exact`."""
+        found = self.images_at(
+            (num_tokens,), subjects, indices, seed=seed, sampling=sampling, decoding=decoding, callback=callback
+        )
+        return found[num_tokens]
 
-    @torch.no_grad()
     def images_at(
         self,
         counts: Sequence[int | None],
+        subjects: Sequence[Subject],
         indices: Sequence[int],
-        labels: Sequence[int],
         *,
         seed: int,
-        sampling: SamplingConfig | FlowSampling,
-        decode: DecodeSettings,
+        sampling: Any = None,
+        decoding: Any = None,
+        callback: Callback | None = None,
     ) -> dict[int | None, Tensor]:
-        """By token count, the uint8 images (len(indices), 3, H, W) that `images` gives with that many; None is all.
+        """By number of tokens, what `images` gives with that many; None is all of them.
 
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
         """
-        asked = Asked(counts, seed, sampling, decode)
-        halves = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with cpu_threads(self.threads), halves:
-            blocks = [
-                self._block([indices[row] for row in rows], [labels[row] for row in rows], asked)
-                for rows in blocks_of(len(indices), self.device, self.rows)
-            ]
+        self.check_counts(counts)
+        most = None if None in counts else max(count for count in counts if count is not None)
+        blocks: list[dict[int | None, Tensor]] = []
+        for rows in self.blocks.of(len(indices)):
+            own = [indices[row] for row in rows]
+            drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, callback)
+            blocks.append({})
+            for count in counts:
+                cut = drawn if count is None else cast(Tokens, drawn).truncate(count)
+                blocks[-1][count] = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
         return {count: torch.cat([block[count] for block in blocks]) for count in counts}
 
-    def _padded(self, values: Sequence[int]) -> list[int]:
-        """The values of a block, on a CPU as many as every block has."""
-        return pad_to_rows(values, self.rows) if self.device.type == "cpu" else list(values)
+    def check_counts(self, counts: Sequence[int | None]) -> None:
+        """Raises ValueError for a number of tokens that the generator does not draw."""
+        rates, given = self.generator.rates(), [count for count in counts if count is not None]
+        if given and not rates:
+            why = "draws its own number of tokens" if self.draws_tokens else "draws whole latents, not tokens"
+            raise ValueError(f"num_tokens: this generator {why}; leave num_tokens out")
+        if any(not 1 <= count <= max(rates) for count in given):
+            raise ValueError(f"num_tokens: the generator draws 1 to {max(rates)} tokens, given {given}")
 
-    @abstractmethod
-    def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
-        """The images of one block, computed together."""
+    def encoder(self) -> TextEncoder:
+        """The text encoder, loaded when it is first needed.
 
+        Raises ValueError for a generator without text, or for another encoder than it was trained with.
+        """
+        if self._encoder is None:
+            condition = self.generator.config.condition
+            if not isinstance(condition, FromText):
+                raise ValueError("prompts: this generator cannot read them, it draws classes")
+            if self.text_encoder is None:
+                why = "the generator names no encoder: say text_encoder=FOLDER"
+                raise ValueError(f"prompts: this generator cannot read them, {why}")
+            try:
+                found = TextEncoder.load(self.text_encoder, max_length=condition.text_length, device=self.device)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
+            if self.generator.empty_caption is not None:
+                found.check_same(self.generator.empty_caption)
+            self._encoder = found
+        return self._encoder
 
-class TokenPipeline(Pipeline):
-    """A GPT and the tokenizer whose ids it draws."""
+    def condition(self, subjects: Sequence[Subject]) -> Condition:
+        """What the generator draws for. Each prompt is encoded alone, so that its features tell nothing of others."""
+        if not self.reads_text:
+            return torch.tensor(subjects, dtype=torch.long, device=self.device)
+        encoder, prompts = self.encoder(), cast(Sequence[str], subjects)
+        features = {prompt: encoder.encode([prompt])[0] for prompt in sorted(set(prompts))}
+        return Captions.pad([features[prompt] for prompt in prompts])
 
-    generator: GPT
-    tokenizer: Tokenizer
+    # ------------------------------------------------ in blocks
 
-    def __init__(
+    def _subjects(
         self,
-        generator: GPT,
-        tokenizer: Tokenizer,
-        device: torch.device,
-        threads: int = 1,
-        precision: Precision = "fp32",
-    ) -> None:
-        if generator.config.vocab_size != tokenizer.vocab_size or generator.config.num_tokens > tokenizer.num_tokens:
-            raise ValueError(
-                f"the generator draws {generator.config.num_tokens} tokens of {generator.config.vocab_size}, but the "
-                f"tokenizer decodes {tokenizer.num_tokens} of {tokenizer.vocab_size}: they were not trained together"
-            )
-        super().__init__(generator, device, threads, precision)
-        self.tokenizer = tokenizer.to(device).eval()
-        self.most_tokens = generator.config.num_tokens
+        classes: int | Sequence[int] | None,
+        prompts: str | Sequence[str] | None,
+        num_per_condition: int,
+        indices: Sequence[int] | None,
+    ) -> tuple[list[Subject], Sequence[int]]:
+        """What each image is drawn for, and its index."""
+        given, other, wanted = (prompts, classes, "prompts") if self.reads_text else (classes, prompts, "classes")
+        if given is None or other is not None:
+            kind = "from text" if self.reads_text else "classes"
+            raise ValueError(f"this generator draws {kind}: give {wanted}=..., and nothing else to draw for")
+        listed: list[Subject] = [given] if isinstance(given, int | str) else list(given)
+        if not self.reads_text:
+            listed = [int(label) for label in listed]
+            check_classes(cast(Sequence[int], listed), self.num_classes)
+        if not listed or num_per_condition < 1:
+            raise ValueError(f"nothing to draw: {len(listed)} {wanted}, num_per_condition={num_per_condition}")
+        subjects = [subject for subject in listed for _ in range(num_per_condition)]
+        return subjects, check_indices(indices, len(subjects))
 
-    @property
-    def image_size(self) -> int:
-        return self.tokenizer.image_size
-
-    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> SamplingConfig:
-        if flow != FlowSampling():
-            raise ValueError("flow: this generator draws tokens and not latents; use the fields of `sampling`")
-        return sampling
-
-    def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
-        assert isinstance(asked.sampling, SamplingConfig), "see `choose`"
-        padded, total = self._padded(indices), self.generator.config.num_tokens
-        tokens = self.generator.generate(
-            self.condition(self._padded(labels)),
-            seed=asked.seed,
-            indices=padded,
-            sampling=asked.sampling,
-            num_tokens=max(total if count is None else count for count in asked.counts),
-        )
-        images = {}
-        for count in asked.counts:
-            decoded = self.tokenizer.decode(
-                tokens.truncate(total if count is None else count),
-                seed=asked.seed,
-                indices=padded,
-                decoding=asked.decode.over(self.tokenizer.config.decoding),
-            )
-            images[count] = to_uint8(decoded[: len(indices)]).cpu()
-        return images
-
-
-class LatentPipeline(Pipeline):
-    """An xAR and the autoencoder whose latents it draws."""
-
-    generator: XAR
-    tokenizer: VAE
-
-    def __init__(
+    def _parts(
         self,
-        generator: XAR,
-        autoencoder: VAE,
-        device: torch.device,
-        threads: int = 1,
-        precision: Precision = "fp32",
-    ) -> None:
-        check_autoencoder(generator, autoencoder)
-        super().__init__(generator, device, threads, precision)
-        # Not more than do a CPU good: a lone image is padded to as many
-        self.rows = max(1, min(ROWS, TOKENS_AT_ONCE // generator.entities.length))
-        self.tokenizer = autoencoder.to(device).eval()
+        classes: int | Sequence[int] | None,
+        prompts: str | Sequence[str] | None,
+        *,
+        num_per_condition: int = 1,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        batch_size: int = BATCH,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> list[Drawn]:
+        """What is drawn, block by block, without padding."""
+        subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
+        sampling = Settings(**settings).over(self.sampling, "sampling")
+        self.check_counts((num_tokens,))
+        found = []
+        with progress_bar(len(subjects), progress, callback) as (bar, told):
+            for rows in self.blocks.of(len(subjects), batch_size):
+                chosen = [subjects[row] for row in rows]
+                drawn = self._draw(chosen, [indices[row] for row in rows], seed, sampling, num_tokens, told)
+                found.append(drawn[: len(rows)])
+                bar.update(len(rows))
+        return found
 
-    @property
-    def image_size(self) -> int:
-        size: int = self.generator.config.grid * self.tokenizer.config.factor
-        return size
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Within the block networks compute in the arithmetic and with the threads that are asked for."""
+        halves = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with self.blocks.computing(), halves:
+            yield
 
-    def choose(self, sampling: SamplingConfig, flow: FlowSampling) -> FlowSampling:
-        if sampling != SamplingConfig():
-            raise ValueError("sampling: this generator draws latents and not tokens; use the fields of `flow`")
-        return flow
+    def _draw(
+        self,
+        subjects: Sequence[Subject],
+        indices: Sequence[int],
+        seed: int,
+        sampling: Any,
+        num_tokens: int | None,
+        callback: Callback | None,
+    ) -> Drawn:
+        """The tokens or latents of a block, padding included."""
 
-    def _block(self, indices: list[int], labels: list[int], asked: Asked) -> dict[int | None, Tensor]:
-        assert isinstance(asked.sampling, FlowSampling), "see `choose`"
-        if tuple(asked.counts) != (None,) or asked.decode != DecodeSettings():
-            raise ValueError(
-                "num_tokens, decode_steps, decode_guidance: this generator draws whole latents, which its autoencoder "
-                "decodes in one go; leave them out (flow.steps are the generator's)"
+        def on_step(done: int, latents: Tensor | None = None) -> None:
+            assert callback is not None
+            guess = None if latents is None else (lambda: self.decoder.decode(latents[: len(indices)]))
+            callback(Step("draw", done, indices, guess))
+
+        options = {} if num_tokens is None else {"num_tokens": num_tokens}
+        with self._computing():
+            drawn: Drawn = self.generator.generate(
+                self.condition(self.blocks.padded(subjects)),
+                seed=seed,
+                indices=self.blocks.padded(indices),
+                sampling=sampling,
+                on_step=None if callback is None else on_step,
+                **options,
             )
-        latents = self.generator.generate(
-            self.condition(self._padded(labels)),
-            seed=asked.seed,
-            indices=self._padded(indices),
-            sampling=asked.sampling,
-        )
-        return {None: to_uint8(self.tokenizer.decode(latents)[: len(indices)]).cpu()}
+        return drawn
+
+    @torch.no_grad()
+    def _decode(
+        self, drawn: Drawn, indices: Sequence[int], seed: int, decoding: Any, callback: Callback | None
+    ) -> Tensor:
+        """Images (len(indices), 3, H, W) of a block."""
+
+        def on_step(done: int, _: Tensor, guess: Tensor) -> None:
+            assert callback is not None
+            callback(Step("decode", done, indices, lambda: self.decoder.to_images(guess[: len(indices)])))
+
+        with self._computing():
+            decoded = self.decoder.decode(
+                drawn,
+                seed=seed,
+                indices=self.blocks.padded(indices),
+                decoding=decoding,
+                on_step=None if callback is None else on_step,
+            )
+        return decoded[: len(indices)]
 
 
-def check_autoencoder(generator: XAR, autoencoder: VAE) -> None:
-    """Raises ValueError for an autoencoder of other latents than the generator's."""
-    drawn, decoded = generator.config.latent_channels, autoencoder.config.latent_channels
-    if drawn != decoded:
-        raise ValueError(
-            f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were not "
-            "trained together"
-        )
+# ------------------------------------------------ helpers
 
 
-def tokenizer_folder(generator: Path, tokenizer: str | None) -> Path:
-    """The folder of the tokenizer that is named, or of the one inside the generator's folder."""
-    if tokenizer is not None:
-        return find_folder(tokenizer)
+@contextlib.contextmanager
+def progress_bar(total: int, shown: bool | None, callback: Callback | None) -> Iterator[tuple[Any, Callback | None]]:
+    """A bar over images, for None only on a terminal, and what to tell of the steps in between, if anyone listens."""
+    with tqdm(total=total, unit="image", leave=False, disable=None if shown is None else not shown) as bar:
+        if bar.disable:
+            yield bar, callback
+            return
+        shown_at = time.monotonic()
+
+        def told(step: Step) -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at > 0.1:
+                shown_at = time.monotonic()
+                bar.set_postfix_str(f"{step.stage} {step.done}")
+            if callback is not None:
+                callback(step)
+
+        yield bar, told
+
+
+def default_device() -> torch.device:
+    """The accelerator that there is, or else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point type by its name. Raises ValueError for any other than those of `DTYPES`."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype: given {name!r}, must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def names_of(settings: Any) -> list[str]:
+    """The names of the fields of a dataclass."""
+    return [field.name for field in fields(settings)]
+
+
+def check_indices(indices: Sequence[int] | None, count: int) -> Sequence[int]:
+    """The indices, or 0, 1, ... for none. Raises ValueError unless there are `count` of them."""
+    if indices is not None and len(indices) != count:
+        raise ValueError(f"indices: {len(indices)} numbers for {count} images")
+    return range(count) if indices is None else list(indices)
+
+
+def check_classes(classes: Sequence[int], num_classes: int, *, unlabelled: bool = True) -> None:
+    """Raises ValueError for a class outside the model's; -1, no class, is one only if `unlabelled`."""
+    for label in classes:
+        if not (-1 if unlabelled else 0) <= label < num_classes:
+            raise ValueError(f"classes: {label} is not a class of the model; it has classes 0 to {num_classes - 1}")
+
+
+def decoder_folder(generator: Path, decoder: str | Path | None) -> Path:
+    """The folder of the tokenizer or autoencoder that is named, or of the one inside the generator's folder."""
+    if decoder is not None:
+        return find_folder(decoder)
     if not (generator / "tokenizer").is_dir():
         raise FileNotFoundError(f"{generator} has no tokenizer/ folder: say which one with tokenizer=FOLDER")
     return generator / "tokenizer"
-
-
-def blocks_of(count: int, device: torch.device, most: int = ROWS) -> Iterator[Sequence[int]]:
-    """The rows of a batch that are computed together: `most` on a CPU, all elsewhere."""
-    return batches_of(range(count), most if device.type == "cpu" else count)
-
-
-def pad_to_rows(values: Sequence[int], rows: int = ROWS) -> list[int]:
-    """The values, the last one repeated up to `rows` of them."""
-    return [*values, *[values[-1]] * (rows - len(values))]
 
 
 def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Consecutive runs of at most `size` indices."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-def labels_in_turn(classes: Sequence[int], count: int, num_classes: int, *, unlabelled: bool = False) -> list[int]:
-    """The label of every index: classes[i % number of classes], or all of the model's `num_classes` for no classes.
-
-    Raises ValueError for a class outside the model's; -1, no class, is one only if `unlabelled`.
-    """
-    chosen = check_classes(classes, num_classes, unlabelled=unlabelled)
-    return [chosen[i % len(chosen)] for i in range(count)]
-
-
-def labels_by_class(classes: Sequence[int], each: int, num_classes: int, *, unlabelled: bool = False) -> list[int]:
-    """The label of every index, class after class: classes[i // each]. Otherwise as `labels_in_turn`."""
-    chosen = check_classes(classes, num_classes, unlabelled=unlabelled)
-    return [label for label in chosen for _ in range(each)]
-
-
-def check_classes(classes: Sequence[int], num_classes: int, *, unlabelled: bool) -> Sequence[int]:
-    """The classes, or all of them for none; see `labels_in_turn`."""
-    for label in classes:
-        if not (-1 if unlabelled else 0) <= label < num_classes:
-            raise ValueError(f"classes: {label} is not a class of the model; it has classes 0 to {num_classes - 1}")
-    return classes or range(num_classes)

@@ -19,7 +19,7 @@ Shapes: B images, C channels, G grid side, L tokens, N entities, W width, R rows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -43,25 +43,23 @@ from imgtok.layers.cache import KVCache, LayerCache, Memory, MemoryLayer
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
-from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.base import Autoencoder, Losses
 
 # ---------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSampling:
-    """How entities are drawn. What is left out is as the model's configuration says, or else as for xAR-B: 40 steps of
-    stochastic Euler, guidance 2.7 at all times.
-    """
+    """How entities are drawn; the defaults are those of the published xAR-B."""
 
-    steps: tuple[PositiveInt, ...] | None = None
+    steps: tuple[PositiveInt, ...] = (40,)
     """Calls of the network for an entity: one number for all, or one each (DiSA takes fewer for later ones)."""
-    guidance: tuple[NonNegativeFloat, ...] | None = None
+    guidance: tuple[NonNegativeFloat, ...] = (2.7,)
     """Guidance scale. One number rises linearly from 1 at the first entity to itself at the last, as published; a
     number for each entity is taken as it stands. At 1 and below nothing is guided."""
-    interval: tuple[Fraction, Fraction] | None = None
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times between which guidance is at work."""
-    solver: Literal["stochastic", "euler", "adams"] | None = None
+    solver: Literal["stochastic", "euler", "adams"] = "stochastic"
     """Stochastic Euler as published; or without added noise, Euler or two-step Adams-Bashforth."""
 
     def __post_init__(self) -> None:
@@ -69,13 +67,8 @@ class FlowSampling:
         for name, value in (("steps", self.steps), ("guidance", self.guidance)):
             if value == ():
                 raise ValueError(f"{name}: give one number, or one for each entity")
-        if self.interval is not None and self.interval[0] > self.interval[1]:
+        if self.interval[0] > self.interval[1]:
             raise ValueError(f"interval: {list(self.interval)} must be [lower, upper]")
-
-    def over(self, defaults: FlowSampling) -> FlowSampling:
-        """What is set here, and the defaults for the rest."""
-        mine = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(defaults, **mine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +170,7 @@ def plan_entities(sampling: FlowSampling, count: int) -> list[EntityPlan]:
 
     Raises ValueError for a list of another length, and for fewer steps than the solver needs.
     """
-    steps, guidance = sampling.steps or (40,), sampling.guidance or (2.7,)
+    steps, guidance = sampling.steps, sampling.guidance
     for name, values in (("steps", steps), ("guidance", guidance)):
         if len(values) not in (1, count):
             raise ValueError(f"{name}: {len(values)} numbers for {count} entities; give one, or one for each entity")
@@ -185,8 +178,7 @@ def plan_entities(sampling: FlowSampling, count: int) -> list[EntityPlan]:
         steps = steps * count
     if len(guidance) == 1 and count > 1:
         guidance = tuple(1 + (guidance[0] - 1) * entity / (count - 1) for entity in range(count))
-    solver, interval = sampling.solver or "stochastic", sampling.interval or (0.0, 1.0)
-    plans = [EntityPlan(solver, steps[i], guidance[i], interval) for i in range(count)]
+    plans = [EntityPlan(sampling.solver, steps[i], guidance[i], sampling.interval) for i in range(count)]
     for plan in plans:
         try:
             _ = plan.times
@@ -469,23 +461,26 @@ class XAR(ConditionalGenerator):
         seed: int,
         indices: Sequence[int],
         sampling: FlowSampling | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: Callable[[int, Tensor | None], None] | None = None,
     ) -> Tensor:
         """Latents (B, C, G, G) for labels (B,), -1 for no class, or captions; row b uses the noise of (`seed`,
         `indices[b]`) alone.
 
-        `on_step` is told the entity and the steps done in it. Raises ValueError for a condition that the model does
-        not know.
+        `on_step` is told the number of steps done, over all entities, and what the latents are expected to become, with
+        zeros where no entity has begun (None while only small scales are there). Raises ValueError for a condition that
+        the model does not know.
         """
         condition, plans = self._checked(condition), self._plans(sampling)
         network = xar_fast.SamplingNetwork(self, condition, plans)
-        for entity, (plan, draws) in enumerate(zip(plans, self._draws(plans, seed, indices), strict=True)):
-            report = None if on_step is None else (lambda step, x, guess, entity=entity: on_step(entity, step))
+        done = 0
+        for plan, draws in zip(plans, self._draws(plans, seed, indices), strict=True):
+            report = None if on_step is None else self._report(on_step, done, network.finished)
+            done += plan.steps
             network.finished.append(plan.solve(network.velocity, draws, report))
         return self.entities.join(torch.cat(network.finished, dim=1))
 
     def _plans(self, sampling: FlowSampling | None) -> list[EntityPlan]:
-        return plan_entities((sampling or FlowSampling()).over(self.config.sampling), len(self.entities))
+        return plan_entities(sampling or self.config.sampling, len(self.entities))
 
     def _draws(self, plans: Sequence[EntityPlan], seed: int, indices: Sequence[int]) -> list[Tensor]:
         """The normal numbers of each entity (num_draws, B, l, C), of (seed, index) alone; on the device in one copy.
@@ -499,3 +494,28 @@ class XAR(ConditionalGenerator):
         draws = [randomness.normal(seed, indices, shape, f"entity {i}").flatten(1) for i, shape in enumerate(shapes)]
         parts = torch.cat(draws, dim=1).to(self.readout.weight.device).split([part.shape[1] for part in draws], dim=1)
         return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True)]
+
+    def check_decoder(self, decoder: nn.Module) -> None:
+        """Raises ValueError for anything but an autoencoder of latents with as many channels."""
+        if not isinstance(decoder, Autoencoder):
+            raise ValueError(f"the generator draws latents, which a {type(decoder).__name__} does not decode")
+        drawn, decoded = self.config.latent_channels, decoder.config.latent_channels
+        if drawn != decoded:
+            raise ValueError(
+                f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were "
+                "not trained together"
+            )
+
+    def _report(
+        self, on_step: Callable[[int, Tensor | None], None], before: int, finished: Sequence[Tensor]
+    ) -> flow.OnStep:
+        """What a solver tells of the entity after the finished ones, as `on_step` of `generate` wants it."""
+
+        def report(step: int, _: Tensor, guess: Tensor) -> None:
+            tokens = torch.cat([*finished, guess], dim=1)
+            missing = self.entities.length - tokens.shape[1]
+            scales = self.entities.length > self.entities.grid**2
+            whole = None if scales and missing else self.entities.join(F.pad(tokens, (0, 0, 0, missing)))
+            on_step(before + step, whole)
+
+        return report

@@ -1,19 +1,33 @@
 """imgtok: variable-length image tokenizers, and what every generator, trainer and sampler shares.
 
-`imgtok.load(path_or_hub_name)` opens any model of the suite. Importing the package imports no torch, so
-that the command line answers at once.
+`imgtok.load(name)` opens any model of the suite, `imgtok.pipeline(name)` a generator with its tokenizer, which goes
+from a class or a prompt to images. Importing the package imports no torch, so that the command line answers at once.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "load"]
-
 if TYPE_CHECKING:
+    from imgtok.generators.pipeline import Pipeline, pipeline
     from imgtok.hub import load
+    from imgtok.pictures import preprocess, to_pil
+    from imgtok.tokenizers.tokens import Tokens
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "Tokens", "__version__", "load", "pipeline", "preprocess", "to_pil"]
+
+PUBLIC = {
+    "Pipeline": "imgtok.generators.pipeline",
+    "Tokens": "imgtok.tokenizers.tokens",
+    "load": "imgtok.hub",
+    "pipeline": "imgtok.generators.pipeline",
+    "preprocess": "imgtok.pictures",
+    "to_pil": "imgtok.pictures",
+}
+"""Public name -> the module that has it, imported when the name is first used (PEP 562)."""
 
 # In a checkout, generators/, train/ and sample/ lie beside this folder, and links in it make them parts of the package.
 if not (Path(__file__).parent / "generators").is_dir():  # links are lost where the file system or archive has none
@@ -21,9 +35,10 @@ if not (Path(__file__).parent / "generators").is_dir():  # links are lost where 
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load`, and torch with it, at its first use (PEP 562)."""
-    if name == "load":
-        from imgtok.hub import load
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'imgtok' has no attribute {name!r}")
+    return getattr(importlib.import_module(PUBLIC[name]), name)
 
-        return load
-    raise AttributeError(f"module 'imgtok' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

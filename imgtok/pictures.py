@@ -57,7 +57,50 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (N, 3, H, W) or one (3, H, W), float in [-1, 1] or uint8, on any device -> as many Pillow pictures.
+
+    Raises ValueError for another shape.
+    """
+    if images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ValueError(f"to_pil takes images (N, 3, H, W) or (3, H, W), not {tuple(images.shape)}")
+    pixels = images.detach() if images.dtype == torch.uint8 else to_uint8(images.detach())
+    pixels = pixels.reshape(-1, *pixels.shape[-3:]).permute(0, 2, 3, 1).cpu().contiguous()
+    return [Image.fromarray(picture) for picture in pixels.numpy()]
+
+
 # Decoding
+
+
+Picture = Image.Image | np.ndarray | str | Path
+"""One picture: Pillow's, a uint8 array (H, W) or (H, W, 1 to 4 channels), or the path of a file."""
+
+
+def preprocess(pictures: Picture | Sequence[Picture], size: int) -> Tensor:
+    """One picture or a list of N -> float32 images (1 or N, 3, size, size) in [-1, 1]: what a tokenizer encodes.
+
+    The shorter side is scaled to `size` pixels and the central square kept, as everywhere in the suite
+    (`center_crop_adm`). Pictures are turned upright as their EXIF data says, grey becomes RGB, transparent parts white.
+    Raises ValueError for an array of another type or shape, FileNotFoundError or UnreadableImage for a file.
+    """
+    listed = [pictures] if isinstance(pictures, Image.Image | np.ndarray | str | Path) else list(pictures)
+    if not listed:
+        raise ValueError("preprocess: there are no pictures in the list")
+    squares = [np.array(center_crop_adm(_as_rgb(picture), size)) for picture in listed]
+    return from_uint8(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous())
+
+
+def _as_rgb(picture: Picture) -> Image.Image:
+    if isinstance(picture, str | Path):
+        return decode_image(Path(picture).expanduser().read_bytes(), str(picture))
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] > (4,) or not picture.size:
+            given = f"{picture.dtype} {picture.shape}"
+            raise ValueError(f"preprocess takes arrays (H, W) or (H, W, 1 to 4 channels) of uint8, not {given}")
+        picture = Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
+    elif not isinstance(picture, Image.Image):
+        raise ValueError(f"preprocess takes Pillow images, uint8 arrays and paths, not a {type(picture).__name__}")
+    return _to_rgb(_upright(picture.copy()))
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from imgtok.cli import run_job
 from imgtok.config import PositiveFloat, check
-from imgtok.generators.pipeline import check_autoencoder
 from imgtok.generators.xar import XAR
 from imgtok.hub import KINDS, load, writers
 from imgtok.tokenizers.vae import VAE, load_vae
@@ -77,7 +76,7 @@ def add_autoencoder(model: Any, autoencoder: VAE, folder: Path) -> None:
     """Raises ValueError for a model that needs none, or another one."""
     if not isinstance(model, XAR):
         raise ValueError(f"vae: a {type(model).__name__} is given no autoencoder; leave vae out")
-    check_autoencoder(model, autoencoder)
+    model.check_decoder(autoencoder)
     autoencoder.save_pretrained(folder)
 
 

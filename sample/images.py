@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,23 +23,13 @@ from tqdm import tqdm
 
 from imgtok import pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, check, to_dict
+from imgtok.config import NonNegativeInt, PositiveInt, Settings, check, to_dict
 from imgtok.data.tokens import fingerprint
 from imgtok.files import replacing
-from imgtok.generators.gpt import SamplingConfig
-from imgtok.generators.pipeline import (
-    DecodeSettings,
-    Pipeline,
-    Precision,
-    batches_of,
-    labels_by_class,
-    labels_in_turn,
-    tokenizer_folder,
-)
-from imgtok.generators.xar import FlowSampling
-from imgtok.hub import find_folder
+from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.saved_images import RECORD, open_npz
 from imgtok.runtime import process_state
+from imgtok.sample.labels import labels_by_class, labels_in_turn, num_labels
 
 logger = logging.getLogger(__name__)
 
@@ -74,49 +64,51 @@ class Config:
     order: Literal["in_turn", "by_class"] = "in_turn"
     """Classes or prompts in turn, or `per_class` images of one and then of the next, as papers number them."""
     seed: NonNegativeInt = 0
-    """Image i of a seed is the same whatever the batch size or number of processes."""
+    """Image i of a seed has the same noise and draws whatever the batch size or number of processes."""
     batch_size: PositiveInt = 64
     """Images drawn at once by one process."""
     format: Literal["png", "npz"] = "png"
     """Numbered PNGs, or one `samples.npz` as the ADM evaluator reads it."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How tokens are drawn."""
-    flow: FlowSampling = FlowSampling()
-    """How latents are drawn (xAR); what is left out is as the model's own configuration says."""
+    sampling: Settings = Settings()
+    """How tokens or latents are drawn: settings of the generator; what is left out is as its configuration says."""
+    decoding: Settings = Settings()
+    """How images are made of them: settings of the decoder, likewise."""
     num_tokens: PositiveInt | None = None
     """Tokens drawn for each image; null draws all that the generator knows."""
-    decode_steps: PositiveInt | None = None
-    """Flow steps of the tokenizer's decoder; null takes its own setting."""
-    decode_guidance: PositiveFloat | None = None
-    """Guidance scale of the tokenizer's decoder; null takes its own setting."""
     grid: NonNegativeInt = 64
     """Images in `grid.png`; 0 writes none."""
     precision: Precision = "fp32"
     """Arithmetic of generator and decoder; bf16 is faster where the hardware has it, and changes images a little."""
-    threads: PositiveInt = 1
-    """CPU threads per process. More speed up a large model, but their number can show in an image's last bits; more
-    processes do not."""
+    exact: bool = False
+    """On a CPU, files that are equal to the byte whatever the batch size or the number of processes: images are
+    computed in blocks of one size, the last one padded, with a fixed number of threads. Several times slower."""
+    threads: PositiveInt | None = None
+    """CPU threads per process; null takes torch's own number (OMP_NUM_THREADS, or all cores), or 1 with exact=true,
+    where another number can show in an image's last bits."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.order == "by_class" and self.per_class is None:
             raise ValueError("order: by_class needs per_class, the number of images of each class")
 
-    @property
-    def decode(self) -> DecodeSettings:
-        return DecodeSettings(self.num_tokens, self.decode_steps, self.decode_guidance)
-
 
 def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
     state = process_state()
-    pipeline = Pipeline.load(config.model, config.tokenizer, state.device, config.threads, config.precision)
-    if config.prompts is not None:
-        pipeline.read_prompts(read_prompts(config.prompts), config.text_encoder)
-    labels = plan_labels(config, pipeline.num_classes)
+    pipe = pipeline(
+        config.model,
+        tokenizer=config.tokenizer,
+        device=state.device,
+        dtype=config.precision,
+        text_encoder=config.text_encoder,
+        exact=config.exact,
+        threads=config.threads,
+    )
+    plan = Plan.make(config, pipe)
+    labels = plan.labels
     folder = config.out / ".parts" if config.format == "npz" else config.out
     if state.is_main_process:
-        claim_folder(config, labels)
+        claim_folder(config, labels, describe_request(config, plan, pipe))
     if finished_npz(config, len(labels)):
         shutil.rmtree(folder, ignore_errors=True)  # if the process that packed it was killed before it did
         logger.info("%s is complete (%d images): nothing to do", npz_path(config), len(labels))
@@ -127,10 +119,38 @@ def main(config: Config) -> None:
     mine = range(state.process_index, len(labels), state.num_processes)
     missing = [i for i in mine if not image_path(folder, i).exists()]
     logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
-    draw_images(config, pipeline, labels, missing, folder, show_progress=state.is_main_process)
+    draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(config, labels, folder)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each image of a job is drawn for, by index, and how."""
+
+    labels: list[int]
+    """Classes, or numbers of prompts."""
+    prompts: list[str]
+    """Empty for a generator that draws classes."""
+    sampling: Any
+    decoding: Any
+
+    @classmethod
+    def make(cls, config: Config, pipe: Pipeline) -> Plan:
+        """Raises ValueError for what the models cannot do, before anything is drawn."""
+        sampling = config.sampling.over(pipe.sampling, "sampling")
+        decoding = config.decoding.over(pipe.decoding, "decoding")
+        pipe.check_counts((config.num_tokens,))
+        prompts = [] if config.prompts is None else read_prompts(config.prompts)
+        if prompts:
+            pipe.encoder()  # which says so if this generator does not read text
+        labels = plan_labels(config, len(prompts) or num_labels(pipe))
+        return cls(labels, prompts, sampling, decoding)
+
+    def subjects(self, indices: Sequence[int]) -> list[Subject]:
+        """Classes or prompts of some of the images."""
+        return [self.prompts[self.labels[index]] if self.prompts else self.labels[index] for index in indices]
 
 
 def plan_labels(config: Config, num_classes: int) -> list[int]:
@@ -154,13 +174,12 @@ def read_prompts(prompts: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def claim_folder(config: Config, labels: Sequence[int]) -> None:
+def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any]) -> None:
     """Records the request in the folder; refuses one that holds images of another request or of unknown origin.
 
     A larger or smaller number of images is the same request: what is there already is kept. With order=by_class it is
     another one, since the classes of the images then depend on it.
     """
-    request = describe_request(config)
     path = config.out / RECORD
     if path.exists():
         previous = json.loads(path.read_text(encoding="utf-8")).get("request")
@@ -180,31 +199,28 @@ def claim_folder(config: Config, labels: Sequence[int]) -> None:
         temporary.write_text(json.dumps({"request": request, "labels": list(labels)}) + "\n", encoding="utf-8")
 
 
-def describe_request(config: Config) -> dict[str, Any]:
+def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, Any]:
     """All that the images depend on; the models by their fingerprints, since a folder may be trained again."""
+    assert pipe.folders is not None, "it was loaded by its name"
+    model, tokenizer = pipe.folders
     request = to_dict(config)
     for name in ("out", "num", "per_class", "batch_size", "grid", "threads"):
         del request[name]
-    model = find_folder(config.model)
     if config.order == "by_class":
         request["per_class"] = config.per_class
-    if config.prompts is None:  # then the record is that of a version without text
-        del request["prompts"], request["text_encoder"]
-    else:
-        request["prompts"] = read_prompts(config.prompts)
-    for field in fields(config):  # likewise of a version without these
-        if field.name in ("order", "flow", "precision") and getattr(config, field.name) == field.default:
-            del request[field.name]
     return request | {
+        "prompts": plan.prompts,
+        "sampling": to_dict(plan.sampling),
+        "decoding": to_dict(plan.decoding),
         "model": fingerprint(model),
-        "tokenizer": fingerprint(tokenizer_folder(model, config.tokenizer)),
+        "tokenizer": fingerprint(tokenizer),
     }
 
 
 def draw_images(
     config: Config,
-    pipeline: Pipeline,
-    labels: Sequence[int],
+    pipe: Pipeline,
+    plan: Plan,
     missing: Sequence[int],
     folder: Path,
     *,
@@ -212,20 +228,25 @@ def draw_images(
 ) -> None:
     """Draws the images of the missing indices and writes each to its own file."""
     with tqdm(total=len(missing), unit="image", desc="sample", disable=not show_progress) as progress:
-        for indices, images in generate(config, pipeline, labels, missing):
+        for indices, images in generate(config, pipe, plan, missing):
             for index, image in zip(indices, images, strict=True):
                 pictures.save_png(image, image_path(folder, index))
             progress.update(len(indices))
 
 
 def generate(
-    config: Config, pipeline: Pipeline, labels: Sequence[int], indices: Sequence[int]
+    config: Config, pipe: Pipeline, plan: Plan, indices: Sequence[int]
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Batches of (indices, uint8 images (B, 3, H, W)); `labels` is that of the whole job, by index."""
-    sampling = pipeline.choose(config.sampling, config.flow)
+    """Batches of (indices, uint8 images (B, 3, H, W))."""
     for chunk in batches_of(indices, config.batch_size):
-        chunk_labels = [labels[i] for i in chunk]
-        images = pipeline.images(chunk, chunk_labels, seed=config.seed, sampling=sampling, decode=config.decode)
+        images = pipe.images(
+            plan.subjects(chunk),
+            chunk,
+            seed=config.seed,
+            sampling=plan.sampling,
+            decoding=plan.decoding,
+            num_tokens=config.num_tokens,
+        )
         yield chunk, images
 
 

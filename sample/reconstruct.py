@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 from imgtok import pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check
+from imgtok.config import NonNegativeInt, PositiveInt, Range, Settings, check
 from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
 from imgtok.files import replacing
-from imgtok.generators.pipeline import DecodeSettings, blocks_of, pad_to_rows
 from imgtok.hub import load
 from imgtok.metrics.reconstruction import psnr
-from imgtok.runtime import cpu_threads, process_state
+from imgtok.runtime import Blocks, process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Tokenizer, powers_of_two
 
@@ -54,12 +53,14 @@ class Config:
     """Seed of the decoder's noise."""
     batch_size: PositiveInt = 64
     """Images reconstructed at once."""
-    decode_steps: PositiveInt | None = None
-    """Flow steps of the decoder; null takes the tokenizer's own setting."""
-    decode_guidance: PositiveFloat | None = None
-    """Guidance scale of the decoder; null takes the tokenizer's own setting."""
-    threads: PositiveInt = 1
-    """CPU threads; their number can show in an image's last bits."""
+    decoding: Settings = Settings()
+    """Settings of the decoder; what is left out is as the model's configuration says (`imgtok info MODEL`)."""
+    exact: bool = False
+    """On a CPU, results that are equal to the last bit whatever the batch size: images are computed in blocks of one
+    size, the last one padded, with a fixed number of threads. Several times slower."""
+    threads: PositiveInt | None = None
+    """CPU threads; null takes torch's own number (OMP_NUM_THREADS, or all cores), or 1 with exact=true, where another
+    number can show in an image's last bits."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -75,14 +76,23 @@ def main(config: Config) -> None:
     tokenizer = load(config.model, expect=Tokenizer).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split="held_out", held_out_fraction=config.held_out)
     counts = token_counts(config.num_tokens, tokenizer.num_tokens)
-    settings = DecodeSettings(steps=config.decode_steps, guidance=config.decode_guidance)
+    decoding = config.decoding.over(tokenizer.config.decoding, "decoding")
+    blocks = Blocks(state.device, config.exact, config.threads)
     chosen = spread_indices(len(source), config.num)
     originals: list[Tensor] = []
     rows: dict[int, list[Tensor]] = {count: [] for count in counts}
-    with cpu_threads(config.threads), tqdm(total=len(chosen), unit="image", desc="reconstruct") as progress:
+    with tqdm(total=len(chosen), unit="image", desc="reconstruct") as progress:
         for batch in eval_loader(source, config.batch_size, indices=chosen):
             originals.append(pictures.to_uint8(batch.images))
-            decoded = reconstruct(tokenizer, batch.images, batch.indices, counts, seed=config.seed, decode=settings)
+            decoded = reconstruct(
+                tokenizer,
+                batch.images,
+                batch.indices,
+                counts,
+                seed=config.seed,
+                decoding=decoding,
+                blocks=blocks,
+            )
             for count, images in decoded.items():
                 rows[count].append(images)
             progress.update(len(batch.images))
@@ -110,21 +120,20 @@ def reconstruct(
     counts: Sequence[int],
     *,
     seed: int,
-    decode: DecodeSettings,
+    decoding: Any,
+    blocks: Blocks,
 ) -> dict[int, Tensor]:
     """By token count, what the tokenizer makes of images (B, 3, H, W), as uint8; noise is that of `indices`."""
-    device = next(tokenizer.parameters()).device
-    blocks: dict[int, list[Tensor]] = {count: [] for count in counts}
-    for rows in blocks_of(len(images), device):
-        padded = pad_to_rows(rows)
-        tokens = tokenizer.encode(images[padded].to(device))
-        noise_of = [indices[row] for row in padded]
-        for count in counts:
-            decoded = tokenizer.decode(
-                tokens.truncate(count), seed=seed, indices=noise_of, decoding=decode.over(tokenizer.config.decoding)
-            )
-            blocks[count].append(pictures.to_uint8(decoded[: len(rows)]).cpu())
-    return {count: torch.cat(parts) for count, parts in blocks.items()}
+    found: dict[int, list[Tensor]] = {count: [] for count in counts}
+    with blocks.computing():
+        for rows in blocks.of(len(images)):
+            padded = blocks.padded(rows)
+            tokens = tokenizer.encode(images[padded].to(blocks.device))
+            noise_of = [indices[row] for row in padded]
+            for count in counts:
+                decoded = tokenizer.decode(tokens.truncate(count), seed=seed, indices=noise_of, decoding=decoding)
+                found[count].append(pictures.to_uint8(decoded[: len(rows)]).cpu())
+    return {count: torch.cat(parts) for count, parts in found.items()}
 
 
 def write_results(out: Path, originals: Tensor, rows: dict[int, Tensor]) -> None:

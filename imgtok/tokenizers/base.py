@@ -196,6 +196,10 @@ class Tokenizer(nn.Module, Pretrained):
         """
         raise NotImplementedError
 
+    def to_images(self, guess: Tensor) -> Tensor:
+        """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
+        return guess
+
     @torch.no_grad()
     def reconstruct(
         self,
@@ -243,6 +247,10 @@ class Autoencoder(nn.Module, Pretrained):
     ) -> Tensor:
         """Images in about [-1, 1], not clamped; the other arguments are those of `Tokenizer.decode`."""
         raise NotImplementedError
+
+    def to_images(self, guess: Tensor) -> Tensor:
+        """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
+        return guess
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the latents, apart from their scale."""

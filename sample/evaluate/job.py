@@ -16,18 +16,16 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import imgtok
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check, to_dict
+from imgtok.config import NonNegativeInt, PositiveInt, Range, Settings, check, to_dict
 from imgtok.data.images import DataConfig
 from imgtok.files import replacing
-from imgtok.generators.gpt import SamplingConfig
 from imgtok.generators.pipeline import Precision
-from imgtok.generators.xar import FlowSampling
 from imgtok.losses.lpips import LPIPSNet
 from imgtok.runtime import on_cpu
 from imgtok.sample.evaluate.results import draw, panels, table, write_csv
@@ -75,17 +73,13 @@ class Config:
     """Seed of samples and of the decoder's noise."""
     batch_size: PositiveInt = 64
     """Images at once in one process; scores do not depend on it."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How `model` draws tokens."""
-    flow: FlowSampling = field(default_factory=FlowSampling)
-    """How `model` draws latents (xAR); what is left out is as the model's own configuration says."""
+    sampling: Settings = Settings()
+    """How `model` draws: its own settings; what is left out is as its configuration says (`imgtok info MODEL`)."""
     num_tokens: tuple[PositiveInt, ...] = ()
     """Token counts, each of which is scored; empty takes the powers of two up to all for a tokenizer, all tokens for a
     model."""
-    decode_steps: PositiveInt | None = None
-    """Flow steps of the decoder; null takes the tokenizer's own setting."""
-    decode_guidance: PositiveFloat | None = None
-    """Guidance scale of the decoder; null takes the tokenizer's own setting."""
+    decoding: Settings = Settings()
+    """Settings of the decoder, likewise."""
     held_out: Annotated[float, Range(0.0, 1.0)] = 0.1
     """Share of `data` that training kept apart: the part that is reconstructed. 1 takes `data` as it is, for images
     that training never saw, such as the validation set of ImageNet."""
@@ -114,9 +108,12 @@ class Config:
     """Result file; beside it the same name with .csv and, at several token counts, with .png for the curves."""
     precision: Precision = "fp32"
     """Arithmetic of `model` and its decoder; bf16 is faster where the hardware has it, and changes images a little."""
-    threads: PositiveInt = 1
-    """CPU threads per process for drawing and decoding; their number can show in an image's last bits. The networks
-    that judge use torch's choice (OMP_NUM_THREADS)."""
+    exact: bool = False
+    """On a CPU, images that are equal to the last bit whatever the batch size or the number of processes: they are
+    computed in blocks of one size, the last one padded, with a fixed number of threads. Several times slower."""
+    threads: PositiveInt | None = None
+    """CPU threads per process for drawing and decoding; null takes torch's own number (OMP_NUM_THREADS, or all cores),
+    or 1 with exact=true, where another number can show in an image's last bits. The judges use torch's own."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from imgtok.data.images import ImageSource, open_images
-from imgtok.generators.pipeline import DecodeSettings, Pipeline, tokenizer_folder
+from imgtok.generators.pipeline import pipeline
 from imgtok.hub import WEIGHTS_NAME, find_folder, load
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import reference as references
@@ -35,6 +35,7 @@ from imgtok.metrics.scorers import (
     Scorer,
     ShapesDistance,
 )
+from imgtok.runtime import Blocks
 from imgtok.sample.evaluate.sources import (
     FileSource,
     GeneratorSource,
@@ -248,23 +249,28 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
     if config.images is not None:
         return FileSource(config.images, config.num, config.labels, NUM_CLASSES, config.originals)
     if config.model is not None:
-        folder = find_folder(config.model)
-        weights["model"] = file_sha256(folder / WEIGHTS_NAME)
-        weights["tokenizer"] = file_sha256(tokenizer_folder(folder, config.tokenizer) / WEIGHTS_NAME)
-        pipeline = Pipeline.load(config.model, config.tokenizer, device, config.threads, config.precision)
+        pipe = pipeline(
+            config.model,
+            tokenizer=config.tokenizer,
+            device=device,
+            dtype=config.precision,
+            exact=config.exact,
+            threads=config.threads,
+        )
+        assert pipe.folders is not None, "it was loaded by its name"
+        weights["model"], weights["tokenizer"] = (file_sha256(folder / WEIGHTS_NAME) for folder in pipe.folders)
         return GeneratorSource(
-            pipeline,
+            pipe,
             config.num or SAMPLES_OF_A_MODEL,
             config.classes,
             config.num_tokens,
             seed=config.seed,
-            sampling=pipeline.choose(config.sampling, config.flow),
-            decode=DecodeSettings(None, config.decode_steps, config.decode_guidance),
+            sampling=config.sampling.over(pipe.sampling, "sampling"),
+            decoding=config.decoding.over(pipe.decoding, "decoding"),
         )
     assert config.tokenizer is not None
     weights["tokenizer"] = file_sha256(find_folder(config.tokenizer) / WEIGHTS_NAME)
     tokenizer = load(config.tokenizer, expect=Tokenizer).to(device).eval()
-    decode = DecodeSettings(None, config.decode_steps, config.decode_guidance)
     images = _open_data(config, tokenizer.image_size)
     return ReconstructionSource(
         tokenizer,
@@ -272,8 +278,8 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
         config.num,
         config.num_tokens,
         seed=config.seed,
-        decode=decode,
-        threads=config.threads,
+        decoding=config.decoding.over(tokenizer.config.decoding, "decoding"),
+        blocks=Blocks(device, config.exact, config.threads),
         what=_data_in_words(config),
         rendered=isinstance(config.data, ShapesConfig),
     )

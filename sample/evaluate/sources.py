@@ -18,14 +18,13 @@ from torch import Tensor
 
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.generators.gpt import SamplingConfig
-from imgtok.generators.pipeline import DecodeSettings, Pipeline, batches_of, labels_in_turn
-from imgtok.generators.xar import FlowSampling
+from imgtok.generators.pipeline import Pipeline, batches_of
 from imgtok.metrics.saved_images import SavedImages, partners
 from imgtok.metrics.scorers import ScoredBatch
 from imgtok.pictures import to_uint8
 from imgtok.randomness import permutation
-from imgtok.runtime import cpu_threads
+from imgtok.runtime import Blocks
+from imgtok.sample.labels import labels_in_turn, num_labels
 from imgtok.sample.reconstruct import reconstruct, token_counts
 from imgtok.tokenizers.base import Tokenizer
 
@@ -49,7 +48,7 @@ class Procedure:
     """How originals are brought to the size that is scored."""
     decoding: Any = None
     """The settings of the decoder."""
-    sampling: SamplingConfig | FlowSampling | None = None
+    sampling: Any = None
     """How tokens or latents were drawn."""
     precision: str | None = None
     """Arithmetic of generator and decoder."""
@@ -110,40 +109,37 @@ class GeneratorSource:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipe: Pipeline,
         num: int,
         classes: Sequence[int],
         counts: Sequence[int] = (),
         *,
         seed: int,
-        sampling: SamplingConfig | FlowSampling,
-        decode: DecodeSettings,
+        sampling: Any = None,
+        decoding: Any = None,
     ) -> None:
         """Raises ValueError for a class or a count that the generator does not have."""
-        self._pipeline, self._seed, self._sampling, self._decode = pipeline, seed, sampling, decode
-        self._labels = labels_in_turn(classes, num, pipeline.num_classes)
-        self.num, self.size = num, (pipeline.image_size,) * 2
-        known = pipeline.most_tokens
-        if known is None and counts:
-            raise ValueError("num_tokens: this generator draws whole latents, not tokens; leave num_tokens out")
-        if known is not None and any(not 1 <= count <= known for count in counts):
-            raise ValueError(f"num_tokens: the generator draws 1 to {known} tokens, given {list(counts)}")
+        self._pipe, self._seed, self._sampling, self._decoding = pipe, seed, sampling, decoding
+        self._labels = labels_in_turn(classes, num, num_labels(pipe))
+        self.num, self.size = num, (pipe.image_size,) * 2
+        pipe.check_counts(counts)
         self.token_counts: tuple[int | None, ...] = tuple(counts) or (None,)
+        rates = pipe.generator.rates()
         self.procedure = Procedure(
             images="samples of a generator, classes in turn",
-            tokens=None if known is None else _counts_in_words(tuple(counts) or (known,)),
-            decoding=decode.over(pipeline.tokenizer.config.decoding),
-            sampling=sampling,
-            precision=pipeline.precision,
-            tokenizer=pipeline.tokenizer.config,
-            generator=pipeline.generator.config,
+            tokens=_counts_in_words(tuple(counts) or (max(rates),)) if rates else None,
+            decoding=decoding or pipe.decoding,
+            sampling=sampling or pipe.sampling,
+            precision=pipe.precision,
+            tokenizer=pipe.decoder.config,
+            generator=pipe.generator.config,
         )
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         for chunk in batches_of(indices, batch_size):
             labels = [self._labels[index] for index in chunk]
-            drawn = self._pipeline.images_at(
-                self.token_counts, chunk, labels, seed=self._seed, sampling=self._sampling, decode=self._decode
+            drawn = self._pipe.images_at(
+                self.token_counts, labels, chunk, seed=self._seed, sampling=self._sampling, decoding=self._decoding
             )
             truth = torch.tensor(labels)
             yield {count: ScoredBatch(chunk, images, truth) for count, images in drawn.items()}
@@ -165,14 +161,14 @@ class ReconstructionSource:
         counts: Sequence[int],
         *,
         seed: int,
-        decode: DecodeSettings,
-        threads: int,
+        decoding: Any,
+        blocks: Blocks,
         what: str = "images",
         rendered: bool = False,
     ) -> None:
         """`what` is the images in words, for the record. `rendered` ones need no crop and are all classes in turn."""
-        self._tokenizer, self._images, self._seed, self._decode = tokenizer, images, seed, decode
-        self._threads = threads
+        self._tokenizer, self._images, self._seed, self._decoding = tokenizer, images, seed, decoding
+        self._blocks = blocks
         self.num, self.size = check_num(num, len(images), "the data source"), (tokenizer.image_size,) * 2
         self._places = range(self.num) if rendered else np.sort(permutation(0, 0, len(images))[: self.num]).tolist()
         self._counts = token_counts(counts, tokenizer.num_tokens)
@@ -183,18 +179,23 @@ class ReconstructionSource:
             originals="the same images, cropped",
             tokens=_counts_in_words(self._counts),
             crop=NO_CROP if rendered else CROP,
-            decoding=decode.over(tokenizer.config.decoding),
+            decoding=decoding,
             tokenizer=tokenizer.config,
         )
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         index_of = {self._places[index]: index for index in indices}
         for batch in eval_loader(self._images, batch_size, indices=list(index_of)):
-            with cpu_threads(self._threads):
-                # Noise goes by the place in the source: an image is reconstructed alike whatever `num` is.
-                decoded = reconstruct(
-                    self._tokenizer, batch.images, batch.indices, self._counts, seed=self._seed, decode=self._decode
-                )
+            # Noise goes by the place in the source: an image is reconstructed alike whatever `num` is.
+            decoded = reconstruct(
+                self._tokenizer,
+                batch.images,
+                batch.indices,
+                self._counts,
+                seed=self._seed,
+                decoding=self._decoding,
+                blocks=self._blocks,
+            )
             chunk = [index_of[place] for place in batch.indices]
             originals = to_uint8(batch.images)
             yield {count: ScoredBatch(chunk, images, batch.labels, originals) for count, images in decoded.items()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from imgtok.config import ConfigError, Settings
 from imgtok.generators.entities import Cells
-from imgtok.generators.gpt import SamplingConfig
-from imgtok.generators.pipeline import DecodeSettings, Pipeline
+from imgtok.generators.pipeline import pipeline
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.sample.images import Config, main
 from imgtok.tokenizers.vae import VAE, VAEConfig
@@ -33,7 +33,7 @@ def generator(tmp_path_factory) -> Path:
 
 
 def sample(generator: Path, out: Path, **fields) -> dict[str, bytes]:
-    main(Config(**{"model": str(generator), "out": out, "num": NUM, "batch_size": 16} | fields))
+    main(Config(**{"model": str(generator), "out": out, "num": NUM, "batch_size": 16, "exact": True} | fields))
     return {path.name: path.read_bytes() for path in out.glob("[0-9]*.png")}
 
 
@@ -52,11 +52,10 @@ def test_other_batches_draw_the_same_bytes(generator, images, tmp_path, batch_si
 
 def test_other_neighbours_leave_no_trace(generator):
     """As several processes divide a job: each has every so many of the indices, beside other classes."""
-    pipeline = Pipeline.load(str(generator), None, torch.device("cpu"))
-    how = {"seed": 0, "sampling": FlowSampling(), "decode": DecodeSettings()}
-    whole = pipeline.images(range(NUM), [i % 10 for i in range(NUM)], **how)
+    pipe = pipeline(generator, device="cpu", exact=True)
+    whole = pipe.images([i % 10 for i in range(NUM)], range(NUM), seed=0)
     mine = [1, 4, 7, 10]
-    assert torch.equal(pipeline.images(mine, [i % 10 for i in mine], **how), whole[mine])
+    assert torch.equal(pipe.images([i % 10 for i in mine], mine, seed=0), whole[mine])
 
 
 def test_enlarging_a_job_keeps_what_is_there(generator, images, tmp_path):
@@ -73,10 +72,12 @@ def test_a_cpu_computes_blocks_of_one_size(generator, monkeypatch):
         return generate(self, condition, **rest)
 
     monkeypatch.setattr(XAR, "generate", counting)
-    pipeline = Pipeline.load(str(generator), None, torch.device("cpu"))
-    how = {"seed": 0, "sampling": FlowSampling(), "decode": DecodeSettings()}
-    assert pipeline.images(range(6), [0] * 6, **how).shape == (6, 3, 32, 32)
+    pipe = pipeline(generator, device="cpu", exact=True)
+    assert pipe.images([0] * 6, range(6), seed=0).shape == (6, 3, 32, 32)
     assert seen == [4, 4]
+    pipe.exact = False
+    assert pipe.images([0] * 6, range(6), seed=0).shape == (6, 3, 32, 32)
+    assert seen[2:] == [4, 2]  # not more rows than were asked for
 
 
 def test_half_precision_is_another_request(generator, images, tmp_path):
@@ -89,7 +90,7 @@ def test_half_precision_is_another_request(generator, images, tmp_path):
 
 
 def test_settings_of_another_kind_of_generator_are_refused(generator, tmp_path):
-    with pytest.raises(
-        ValueError, match="sampling: this generator draws latents and not tokens; use the fields of `flow`"
-    ):
-        sample(generator, tmp_path, sampling=SamplingConfig(temperature=0.5))
+    with pytest.raises(ConfigError, match=r"sampling has no field 'temperature'\. It has: steps, guidance, interval"):
+        sample(generator, tmp_path, sampling=Settings(temperature=0.5))
+    with pytest.raises(ConfigError, match="decoding has no field 'steps'"):
+        sample(generator, tmp_path, decoding=Settings(steps=2))

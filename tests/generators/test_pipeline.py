@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from imgtok.generators.gpt import GPT, GPTConfig, SamplingConfig
-from imgtok.generators.pipeline import DecodeSettings, Pipeline, TokenPipeline
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.pipeline import Pipeline
+from imgtok.generators.sampling import TokenSampling
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 
-SAMPLING = SamplingConfig(guidance=2.0, top_k=12)
+SAMPLING = TokenSampling(guidance=2.0, top_k=12)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def pipeline() -> Pipeline:
         GPTConfig(vocab_size=16, num_tokens=8, width=32, depth=2, num_heads=2).with_condition(num_classes=5)
     )
     torch.nn.init.normal_(generator.head.weight, std=0.5)
-    return TokenPipeline(generator, tokenizer, torch.device("cpu"))
+    return Pipeline(generator, tokenizer, device="cpu", exact=True)
 
 
 def test_a_longer_draw_begins_with_the_shorter_one(pipeline):
@@ -42,12 +43,12 @@ def test_a_longer_draw_begins_with_the_shorter_one(pipeline):
 
 def test_images_at_each_count_are_those_drawn_with_so_many_tokens(pipeline):
     indices, labels = range(4, 24), [index % 5 for index in range(4, 24)]
-    settings = {"seed": 3, "sampling": SAMPLING}
-    found = pipeline.images_at((1, 4, 8), indices, labels, decode=DecodeSettings(steps=2), **settings)
+    settings = {"seed": 3, "sampling": SAMPLING, "decoding": FlexTokDecoding(steps=2)}
+    found = pipeline.images_at((1, 4, 8), labels, indices, **settings)
     assert list(found) == [1, 4, 8]
     for count, images in found.items():
-        alone = pipeline.images(indices, labels, decode=DecodeSettings(count, steps=2), **settings)
+        alone = pipeline.images(labels, indices, num_tokens=count, **settings)
         assert images.dtype == torch.uint8
         assert torch.equal(images, alone)
-    assert torch.equal(found[8], pipeline.images(indices, labels, decode=DecodeSettings(steps=2), **settings))
+    assert torch.equal(found[8], pipeline.images(labels, indices, **settings))
     assert not torch.equal(found[1], found[8])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imgtok import flow, randomness
-from imgtok.config import ConfigError
+from imgtok.config import ConfigError, Settings
 from imgtok.generators import xar_fast
 from imgtok.generators.conditioning import ClassModulation
 from imgtok.generators.entities import Cells, Patches, Scales, Subsamples, WholeImage
@@ -151,9 +151,10 @@ def test_steps_may_differ_between_entities():
         seed=0,
         indices=[0, 1, 2],
         sampling=FlowSampling(steps=(5, 4, 3, 2)),
-        on_step=lambda entity, step: calls.append((entity, step)),
+        on_step=lambda step, latents: calls.append((step, int(latents[0].any(dim=0).sum()))),
     )
-    assert calls == [(entity, step) for entity, count in enumerate((5, 4, 3, 2)) for step in range(1, count + 1)]
+    positions = [4 * (entity + 1) for entity, count in enumerate((5, 4, 3, 2)) for _ in range(count)]
+    assert calls == list(zip(range(1, 15), positions, strict=True))  # an entity of 4 positions after the other
 
 
 def test_guidance_and_classes_change_what_is_drawn():
@@ -264,8 +265,13 @@ def test_guidance_rises_from_one_over_the_entities():
 
 
 def test_what_is_left_out_is_as_the_model_says():
-    merged = FlowSampling(guidance=(3.0,)).over(FlowSampling(steps=(7,), guidance=(2.0,)))
-    assert (merged.steps, merged.guidance, merged.solver) == ((7,), (3.0,), None)
+    merged = Settings(guidance=3).over(FlowSampling(steps=(7,), guidance=(2.0,), solver="euler"))
+    assert merged == FlowSampling(steps=(7,), guidance=(3.0,), solver="euler")
+
+
+def test_the_defaults_are_those_of_the_published_model():
+    assert FlowSampling() == xar_size("B").sampling
+    assert (FlowSampling().steps, FlowSampling().guidance, FlowSampling().interval) == ((40,), (2.7,), (0, 1))
 
 
 @pytest.mark.parametrize(

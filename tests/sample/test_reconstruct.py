@@ -13,9 +13,9 @@ from PIL import Image
 from imgtok.cli import main as command_line
 from imgtok.data.images import open_images
 from imgtok.generators.gpt import GPT, GPTConfig
-from imgtok.generators.pipeline import DecodeSettings
 from imgtok.metrics.reconstruction import psnr
 from imgtok.pictures import to_uint8
+from imgtok.runtime import Blocks
 from imgtok.sample.reconstruct import Config, main, spread_indices
 from imgtok.sample.reconstruct import reconstruct as reconstruct_images
 from imgtok.shapes.world import ShapesConfig
@@ -49,7 +49,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def reconstruct(tokenizer: Path, out: Path, **fields) -> dict[str, float]:
-    main(Config(model=str(tokenizer), out=out, data=DATA, **fields))
+    main(Config(**{"model": str(tokenizer), "out": out, "data": DATA, "exact": True} | fields))
     return json.loads((out / "psnr.json").read_text())
 
 
@@ -77,9 +77,9 @@ def test_an_image_is_the_same_in_any_company(tokenizer):
     model = FlexTok.from_pretrained(tokenizer)
     source = open_images(DATA, 16, split="held_out")
     images = source.batch(range(40)).images
-    settings = DecodeSettings()
-    everything = reconstruct_images(model, images, range(40), (1, 6), seed=3, decode=settings)
-    some = reconstruct_images(model, images[[31, 5]], (31, 5), (6,), seed=3, decode=settings)
+    how = {"seed": 3, "decoding": None, "blocks": Blocks(torch.device("cpu"), exact=True)}
+    everything = reconstruct_images(model, images, range(40), (1, 6), **how)
+    some = reconstruct_images(model, images[[31, 5]], (31, 5), (6,), **how)
     assert some[6].dtype == torch.uint8
     assert torch.equal(some[6], everything[6][[31, 5]])
     assert not torch.equal(everything[1], everything[6])
@@ -109,7 +109,7 @@ def test_seed_and_counts_are_chosen(tokenizer, tmp_path):
         ("num_tokens=[1, 7]", "has 1 to 6 tokens, given [1, 7]"),
         ("num_tokens=[0]", "num_tokens: every count must be at least 1, given [0]"),
         ("num=0", "num: given 0"),
-        ("decode_steps=-1", "decode_steps: given -1"),
+        ("decoding.steps=-1", "decoding.steps: given -1"),
     ],
 )
 def test_values_out_of_range_are_named(tokenizer, tmp_path, capsys, override, message):

@@ -222,14 +222,23 @@ def test_prompts_become_pictures(trained, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue ring above a small square\n", encoding="utf-8")
     model = trained / "run/final"
-    run("sample", model, f"prompts={prompts}", "num=5", f"out={tmp_path / 'five'}")
+    run("sample", model, f"prompts={prompts}", "num=5", "exact=true", f"out={tmp_path / 'five'}")
     record = json.loads((tmp_path / "five/samples.json").read_text())
     assert record["labels"] == [0, 1, 0, 1, 0]
     assert record["request"]["prompts"] == ["a red circle", "a blue ring above a small square"]
     pictures = [(tmp_path / f"five/{i:06d}.png").read_bytes() for i in range(5)]
     assert len(set(pictures)) == 5
     # image 1 drawn with another batch size and among others is the same; with another prompt it is not
-    run("sample", model, f"prompts={prompts}", "num=2", "batch_size=1", "grid=0", f"out={tmp_path / 'two'}")
+    run(
+        "sample",
+        model,
+        f"prompts={prompts}",
+        "num=2",
+        "batch_size=1",
+        "grid=0",
+        "exact=true",
+        f"out={tmp_path / 'two'}",
+    )
     assert [(tmp_path / f"two/{i:06d}.png").read_bytes() for i in range(2)] == pictures[:2]
     run("sample", model, "prompts=a red circle", "num=2", "num_tokens=2", "grid=0", f"out={tmp_path / 'one'}")
     assert json.loads((tmp_path / "one/samples.json").read_text())["request"]["prompts"] == ["a red circle"]
@@ -245,18 +254,21 @@ def test_prompts_become_pictures(trained, tmp_path):
 
 
 def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
-    from imgtok.generators.gpt import SamplingConfig
-    from imgtok.generators.pipeline import Pipeline
+    from imgtok.generators.pipeline import pipeline
+    from imgtok.generators.sampling import TokenSampling
 
-    pipeline = Pipeline.load(str(trained / "run/final"), None, CPU)
-    pipeline.read_prompts(["a red circle", "a pink star"], None)
-    condition = pipeline.condition([1, 0, 1])
+    pipe = pipeline(trained / "run/final", device=CPU)
+    condition = pipe.condition(["a pink star", "a red circle", "a pink star"])
     encoder = TextEncoder.load(str(t5), max_length=24, device=CPU)
     expected = Captions.pad([encoder.encode([text])[0] for text in ("a pink star", "a red circle", "a pink star")])
     assert torch.equal(condition.features, expected.features)
-    greedy = SamplingConfig(top_k=1, guidance=1.0)
-    ids = pipeline.generator.generate(condition, seed=0, indices=range(3), sampling=greedy).ids
+    greedy = TokenSampling(top_k=1, guidance=1.0)
+    ids = pipe.generator.generate(condition, seed=0, indices=range(3), sampling=greedy).ids
     assert torch.equal(ids[0], ids[2])
+    ids = pipe.tokens(prompts=["a pink star", "a red circle", "a pink star"], top_k=1, guidance=1).ids
+    assert torch.equal(ids[0], ids[2])
+    with pytest.raises(ValueError, match="draws from text: give prompts="):
+        pipe(classes=[1])
 
 
 @pytest.mark.parametrize(
@@ -352,8 +364,9 @@ def test_an_xar_draws_for_prompts(trained_on_latents, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue ring above a small square\n", encoding="utf-8")
     model = trained_on_latents / "run/final"
-    run("sample", model, f"prompts={prompts}", "num=3", "flow.guidance=[4]", f"out={tmp_path / 'three'}")
+    how = ("sampling.guidance=[4]", "exact=true")
+    run("sample", model, f"prompts={prompts}", "num=3", *how, f"out={tmp_path / 'three'}")
     pictures = [(tmp_path / f"three/{i:06d}.png").read_bytes() for i in range(3)]
     assert len(set(pictures)) == 3
-    run("sample", model, f"prompts={prompts}", "num=2", "batch_size=1", "flow.guidance=[4]", f"out={tmp_path / 'two'}")
+    run("sample", model, f"prompts={prompts}", "num=2", "batch_size=1", *how, f"out={tmp_path / 'two'}")
     assert [(tmp_path / f"two/{i:06d}.png").read_bytes() for i in range(2)] == pictures[:2]

@@ -197,9 +197,9 @@ def test_latents_scaled_by_another_factor_are_trained_on_with_it(made, tmp_path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"flow": FlowSampling(steps=(1,))}, "steps: a stochastic flow sampler needs at least 2 steps"),
+        ({"sampling": Settings(steps=1)}, "steps: a stochastic flow sampler needs at least 2 steps"),
         ({"num_tokens": 4}, "num_tokens.*draws whole latents"),
-        ({"decode_steps": 4}, "decode_steps.*draws whole latents"),
+        ({"decoding": Settings(steps=4)}, "decoding has no field 'steps'"),
         ({"classes": (64,)}, "classes: 64 is not a class of the model; it has classes 0 to 63"),
         ({"prompts": "a circle"}, "prompts: this generator cannot read them"),
     ],
@@ -213,12 +213,12 @@ def test_requests_that_it_cannot_serve_are_refused(made, tmp_path, fields, messa
 def test_more_steps_or_guidance_draw_other_images(made, tmp_path):
     main(job(made, tmp_path / "run"))
     drawn = {}
-    for name, flow in (
-        ("own", FlowSampling()),
-        ("steps", FlowSampling(steps=(5,))),
-        ("ode", FlowSampling(solver="euler")),
+    for name, how in (
+        ("own", Settings()),
+        ("steps", Settings(steps=5)),
+        ("ode", Settings(solver="euler")),
     ):
-        config = SampleConfig(model=str(tmp_path / "run/final"), out=tmp_path / name, num=2, grid=0, flow=flow)
+        config = SampleConfig(model=str(tmp_path / "run/final"), out=tmp_path / name, num=2, grid=0, sampling=how)
         sample(config)
         drawn[name] = (tmp_path / name / "000000.png").read_bytes()
     assert len(set(drawn.values())) == 3

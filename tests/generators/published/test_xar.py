@@ -356,7 +356,7 @@ def test_export_sample_and_back(path, tmp_path, monkeypatch, capsys):
     assert json.loads(Path("models/xar/config.json").read_text())["kind"] == "xar"
     assert same(imgtok.load("models/xar"), tiny())
     assert imgtok.load("models/xar/tokenizer").fingerprint() == vae.fingerprint()
-    arguments = ["out=drawn", "num=2", "flow.steps=[2]", "grid=0"]
+    arguments = ["out=drawn", "num=2", "sampling.steps=[2]", "grid=0"]
     assert main(["sample", "models/xar", *arguments]) == 0
     assert sorted(entry.name for entry in Path("drawn").iterdir()) == ["000000.png", "000001.png", "samples.json"]
     assert main(["export", "models/xar", "out=back.pth"]) == 0

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from imgtok.cli import parse
-from imgtok.config import ConfigError, from_dict, load
+from imgtok.config import ConfigError, Settings, from_dict, load
 from imgtok.data.images import ImageFolderConfig
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.losses.lpips import LPIPS
@@ -121,7 +121,7 @@ def generator(tmp_path_factory, tokenizer):
 
 def run(tmp_path, **fields) -> dict:
     out = tmp_path / "out" / "scores.json"
-    main(Config(out=out, **fields))
+    main(Config(out=out, **{"exact": True} | fields))
     return json.loads(out.read_text())
 
 
@@ -253,7 +253,7 @@ def test_a_reference_of_another_size_is_refused(samples, inception, tmp_path):
 
 
 def test_missing_weights_stop_before_anything_is_drawn(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring.Pipeline, "load", lambda *a: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(scoring, "pipeline", lambda *a, **k: pytest.fail("loaded the model first"))
     with pytest.raises(FileNotFoundError, match=r"fid: the Inception weights .* are missing") as caught:
         run(tmp_path, model=str(generator), metrics=("fid", "oracle"), data=PROFILE)
     assert str(caught.value).count("\n") == 1
@@ -444,7 +444,9 @@ def test_all_scores_of_reconstructions_in_one_job(tokenizer, judges, lpips, ince
 
 
 def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path):
-    record = run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, metrics=("psnr",), decode_guidance=1.5)
+    record = run(
+        tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, metrics=("psnr",), decoding=Settings(guidance=1.5)
+    )
     assert record["protocol"].pop("tokenizer")["decoding"]["solver"] == "euler"
     assert record["protocol"] == {
         "images": "reconstructions of the held-out images of data (shapes, share 0.1), 12 of 32",
