@@ -461,8 +461,8 @@ class Pipeline:
         if not self.reads_text:
             return torch.tensor(subjects, dtype=torch.long, device=self.device)
         encoder, prompts = self.encoder(), cast(Sequence[str], subjects)
-        features = {prompt: encoder.encode([prompt])[0] for prompt in sorted(set(prompts))}
-        return Captions.pad([features[prompt] for prompt in prompts])
+        captions = {prompt: encoder.encode([prompt])[0] for prompt in sorted(set(prompts))}
+        return Captions.cat([captions[prompt] for prompt in prompts])
 
     # ------------------------------------------------ in blocks
 

@@ -6,12 +6,11 @@ import functools
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from imgtok.cli import run_job
@@ -21,6 +20,7 @@ from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.sources import DataError
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
+from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
 from imgtok.train.shards import write_missing
 
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
         max_length=config.max_length,
         dtype=config.dtype,
     )
-    empty = encoder.encode([""])[0].cpu()
+    empty = encoder.encode([""])[0].features[0].cpu()
     writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)
     write = functools.partial(write_shard, config, encoder, source, writer)
     write_missing(writer, state, write, command="cache text", unit="caption")
@@ -96,13 +96,14 @@ def write_shard(
         what = f"images {wanted[0]} to {wanted[-1]} of {config.data.kind} data have no captions"
         remedy = "data.text_column names a column of them, KEY.txt holds one in a tar, data.mode=text makes shapes' own"
         raise DataError(f"{what}; {remedy}")
-    features: list[Tensor] = []
+    captions: list[Captions] = []
     indices = list(texts)
     for start in range(0, len(indices), config.batch_size):
         chunk = indices[start : start + config.batch_size]
-        features += [rows.to("cpu", DTYPES[config.dtype]) for rows in encoder.encode([texts[i] for i in chunk])]
+        found = encoder.encode([texts[i] for i in chunk])
+        captions += [replace(one, features=one.features.to(DTYPES[config.dtype])).to("cpu") for one in found]
         progress.update(len(chunk))
-    writer.write(shard, features, indices)
+    writer.write(shard, captions, indices)
 
 
 if __name__ == "__main__":

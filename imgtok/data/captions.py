@@ -1,8 +1,9 @@
 """Caption caches: what a frozen text encoder makes of a data set's captions, kept for generator training.
 
 A folder of `captions-00000-of-00008.safetensors` (see `imgtok.data.shards`), each with the features of its captions one
-behind the other without padding (M, W), lengths (n,), indices (n,) of the images, and the features of the empty
-caption (E, W), which stands for "no caption". Features are read row by row: a large cache need not fit in memory.
+after the other without padding (M, W), the spans (M, 2) of the texts that they stand for, lengths (n,), indices (n,) of
+the images, and the features of the empty caption (E, W), which stands for "no caption". Features are read row by row: a
+large cache need not fit in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class CaptionCacheInfo(CacheInfo):
 
     PREFIX: ClassVar[str] = "caption"
     COMMAND: ClassVar[str] = "imgtok cache text"
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
 
     encoder: str
     """Folder or Hub name of the text encoder."""
@@ -43,7 +44,7 @@ class CaptionCacheInfo(CacheInfo):
     """Most features of a caption; longer texts were cut off."""
     dtype: str
     """How features are stored."""
-    format: int = 1
+    format: int = 2
     """Version of this layout."""
 
 
@@ -59,19 +60,25 @@ class CaptionShardWriter:
         """The shards that this process has still to write."""
         return iter(self._pending)
 
-    def write(self, shard: int, features: Sequence[Tensor], indices: Sequence[int]) -> Path:
-        """Write one shard: the features (T_i, W) of each caption, and the images' indices in the source.
+    def write(self, shard: int, captions: Sequence[Captions], indices: Sequence[int]) -> Path:
+        """Write one shard: captions of one row each, (1, T_i, W), as an encoder makes them, and the images' indices in
+        the source.
 
-        Raises ValueError for features that do not fit the cache, DataError for values that its dtype cannot hold.
+        Raises ValueError for captions that do not fit the cache, DataError for values that its dtype cannot hold.
         """
         info, dtype = self.info, DTYPES[self.info.dtype]
-        lengths = [len(rows) for rows in features]
-        if len(features) != len(indices) or any(rows.shape[1:] != (info.width,) for rows in features):
-            raise ValueError(f"shard {shard}: {len(features)} captions for {len(indices)} images of width {info.width}")
+        lengths = [caption.features.shape[1] for caption in captions]
+        if len(captions) != len(indices) or any(caption.features.shape[2] != info.width for caption in captions):
+            raise ValueError(f"shard {shard}: {len(captions)} captions for {len(indices)} images of width {info.width}")
         if lengths and not 1 <= min(lengths) <= max(lengths) <= info.max_length:
             raise ValueError(f"shard {shard}: captions of {min(lengths)} to {max(lengths)} features")
+        if any(len(caption) != 1 or caption.spans is None for caption in captions):
+            raise ValueError(f"shard {shard}: captions are written one by one, with their spans")
+        features = [caption.features[0].to(dtype) for caption in captions]
+        spans = [caption.spans[0].int() for caption in captions if caption.spans is not None]
         tensors = {
-            "features": torch.cat([rows.to(dtype) for rows in [*features, torch.empty(0, info.width)]]),
+            "features": torch.cat([*features, torch.empty(0, info.width, dtype=dtype)]),
+            "spans": torch.cat([*spans, torch.empty(0, 2, dtype=torch.int32)]),
             "lengths": torch.tensor(lengths, dtype=torch.int32),
             "indices": torch.tensor(list(indices), dtype=torch.int64),
             "empty": self._empty.to(dtype),
@@ -115,15 +122,23 @@ class CaptionDataset:
 
     def features(self, index: int) -> Tensor:
         """The features (T, W) of image `index`'s caption, as stored."""
+        return self._rows(index, "features")
+
+    def spans(self, index: int) -> Tensor:
+        """The characters [start, stop) (T, 2) of image `index`'s caption that its features stand for."""
+        return self._rows(index, "spans").long()
+
+    def _rows(self, index: int, name: str) -> Tensor:
         shard, start, length = self._places[index]
         if shard not in self._files:  # kept open: mapped into memory, not read
-            self._files[shard] = safe_open(self._paths[shard], framework="pt").__enter__().get_slice("features")
-        rows: Tensor = self._files[shard][start : start + length]
+            file = safe_open(self._paths[shard], framework="pt").__enter__()
+            self._files[shard] = {name: file.get_slice(name) for name in ("features", "spans")}
+        rows: Tensor = self._files[shard][name][start : start + length]
         return rows
 
     def batch(self, indices: Sequence[int]) -> Captions:
         """The captions of the given images, padded to the longest."""
-        return Captions.pad([self.features(index) for index in indices])
+        return Captions.pad([self.features(index) for index in indices], [self.spans(index) for index in indices])
 
     def check_matches(self, images: TokenDataset | LatentDataset) -> None:
         """Raises DataError unless these are the captions of the very images that those tokens or latents are of."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imgtok.hub import find_folder
+from imgtok.text.captions import Captions
 
 NEEDED = "tokenizer.json", "config.json"
 
@@ -63,9 +64,13 @@ class TextEncoder:
         return cls(name, folder, model.to(device).eval().requires_grad_(False), tokenizer, max_length)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """The features (T_i, W) float32 of each text, on the encoder's device; computed as one batch."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+    def encode(self, texts: Sequence[str]) -> list[Captions]:
+        """Each text as a caption of its own length, (1, T_i, W) float32 on the encoder's device; computed as one batch.
+
+        Spans are those of the tokenizer's pieces; its end mark stands for no characters.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts))
+        ids = [encoding.ids for encoding in encodings]
         if not all(ids):
             raise ValueError(
                 f"{self.folder / 'tokenizer.json'}: gives no token for {texts[ids.index([])]!r}; T5's does"
@@ -75,7 +80,10 @@ class TextEncoder:
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
         states = self._model(input_ids=padded, attention_mask=mask).last_hidden_state  # (B, T, W)
-        return [row[: len(own)].float() for row, own in zip(states, ids, strict=True)]
+        return [
+            Captions.pad([row[: len(own.ids)].float()], [torch.tensor(own.offsets, device=device)])
+            for row, own in zip(states, encodings, strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with weights, configuration or tokenizer; reads all of them."""
@@ -87,7 +95,7 @@ class TextEncoder:
 
     def check_same(self, empty_caption: Tensor) -> None:
         """Raises ValueError unless this encoder gives the empty text those features, which training kept (E, W)."""
-        mine, theirs = self.encode([""])[0].cpu(), empty_caption.float().cpu()
+        mine, theirs = self.encode([""])[0].features[0].cpu(), empty_caption.float().cpu()
         # Stored features are rounded to 16 bits, and another encoder's have nothing in common with them.
         if mine.shape != theirs.shape or (mine - theirs).norm() > 0.1 * theirs.norm():
             raise ValueError(

@@ -73,7 +73,7 @@ def test_features_are_those_of_transformers(t5):
     """Alone and in a padded batch; with its end mark, which a long text keeps."""
     encoder = TextEncoder.load(str(t5), max_length=4, device=CPU)
     texts = ["a red circle", "", "a red circle and a blue ring above a small square"]
-    short, empty, long = encoder.encode(texts)
+    short, empty, long = (caption.features[0] for caption in encoder.encode(texts))
     assert [len(rows) for rows in (short, empty, long)] == [4, 1, 4]
     model = transformers.T5EncoderModel.from_pretrained(t5).eval()
     ids = [2 + 1 + VOCABULARY.index(word) for word in ("a", "red", "circle")]
@@ -83,8 +83,20 @@ def test_features_are_those_of_transformers(t5):
         torch.testing.assert_close(empty, model(torch.tensor([[1]])).last_hidden_state[0], atol=1e-5, rtol=1e-5)
         cut = model(torch.tensor([[*ids, 1]])).last_hidden_state[0]
     torch.testing.assert_close(long, cut, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(encoder.encode(texts[:1])[0], short, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode(texts[:1])[0].features[0], short, atol=1e-5, rtol=1e-5)
     assert encoder.width == 16
+
+
+def test_columns_of_words_are_found_by_their_characters(t5):
+    text = "a red circle and a small blue ring"
+    captions = Captions.cat(TextEncoder.load(str(t5), max_length=12, device=CPU).encode(["a red circle", text]))
+    pieces = text.split()
+    for word in ("red", "small", "ring"):
+        start = text.index(word)
+        assert captions.columns(1, start, start + len(word)) == [pieces.index(word)]
+    assert captions.columns(1, 0, len(text)) == list(range(8)), "without the end mark"
+    assert captions.columns(0, text.index("ring"), len(text)) == []
+    assert captions.spans[0, 3:].tolist() == [[0, 0]] * 6
 
 
 def test_fingerprints_and_empty_captions_tell_encoders_apart(t5, tmp_path):
@@ -92,7 +104,7 @@ def test_fingerprints_and_empty_captions_tell_encoders_apart(t5, tmp_path):
     other = TextEncoder.load(str(tiny_t5(tmp_path / "other", seed=1)), max_length=12, device=CPU)
     again = TextEncoder.load(str(tiny_t5(tmp_path / "again")), max_length=4, device=CPU)
     assert encoder.fingerprint() == again.fingerprint() != other.fingerprint()
-    empty = encoder.encode([""])[0]
+    empty = encoder.encode([""])[0].features[0]
     again.check_same(empty.half())
     with pytest.raises(ValueError, match="is not the encoder that the generator was trained with"):
         other.check_same(empty)
@@ -134,8 +146,9 @@ def test_every_caption_has_its_features(t5, text):
     assert len({len(text.features(index)) for index in range(40)}) > 3
     for index in (0, 7, 16, 39):
         expected = encoder.encode([texts[index]])[0]
-        torch.testing.assert_close(text.features(index).float(), expected, atol=2e-3, rtol=2e-3)
-    assert torch.equal(text.empty, encoder.encode([""])[0].half().float())
+        torch.testing.assert_close(text.features(index).float(), expected.features[0], atol=2e-3, rtol=2e-3)
+        assert torch.equal(text.spans(index), expected.spans[0])
+    assert torch.equal(text.empty, encoder.encode([""])[0].features[0].half().float())
 
 
 def test_an_interrupted_command_writes_only_what_is_missing(t5, text, tmp_path):
@@ -260,7 +273,7 @@ def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
     pipe = pipeline(trained / "run/final", device=CPU)
     condition = pipe.condition(["a pink star", "a red circle", "a pink star"])
     encoder = TextEncoder.load(str(t5), max_length=24, device=CPU)
-    expected = Captions.pad([encoder.encode([text])[0] for text in ("a pink star", "a red circle", "a pink star")])
+    expected = Captions.cat([encoder.encode([text])[0] for text in ("a pink star", "a red circle", "a pink star")])
     assert torch.equal(condition.features, expected.features)
     greedy = TokenSampling(top_k=1, guidance=1.0)
     ids = pipe.generator.generate(condition, seed=0, indices=range(3), sampling=greedy).ids
@@ -299,7 +312,14 @@ def test_scoring_asks_for_pictures_of_prompts(trained, tmp_path, capsys):
 def test_a_failed_batch_is_kept_with_its_captions(trained):
     tokens, text = TokenDataset(trained / "tokens"), CaptionDataset(trained / "text")
     kept = tensors_of(next(token_loader(tokens, 3, seed=0, captions=text)))
-    assert set(kept) == {"content.ids", "content.lengths", "labels", "captions.features", "captions.mask"}
+    assert set(kept) == {
+        "content.ids",
+        "content.lengths",
+        "labels",
+        "captions.features",
+        "captions.mask",
+        "captions.spans",
+    }
     assert len(kept["captions.features"]) == 3
 
 

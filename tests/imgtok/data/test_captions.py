@@ -15,6 +15,7 @@ from imgtok.data.latents import LatentCacheInfo, LatentDataset, LatentShardWrite
 from imgtok.data.loaders import latent_loader, token_loader
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter
+from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
 INFO = CaptionCacheInfo(
@@ -29,11 +30,18 @@ def features(index: int) -> torch.Tensor:
     return index + torch.arange(3 * (index % 5 + 1)).view(-1, 3) / 16
 
 
+def caption(index: int) -> Captions:
+    """The same with spans: two characters a feature, the end mark none."""
+    rows = features(index)
+    spans = 2 * torch.arange(len(rows))[:, None] + torch.tensor([0, 2])
+    return Captions.pad([rows], [torch.cat([spans[:-1], torch.zeros(1, 2, dtype=torch.int64)])])
+
+
 def write(folder, info=INFO, shards=None, *, but=()):
     writer = CaptionShardWriter(folder, info, EMPTY)
     for shard in list(writer.pending()) if shards is None else shards:
         indices = [index for index in info.shard_indices(shard) if index not in but]
-        writer.write(shard, [features(index) for index in indices], indices)
+        writer.write(shard, [caption(index) for index in indices], indices)
 
 
 def tokens(folder, indices=range(10), **changes) -> TokenDataset:
@@ -78,6 +86,9 @@ def test_features_are_kept_without_padding(tmp_path, dtype, stored):
     assert batch.features.shape == (3, 5, 3)
     for row, length, index in zip(batch.features, batch.lengths, (9, 0, 6), strict=True):
         assert torch.equal(row[:length].float(), features(index).to(stored).float())
+    assert batch.spans[0].tolist() == [[0, 2], [2, 4], [4, 6], [6, 8], [0, 0]]
+    assert batch.columns(0, 3, 5) == [1, 2]
+    assert batch.columns(1, 0, 100) == []
 
 
 def test_tokens_meet_their_captions(tmp_path):
@@ -144,10 +155,14 @@ def test_an_interrupted_cache_continues_with_the_missing_shards(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([torch.ones(1, 4)], "1 captions for 1 images of width 3"),
-        ([torch.ones(6, 3)], "captions of 6 to 6 features"),
-        ([torch.ones(0, 3)], "captions of 0 to 0 features"),
-        ([torch.full((1, 3), 1e6)], "features that float16 cannot hold; set dtype=bfloat16"),
+        ([Captions.pad([torch.ones(1, 4)])], "1 captions for 1 images of width 3"),
+        ([Captions.pad([torch.ones(6, 3)])], "captions of 6 to 6 features"),
+        ([Captions(torch.ones(1, 0, 3), torch.ones(1, 0, dtype=torch.bool))], "captions of 0 to 0 features"),
+        ([Captions.pad([torch.ones(1, 3)])], "one by one, with their spans"),
+        (
+            [Captions.pad([torch.full((1, 3), 1e6)], [torch.zeros(1, 2)])],
+            "features that float16 cannot hold; set dtype=bfloat16",
+        ),
     ],
 )
 def test_features_that_do_not_fit_are_refused(tmp_path, rows, message):
