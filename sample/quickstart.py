@@ -217,24 +217,22 @@ def figures_of(out: Path, suffix: str) -> dict[str, Any]:
     """Figures from what `imgtok evaluate` wrote; suffix "-untrained" for the models at step 0."""
     generation = read_scores(out / f"generation{suffix}.json")
     reconstruction = read_scores(out / f"reconstruction{suffix}.json")
-    by_tokens = {count: value for (key, count), value in reconstruction.items() if key == "psnr"}
-    full = max(count for count in by_tokens if count is not None)
+    by_tokens = {rate: value for (key, rate), value in reconstruction.items() if key == "psnr"}
+    full = list(by_tokens)[-1]  # all tokens
     return {
         "oracle_top1": generation["oracle_top1", None],
         "oracle_reconstruction": reconstruction["oracle_top1", full],
-        "oracle_by_tokens": {
-            str(count): value for (key, count), value in reconstruction.items() if key == "oracle_top1"
-        },
-        "psnr_by_tokens": {str(count): value for count, value in by_tokens.items()},
+        "oracle_by_tokens": {rate: value for (key, rate), value in reconstruction.items() if key == "oracle_top1"},
+        "psnr_by_tokens": by_tokens,
         "fd_shapes": generation["fd_shapes", None],
         "fd_shapes_clean": generation["fd_shapes_clean", None],
     }
 
 
-def read_scores(path: Path) -> dict[tuple[str, int | None], float]:
-    """(key, token count or None) -> value, from a result file of `imgtok evaluate`."""
+def read_scores(path: Path) -> dict[tuple[str, str | None], float]:
+    """(key, rate or None) -> value, from a result file of `imgtok evaluate`, from the lowest rate to the highest."""
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-    return {(score["key"], score["num_tokens"]): score["value"] for score in scores}
+    return {(score["key"], score["rate"]): score["value"] for score in scores}
 
 
 if __name__ == "__main__":

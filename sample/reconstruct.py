@@ -1,14 +1,17 @@
-"""`imgtok reconstruct`: held-out originals against their reconstructions at a list of token counts."""
+"""`imgtok reconstruct`: held-out originals against what a tokenizer makes of them at a list of rates.
+
+An autoencoder has no tokens and no rates: it has one row, what is left after encoding and decoding.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,35 +23,45 @@ from imgtok.config import NonNegativeInt, PositiveInt, Range, Settings, check
 from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
 from imgtok.files import replacing
-from imgtok.hub import load
-from imgtok.metrics.reconstruction import psnr
+from imgtok.hub import Found, load, resolve
+from imgtok.metrics.reconstruction import PixelScores
+from imgtok.metrics.scorers import CodeScorer, ReconstructionScorer, ScoredBatch, Scorer
 from imgtok.runtime import Blocks, process_state
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.base import Tokenizer, powers_of_two
+from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
+from imgtok.tokenizers.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
 POSITIONAL = "model"
+SHOWN = 16
+"""Images in the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Encodes held-out images, decodes them at several token counts, and writes a picture and each count's PSNR."""
+    """Encodes held-out images, decodes them at several rates, and writes a picture and what each rate costs and gives.
+
+    Takes a tokenizer, or an autoencoder, which has no rates.
+    """
 
     job: Literal["reconstruct"] = "reconstruct"
     """Which program this file is for."""
     model: str
-    """Model folder or Hub name of the tokenizer."""
+    """Folder or any other name of a tokenizer or an autoencoder, such as shapes32."""
     out: Path = Path("outputs/reconstructions")
-    """Folder of `grid.png` and `psnr.json`."""
+    """Folder of `grid.png` and `rates.json`."""
     data: DataConfig = ShapesConfig()
     """Images; only those held out from training are used."""
+    image_size: PositiveInt | None = None
+    """Pixels a side of the images; null takes the tokenizer's. An autoencoder takes several sizes: give one."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that training kept apart."""
     num: PositiveInt = 16
     """Images to reconstruct."""
-    num_tokens: tuple[int, ...] = ()
-    """Token counts; empty takes the powers of two up to all tokens."""
+    rates: tuple[str, ...] = ()
+    """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05; empty takes the
+    tokenizer's own list, such as the powers of two up to all tokens."""
     seed: NonNegativeInt = 0
     """Seed of the decoder's noise."""
     batch_size: PositiveInt = 64
@@ -64,46 +77,83 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        if any(count < 1 for count in self.num_tokens):
-            raise ValueError(f"num_tokens: every count must be at least 1, given {list(self.num_tokens)}")
+        for rate in self.rates:
+            Rate.parse(rate)
 
 
 def main(config: Config) -> None:
-    """Writes `grid.png` (a row a token count, the originals above) and `psnr.json`."""
+    """Writes `grid.png` (a row a rate, the originals above) and `rates.json`."""
     state = process_state()
     if not state.is_main_process:
         return  # a picture is too little work to share
-    tokenizer = load(config.model, expect=Tokenizer).to(state.device)
-    source = open_images(config.data, tokenizer.image_size, split="held_out", held_out_fraction=config.held_out)
-    counts = token_counts(config.num_tokens, tokenizer.num_tokens)
-    decoding = config.decoding.over(tokenizer.config.decoding, "decoding")
+    model = open_model(resolve(config.model)).to(state.device)
+    source = open_images(
+        config.data, size_for(model, config.image_size), split="held_out", held_out_fraction=config.held_out
+    )
+    rates = rates_of(model, config.rates)
+    decoding = config.decoding.over(model.config.decoding, "decoding")
     blocks = Blocks(state.device, config.exact, config.threads)
-    chosen = spread_indices(len(source), config.num)
+    places = spread_indices(len(source), config.num)
+    number = {place: number for number, place in enumerate(places)}
+    scorers = {rate: open_scorers(model, rate, len(places)) for rate in rates}
+    rows: list[dict[Rate | None, Tensor]] = []
     originals: list[Tensor] = []
-    rows: dict[int, list[Tensor]] = {count: [] for count in counts}
-    with tqdm(total=len(chosen), unit="image", desc="reconstruct") as progress:
-        for batch in eval_loader(source, config.batch_size, indices=chosen):
-            originals.append(pictures.to_uint8(batch.images))
-            decoded = reconstruct(
-                tokenizer,
-                batch.images,
-                batch.indices,
-                counts,
-                seed=config.seed,
-                decoding=decoding,
-                blocks=blocks,
+    with tqdm(total=len(places), unit="image", desc="reconstruct") as progress:
+        for batch in eval_loader(source, config.batch_size, indices=places):
+            pixels = pictures.to_uint8(batch.images)
+            found = reconstruct(
+                model, batch.images, batch.indices, rates, seed=config.seed, decoding=decoding, blocks=blocks
             )
-            for count, images in decoded.items():
-                rows[count].append(images)
+            indices = [number[place] for place in batch.indices]
+            for rate, (images, tokens) in found.items():
+                for scorer in scorers[rate]:
+                    scorer.update(ScoredBatch(indices, images, originals=pixels, tokens=tokens))
+            if sum(map(len, originals)) < SHOWN:
+                originals.append(pixels)
+                rows.append({rate: images for rate, (images, _) in found.items()})
             progress.update(len(batch.images))
-    write_results(config.out, torch.cat(originals), {count: torch.cat(parts) for count, parts in rows.items()})
+    shown = {rate: torch.cat([part[rate] for part in rows])[:SHOWN] for rate in rates}
+    scores = {rate: read_scores(family) for rate, family in scorers.items()}
+    write_results(config.out, torch.cat(originals)[:SHOWN], shown, scores)
 
 
-def token_counts(asked: Sequence[int], available: int) -> tuple[int, ...]:
-    """The counts asked for, or the powers of two up to all. Raises ValueError for one that the tokenizer cannot do."""
-    if any(not 1 <= count <= available for count in asked):
-        raise ValueError(f"num_tokens: the tokenizer has 1 to {available} tokens, given {list(asked)}")
-    return tuple(asked) or tuple(powers_of_two(available))
+# ---------------------------------------------------------------- models and rates
+
+
+def open_model(found: Found) -> Tokenizer | Autoencoder:
+    """What a name led to, in evaluation mode. Raises ValueError for a model of another kind."""
+    if not issubclass(found.model_class, Tokenizer | Autoencoder):
+        found.check(Tokenizer)  # which says what it is
+    model: Tokenizer | Autoencoder = load(found)
+    return model
+
+
+def size_for(model: Tokenizer | Autoencoder, asked: int | None) -> int:
+    """Pixels a side of the images that a model is given. Raises ValueError for a size that it does not take."""
+    if isinstance(model, Tokenizer):
+        if asked not in (None, model.image_size):
+            raise ValueError(f"image_size: this tokenizer takes images of {model.image_size} pixels, given {asked}")
+        return model.image_size
+    factor: int = model.config.factor
+    if asked is None or asked % factor:
+        given = "none is given" if asked is None else f"given {asked}"
+        raise ValueError(f"image_size: an autoencoder takes images of any multiple of its {factor} pixels, {given}")
+    return asked
+
+
+def rates_of(model: Tokenizer | Autoencoder, asked: Sequence[str]) -> tuple[Rate | None, ...]:
+    """The rates asked for, or all that the tokenizer lists; None alone for an autoencoder.
+
+    Raises ValueError for a rate that the model does not have.
+    """
+    if isinstance(model, Autoencoder):
+        if asked:
+            raise ValueError(f"rates: an autoencoder has no tokens and no rates, given {', '.join(asked)}")
+        return (None,)
+    rates = [Rate.parse(text) for text in asked] or model.rates()
+    for rate in rates:
+        model.check_rate(rate)
+    return tuple(dict.fromkeys(rates))
 
 
 def spread_indices(length: int, num: int) -> range:
@@ -112,45 +162,103 @@ def spread_indices(length: int, num: int) -> range:
     return range(0, length, step)[:num]
 
 
+# ---------------------------------------------------------------- the work
+
+
+class Reconstruction(NamedTuple):
+    """What a model makes of a batch at one rate."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8, on the CPU."""
+    tokens: Tokens | None
+    """What they were decoded from; None for an autoencoder."""
+
+
 @torch.no_grad()
 def reconstruct(
-    tokenizer: Tokenizer,
+    model: Tokenizer | Autoencoder,
     images: Tensor,
     indices: Sequence[int],
-    counts: Sequence[int],
+    rates: Sequence[Rate | None],
     *,
     seed: int,
     decoding: Any,
     blocks: Blocks,
-) -> dict[int, Tensor]:
-    """By token count, what the tokenizer makes of images (B, 3, H, W), as uint8; noise is that of `indices`."""
-    found: dict[int, list[Tensor]] = {count: [] for count in counts}
+) -> dict[Rate | None, Reconstruction]:
+    """By rate, what the model makes of images (B, 3, H, W); noise is that of `indices`."""
+    parts: dict[Rate | None, list[Reconstruction]] = {rate: [] for rate in rates}
     with blocks.computing():
         for rows in blocks.of(len(images)):
             padded = blocks.padded(rows)
-            tokens = tokenizer.encode(images[padded].to(blocks.device))
-            noise_of = [indices[row] for row in padded]
-            for count in counts:
-                decoded = tokenizer.decode(tokens.truncate(count), seed=seed, indices=noise_of, decoding=decoding)
-                found[count].append(pictures.to_uint8(decoded[: len(rows)]).cpu())
-    return {count: torch.cat(parts) for count, parts in found.items()}
+            given, noise_of = images[padded].to(blocks.device), [indices[row] for row in padded]
+            for rate, code in zip(rates, encode_at(model, given, rates), strict=True):
+                decoder: Any = model  # which takes what its own encoder gave
+                decoded = decoder.decode(code, seed=seed, indices=noise_of, decoding=decoding)
+                tokens = code[: len(rows)].to("cpu") if isinstance(code, Tokens) else None
+                parts[rate].append(Reconstruction(pictures.to_uint8(decoded[: len(rows)]).cpu(), tokens))
+    return {rate: join(part) for rate, part in parts.items()}
 
 
-def write_results(out: Path, originals: Tensor, rows: dict[int, Tensor]) -> None:
-    """The picture (16 images at most) and the mean PSNR at each count."""
-    shown = min(16, len(originals))
+def encode_at(
+    model: Tokenizer | Autoencoder, images: Tensor, rates: Sequence[Rate | None]
+) -> Sequence[Tokens | Tensor]:
+    """Tokens at each rate, or the latents of an autoencoder once."""
+    if isinstance(model, Autoencoder):
+        return [model.encode(images)]
+    return model.encode_at(images, [rate for rate in rates if rate is not None])
+
+
+def join(parts: Sequence[Reconstruction]) -> Reconstruction:
+    """The batches of one rate, one after the other."""
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    return Reconstruction(torch.cat([part.images for part in parts]), Tokens.cat(tokens) if tokens else None)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def open_scorers(model: Tokenizer | Autoencoder, rate: Rate | None, num: int) -> list[Scorer]:
+    """What each rate is judged by here: its cost, where there are tokens, and PSNR."""
+    codes: list[Scorer] = [CodeScorer(model, num)] if isinstance(model, Tokenizer) and rate is not None else []
+    return [*codes, ReconstructionScorer(PixelScores(("psnr",), torch.device("cpu")), num)]
+
+
+def read_scores(scorers: Sequence[Scorer]) -> dict[str, float]:
+    """By key."""
+    for scorer in scorers:
+        scorer.reduce(None)
+    return {score.key: score.value for scorer in scorers for score in scorer.scores()}
+
+
+def row_title(rate: Rate | None, scores: Mapping[str, float]) -> str:
+    """A rate in words; with the mean number of tokens where that is not what the rate says."""
+    if rate is None:
+        return "reconstruction"
+    if scores["tokens"] != rate.num_tokens:
+        return f"{rate}: {scores['tokens']:.1f} tokens"
+    return f"{rate} token{'s' if rate.num_tokens > 1 else ''}"
+
+
+def write_results(
+    out: Path,
+    originals: Tensor,
+    rows: Mapping[Rate | None, Tensor],
+    scores: Mapping[Rate | None, Mapping[str, float]],
+) -> None:
+    """The picture and, by rate ("latents" for those of an autoencoder), the scores."""
     grid = pictures.grid_with_titles(
-        torch.cat([originals[:shown], *(images[:shown] for images in rows.values())]),
-        columns=shown,
+        torch.cat([originals, *rows.values()]),
+        columns=len(originals),
         enlarge=max(1, 64 // originals.shape[-1]),
-        row_titles=["original", *(f"{count} token{'s' if count > 1 else ''}" for count in rows)],
+        row_titles=["original", *(row_title(rate, scores[rate]) for rate in rows)],
     )
     pictures.save_png(grid, out / "grid.png")
-    scores = {count: float(psnr(images, originals).mean()) for count, images in rows.items()}
-    with replacing(out / "psnr.json") as temporary:
-        temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    for count, score in scores.items():
-        logger.info("%4d tokens: %.2f dB", count, score)
+    record = {"latents" if rate is None else str(rate): dict(found) for rate, found in scores.items()}
+    with replacing(out / "rates.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for name, found in record.items():
+        cost = f"{found['tokens']:.1f} tokens, {found['bits']:.0f} bits, " if "tokens" in found else ""
+        logger.info("%8s: %s%.2f dB", name, cost, found["psnr"])
 
 
 if __name__ == "__main__":

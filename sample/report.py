@@ -191,7 +191,7 @@ def curves(run: Run, out: Path) -> str:
     lines = []
     for name, scores in (("trained", run.figures), ("untrained", run.figures["untrained"])):
         by_tokens: Mapping[str, float] = scores["psnr_by_tokens"]
-        lines.append(Line(name, tuple(int(count) for count in by_tokens), tuple(by_tokens.values())))
+        lines.append(Line(name, tuple(float(count) for count in by_tokens), tuple(by_tokens.values())))
     draw_panel(psnr, Panel("PSNR of reconstructions, dB", tuple(lines)))
     for axis, title, folder in ((tokenizer, "Tokenizer loss", "tokenizer"), (generator, "Generator loss", "generator")):
         steps, losses = read_log(out / folder / "log.jsonl")

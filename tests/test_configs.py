@@ -185,9 +185,12 @@ def test_a_tokenizer_is_shown_and_scored(finished, model):
     data = ("data.kind=shapes", "data.num_images=64")
     run("reconstruct", model / "final", f"out={out}", *data)
     run("evaluate", f"tokenizer={model}/final", "metrics=[psnr]", f"out={out}/scores.json", *data)
-    shown = json.loads((out / "psnr.json").read_text())
-    scored = json.loads((out / "scores.json").read_text())["scores"]
-    assert {str(row["num_tokens"]): row["value"] for row in scored} == pytest.approx(shown, abs=1e-4)
+    shown = json.loads((out / "rates.json").read_text())
+    scored: dict[str, dict[str, float]] = {}
+    for row in json.loads((out / "scores.json").read_text())["scores"]:
+        scored.setdefault(row["rate"], {})[row["key"]] = row["value"]
+    assert scored.keys() == shown.keys()
+    assert all(scored[rate] == pytest.approx(shown[rate], abs=1e-4) for rate in shown)
     assert (out / "grid.png").is_file()
 
 

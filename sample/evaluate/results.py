@@ -1,6 +1,6 @@
-"""How the scores of an evaluation are shown: a table, a CSV file, and curves of quality against the number of tokens.
+"""What an evaluation found, and how it is shown: a table, a CSV file, and curves over the mean number of tokens.
 
-Rows are token counts and columns are scores; the full names with their protocols stand below the table and in the JSON.
+Rows are rates and columns are scores; the full names with their protocols stand below the table and in the JSON.
 """
 
 from __future__ import annotations
@@ -13,10 +13,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgtok.files import replacing
-from imgtok.sample.evaluate.scoring import Row
+from imgtok.metrics.scorers import Score
+from imgtok.tokenizers.base import Rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from imgtok.sample.evaluate.sources import Procedure
+
+
+@dataclass(frozen=True)
+class Row:
+    """A score, and the rate that it was measured at (None: images have no tokens, or there is one version only)."""
+
+    score: Score
+    rate: Rate | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; `rows` is empty in all but the main process."""
+
+    rows: list[Row]
+    num: int
+    """Images that were asked for; unreadable ones among them are not in the scores."""
+    scored: int
+    """Images that were scored."""
+    size: tuple[int, int]
+    """Height and width of the images."""
+    procedure: Procedure
+    """How they came to be."""
+    device: str
+    """What computed, and in how many processes."""
+    weights: dict[str, str]
+    """Hashes of all weights that the scores depend on."""
+
 
 PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("rFID (lower is better)", ("rfid",)),
@@ -31,17 +62,18 @@ PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("DINOv2 similarity (higher is better)", ("dino", "dino_patches")),
     ("oracle, share read as asked for (higher is better)", ("oracle_top1", "oracle_shape", "oracle_colour")),
     ("fd_shapes, not FID (lower is better)", ("fd_shapes", "fd_shapes_clean")),
+    ("share of the codebook that is used", ("codebook_use",)),
 )
 """Title and scores of each panel of the figure, in order."""
-ONLY_IN_TABLES = ("oracle_extra", "oracle_unread")
+ONLY_IN_TABLES = ("tokens", "bits", "codebook_perplexity", "oracle_extra", "oracle_unread")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One score against the number of tokens."""
+    """One score against the mean number of tokens."""
 
     label: str
-    counts: tuple[int, ...]
+    tokens: tuple[float, ...]
     """Ascending."""
     values: tuple[float, ...]
 
@@ -58,13 +90,13 @@ class Panel:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The scores as text: a row a token count, or a line a score where there is one version only."""
-    counts, keys = _counts(rows), _keys(rows)
-    if len(counts) == 1:
+    """The scores as text: a row a rate, or a line a score where there is one version only."""
+    rates, keys = _rates(rows), _keys(rows)
+    if len(rates) == 1:
         width = max(len(row.score.name) for row in rows)
         return "\n".join(f"{row.score.name:{width}s}  {row.score.value:10.4f}" for row in rows)
-    values = {(row.num_tokens, row.score.key): f"{row.score.value:.4f}" for row in rows}
-    cells = [["tokens", *keys], *([str(count), *(values.get((count, key), "") for key in keys)] for count in counts)]
+    values = {(row.rate, row.score.key): f"{row.score.value:.4f}" for row in rows}
+    cells = [["rate", *keys], *([str(rate), *(values.get((rate, key), "") for key in keys)] for rate in rates)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(f"{cell:>{width}s}" for cell, width in zip(line, widths, strict=True)) for line in cells]
     names = {row.score.key: row.score.name for row in rows}
@@ -73,19 +105,26 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A row a token count (empty where there is one version only), a column a score; no value is an empty cell."""
-    values = {(row.num_tokens, row.score.key): row.score.value for row in rows}
+    """A row a rate (empty where there is one version only), a column a score; no value is an empty cell."""
+    values = {(row.rate, row.score.key): row.score.value for row in rows}
     keys = _keys(rows)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["num_tokens", *keys])
-        for count in _counts(rows):
-            found = [values.get((count, key), math.nan) for key in keys]
-            writer.writerow([count, *(value if math.isfinite(value) else None for value in found)])
+        writer.writerow(["rate", *keys])
+        for rate in _rates(rows):
+            found = [values.get((rate, key), math.nan) for key in keys]
+            writer.writerow([rate, *(value if math.isfinite(value) else None for value in found)])
 
 
-def _counts(rows: Sequence[Row]) -> list[int | None]:
-    return sorted({row.num_tokens for row in rows}, key=lambda count: count or 0)
+def _rates(rows: Sequence[Row]) -> list[Rate | None]:
+    """In ascending order of tokens, then from the largest tolerance, which needs the fewest, to none."""
+
+    def order(rate: Rate | None) -> tuple[int, float]:
+        if rate is None:
+            return (0, 0.0)
+        return (rate.num_tokens, math.inf if rate.tolerance is None else -rate.tolerance)
+
+    return sorted({row.rate for row in rows}, key=order)
 
 
 def _keys(rows: Sequence[Row]) -> list[str]:
@@ -96,23 +135,24 @@ def _keys(rows: Sequence[Row]) -> list[str]:
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """What the figure shows: nothing for a single token count, else a panel for each kind of score that was found."""
-    if len(_counts(rows)) < 2:
+    """What the figure shows: nothing for a single rate, else a panel for each kind of score that was found."""
+    if len(_rates(rows)) < 2:
         return []
     drawn = [
-        Panel(title, tuple(line for line in (_line(rows, key) for key in keys) if line.counts))
+        Panel(title, tuple(line for line in (_line(rows, key) for key in keys) if line.tokens))
         for title, keys in PANELS
     ]
     return [panel for panel in drawn if panel.lines]
 
 
 def _line(rows: Sequence[Row], key: str) -> Line:
+    means = {row.rate: row.score.value for row in rows if row.score.key == "tokens"}
     points = sorted(
-        (row.num_tokens, row.score.value)
+        (means.get(row.rate, float(row.rate.num_tokens)), row.score.value)
         for row in rows
-        if row.score.key == key and row.num_tokens is not None and math.isfinite(row.score.value)
+        if row.score.key == key and row.rate is not None and math.isfinite(row.score.value)
     )
-    return Line(key, tuple(count for count, _ in points), tuple(value for _, value in points))
+    return Line(key, tuple(tokens for tokens, _ in points), tuple(value for _, value in points))
 
 
 def draw(shown: Sequence[Panel], path: Path, title: str = "") -> None:
@@ -136,14 +176,14 @@ def draw(shown: Sequence[Panel], path: Path, title: str = "") -> None:
 
 
 def draw_panel(axis: Axes, panel: Panel) -> None:
-    """Draws the lines over a logarithmic axis on which each count that was measured is written."""
+    """Draws the lines over a logarithmic axis on which each number of tokens that was measured is written."""
     for line in panel.lines:
-        axis.plot(line.counts, line.values, marker="o", markersize=4, label=line.label)
-    counts = sorted({count for line in panel.lines for count in line.counts})
+        axis.plot(line.tokens, line.values, marker="o", markersize=4, label=line.label)
+    counts = sorted({count for line in panel.lines for count in line.tokens})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(counts, labels=[str(count) for count in counts])
+    axis.set_xticks(counts, labels=[f"{count:.4g}" for count in counts])
     axis.minorticks_off()
-    axis.set_xlabel("tokens")
+    axis.set_xlabel("tokens, mean of an image")
     axis.set_title(panel.title, fontsize=9)
     axis.grid(alpha=0.3)
     if len(panel.lines) > 1:

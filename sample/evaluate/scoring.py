@@ -7,15 +7,14 @@ last.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from imgtok.data.images import ImageSource, open_images
 from imgtok.generators.pipeline import pipeline
-from imgtok.hub import WEIGHTS_NAME, find_folder, load
+from imgtok.hub import WEIGHTS_NAME, resolve
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import reference as references
 from imgtok.metrics.perceptual import DINOSimilarity, LPIPSDistance
@@ -26,43 +25,35 @@ from imgtok.metrics.saved_images import SavedImages
 from imgtok.metrics.scorers import (
     INCEPTION_SCORE_PARTS,
     NO_LABELS,
+    CodeScorer,
     InceptionScorer,
     OracleScorer,
     OriginalsReference,
     PairJudge,
     ReconstructionScorer,
-    Score,
     Scorer,
     ShapesDistance,
 )
 from imgtok.runtime import Blocks
+from imgtok.sample.evaluate.config import INCEPTION, PIXELS, WITH_REFERENCE, Config, Metric
+from imgtok.sample.evaluate.results import Evaluation, Row
 from imgtok.sample.evaluate.sources import (
     FileSource,
     GeneratorSource,
-    Procedure,
     ReconstructionSource,
     Source,
     Versions,
     image_batches,
 )
+from imgtok.sample.reconstruct import open_model, rates_of, size_for
 from imgtok.shapes import classifier
 from imgtok.shapes.world import NUM_CLASSES, ShapesConfig
-from imgtok.tokenizers.base import Tokenizer
+from imgtok.tokenizers.base import Autoencoder, Rate
 from imgtok.vision import dino
 from imgtok.vision.inception import FeatureExtractor, Inception, file_sha256, find_inception_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from imgtok.sample.evaluate.job import Config
-
-Metric = Literal[
-    "rfid", "mae", "psnr", "ssim", "lpips", "dino", "fid", "sfid", "is", "precision_recall", "oracle", "fd_shapes"
-]
-INCEPTION = ("rfid", "fid", "sfid", "is", "precision_recall")
-WITH_REFERENCE = ("fid", "sfid", "precision_recall")
-PIXELS = ("psnr", "ssim", "mae")
-WITH_ORIGINALS = ("rfid", *PIXELS, "lpips", "dino")
 
 SAMPLES_OF_A_MODEL = 5000
 FEWEST: Mapping[Metric, int] = {
@@ -74,33 +65,6 @@ FEWEST: Mapping[Metric, int] = {
     "precision_recall": NEIGHBOURS + 1,
 }
 """Images without which a score does not exist."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A score, and the number of tokens per image that it was measured at (None: there is one version only)."""
-
-    score: Score
-    num_tokens: int | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found; `rows` is empty in all but the main process."""
-
-    rows: list[Row]
-    num: int
-    """Images that were asked for; unreadable ones among them are not in the scores."""
-    scored: int
-    """Images that were scored."""
-    size: tuple[int, int]
-    """Height and width of the images."""
-    procedure: Procedure
-    """How they came to be."""
-    device: str
-    """What computed, and in how many processes."""
-    weights: dict[str, str]
-    """Hashes of all weights that the scores depend on."""
 
 
 def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
@@ -132,7 +96,7 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     rows = []
     if accelerator.is_main_process:
         _save_originals(config, originals)
-        rows = [Row(s, count) for count, family in scorers.items() for scorer in family for s in scorer.scores()]
+        rows = [Row(s, rate) for rate, family in scorers.items() for scorer in family for s in scorer.scores()]
     device = f"{_device_name(accelerator.device)}, {accelerator.num_processes} process(es), torch.float32"
     return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights)
 
@@ -144,13 +108,13 @@ def _save_originals(config: Config, originals: OriginalsReference | None) -> Non
         references.save(originals.reference(), config.save_reference)
 
 
-def _feed(scorers: dict[int | None, list[Scorer]], originals: OriginalsReference | None, versions: Versions) -> int:
+def _feed(scorers: dict[Rate | None, list[Scorer]], originals: OriginalsReference | None, versions: Versions) -> int:
     """Hands a batch's versions to their scorers, and its originals to their reference; the number of images."""
     number = 0
-    for count, batch in versions.items():
+    for rate, batch in versions.items():
         if originals is not None and not number:  # all versions have the same originals
             originals.update(batch)
-        for scorer in scorers[count]:
+        for scorer in scorers[rate]:
             scorer.update(batch)
         number = len(batch.indices)
     return number
@@ -220,17 +184,19 @@ def _open_scorers(
     originals: OriginalsReference | None,
     accelerator: Accelerator,
     weights: dict[str, str],
-) -> dict[int | None, list[Scorer]]:
-    """Fresh scorers for each number of tokens."""
+) -> dict[Rate | None, list[Scorer]]:
+    """Fresh scorers for each rate."""
     net = None
     if "fd_shapes" in config.chosen_metrics:
         with accelerator.main_process_first():  # one process trains, the others find the result
             net = classifier.load_or_train()
         weights["fd_shapes"] = classifier.fingerprint(net)
     profile = config.data if isinstance(config.data, ShapesConfig) else ShapesConfig()
-    families: dict[int | None, list[Scorer]] = {}
-    for count in source.token_counts:
+    families: dict[Rate | None, list[Scorer]] = {}
+    for rate in source.rates:
         family: list[Scorer] = []
+        if source.tokenizer is not None:
+            family.append(CodeScorer(source.tokenizer, source.num))
         if "oracle" in config.chosen_metrics:
             family.append(OracleScorer(source.num))
         family += [ReconstructionScorer(judge, source.num) for judge in judges]
@@ -238,7 +204,7 @@ def _open_scorers(
             family.append(InceptionScorer(config.chosen_metrics, extractor, source.num, real, originals=originals))
         if net is not None:
             family.append(ShapesDistance(net, profile, source.num, accelerator.device))
-        families[count] = family
+        families[rate] = family
     return families
 
 
@@ -263,22 +229,22 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
             pipe,
             config.num or SAMPLES_OF_A_MODEL,
             config.classes,
-            config.num_tokens,
+            config.chosen_rates,
             seed=config.seed,
             sampling=config.sampling.over(pipe.sampling, "sampling"),
             decoding=config.decoding.over(pipe.decoding, "decoding"),
         )
     assert config.tokenizer is not None
-    weights["tokenizer"] = file_sha256(find_folder(config.tokenizer) / WEIGHTS_NAME)
-    tokenizer = load(config.tokenizer, expect=Tokenizer).to(device).eval()
-    images = _open_data(config, tokenizer.image_size)
+    found = resolve(config.tokenizer)
+    model = open_model(found).to(device)
+    weights["autoencoder" if isinstance(model, Autoencoder) else "tokenizer"] = file_sha256(found.weights_path)
     return ReconstructionSource(
-        tokenizer,
-        images,
+        model,
+        _open_data(config, size_for(model, config.image_size)),
         config.num,
-        config.num_tokens,
+        rates_of(model, config.rates),
         seed=config.seed,
-        decoding=config.decoding.over(tokenizer.config.decoding, "decoding"),
+        decoding=config.decoding.over(model.config.decoding, "decoding"),
         blocks=Blocks(device, config.exact, config.threads),
         what=_data_in_words(config),
         rendered=isinstance(config.data, ShapesConfig),

@@ -1,8 +1,8 @@
 """Where the images that `imgtok evaluate` scores come from: files, a generator, or a tokenizer's reconstructions.
 
 Each source has `num` images of `size` pixels and yields, for the indices that a process was given, the batches to
-score, by token count (None where there is only one version of each image). Its `procedure` says how the images came to
-be, for the record.
+score, by rate (None where images have no tokens, or as many as the generator draws). Its `procedure` says how the
+images came to be, for the record.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from imgtok.pictures import to_uint8
 from imgtok.randomness import permutation
 from imgtok.runtime import Blocks
 from imgtok.sample.labels import labels_in_turn, num_labels
-from imgtok.sample.reconstruct import reconstruct, token_counts
-from imgtok.tokenizers.base import Tokenizer
+from imgtok.sample.reconstruct import reconstruct
+from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 
-Versions = Mapping[int | None, ScoredBatch]
+Versions = Mapping[Rate | None, ScoredBatch]
 
 CROP = "shorter side to the size (halved by box filter while twice as large, then bicubic), central square (ADM)"
 NO_CROP = "none: rendered at this size"
@@ -65,7 +65,9 @@ class Source(Protocol):
     size: tuple[int, int]
     labelled: bool
     """Whether it is known which class each image should show."""
-    token_counts: tuple[int | None, ...]
+    rates: tuple[Rate | None, ...]
+    tokenizer: Tokenizer | None
+    """What decoded the images, if their batches hold the tokens."""
     procedure: Procedure
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]: ...
@@ -74,7 +76,8 @@ class Source(Protocol):
 class FileSource:
     """Images of a folder or an .npz, the first `num` of them; with their originals, if a second path holds them."""
 
-    token_counts: tuple[int | None, ...] = (None,)
+    rates: tuple[Rate | None, ...] = (None,)
+    tokenizer: Tokenizer | None = None
 
     def __init__(
         self,
@@ -103,31 +106,36 @@ class FileSource:
 
 
 class GeneratorSource:
-    """New images, drawn as `imgtok sample` draws them and never written; at each of `counts` tokens, if given."""
+    """New images, drawn as `imgtok sample` draws them and never written; at each of `rates`, if given."""
 
     labelled = True
+    tokenizer: Tokenizer | None = None
 
     def __init__(
         self,
         pipe: Pipeline,
         num: int,
         classes: Sequence[int],
-        counts: Sequence[int] = (),
+        rates: Sequence[Rate] = (),
         *,
         seed: int,
         sampling: Any = None,
         decoding: Any = None,
     ) -> None:
-        """Raises ValueError for a class or a count that the generator does not have."""
+        """Raises ValueError for a class or a rate that the generator does not have."""
         self._pipe, self._seed, self._sampling, self._decoding = pipe, seed, sampling, decoding
         self._labels = labels_in_turn(classes, num, num_labels(pipe))
         self.num, self.size = num, (pipe.image_size,) * 2
+        for rate in rates:
+            if rate.tolerance is not None:
+                raise ValueError(f"rates: a generator draws numbers of tokens and has no tolerance, given {rate}")
+        counts = [rate.num_tokens for rate in rates]
         pipe.check_counts(counts)
-        self.token_counts: tuple[int | None, ...] = tuple(counts) or (None,)
-        rates = pipe.generator.rates()
+        self.rates: tuple[Rate | None, ...] = tuple(rates) or (None,)
+        known = pipe.generator.rates()
         self.procedure = Procedure(
             images="samples of a generator, classes in turn",
-            tokens=_counts_in_words(tuple(counts) or (max(rates),)) if rates else None,
+            tokens=_counts_in_words(counts or [max(known)]) if known else None,
             decoding=decoding or pipe.decoding,
             sampling=sampling or pipe.sampling,
             precision=pipe.precision,
@@ -138,15 +146,18 @@ class GeneratorSource:
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         for chunk in batches_of(indices, batch_size):
             labels = [self._labels[index] for index in chunk]
+            counts = [None if rate is None else rate.num_tokens for rate in self.rates]
             drawn = self._pipe.images_at(
-                self.token_counts, labels, chunk, seed=self._seed, sampling=self._sampling, decoding=self._decoding
+                counts, labels, chunk, seed=self._seed, sampling=self._sampling, decoding=self._decoding
             )
             truth = torch.tensor(labels)
-            yield {count: ScoredBatch(chunk, images, truth) for count, images in drawn.items()}
+            yield {
+                rate: ScoredBatch(chunk, drawn[count], truth) for rate, count in zip(self.rates, counts, strict=True)
+            }
 
 
 class ReconstructionSource:
-    """Images of a data source and what a tokenizer makes of them with each number of tokens.
+    """Images of a data source and what a tokenizer makes of them at each rate, or an autoencoder.
 
     Fewer images than there are (`num`) are drawn from all over the source, which may hold one class after the other.
     """
@@ -155,10 +166,10 @@ class ReconstructionSource:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        model: Tokenizer | Autoencoder,
         images: ImageSource,
         num: int | None,
-        counts: Sequence[int],
+        rates: Sequence[Rate | None],
         *,
         seed: int,
         decoding: Any,
@@ -167,38 +178,41 @@ class ReconstructionSource:
         rendered: bool = False,
     ) -> None:
         """`what` is the images in words, for the record. `rendered` ones need no crop and are all classes in turn."""
-        self._tokenizer, self._images, self._seed, self._decoding = tokenizer, images, seed, decoding
+        self._model, self._images, self._seed, self._decoding = model, images, seed, decoding
         self._blocks = blocks
-        self.num, self.size = check_num(num, len(images), "the data source"), (tokenizer.image_size,) * 2
+        self.num, self.size = check_num(num, len(images), "the data source"), (images.size,) * 2
         self._places = range(self.num) if rendered else np.sort(permutation(0, 0, len(images))[: self.num]).tolist()
-        self._counts = token_counts(counts, tokenizer.num_tokens)
-        self.token_counts: tuple[int | None, ...] = self._counts
+        self.rates: tuple[Rate | None, ...] = tuple(rates)
+        self.tokenizer = model if isinstance(model, Tokenizer) else None
         part = "" if self.num == len(images) else f", {self.num} of {len(images)}"
         self.procedure = Procedure(
             images=f"reconstructions of {what}{part}",
             originals="the same images, cropped",
-            tokens=_counts_in_words(self._counts),
+            tokens=_rates_in_words([rate for rate in rates if rate is not None]),
             crop=NO_CROP if rendered else CROP,
             decoding=decoding,
-            tokenizer=tokenizer.config,
+            tokenizer=model.config,
         )
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         index_of = {self._places[index]: index for index in indices}
         for batch in eval_loader(self._images, batch_size, indices=list(index_of)):
             # Noise goes by the place in the source: an image is reconstructed alike whatever `num` is.
-            decoded = reconstruct(
-                self._tokenizer,
+            found = reconstruct(
+                self._model,
                 batch.images,
                 batch.indices,
-                self._counts,
+                self.rates,
                 seed=self._seed,
                 decoding=self._decoding,
                 blocks=self._blocks,
             )
             chunk = [index_of[place] for place in batch.indices]
             originals = to_uint8(batch.images)
-            yield {count: ScoredBatch(chunk, images, batch.labels, originals) for count, images in decoded.items()}
+            yield {
+                rate: ScoredBatch(chunk, images, batch.labels, originals, tokens)
+                for rate, (images, tokens) in found.items()
+            }
 
 
 def image_batches(
@@ -223,3 +237,10 @@ def _counts_in_words(counts: Sequence[int]) -> str:
     if len(counts) == 1:
         return f"{counts[0]} tokens an image"
     return f"the first {', '.join(map(str, counts))} tokens of the same sequence of each image"
+
+
+def _rates_in_words(rates: Sequence[Rate]) -> str | None:
+    if not rates:
+        return None
+    each = "each of the rates " if len(rates) > 1 else ""
+    return f"encoded at {each}{', '.join(map(str, rates))} (tokens an image, at most, and the tolerance after an @)"

@@ -78,7 +78,7 @@ def test_seconds_of_finished_work_are_kept(tmp_path):
 
 
 def write_scores(path, scores):
-    rows = [{"key": key, "num_tokens": count, "value": value} for (key, count), value in scores.items()]
+    rows = [{"key": key, "rate": rate, "value": value} for (key, rate), value in scores.items()]
     path.write_text(json.dumps({"scores": rows}))
 
 
@@ -92,11 +92,11 @@ def leave_results(out, suffix, value):
     pictures.save_png(torch.zeros(3, 40, 60, dtype=torch.uint8), out / f"reconstructions{suffix}/grid.png")
     generation = {("oracle_top1", None): value, ("fd_shapes", None): 1.5, ("fd_shapes_clean", None): 0.5}
     write_scores(out / f"generation{suffix}.json", generation)
-    reconstruction = {("psnr", 1): 10.0 + value, ("psnr", 4): 20.0 + value, ("oracle_top1", 1): 0.0}
-    write_scores(out / f"reconstruction{suffix}.json", {**reconstruction, ("oracle_top1", 4): value})
+    reconstruction = {("psnr", "1"): 10.0 + value, ("psnr", "4"): 20.0 + value, ("oracle_top1", "1"): 0.0}
+    write_scores(out / f"reconstruction{suffix}.json", {**reconstruction, ("oracle_top1", "4"): value})
 
 
-def test_figures_are_those_of_the_largest_count(tmp_path):
+def test_figures_are_those_of_the_highest_rate(tmp_path):
     leave_results(tmp_path, "", 0.75)
     figures = quickstart.figures_of(tmp_path, "")
     assert figures["oracle_top1"] == figures["oracle_reconstruction"] == 0.75

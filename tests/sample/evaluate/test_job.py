@@ -25,11 +25,11 @@ from imgtok.config import ConfigError, Settings, from_dict, load
 from imgtok.data.images import ImageFolderConfig
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.losses.lpips import LPIPS
-from imgtok.metrics.scorers import Score
+from imgtok.metrics.scorers import CodeScorer, Score
 from imgtok.pictures import save_png, to_uint8
 from imgtok.sample.evaluate import scoring
 from imgtok.sample.evaluate.job import Config, describe_result, main
-from imgtok.sample.evaluate.scoring import Evaluation, Row
+from imgtok.sample.evaluate.results import Evaluation, Row
 from imgtok.sample.evaluate.sources import Procedure
 from imgtok.shapes import classifier
 from imgtok.shapes.classifier import Recipe
@@ -126,7 +126,8 @@ def run(tmp_path, **fields) -> dict:
 
 
 def scores(record: dict) -> dict:
-    return {(row["key"], row["num_tokens"]): row["value"] for row in record["scores"]}
+    """By key and rate, less what the images cost."""
+    return {(row["key"], row["rate"]): row["value"] for row in record["scores"] if row["key"] not in CodeScorer.KEYS}
 
 
 def test_folder_of_shapes(samples, tmp_path, capsys):
@@ -177,19 +178,19 @@ def test_generator_without_files(generator, tmp_path):
 def test_reconstructions_at_each_token_count(tokenizer, tmp_path):
     record = run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12)
     found = scores(record)
-    assert {count for key, count in found if key == "psnr"} == {1, 2, 4}
+    assert {rate for key, rate in found if key == "psnr"} == {"1", "2", "4"}
     assert {key for key, _ in found} >= {"psnr", "ssim", "mae", "oracle_top1", "fd_shapes"}
     assert all(3 < value < 40 for (key, _), value in found.items() if key == "psnr")
-    single = scores(run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, num_tokens=(2,), metrics=("psnr",)))
-    assert single == {("psnr", 2): pytest.approx(found["psnr", 2])}
-    with pytest.raises(ValueError, match=r"1 to 4 tokens, given \[9\]"):
-        run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num_tokens=(9,))
+    single = scores(run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=12, rates=("2",), metrics=("psnr",)))
+    assert single == {("psnr", "2"): pytest.approx(found["psnr", "2"])}
+    with pytest.raises(ValueError, match="1 to 4 tokens an image and no tolerance, given 9"):
+        run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, rates=("9",))
 
 
 def test_unreadable_originals_are_left_out(samples, tokenizer, tmp_path):
     (samples / "000002.png").write_bytes(b"broken")
     data = ImageFolderConfig(path=samples)
-    record = run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=0.9, num_tokens=(4,))
+    record = run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=0.9, rates=("4",))
     assert {row["name"].split("[")[0] for row in record["scores"]} <= {
         "PSNR-57",
         "SSIM-57",
@@ -225,8 +226,9 @@ def test_rfid_compares_with_the_originals_own_crops_in_one_pass(tokenizer, incep
     stats = tmp_path / "originals.safetensors"
     common = {"tokenizer": str(tokenizer), "data": PROFILE, "num": 20, "metrics": ("rfid",)}
     common |= {"inception_weights": inception}
-    record = run(tmp_path, **common, num_tokens=(1, 2, 4), batch_size=8, save_reference=stats)
-    assert [score["name"] for score in record["scores"]] == ["rFID-20[inception-v3-compat, own originals]"] * 3
+    record = run(tmp_path, **common, rates=("1", "2", "4"), batch_size=8, save_reference=stats)
+    names = [score["name"] for score in record["scores"] if score["key"] == "rfid"]
+    assert names == ["rFID-20[inception-v3-compat, own originals]"] * 3
     found = scores(record)
     assert len(set(found.values())) == 3
     assert sum(map(len, judged)) == 20 * 4  # the originals once, not once a token count
@@ -236,7 +238,7 @@ def test_rfid_compares_with_the_originals_own_crops_in_one_pass(tokenizer, incep
     assert any(torch.equal(batch, originals[:8]) for batch in judged)
     # ... and they serve as a reference like any other.
     from_files = run(
-        tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=20, num_tokens=(1, 2, 4), metrics=("fid",),
+        tmp_path, tokenizer=str(tokenizer), data=PROFILE, num=20, rates=("1", "2", "4"), metrics=("fid",),
         reference=stats, inception_weights=inception,
     )  # fmt: skip
     assert {count: value for (_, count), value in scores(from_files).items()} == pytest.approx(
@@ -304,7 +306,7 @@ def test_drawing_and_decoding_use_the_threads_of_the_job(generator, tokenizer, t
         FlexTok, "decode", lambda self, *a, **k: seen.append(torch.get_num_threads()) or decode(self, *a, **k)
     )
     for threads in (1, 3):
-        for fields in ({"model": str(generator)}, {"tokenizer": str(tokenizer), "num_tokens": (2,)}):
+        for fields in ({"model": str(generator)}, {"tokenizer": str(tokenizer), "rates": ("2",)}):
             run(tmp_path, data=PROFILE, metrics=("oracle",), num=4, threads=threads, **fields)
     assert seen == [1, 1, 3, 3]
 
@@ -333,7 +335,7 @@ def test_two_processes_find_the_same_scores_as_one(samples, tmp_path):
         ({}, "give one of images=PATH"),
         ({"images": "a", "model": "b"}, "give one of images=PATH"),
         ({"tokenizer": "a"}, "which images should the tokenizer reconstruct"),
-        ({"images": "a", "num_tokens": [1, 2]}, "finished images have no tokens"),
+        ({"images": "a", "rates": ["1", "2"]}, "finished images have no tokens"),
         ({"tokenizer": "a", "originals": "b"}, "these belong to images=PATH"),
         ({"images": "a", "metrics": ["rfid", "dino"]}, "rfid, dino compare with originals"),
         ({"images": "a", "originals": "b", "metrics": ["sfid"]}, "against the originals themselves ask for rfid"),
@@ -358,7 +360,7 @@ def test_the_commands_of_the_page_are_commands():
     configs = [parse(Config, command[4 if command[0] == "accelerate" else 2 :]) for command in words]
     assert configs[0].chosen_metrics == ("rfid", "mae", "psnr", "ssim", "lpips", "dino")
     assert configs[0].held_out == 1
-    assert configs[3].num_tokens == (1, 2, 4, 8, 16)
+    assert configs[3].rates == ("1", "2", "4", "8", "16")
     fields = set(Config.__dataclass_fields__)
     named = set(re.findall(r"`(\w+)=", section)) - {"metrics"}
     assert named
@@ -420,8 +422,8 @@ def test_all_scores_of_reconstructions_in_one_job(tokenizer, judges, lpips, ince
     found = scores(record)
     keys = {key for key, _ in found}
     assert keys >= {"rfid", "mae", "psnr", "ssim", "lpips", "dino", "dino_patches", "oracle_top1"}
-    assert set(found) == {(key, count) for key in keys for count in (1, 2, 4)}
-    for count in (1, 2, 4):
+    assert set(found) == {(key, count) for key in keys for count in ("1", "2", "4")}
+    for count in ("1", "2", "4"):
         assert found["lpips", count] == pytest.approx(found["mae", count] / 127.5, rel=1e-4)
         assert 0 < found["dino", count] < 1
     weights = record["weights"]
@@ -430,13 +432,13 @@ def test_all_scores_of_reconstructions_in_one_job(tokenizer, judges, lpips, ince
     assert names["dino"] == f"DINO-12[test_vit:{weights['dino'][:8]}, 32 px bicubic, cosine, mean over images]"
     assert names["lpips"] == "LPIPS-12[vgg:2cf24dba:2cf24dba, v0.1, mean over images]"
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["tokens", *names]
+    assert printed[0].split() == ["rate", *names]
     assert [line.split()[0] for line in printed[1:4]] == ["1", "2", "4"]
     assert all(any(line.startswith(key) and line.endswith(name) for line in printed) for key, name in names.items())
     out = tmp_path / "out"
     rows = list(csv.DictReader((out / "scores.csv").open()))
-    assert [{key: float(row[key]) for key in names} for row in rows] == [
-        {key: pytest.approx(found[key, count]) for key in names} for count in (1, 2, 4)
+    assert [{key: float(row[key]) for key in keys} for row in rows] == [
+        {key: pytest.approx(found[key, count]) for key in keys} for count in ("1", "2", "4")
     ]
     with Image.open(out / "scores.png") as picture:
         picture.load()
@@ -451,7 +453,7 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
     assert record["protocol"] == {
         "images": "reconstructions of the held-out images of data (shapes, share 0.1), 12 of 32",
         "originals": "the same images, cropped",
-        "tokens": "the first 1, 2, 4 tokens of the same sequence of each image",
+        "tokens": "encoded at each of the rates 1, 2, 4 (tokens an image, at most, and the tolerance after an @)",
         "crop": "none: rendered at this size",
         "decoding": {"steps": 2, "guidance": 1.5, "solver": "euler", "projected_guidance": True},
         "sampling": None,
@@ -462,14 +464,14 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
         "scored": 12,
         "device": "cpu, 1 process(es), torch.float32",
     }
-    drawn = run(tmp_path, model=str(generator), data=PROFILE, num=4, metrics=("oracle",), num_tokens=(2,))
+    drawn = run(tmp_path, model=str(generator), data=PROFILE, num=4, metrics=("oracle",), rates=("2",))
     assert drawn["protocol"]["tokens"] == "2 tokens an image"
     assert drawn["protocol"]["sampling"]["guidance"] == 1.5
     assert drawn["protocol"]["precision"] == "fp32"
     assert drawn["protocol"]["generator"]["num_tokens"] == drawn["protocol"]["tokenizer"]["num_registers"] == 4
     assert set(drawn["weights"]) == {"model", "tokenizer"}
     data = ImageFolderConfig(path=samples)
-    cropped = run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=1.0, num_tokens=(4,), metrics=("psnr",))
+    cropped = run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=1.0, rates=("4",), metrics=("psnr",))
     assert cropped["protocol"]["images"] == "reconstructions of all images of data (folder)"
     assert "ADM" in cropped["protocol"]["crop"]
 
@@ -491,9 +493,7 @@ def test_a_part_of_a_folder_is_from_all_over_it(tokenizer, tmp_path):
         data = ImageFolderConfig(path=tmp_path / "data")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scoring, "ReconstructionScorer", Spy)
-            run(
-                tmp_path, tokenizer=str(tokenizer), data=data, held_out=1.0, num_tokens=(1,), metrics=("mae",), **fields
-            )
+            run(tmp_path, tokenizer=str(tokenizer), data=data, held_out=1.0, rates=("1",), metrics=("mae",), **fields)
         return list(seen)
 
     part = labels_of(num=8)
@@ -518,7 +518,7 @@ def test_a_part_of_a_folder_is_from_all_over_it(tokenizer, tmp_path):
 )
 def test_missing_judges_are_named_before_the_model_is_loaded(tokenizer, tmp_path, monkeypatch, fields, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(scoring, "load", lambda *a, **k: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(scoring, "open_model", lambda *a, **k: pytest.fail("loaded the model first"))
     with pytest.raises(FileNotFoundError, match=f"(?s){message}"):
         run(tmp_path, tokenizer=str(tokenizer), data=PROFILE, **fields)
 
@@ -535,19 +535,19 @@ def test_lpips_of_small_images_is_refused_before_any_is_decoded(lpips, tmp_path)
 
 def test_a_generator_is_scored_at_each_token_count(generator, tmp_path):
     common = {"model": str(generator), "data": PROFILE, "num": 20, "seed": 1}
-    record = run(tmp_path, **common, num_tokens=(1, 2, 4))
+    record = run(tmp_path, **common, rates=("1", "2", "4"))
     found = scores(record)
-    assert {count for _, count in found} == {1, 2, 4}
+    assert {count for _, count in found} == {"1", "2", "4"}
     assert {key for key, _ in found} >= {"oracle_top1", "fd_shapes"}
-    assert len({found["fd_shapes", count] for count in (1, 2, 4)}) == 3
+    assert len({found["fd_shapes", count] for count in ("1", "2", "4")}) == 3
     assert (tmp_path / "out" / "scores.png").is_file()
-    for count in (1, 2, 4):  # one draw of all tokens gives what as many draws of fewer give
-        alone = scores(run(tmp_path, **common, num_tokens=(count,)))
+    for count in ("1", "2", "4"):  # one draw of all tokens gives what as many draws of fewer give
+        alone = scores(run(tmp_path, **common, rates=(count,)))
         assert alone == {key: value for key, value in found.items() if key[1] == count}
     everything = scores(run(tmp_path, **common))
-    assert everything == {(key, None): value for (key, count), value in found.items() if count == 4}
+    assert everything == {(key, None): value for (key, count), value in found.items() if count == "4"}
     with pytest.raises(ValueError, match=r"the generator draws 1 to 4 tokens, given \[2, 5\]"):
-        run(tmp_path, **common, num_tokens=(2, 5))
+        run(tmp_path, **common, rates=("2", "5"))
 
 
 # Pairs of files

@@ -8,25 +8,26 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from imgtok.metrics.scorers import OracleScorer, Score
+from imgtok.metrics.scorers import CodeScorer, OracleScorer, Score
 from imgtok.sample.evaluate.results import (
     ONLY_IN_TABLES,
     PANELS,
     Line,
     Panel,
+    Row,
     draw,
     draw_panel,
     panels,
     table,
     write_csv,
 )
-from imgtok.sample.evaluate.scoring import Row
+from imgtok.tokenizers.base import Rate
 
 COUNTS = (1, 2, 4, 8, 16)
 
 
 def row(key: str, value: float, count: int | None) -> Row:
-    return Row(Score(key, f"{key.upper()}-9[how]", value), count)
+    return Row(Score(key, f"{key.upper()}-9[how]", value), None if count is None else Rate(count))
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_a_panel_holds_a_point_for_each_count(rows):
     shown = {panel.title.split(" ")[0]: panel for panel in panels(rows)}
     assert list(shown) == ["rFID", "PSNR,", "oracle,"]
     assert shown["PSNR,"].lines == (Line("psnr", COUNTS, (1.0, 2.0, 4.0, 8.0, 16.0)),)
-    assert shown["rFID"].lines[0].counts == (1, 4, 8, 16)
+    assert shown["rFID"].lines[0].tokens == (1, 4, 8, 16)
     assert [line.label for line in shown["oracle,"].lines] == ["oracle_top1"]
 
 
@@ -54,7 +55,7 @@ def test_a_single_count_makes_no_curve():
 
 def test_every_score_has_its_place_in_the_figure():
     scorers = {"rfid", "fid", "sfid", "is", "precision", "recall", "psnr", "ssim", "mae", "lpips", "dino"}
-    scorers |= {"dino_patches", "fd_shapes", "fd_shapes_clean", *OracleScorer.KEYS}
+    scorers |= {"dino_patches", "fd_shapes", "fd_shapes_clean", *OracleScorer.KEYS, *CodeScorer.KEYS}
     drawn = [key for _, keys in PANELS for key in keys]
     assert sorted([*drawn, *ONLY_IN_TABLES]) == sorted(scorers)
 
@@ -81,7 +82,7 @@ def test_the_axis_names_each_count_on_a_logarithmic_scale():
 
 def test_the_table_has_a_row_a_count_and_the_protocols_below(rows):
     lines = table(rows).splitlines()
-    assert lines[0].split() == ["tokens", "psnr", "rfid", "oracle_top1", "oracle_extra"]
+    assert lines[0].split() == ["rate", "psnr", "rfid", "oracle_top1", "oracle_extra"]
     assert [line.split() for line in lines[1:3]] == [
         ["1", "1.0000", "-1.0000", "0.0100", "0.5000"],
         ["2", "2.0000", "nan", "0.0200", "1.0000"],
@@ -101,7 +102,24 @@ def test_one_version_is_a_line_a_score():
 def test_the_csv_file_leaves_out_what_has_no_value(rows, tmp_path):
     write_csv(rows, tmp_path / "scores.csv")
     found = list(csv.DictReader((tmp_path / "scores.csv").open()))
-    assert [line["num_tokens"] for line in found] == ["1", "2", "4", "8", "16"]
+    assert [line["rate"] for line in found] == ["1", "2", "4", "8", "16"]
     assert [line["rfid"] for line in found] == ["-1.0", "", "-4.0", "-8.0", "-16.0"]
     write_csv([row("fid", 2.5, None)], tmp_path / "scores.csv")
-    assert (tmp_path / "scores.csv").read_text() == "num_tokens,fid\n,2.5\n"
+    assert (tmp_path / "scores.csv").read_text() == "rate,fid\n,2.5\n"
+
+
+def test_rates_stand_in_order_and_curves_over_the_mean_number_of_tokens(tmp_path):
+    """A tolerance makes the number of tokens that of the image."""
+    means = {Rate(4, 0.05): 3.5, Rate(16, 0.05): 11.25, Rate(16, 0.4): 2.0, Rate(16): 16.0}
+    rows = [
+        Row(Score(key, key, value), rate)
+        for rate, mean in means.items()
+        for key, value in (("tokens", mean), ("psnr", 10 + mean))
+    ]
+    assert panels(rows)[0].lines == (Line("psnr", (2.0, 3.5, 11.25, 16.0), (12.0, 13.5, 21.25, 26.0)),)
+    assert [line.split()[0] for line in table(rows).splitlines()[1:5]] == ["4@0.05", "16@0.4", "16@0.05", "16"]
+    write_csv(rows, tmp_path / "scores.csv")
+    assert (tmp_path / "scores.csv").read_text().splitlines()[:2] == ["rate,tokens,psnr", "4@0.05,3.5,13.5"]
+    axis = Figure().subplots()
+    draw_panel(axis, panels(rows)[0])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["2", "3.5", "11.25", "16"]

@@ -1,0 +1,170 @@
+"""What `imgtok evaluate` is told: which images, by which scores, and where the results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from imgtok.config import NonNegativeInt, PositiveInt, Range, Settings, check
+from imgtok.data.images import DataConfig
+from imgtok.generators.pipeline import Precision
+from imgtok.losses.lpips import LPIPSNet
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.base import Rate
+from imgtok.vision.dino import DINOV2_LARGE
+from imgtok.vision.dino import SIZE as DINO_SIZE
+from imgtok.vision.inception import cached_inception_weights
+
+Metric = Literal[
+    "rfid", "mae", "psnr", "ssim", "lpips", "dino", "fid", "sfid", "is", "precision_recall", "oracle", "fd_shapes"
+]
+INCEPTION = ("rfid", "fid", "sfid", "is", "precision_recall")
+WITH_REFERENCE = ("fid", "sfid", "precision_recall")
+PIXELS = ("psnr", "ssim", "mae")
+WITH_ORIGINALS = ("rfid", *PIXELS, "lpips", "dino")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Scores images: give one of `images` (files), `model` (a generator) or `tokenizer` (reconstructions)."""
+
+    job: Literal["evaluate"] = "evaluate"
+    """Which program this file is for."""
+    images: Path | None = None
+    """Folder of images, or .npz with arr_0 (n, H, W, 3) uint8 and perhaps labels arr_1."""
+    originals: Path | None = None
+    """What `images` are reconstructions of: a folder of files of the same names and sizes, or an .npz in the same
+    order."""
+    model: str | None = None
+    """Model folder or Hub name of a generator; its samples are scored without being written."""
+    tokenizer: str | None = None
+    """Model folder or Hub name of a tokenizer, or any name of an autoencoder: alone, its reconstructions of `data` are
+    scored; with `model`, it decodes the samples (null takes the one inside the generator's folder)."""
+    metrics: tuple[Metric, ...] = ()
+    """Scores; empty takes what fits: oracle and fd_shapes for shapes; for reconstructions mae, psnr, ssim, rfid where
+    Inception's weights are found (not for shapes), lpips and dino where the path of theirs is given; else fid, is."""
+    data: DataConfig | None = None
+    """Images to reconstruct, or real images for fid and others; for shapes (data.kind=shapes), the profile."""
+    reference: Path | None = None
+    """Real images (folder or .npz) or their statistics (.safetensors, or .npz with mu and sigma); takes the place of
+    `data` for fid and others."""
+    num: PositiveInt | None = None
+    """Images scored; null takes all files, all held-out images, or 5000 samples of a model. Fewer reconstructions than
+    there are images are drawn from all over `data`."""
+    labels: Literal["recorded", "balanced"] = "recorded"
+    """Classes of `images` for the oracle: as saved beside them, or index modulo 64."""
+    classes: tuple[int, ...] = ()
+    """Classes that `model` draws in turn; empty takes all."""
+    seed: NonNegativeInt = 0
+    """Seed of samples and of the decoder's noise."""
+    batch_size: PositiveInt = 64
+    """Images at once in one process; scores do not depend on it."""
+    sampling: Settings = Settings()
+    """How `model` draws: its own settings; what is left out is as its configuration says (`imgtok info MODEL`)."""
+    rates: tuple[str, ...] = ()
+    """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05, each of which is
+    scored; empty takes those that the tokenizer lists (the powers of two up to all, say), all tokens for a model."""
+    image_size: PositiveInt | None = None
+    """Pixels a side of what is reconstructed; null takes the tokenizer's. An autoencoder takes several: give one."""
+    decoding: Settings = Settings()
+    """Settings of the decoder, likewise."""
+    held_out: Annotated[float, Range(0.0, 1.0)] = 0.1
+    """Share of `data` that training kept apart: the part that is reconstructed. 1 takes `data` as it is, for images
+    that training never saw, such as the validation set of ImageNet."""
+    inception_weights: Path | None = None
+    """File of torch-fidelity's Inception weights; null looks in torch.hub's cache, then downloads."""
+    trust_weights: bool = False
+    """Accepts Inception weights with another hash than the published file's; names of scores then carry the hash."""
+    lpips_net: LPIPSNet = "vgg"
+    """Network of the score lpips: vgg, usual for tokenizers, or alex."""
+    lpips_backbone: Path | None = None
+    """torchvision's weights file of that network; null looks in torch.hub's cache. Nothing is downloaded."""
+    lpips_heads: Path | None = None
+    """LPIPS's own weights (v0.1); null looks in torch.hub's cache and in an installed lpips package."""
+    dino_weights: Path | None = None
+    """File of DINOv2 weights (Meta's .pth or timm's .safetensors) for the score dino; null looks in the caches of
+    torch.hub and the Hugging Face Hub. Nothing is downloaded."""
+    dino_model: str = DINOV2_LARGE
+    """timm's name of the network that these weights are of."""
+    dino_size: PositiveInt = DINO_SIZE
+    """Pixels a side that both images are brought to for it; a multiple of its patch size."""
+    assume_extractor: str | None = None
+    """Network that made a published .npz of statistics, such as inception-v3-compat."""
+    save_reference: Path | None = None
+    """Also writes the statistics of the real images to this .safetensors file."""
+    out: Path = Path("outputs/evaluate/scores.json")
+    """Result file; beside it the same name with .csv and, at several token counts, with .png for the curves."""
+    precision: Precision = "fp32"
+    """Arithmetic of `model` and its decoder; bf16 is faster where the hardware has it, and changes images a little."""
+    exact: bool = False
+    """On a CPU, images that are equal to the last bit whatever the batch size or the number of processes: they are
+    computed in blocks of one size, the last one padded, with a fixed number of threads. Several times slower."""
+    threads: PositiveInt | None = None
+    """CPU threads per process for drawing and decoding; null takes torch's own number (OMP_NUM_THREADS, or all cores),
+    or 1 with exact=true, where another number can show in an image's last bits. The judges use torch's own."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_inputs(self)
+
+    @property
+    def chosen_rates(self) -> tuple[Rate, ...]:
+        return tuple(Rate.parse(text) for text in self.rates)
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.tokenizer is not None and self.model is None
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether every image has an original."""
+        return self.reconstructs or self.originals is not None
+
+    @property
+    def chosen_metrics(self) -> tuple[Metric, ...]:
+        if self.metrics:
+            return self.metrics
+        shapes: tuple[Metric, ...] = ("oracle", "fd_shapes") if isinstance(self.data, ShapesConfig) else ()
+        if self.compares_pairs:
+            rfid: tuple[Metric, ...] = ("rfid",) if self._has_inception and not shapes else ()
+            lpips: tuple[Metric, ...] = ("lpips",) if self.lpips_backbone or self.lpips_heads else ()
+            dino: tuple[Metric, ...] = ("dino",) if self.dino_weights else ()
+            return (*rfid, "mae", "psnr", "ssim", *lpips, *dino, *shapes)
+        return shapes or (("fid", "is") if self.data or self.reference else ("is",))
+
+    @property
+    def _has_inception(self) -> bool:
+        return self.inception_weights is not None or cached_inception_weights().is_file()
+
+
+def check_inputs(config: Config) -> None:
+    """Raises ValueError for fields that do not go together, before anything is loaded."""
+    if (config.images is None) == (config.model is None and config.tokenizer is None):
+        raise ValueError("give one of images=PATH, model=FOLDER (a generator) or tokenizer=FOLDER (reconstructions)")
+    if config.originals is not None and config.images is None:
+        raise ValueError("originals: these belong to images=PATH; a tokenizer's originals are its data.kind=...")
+    if config.reconstructs and config.data is None:
+        raise ValueError("data: which images should the tokenizer reconstruct? (data.kind=shapes, for example)")
+    if config.images is not None and config.chosen_rates:
+        raise ValueError("rates: finished images have no tokens any more; rates belong to model= or tokenizer=")
+    if config.image_size is not None and not config.reconstructs:
+        raise ValueError("image_size: this belongs to tokenizer=FOLDER alone, whose images are cropped to it")
+    pairs = [metric for metric in config.chosen_metrics if metric in WITH_ORIGINALS]
+    if pairs and not config.compares_pairs:
+        raise ValueError(
+            f"metrics: {', '.join(pairs)} compare with originals: they need tokenizer=FOLDER and data.kind=..., or "
+            "images=PATH and originals=PATH"
+        )
+    real = [metric for metric in config.chosen_metrics if metric in WITH_REFERENCE]
+    if real and config.reference is None and config.compares_pairs:
+        raise ValueError(
+            f"metrics: {', '.join(real)} compare with other real images: give reference=PATH; against the originals "
+            "themselves ask for rfid"
+        )
+    if real and config.reference is None and config.data is None:
+        raise ValueError(f"metrics: {', '.join(real)} compare with real images: give reference=PATH or data.kind=...")
+    if config.save_reference is not None and not real and "rfid" not in config.chosen_metrics:
+        raise ValueError("save_reference: none of the metrics looks at real images")
+    if config.out.suffix != ".json":
+        raise ValueError(f"out: {config.out} must end in .json; .csv and .png are written beside it")
