@@ -10,6 +10,7 @@ import torch
 import imgtok
 from imgtok import flow
 from imgtok.layers.mup import noted_width
+from imgtok.tokenizers.base import NoDecoding, Rate
 from imgtok.tokenizers.flextok import (
     FlexTok,
     FlexTokConfig,
@@ -249,6 +250,38 @@ def test_seed_and_index_choose_the_noise(model):
     again = model.decode(Tokens.full(ids[:1]), seed=2, indices=[4])
     assert not torch.allclose(decoded[:1], again)
     assert torch.equal(model.decode(Tokens.full(ids)), model.decode(Tokens.full(ids), seed=0, indices=[0, 1, 2]))
+
+
+def test_rates_are_prefixes_of_one_encoding(model, monkeypatch):
+    """Every number of tokens is a rate; several of them cost one pass of the encoder."""
+    assert [str(rate) for rate in model.rates()] == ["1", "2", "4", "8"]
+    batch, calls, encode = images(2), [], model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda *given: calls.append(given[1]) or encode(*given))
+    four, three = model.encode_at(batch, [Rate(4), Rate(3)])
+    assert calls == [4]
+    assert torch.equal(three.ids, model.encode(batch, rate=Rate(3)).ids)
+    assert torch.equal(three.ids, model.encode(batch).truncate(3).ids)
+    assert four.lengths.tolist() == [4, 4]
+    assert torch.equal(model.reconstruct(batch, Rate(3), seed=2), model.decode(three, seed=2))
+    assert (model.fixed_length, model.num_slots) == (True, None)
+
+
+@pytest.mark.parametrize("rate", [Rate(9), Rate(4, 0.1)])
+def test_other_rates_are_refused(model, rate):
+    for encode in (lambda: model.encode(images(1), rate=rate), lambda: model.encode_at(images(1), [rate])):
+        with pytest.raises(ValueError, match=f"has 1 to 8 tokens an image and no tolerance, given {rate}"):
+            encode()
+
+
+def test_decoding_settings_are_the_models_unless_given(model):
+    tokens = model.encode(images(2))
+    settings = FlexTokDecoding(steps=2, guidance=3.0, solver="adams")
+    given = model.decode(tokens, decoding=settings)
+    assert torch.equal(given, model.decode(tokens, steps=2, guidance=3.0, solver="adams"))
+    assert torch.equal(given, build(decoding=settings).decode(tokens))
+    assert torch.equal(model.decode(tokens), model.decode(tokens, decoding=model.config.decoding))
+    with pytest.raises(TypeError, match="a FlexTok takes a FlexTokDecoding, not a NoDecoding"):
+        model.decode(tokens, decoding=NoDecoding())
 
 
 def test_decode_leaves_the_global_generator_alone(model):
