@@ -59,7 +59,7 @@ class Config:
     """Share of the images that training kept apart."""
     num: PositiveInt = 16
     """Images to reconstruct."""
-    rates: tuple[str, ...] = ()
+    rates: tuple[int | str, ...] = ()
     """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05; empty takes the
     tokenizer's own list, such as the powers of two up to all tokens."""
     seed: NonNegativeInt = 0
@@ -141,14 +141,14 @@ def size_for(model: Tokenizer | Autoencoder, asked: int | None) -> int:
     return asked
 
 
-def rates_of(model: Tokenizer | Autoencoder, asked: Sequence[str]) -> tuple[Rate | None, ...]:
+def rates_of(model: Tokenizer | Autoencoder, asked: Sequence[int | str]) -> tuple[Rate | None, ...]:
     """The rates asked for, or all that the tokenizer lists; None alone for an autoencoder.
 
     Raises ValueError for a rate that the model does not have.
     """
     if isinstance(model, Autoencoder):
         if asked:
-            raise ValueError(f"rates: an autoencoder has no tokens and no rates, given {', '.join(asked)}")
+            raise ValueError(f"rates: an autoencoder has no tokens and no rates, given {', '.join(map(str, asked))}")
         return (None,)
     rates = [Rate.parse(text) for text in asked] or model.rates()
     for rate in rates:

@@ -36,7 +36,7 @@ def known(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model() -> ToyTok:
-    """Far from grey, so that the images tell lengths apart; the deviations of a trained one."""
+    """With ids that differ from patch to patch."""
     torch.manual_seed(0)
     model = ToyTok(ToyTokConfig(tolerances=(0.05, 0.4)))
     torch.nn.init.normal_(model.encoder.weight, std=0.5)

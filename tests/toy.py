@@ -36,7 +36,7 @@ class ToyDecoding:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyTokConfig:
-    """A slot for each patch; patches near the mean colour of the image are left out."""
+    """A slot for each patch; patches near the background, the median of all, are left out."""
 
     kind: Literal["toytok"] = "toytok"
     image_size: PositiveInt = 16
@@ -46,7 +46,7 @@ class ToyTokConfig:
     levels: tuple[int, ...] = (4, 4)
     """FSQ levels of the ids."""
     tolerances: tuple[float, ...] = (0.05, 0.4)
-    """Mean absolute differences from grey below which a patch may be left out; the first is the default."""
+    """Mean absolute differences from the background below which a patch may be left out; the first is the default."""
     decoding: ToyDecoding = ToyDecoding()
     """How `decode` works unless it is told otherwise."""
 
@@ -112,7 +112,7 @@ class ToyTok(Tokenizer):
         self.check_rate(rate)
         assert rate.tolerance is not None, "as all rates here"
         patches = patchify(images, self.config.patch_size)
-        contrast = patches.abs().mean(dim=-1)  # (B, N)
+        contrast = (patches - patches.median(dim=1, keepdim=True).values).abs().mean(dim=-1)  # (B, N)
         worth = contrast.masked_fill(contrast <= rate.tolerance, 0)
         chosen = worth.topk(rate.num_tokens, dim=1)
         lengths = (chosen.values > 0).sum(dim=1).clamp(min=1)

@@ -58,7 +58,7 @@ class Config:
     """Tokenize each crop a second time, mirrored; not for shapes."""
     crop_seed: NonNegativeInt = 0
     """Seed of random crops; a crop depends on it, on the image's index and on the crop's number alone."""
-    rate: str | None = None
+    rate: int | str | None = None
     """How much an image may cost: a number of tokens, such as 64, or for tokenizers that choose it by the error,
     256@0.05; null takes the tokenizer's default."""
     batch_size: PositiveInt = 64

@@ -52,9 +52,9 @@ class Rate:
             raise ValueError(f"the tolerance of a rate is a number from 0 on, given {self.tolerance}")
 
     @classmethod
-    def parse(cls, text: str) -> Rate:
-        """The rate that `str` writes as "16" or "256@0.05". Raises ValueError for any other text."""
-        count, at, tolerance = text.strip().partition("@")
+    def parse(cls, text: str | int) -> Rate:
+        """The rate that `str` writes as "16" or "256@0.05"; a number will do too. Raises ValueError for others."""
+        count, at, tolerance = str(text).strip().partition("@")
         try:
             return cls(int(count), float(tolerance) if at else None)
         except ValueError as error:

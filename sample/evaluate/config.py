@@ -62,7 +62,7 @@ class Config:
     """Images at once in one process; scores do not depend on it."""
     sampling: Settings = Settings()
     """How `model` draws: its own settings; what is left out is as its configuration says (`imgtok info MODEL`)."""
-    rates: tuple[str, ...] = ()
+    rates: tuple[int | str, ...] = ()
     """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05, each of which is
     scored; empty takes those that the tokenizer lists (the powers of two up to all, say), all tokens for a model."""
     image_size: PositiveInt | None = None

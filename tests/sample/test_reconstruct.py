@@ -109,7 +109,7 @@ def test_seed_and_rates_are_chosen(tokenizer, tmp_path):
     [
         ("rates=[1,7]", "rates: this tokenizer has 1 to 6 tokens an image and no tolerance, given 7"),
         ("rates=[3@0.1]", "no tolerance, given 3@0.1"),
-        ("rates=[0]", "rates: '0' is not a number of tokens such as 16"),
+        ("rates=[0]", "rates: 0 is not a number of tokens such as 16"),
         ("image_size=32", "image_size: this tokenizer takes images of 16 pixels, given 32"),
         ("num=0", "num: given 0"),
         ("decoding.steps=-1", "decoding.steps: given -1"),
@@ -122,11 +122,6 @@ def test_values_out_of_range_are_named(tokenizer, tmp_path, capsys, override, me
 
 
 def test_a_generator_in_place_of_a_tokenizer(tmp_path):
-<<<<<<< HEAD
     GPT(GPTConfig(vocab_size=8, num_tokens=2, width=16, depth=1, num_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
-=======
-    GPT(GPTConfig(vocab_size=8, num_tokens=2, num_classes=2, width=16, depth=1, num_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
->>>>>>> 00a7d0f (Reports by rate: what an image costs, then the scores; an autoencoder alone is reconstructed and scored)
         reconstruct(tmp_path, tmp_path / "out")
