@@ -151,7 +151,7 @@ def load(
     check_tensors(stored.blank, wanted, whole.path, f"FlexTok that {described}")
     if not all(_is_sincos(stored[NAMES[name]]) for name in TABLES):
         logger.warning("%s: its position tables are not the sine-cosine table: loaded as learned positions", whole.path)
-        learned = replace(config, positions="learned")
+        learned = replace(config, short_runs=replace(config.short_runs, positions="learned"))
         model = skeleton(lambda: FlexTok(learned))
     return fill(model, _ours(model.state_dict(), stored), map_location=map_location, dtype=dtype)
 

@@ -117,10 +117,8 @@ def write_config(config: FlexTokConfig) -> dict[str, Any]:
     """
     if config.vae is None:
         raise ConfigError("vae: a published FlexTok works on the latents of an autoencoder; this one has none")
-    if config.prediction != "velocity":
-        raise ConfigError(
-            f"prediction: a published decoder predicts the velocity; this one predicts {config.prediction}"
-        )
+    if config.short_runs.prediction != "velocity":
+        raise ConfigError("short_runs.prediction: a published decoder predicts the velocity; this one predicts data")
     standard = replace(config.vae, **{name: getattr(PUBLISHED_VAE, name) for name in VAE_SHAPE}) == config.vae
     numbers = {
         **{name: getattr(config, name) for name in SAME},

@@ -1,20 +1,46 @@
-"""The fast path of FlexTok (`imgtok/tokenizers/flextok.py`): the same numbers, to rounding, with less work.
+"""The fast path of FlexTok (`flextok.py`): the same numbers, to rounding, with less work.
 
-Shapes: B batch, N patches, K registers, D width, T times.
+`encode` computes no more registers than are asked for and nothing that the mask forbids. `GuidedDecoder` runs the flow
+with masked and null registers as one each, both branches of guidance in one pass, and all modulations computed at once.
+`tests/imgtok/tokenizers/test_flextok.py` compares them with `FlexTok.encode_plainly` and `decode_plainly`.
+
+Shapes: B batch, C H W latents, N patches, K registers, D width, n FSQ dimensions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imgtok import flow
 from imgtok.layers.attention import Look
+from imgtok.layers.norms import layer_norm
+from imgtok.layers.recompute import call_block
+
+if TYPE_CHECKING:
+    from imgtok.tokenizers.flextok import Decoder, Encoder, FlexTok, Modulations
 
 # ---------------------------------------------------------------- encoder
+
+
+def encode(encoder: Encoder, latents: Tensor, num_tokens: int) -> Tensor:
+    """`encoder(latents)` (B, k, n) of the first `num_tokens` registers; later ones could not change them.
+
+    After the last block only registers are read, so only they are computed there.
+    """
+    x = encoder.sequence(latents, num_tokens)
+    looks = encoder_looks(x.shape[1] - num_tokens, num_tokens, x.device)
+    for block in encoder.blocks[:-1]:
+        x = call_block(block, x, looks, recompute=encoder.recompute)
+    x = call_block(encoder.blocks[-1], x, looks[-1:], looks[-1].queries, recompute=encoder.recompute)
+    out: Tensor = encoder.readout(layer_norm(x))
+    return out
 
 
 def encoder_looks(num_patches: int, num_registers: int, device: torch.device) -> list[Look]:
@@ -35,40 +61,38 @@ def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.devic
 # ---------------------------------------------------------------- decoder
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Several sequences [patches | registers] one behind the other, as guidance needs two of them.
+class GuidedDecoder:
+    """The decoder of one `decode` call, guided away from the null condition unless by 1."""
 
-    Layers that treat every position alike see all in one go, which makes better use of the weights than one pass each;
-    attention keeps the sequences apart.
-    """
+    def __init__(
+        self,
+        model: FlexTok,
+        codes: Tensor,
+        keep_B: Tensor,
+        times: Sequence[float],
+        *,
+        guidance: flow.Guidance,
+        projected: bool,
+    ) -> None:
+        """Codes (B, k, n) of which the first `keep_B` of a row are meant; `times` are those of the steps.
 
-    num_patches: int
-    num_registers: tuple[int, ...]
-    biases: tuple[Tensor | None, ...]
-    """What is added to the attention logits of each sequence."""
+        What the time alone decides, half of the decoder's weights, is computed here for all steps.
+        """
+        self.model = model
+        self.guidance = guidance
+        self.condition = collapsed_condition(model.decoder, codes, keep_B)
+        self.null = null_condition(model.decoder, len(codes))
+        self.modulations = model.decoder.modulations(torch.tensor(times, device=codes.device))
+        apg = flow.AdaptiveProjectedGuidance() if projected else None
+        self.combine = apg or flow.classifier_free_guidance
 
-    @property
-    def lengths(self) -> list[int]:
-        """Patches, registers, patches, registers, and so on."""
-        return [length for count in self.num_registers for length in (self.num_patches, count)]
-
-    def looks(self, patches_only: bool) -> list[Look]:
-        """Within each sequence everything looks at everything."""
-        looks, start = [], 0
-        for count, bias in zip(self.num_registers, self.biases, strict=True):
-            patches, stop = start + self.num_patches, start + self.num_patches + count
-            looks.append(Look(slice(start, patches if patches_only else stop), slice(start, stop), bias))
-            start = stop
-        return looks
-
-    def patches(self, x: Tensor) -> Tensor:
-        """The patches of all sequences."""
-        parts = x.split(self.lengths, dim=1)[::2]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def without_registers(self) -> Packing:
-        return replace(self, num_registers=(0,) * len(self.num_registers))
+    def velocity(self, x: Tensor, step: int, t: float) -> Tensor:
+        """The guided velocity at a step; where the scale is 1 there is no unconditional branch."""
+        scale = self.guidance(t) if callable(self.guidance) else self.guidance
+        conditions = [self.condition] if scale == 1 else [self.condition, self.null]
+        estimates = velocities(self.model.decoder, x, conditions, self.modulations.row(step))
+        estimates = [self.model.as_velocity(estimate, x, t) for estimate in estimates]
+        return estimates[0] if scale == 1 else self.combine(estimates[0], estimates[1], scale)
 
 
 @dataclass(frozen=True)
@@ -91,13 +115,43 @@ class Condition:
         return F.pad(self.log_counts, (num_patches, 0))[:, None, None]
 
 
-@dataclass(frozen=True)
-class Modulations:
-    """What the times do to each block, and to the readout; T rows each."""
+def collapsed_condition(decoder: Decoder, codes: Tensor, keep_B: Tensor) -> Condition:
+    """`decoder.condition` in max(keep) + 1 registers: those kept, and one for all that became the mask vector."""
+    total, most = decoder.register_positions.shape[0], int(keep_B.max())
+    if int(keep_B.min()) == total:
+        return Condition(decoder.condition(codes, keep_B))
+    registers = decoder.code_proj(codes[:, :most]) + decoder.register_positions[:most]
+    hidden = torch.arange(most, device=codes.device) >= keep_B[:, None]
+    mask = decoder.mask_vector.to(registers.dtype).expand(len(codes), 1, -1)
+    log_counts = torch.zeros_like(hidden, dtype=registers.dtype).masked_fill(hidden, -torch.inf)
+    masked = (total - keep_B).to(registers.dtype).log()[:, None]  # -inf where nothing is masked
+    return Condition(torch.cat([registers, mask], dim=1), torch.cat([log_counts, masked], dim=1))
 
-    blocks: Sequence[Tensor]
-    readout: Tensor
 
-    def row(self, index: int) -> Modulations:
-        """One time's, as a batch of one."""
-        return Modulations([rows[index : index + 1] for rows in self.blocks], self.readout[index : index + 1])
+def null_condition(decoder: Decoder, batch: int) -> Condition:
+    """The null condition of every image, in one register."""
+    registers = decoder.null_vector.expand(batch, 1, -1)
+    return Condition(registers, registers.new_full((batch, 1), math.log(decoder.register_positions.shape[0])))
+
+
+def velocities(
+    decoder: Decoder, x_BCHW: Tensor, conditions: Sequence[Condition], modulations: Modulations
+) -> list[Tensor]:
+    """The decoder's output under each of the conditions, in one pass, at the time of `modulations`.
+
+    The sequences [patches | registers] lie one after the other. Layers that treat every position alike see all in one
+    go, which makes better use of the weights than one pass each; attention keeps the sequences apart.
+    """
+    patches = decoder.patches(x_BCHW)
+    num_patches = patches.shape[1]
+    sequence = [part for each in conditions for part in (patches, each.registers.to(patches.dtype))]
+    looks, last_looks, start = [], [], 0
+    for condition in conditions:
+        stop = start + num_patches + condition.registers.shape[1]
+        bias, keys = condition.attention_bias(num_patches), slice(start, stop)
+        looks.append(Look(keys, keys, bias))
+        last_looks.append(Look(slice(start, start + num_patches), keys, bias))
+        start = stop
+    lengths = [part.shape[1] for part in sequence]
+    out = decoder.network(torch.cat(sequence, dim=1), modulations, lengths, looks, last_looks)
+    return [decoder.grid(part, x_BCHW) for part in out.split(num_patches, dim=1)]

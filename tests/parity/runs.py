@@ -27,6 +27,7 @@ from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.published.flextok import as_published, flextok_places
 from imgtok.quantizers.fsq import FSQ
 from imgtok.text.captions import Captions
+from imgtok.tokenizers import flextok_fast
 from imgtok.tokenizers.flextok import FlexTok, crop_positions
 from imgtok.tokenizers.flextok_fast import prefix_causal_mask
 from imgtok.tokenizers.tokens import Tokens
@@ -96,13 +97,18 @@ def guidance(case: Case, run: Mapping[str, Any]) -> Outputs:
 # ---------------------------------------------------------------- FlexTok: the model
 
 
+def numbers(model: FlexTok, latents: Tensor) -> Tensor:
+    """What the encoder hands to the quantizer, all registers."""
+    return flextok_fast.encode(model.encoder, latents, model.num_tokens)
+
+
 @torch.no_grad()
 def encode_square(model: FlexTok, case: Case) -> Outputs:
     latents = case.input("latents")
     reached: list[Tensor] = []
     last = model.encoder.blocks[-1]
     hook = last.register_forward_pre_hook(lambda module, inputs: reached.append(inputs[0]))
-    z = model.encoder(latents, model.num_tokens)
+    z = numbers(model, latents)
     hook.remove()
     rows, columns = (side // model.config.patch_size for side in latents.shape[-2:])
     one = prefix_causal_mask(rows * columns, model.num_tokens, latents.device)
@@ -120,7 +126,7 @@ def encode_square(model: FlexTok, case: Case) -> Outputs:
 @torch.no_grad()
 def encode_mixed(model: FlexTok, case: Case) -> Outputs:
     """The reference packs the sizes into one sequence; ours takes one call for each, with equal results."""
-    z = torch.cat([model.encoder(case.input(name), model.num_tokens) for name in ("latents", "tall", "wide")])
+    z = torch.cat([numbers(model, case.input(name)) for name in ("latents", "tall", "wide")])
     return codes_of(model, z, "mixed")
 
 
@@ -183,7 +189,7 @@ def train_step(model: FlexTok, case: Case) -> Outputs:
     known = flextok_places(gradients)
     outputs = {
         "step.loss": losses.total,
-        "step.indices": model.quantizer.codes_to_ids(model.quantizer(model.encoder(latents, model.num_tokens))),
+        "step.indices": model.quantizer.codes_to_ids(model.quantizer(numbers(model, latents))),
         "step.grad_norms": torch.stack([known[published].view(gradients).norm() for published in case.about["shapes"]]),
     }
     for published in run["grads"]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from imgtok.losses.repa import Aligned, Projection, REPAConfig, alignment_loss, load_teacher, teacher_features
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, ShortRuns, TrunkConfig
 from imgtok.vision import dino
 from imgtok.vision.dino import DINOv2
 
@@ -22,8 +22,7 @@ TINY = FlexTokConfig(
     levels=(4, 3),
     encoder=TrunkConfig(width=16, depth=1, head_dim=8),
     decoder=TrunkConfig(width=16, depth=3, head_dim=8),
-    positions="learned",
-    initialisation="aligned",
+    short_runs=ShortRuns(positions="learned", initialisation="aligned"),
     null_dropout=0.0,
 )
 

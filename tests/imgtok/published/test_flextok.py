@@ -27,7 +27,7 @@ from imgtok.published.diffusers import OLD_ATTENTION
 from imgtok.published.flextok_config import our_config, write_config
 from imgtok.published.flextok_template import DESCRIPTION, read_numbers
 from imgtok.tokenizers.base import Tokenizer
-from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, ShortRuns, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
 TINY = FlexTokConfig(
@@ -151,18 +151,18 @@ def test_other_precisions_are_read_as_float32(model, folder, dtype):
     edit_tensors(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     state = imgtok.load(folder).state_dict()
     assert all(torch.equal(value, model.state_dict()[name].to(dtype).float()) for name, value in state.items())
-    assert imgtok.load(folder).config.positions == "sincos"  # the table, rounded
+    assert imgtok.load(folder).config.short_runs.positions == "sincos"  # the table, rounded
 
 
 def test_a_position_table_of_another_kind_becomes_learned_positions(model, folder, caplog):
     tables = [published.NAMES[name] for name in published.TABLES]
     edit_tensors(folder, lambda tensors: tensors[tables[1]].add_(1e-5))
-    assert imgtok.load(folder).config.positions == "sincos"
+    assert imgtok.load(folder).config.short_runs.positions == "sincos"
     edit_tensors(folder, lambda tensors: tensors[tables[1]].mul_(torch.rand(1, 48, 4, 4)))
     with caplog.at_level(logging.WARNING):
         loaded = imgtok.load(folder)
     assert "loaded as learned positions" in caplog.text
-    assert loaded.config == replace(TINY, positions="learned")
+    assert loaded.config == replace(TINY, short_runs=ShortRuns(positions="learned"))
     stored = load_file(folder / "model.safetensors")
     assert torch.equal(loaded.encoder.positions, stored[tables[0]][0].permute(1, 2, 0))
     assert torch.equal(loaded.decoder.positions, stored[tables[1]][0].permute(1, 2, 0))
@@ -170,7 +170,7 @@ def test_a_position_table_of_another_kind_becomes_learned_positions(model, folde
 
 
 def test_learned_positions_survive(tmp_path):
-    learned = build(replace(TINY, positions="learned"))
+    learned = build(replace(TINY, short_runs=ShortRuns(positions="learned")))
     published.save(learned, tmp_path)
     assert alike(learned, imgtok.load(tmp_path))
 
@@ -178,8 +178,8 @@ def test_learned_positions_survive(tmp_path):
 def test_what_the_published_code_cannot_run_is_not_written(tmp_path):
     with pytest.raises(ConfigError, match=r"^vae: .* latents of an autoencoder"):
         published.save(build(replace(TINY, vae=None, image_size=8)), tmp_path)
-    with pytest.raises(ConfigError, match=r"^prediction: .* predicts data"):
-        published.save(build(replace(TINY, prediction="data")), tmp_path)
+    with pytest.raises(ConfigError, match=r"^short_runs.prediction: .* predicts data"):
+        published.save(build(replace(TINY, short_runs=ShortRuns(prediction="data"))), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,16 +10,18 @@ import torch
 import imgtok
 from imgtok import flow
 from imgtok.layers.mup import noted_width
+from imgtok.tokenizers import flextok_fast
 from imgtok.tokenizers.base import NoDecoding, Rate
 from imgtok.tokenizers.flextok import (
     FlexTok,
     FlexTokConfig,
     FlexTokDecoding,
+    ShortRuns,
     TrunkConfig,
     powers_of_two,
     trunk_attention,
 )
-from imgtok.tokenizers.flextok_fast import Condition, prefix_causal_mask
+from imgtok.tokenizers.flextok_fast import Condition, GuidedDecoder, prefix_causal_mask
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
 
@@ -31,8 +33,7 @@ TINY = FlexTokConfig(
     encoder=TRUNK,
     decoder=TRUNK,
     decoding=FlexTokDecoding(steps=3),
-    positions="learned",
-    initialisation="aligned",
+    short_runs=ShortRuns(positions="learned", initialisation="aligned"),
 )
 TINY_VAE = VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=8, scaling_factor=0.5)
 
@@ -46,6 +47,10 @@ def build(*, awake: bool = True, **changes) -> FlexTok:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def short(**changes) -> ShortRuns:
+    return dataclasses.replace(TINY.short_runs, **changes)
 
 
 def images(count: int, side: int = 8, seed: int = 0) -> torch.Tensor:
@@ -79,7 +84,7 @@ def test_shapes_and_ranges(model):
 
 
 def test_published_sizes_have_the_published_parameter_counts():
-    """Section 1 of the specification: d12-d12, trained numbers without the VAE."""
+    """d12-d12 of the published code, trained numbers without the VAE."""
     vae = VAEConfig(latent_channels=16)
     with torch.device("meta"):
         model = FlexTok(FlexTokConfig(vae=vae))
@@ -113,7 +118,7 @@ def test_an_untrained_decoder_predicts_nothing():
 
 def test_the_published_initialisation():
     torch.manual_seed(0)
-    model = FlexTok(dataclasses.replace(TINY, initialisation="published"))
+    model = FlexTok(dataclasses.replace(TINY, short_runs=short(initialisation="published")))
     decoder = model.decoder
     for vector in (model.encoder.registers, decoder.register_positions, decoder.mask_vector, decoder.null_vector):
         assert 0.012 < vector.std() < 0.025
@@ -134,7 +139,7 @@ def test_the_open_initialisation_spreads_the_codes_and_opens_the_gates():
     torch.manual_seed(0)
     model = FlexTok(dataclasses.replace(TINY, levels=(4,) * 64))
     with torch.no_grad():
-        z = model.encoder(images(16), 8)
+        z = model.encoder(images(16))
     assert 0.8 < z.std() < 1.2
     assert not torch.allclose(z[:, 0], z[:, 1], atol=0.1)
     for block in model.decoder.blocks:
@@ -167,21 +172,21 @@ def test_the_first_tokens_do_not_change_when_later_ones_are_left_out(model, coun
     assert torch.equal(short.ids, whole.ids[:, :count])
 
 
-def test_the_numbers_behind_the_first_tokens_do_not_change_either(model):
+def test_the_numbers_before_rounding_do_not_change_either(model):
     batch = images(5)
     with torch.no_grad():
-        whole = model.encoder(batch, 8)
-        for count in (1, 3, 7):
-            assert (model.encoder(batch, count) - whole[:, :count]).abs().max() < 1e-5
+        whole = model.encoder(batch)
+        for count in (1, 3, 7, 8):
+            assert (flextok_fast.encode(model.encoder, batch, count) - whole[:, :count]).abs().max() < 1e-5
 
 
 def test_later_registers_cannot_reach_earlier_ones(model):
     batch = images(2)
     with torch.no_grad():
-        before = model.encoder(batch, 8)
+        before = flextok_fast.encode(model.encoder, batch, 8)
         altered = build()
         altered.encoder.registers[5:] += 1.0
-        after = altered.encoder(batch, 8)
+        after = flextok_fast.encode(altered.encoder, batch, 8)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
@@ -322,7 +327,9 @@ def test_plain_guidance_is_that_of_two_separate_passes():
     x = torch.randn(2, 3, 8, 8, generator=generator())
     with torch.no_grad():
         cond, uncond = (model.decoder(x, torch.tensor([0.4]), r) for r in (registers, null))
-        guided = model._guided_velocity(Condition(registers), [0.4], 2.5, projected=False)(x, 0, 0.4)
+        codes = model.quantizer.ids_to_codes(tokens.ids)
+        network = GuidedDecoder(model, codes, tokens.lengths, [0.4], guidance=2.5, projected=False)
+        guided = network.velocity(x, 0, 0.4)
     torch.testing.assert_close(guided, uncond + 2.5 * (cond - uncond), atol=1e-5, rtol=1e-5)
 
 
@@ -358,17 +365,19 @@ def test_one_register_stands_for_all_that_are_masked(model):
     decoder = model.decoder
     with torch.no_grad():
         modulations = decoder.modulations(torch.tensor([0.6]))
-        whole = decoder.velocity(x, Condition(decoder.condition(codes, keep)), modulations)
-        together = decoder.velocity(x, decoder.collapsed_condition(codes, keep), modulations)
+        whole = decoder(x, torch.tensor([0.6]), decoder.condition(codes, keep))
+        collapsed = flextok_fast.collapsed_condition(decoder, codes, keep)
+        (together,) = flextok_fast.velocities(decoder, x, [collapsed], modulations)
         torch.testing.assert_close(together, whole, atol=1e-5, rtol=1e-5)
         for row in range(4):
             one = slice(row, row + 1)
-            condition = decoder.collapsed_condition(codes[one], keep[one])
+            condition = flextok_fast.collapsed_condition(decoder, codes[one], keep[one])
             assert condition.registers.shape[1] == min(int(keep[row]) + 1, 8)
-            alone = decoder.velocity(x[one], condition, modulations)
+            (alone,) = flextok_fast.velocities(decoder, x[one], [condition], modulations)
             torch.testing.assert_close(alone, whole[one], atol=1e-5, rtol=1e-5)
             uncounted = Condition(condition.registers)
-            same = torch.allclose(decoder.velocity(x[one], uncounted, modulations), whole[one], atol=1e-4)
+            (counted_once,) = flextok_fast.velocities(decoder, x[one], [uncounted], modulations)
+            same = torch.allclose(counted_once, whole[one], atol=1e-4)
             assert same == (keep[row] >= 7)  # where the mask stands for one register or none, nothing is counted
 
 
@@ -378,23 +387,37 @@ def test_one_register_stands_for_the_null_condition(model):
     decoder = model.decoder
     with torch.no_grad():
         modulations = decoder.modulations(torch.tensor([0.6]))
-        whole = decoder.velocity(x, Condition(decoder.condition(codes, keep, torch.tensor([True, True]))), modulations)
-        assert decoder.null_condition(2).registers.shape == (2, 1, 32)
-        torch.testing.assert_close(
-            decoder.velocity(x, decoder.null_condition(2), modulations), whole, atol=1e-5, rtol=1e-5
-        )
+        whole = decoder(x, torch.tensor([0.6]), decoder.condition(codes, keep, torch.tensor([True, True])))
+        null = flextok_fast.null_condition(decoder, 2)
+        assert null.registers.shape == (2, 1, 32)
+        (one,) = flextok_fast.velocities(decoder, x, [null], modulations)
+        torch.testing.assert_close(one, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "adams"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("changes", [{}, {"short_runs": short(prediction="data")}, {"vae": TINY_VAE, "image_size": 16}])
+def test_the_fast_path_is_the_plain_algorithm(changes, guidance, solver):
+    model = build(**changes)
+    batch = images(4, model.image_size)
+    assert torch.equal(model.encode(batch).ids, model.encode_plainly(batch).ids)
+    tokens = model.encode(batch, num_tokens=[1, 3, 5, 8])
+    for projected in (True, False):
+        how = FlexTokDecoding(steps=3, guidance=guidance, solver=solver, projected_guidance=projected)
+        fast, plain = model.decode(tokens, seed=3, decoding=how), model.decode_plainly(tokens, seed=3, decoding=how)
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
 
 
 def test_unguided_steps_leave_out_the_null_pass(model, monkeypatch):
     """Guidance as a function of the time, which is 1 in the second half."""
     calls: list[list[int]] = []
-    velocities = type(model.decoder).velocities
+    velocities = flextok_fast.velocities
 
-    def counting(self, x, conditions, modulations):
+    def counting(decoder, x, conditions, modulations):
         calls.append([condition.registers.shape[1] for condition in conditions])
-        return velocities(self, x, conditions, modulations)
+        return velocities(decoder, x, conditions, modulations)
 
-    monkeypatch.setattr(type(model.decoder), "velocities", counting)
+    monkeypatch.setattr(flextok_fast, "velocities", counting)
     tokens = model.encode(images(2)).truncate(3)
     times: list[float] = []
     model.decode(tokens, steps=4, guidance=lambda t: times.append(t) or (3.0 if t > 0.6 else 1.0))
@@ -609,9 +632,9 @@ def test_training_times():
         build(times="stratified_logit_normal").draw_times(64, generator(3)),
         flow.logit_normal_times(64, generator(3), stratified=True),
     )
-    times = build(noise_fraction=0.3).draw_times(8000, generator())
+    times = build(short_runs=short(noise_fraction=0.3)).draw_times(8000, generator())
     assert 0.27 < (times == 1).float().mean() < 0.33
-    assert (build(noise_fraction=1.0).draw_times(8, generator()) == 1).all()
+    assert (build(short_runs=short(noise_fraction=1.0)).draw_times(8, generator()) == 1).all()
 
 
 @pytest.mark.parametrize("null_dropout", [0.0, 1.0])
@@ -649,7 +672,7 @@ def test_a_batch_of_one_has_finite_losses(model):
 
 def test_a_network_that_predicts_the_data():
     """Untrained, it says zero: the loss is that of the data alone, and every image is grey."""
-    model = build(awake=False, prediction="data", noise_fraction=1.0)
+    model = build(awake=False, short_runs=short(prediction="data", noise_fraction=1.0))
     batch = images(4)
     assert model(batch, generator=generator()).total.item() == pytest.approx(batch.square().mean().item(), rel=1e-5)
     for guidance in (1.0, 5.0):
@@ -658,7 +681,7 @@ def test_a_network_that_predicts_the_data():
 
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
 def test_every_parameter_is_trained(prediction):
-    model = build(null_dropout=0.5, nested_dropout="uniform", prediction=prediction)
+    model = build(null_dropout=0.5, nested_dropout="uniform", short_runs=short(prediction=prediction))
     model(images(16), generator=generator()).total.backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert unused == []
@@ -666,7 +689,7 @@ def test_every_parameter_is_trained(prediction):
 
 def test_training_reduces_the_loss_and_the_tokens_tell_images_apart():
     """Two flat images, full noise: only the tokens can say which one it is."""
-    model = build(awake=False, noise_fraction=1.0, null_dropout=0.0).train()
+    model = build(awake=False, short_runs=short(noise_fraction=1.0), null_dropout=0.0).train()
     batch = torch.tensor([-0.8, 0.8])[:, None, None, None].expand(2, 3, 8, 8).repeat(8, 1, 1, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
@@ -702,15 +725,15 @@ def test_each_block_of_the_decoder_can_be_watched(model):
     registers = model.decoder.condition(torch.randn(2, 8, 3, generator=generator()), torch.tensor([3, 8]))
     x, t = torch.randn(2, 3, 8, 8, generator=generator(1)), torch.tensor([0.2, 0.9])
     seen: list[tuple[int, torch.Tensor]] = []
-    behind: list[torch.Tensor] = []
-    hooks = [b.register_forward_hook(lambda *args: behind.append(args[-1])) for b in model.decoder.blocks]
+    after: list[torch.Tensor] = []
+    hooks = [b.register_forward_hook(lambda *args: after.append(args[-1])) for b in model.decoder.blocks]
     with torch.no_grad():
         watched = model.decoder(x, t, registers, lambda index, patches: seen.append((index, patches)))
         for hook in hooks:
             hook.remove()
         assert torch.equal(watched, model.decoder(x, t, registers))
     assert [index for index, _ in seen] == [0, 1]
-    assert all(torch.equal(patches, whole[:, :16]) for (_, patches), whole in zip(seen, behind, strict=True))
+    assert all(torch.equal(patches, whole[:, :16]) for (_, patches), whole in zip(seen, after, strict=True))
 
 
 def test_recomputed_activations_change_nothing_but_the_work():
@@ -762,9 +785,9 @@ def test_training_may_sample_the_posterior(monkeypatch):
     models = {posterior: build(vae=TINY_VAE, posterior=posterior) for posterior in ("mean", "sample")}
     batch, seen = images(2), {}
     for name, model in models.items():
-        encode, latents = model.encoder.forward, []
+        sequence, latents = model.encoder.sequence, []
         monkeypatch.setattr(
-            model.encoder, "forward", lambda x, k, encode=encode, latents=latents: latents.append(x) or encode(x, k)
+            model.encoder, "sequence", lambda x, k, of=sequence, latents=latents: latents.append(x) or of(x, k)
         )
         losses = [model(batch, generator=generator(seed)).total.item() for seed in (0, 0, 1)]
         assert losses[0] == losses[1] != losses[2]
