@@ -140,6 +140,7 @@ def flextok_size(depth: int, *, text: bool = False) -> GPTConfig:
         mlp_multiple=1,
         condition=TextCrossAttention() if text else StartPlusClass(),
         attention_dropout=0.1,
+        sampling=TokenSampling(guidance=3.0 if text else 1.5),  # the defaults of the authors' release
     )
 
 

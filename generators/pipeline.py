@@ -29,7 +29,7 @@ from tqdm import tqdm
 from imgtok.config import Settings
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, FromText
-from imgtok.hub import find_folder, load
+from imgtok.hub import Found, load, resolve
 from imgtok.pictures import to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.text.captions import Captions
@@ -91,16 +91,16 @@ Callback = Callable[[Step], None]
 
 
 def pipeline(
-    name: str | Path,
+    name: str | Path | Found,
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Found | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "float32",
     text_encoder: str | None = None,
     exact: bool = False,
     threads: int | None = None,
 ) -> Pipeline:
-    """The generator in a folder or Hub repository, with its decoder, ready to draw.
+    """The generator that a name leads to (a folder or a Hub repository), with its decoder, ready to draw.
 
     tokenizer: that whose tokens it draws, or the autoencoder of its latents; without one, that inside its folder.
     device: where to compute, such as "cuda" or "cpu"; without one, the accelerator that there is, or else the CPU.
@@ -111,20 +111,20 @@ def pipeline(
     Raises FileNotFoundError for what is not there, ValueError for a model that is no generator, or for a decoder that
     cannot decode what it draws.
     """
-    folder = find_folder(name)
-    generator = load(folder, expect=ConditionalGenerator)
-    place = decoder_folder(folder, tokenizer)
-    kind: type[Any] = Tokenizer if generator.learns_from == "tokens" else Autoencoder
+    found = resolve(name, expect=ConditionalGenerator)
+    kind: type[Any] = Tokenizer if found.model_class.learns_from == "tokens" else Autoencoder
+    inside = found.part() if tokenizer is None else resolve(tokenizer)
+    inside.check(kind)
     pipe = Pipeline(
-        generator,
-        load(place, expect=kind),
+        load(found),
+        load(inside),
         device=device,
         dtype=dtype,
         text_encoder=text_encoder,
         exact=exact,
         threads=threads,
     )
-    pipe.folders = folder, place
+    pipe.found = found, inside
     return pipe
 
 
@@ -136,8 +136,8 @@ class Pipeline:
     own number, which is that of the cores unless OMP_NUM_THREADS says another.
     """
 
-    folders: tuple[Path, Path] | None = None
-    """Where generator and decoder were read from, if they were."""
+    found: tuple[Found, Found] | None = None
+    """Where generator and decoder were read from, if `pipeline` did so."""
 
     def __init__(
         self,
@@ -623,15 +623,6 @@ def check_classes(classes: Sequence[int], num_classes: int, *, unlabelled: bool 
     for label in classes:
         if not (-1 if unlabelled else 0) <= label < num_classes:
             raise ValueError(f"classes: {label} is not a class of the model; it has classes 0 to {num_classes - 1}")
-
-
-def decoder_folder(generator: Path, decoder: str | Path | None) -> Path:
-    """The folder of the tokenizer or autoencoder that is named, or of the one inside the generator's folder."""
-    if decoder is not None:
-        return find_folder(decoder)
-    if not (generator / "tokenizer").is_dir():
-        raise FileNotFoundError(f"{generator} has no tokenizer/ folder: say which one with tokenizer=FOLDER")
-    return generator / "tokenizer"
 
 
 def batches_of(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

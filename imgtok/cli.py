@@ -53,7 +53,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
 
 TOOLS = {
     "config": "CONFIG.yaml [JOB] [key=value ...]: check a configuration and print it with all its defaults",
-    "info": "MODEL: print the kind, the parameter counts and the configuration of a model",
+    "info": "MODEL: print the kind, the parameter counts, the configuration and the settings of a model",
 }
 
 USAGE = "[CONFIG.yaml] [key=value ...] [--key value ...]"
@@ -110,6 +110,41 @@ def job_help(config_class: type, program: str) -> str:
         if line.name != "job":  # the same for every run of this job
             lines.append(_field_help(line, width))
     return "\n".join(lines)
+
+
+SETTINGS = ("sampling", "decoding")
+"""Sections of a job, and of a model's configuration, that have the fields of the model's own dataclass."""
+
+
+def model_help(module: ModuleType, argv: Sequence[str]) -> str:
+    """The settings of the models that the arguments of a job name, in the sections that the job has."""
+    known = {line.name for line in describe(module.Config)}
+    words = [word for word in argv if not word.startswith("-") and not word.endswith((".yaml", ".yml"))]
+    lone = [word for word in words if "=" not in word][:1] if hasattr(module, "POSITIONAL") else []
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    names = [*lone, *(given[name] for name in ("model", "tokenizer") if name in given and name in known)]
+    return settings_help(names, [section for section in SETTINGS if section in known])
+
+
+def settings_help(models: Sequence[Any], sections: Sequence[str] = SETTINGS) -> str:
+    """The settings of models (names, or what `hub.resolve` found), with range, value and doc string; "" for none."""
+    if not models or not sections:
+        return ""
+    from imgtok import hub
+
+    found = [hub.resolve(model) for model in models]
+    if len(found) == 1 and (found[0].path / "tokenizer").is_dir():  # a generator, with its decoder inside
+        found.append(found[0].part())
+    width = min(110, shutil.get_terminal_size().columns)
+    lines = []
+    for model in found:
+        configuration = hub.configuration(model)
+        for section in sections:
+            if (own := getattr(configuration, section, None)) is not None:
+                fields = [_field_help(line, width) for line in describe(type(own), own, f"{section}.")]
+                lines += ["", f"Settings of {model.path} ({model.kind}): what each must be [its value]", ""]
+                lines += fields or [f"  {section} has none"]
+    return "\n".join([*lines, ""])
 
 
 def check_launch_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -169,6 +204,7 @@ def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:
     """Parse the arguments and run the job; both ways to start a job meet here."""
     if "--help" in argv or "-h" in argv:
         print(job_help(module.Config, program))
+        print(model_help(module, argv), end="")
         return
     check_launch_environment()
     _show_log()
@@ -202,12 +238,14 @@ def _print_info(argv: list[str]) -> None:
         return
     from imgtok import hub
 
-    model = hub.load(argv[0])
+    found = hub.resolve(argv[0])
+    model = hub.load(found)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     counts["(direct)"] = sum(p.numel() for p in model.parameters(recurse=False))
     print(f"kind: {model.config.kind} ({type(model).__name__})\nparameters: {_total(model):,}")
     print("\n".join(f"  {name}: {count:,}" for name, count in counts.items() if count))
     print("config:\n" + textwrap.indent(to_yaml(model.config), "  "), end="")
+    print(settings_help([found]), end="")
 
 
 def _total(model: Any) -> int:
@@ -223,7 +261,8 @@ def _overview() -> str:
             "imgtok: image tokenizers, and generators on their tokens",
             "",
             f"usage: imgtok JOB {USAGE}",
-            "       imgtok JOB --help      lists every field of a job",
+            "       imgtok JOB --help          lists every field of a job",
+            "       imgtok sample MODEL --help lists those of the model's sampling and decoding, too",
             "       imgtok --version",
             "",
             "jobs:",

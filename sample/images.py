@@ -24,7 +24,6 @@ from tqdm import tqdm
 from imgtok import pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Settings, check, to_dict
-from imgtok.data.tokens import fingerprint
 from imgtok.files import replacing
 from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.saved_images import RECORD, open_npz
@@ -201,8 +200,8 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
 
 def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, Any]:
     """All that the images depend on; the models by their fingerprints, since a folder may be trained again."""
-    assert pipe.folders is not None, "it was loaded by its name"
-    model, tokenizer = pipe.folders
+    assert pipe.found is not None, "it was loaded by its name"
+    model, tokenizer = pipe.found
     request = to_dict(config)
     for name in ("out", "num", "per_class", "batch_size", "grid", "threads"):
         del request[name]
@@ -212,8 +211,8 @@ def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, An
         "prompts": plan.prompts,
         "sampling": to_dict(plan.sampling),
         "decoding": to_dict(plan.decoding),
-        "model": fingerprint(model),
-        "tokenizer": fingerprint(tokenizer),
+        "model": model.fingerprint(),
+        "tokenizer": tokenizer.fingerprint(),
     }
 
 

@@ -84,7 +84,7 @@ class SavedImages:
                 f"{missing[0]:06d}.png; run the same `imgtok sample` again to finish them"
             )
         self._files = self._files[: len(labels)]
-        from_classes = "prompts" not in recorded.get("request", {}) and min(labels, default=0) >= 0
+        from_classes = not recorded.get("request", {}).get("prompts") and min(labels, default=0) >= 0
         self.labels = torch.tensor(labels, dtype=torch.long) if from_classes else None
 
     def _open_npz(self) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from imgtok.data.images import ImageSource, open_images
 from imgtok.generators.pipeline import pipeline
-from imgtok.hub import WEIGHTS_NAME, resolve
+from imgtok.hub import resolve
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import reference as references
 from imgtok.metrics.perceptual import DINOSimilarity, LPIPSDistance
@@ -223,8 +223,8 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
             exact=config.exact,
             threads=config.threads,
         )
-        assert pipe.folders is not None, "it was loaded by its name"
-        weights["model"], weights["tokenizer"] = (file_sha256(folder / WEIGHTS_NAME) for folder in pipe.folders)
+        assert pipe.found is not None, "it was loaded by its name"
+        weights["model"], weights["tokenizer"] = (file_sha256(found.weights_path) for found in pipe.found)
         return GeneratorSource(
             pipe,
             config.num or SAMPLES_OF_A_MODEL,

@@ -290,11 +290,13 @@ def test_info_counts_the_parameters(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             self.bias = nn.Parameter(nn.Linear(5, 1).weight)
 
     model = Toy()
-    monkeypatch.setattr("imgtok.hub.load", {"runs/a": model}.__getitem__)
+    monkeypatch.setattr("imgtok.hub.resolve", lambda name: {"runs/a": 7}[name])
+    monkeypatch.setattr("imgtok.hub.load", {7: model}.__getitem__)
+    monkeypatch.setattr(cli, "settings_help", lambda models: f"settings of {models}")
     monkeypatch.setattr(cli, "to_yaml", lambda config: f"kind: {config.kind}\n")
     assert cli.main(["info", "runs/a"]) == 0
     assert capsys.readouterr().out == (
-        "kind: toy (Toy)\nparameters: 1,245\n  body: 1,240\n  (direct): 5\nconfig:\n  kind: toy\n"
+        "kind: toy (Toy)\nparameters: 1,245\n  body: 1,240\n  (direct): 5\nconfig:\n  kind: toy\nsettings of [7]"
     )
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out.startswith("usage: imgtok info MODEL")
