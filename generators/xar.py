@@ -406,11 +406,11 @@ class XAR(ConditionalGenerator):
         t = self._draw_times(len(latents) * len(self.entities), generator)
         t = t.view(len(self.entities), len(latents)).T.to(device)
         noise = torch.randn(shape, generator=generator, device=generator.device).to(device)
-        return self.noisy_context_loss(latents, condition, t, noise)
+        return self.forward_drawn(latents, condition, t, noise)
 
-    def noisy_context_loss(self, latents: Tensor, condition: Condition, t: Tensor, noise: Tensor) -> Losses:
-        """`forward` with what it draws: times t (B, N), one an entity, and noise (B, L, C). `torch.compile` takes it
-        whole.
+    def forward_drawn(self, latents: Tensor, condition: Condition, t: Tensor, noise: Tensor) -> Losses:
+        """`forward` with its random numbers given, times t (B, N), one an entity, and noise (B, L, C): a function of
+        tensors, which `training.compile` makes one graph.
         """
         tokens = self.entities.cut(latents)  # (B, L, C)
         noisy = flow.interpolate(tokens, noise, t[:, self.entity])
