@@ -266,6 +266,22 @@ def test_prompts_become_pictures(trained, tmp_path):
     assert main(["sample", str(model), f"prompts={prompts}", "num=5", f"out={tmp_path / 'five'}"]) == 2
 
 
+def test_captions_may_stand_before_the_tokens(trained, t5, tmp_path):
+    run(
+        "train", "generator", f"out={tmp_path / 'run'}", f"tokens={trained / 'tokens'}", f"text={trained / 'text'}",
+        f"tokenizer={trained / 'tokenizer'}", "num_preview=2", "model.kind=gpt", "model.condition.kind=text_prefix",
+        "model.width=32", "model.depth=1", "model.num_heads=2", "model.mlp_multiple=1", "training.steps=4",
+        "training.batch_size=4", "training.learning_rate=1e-2", "training.trackers=[]",
+    )  # fmt: skip
+    model = imgtok.load(tmp_path / "run/final")
+    condition = model.config.condition
+    assert (condition.kind, condition.text_width, condition.text_length) == ("text_prefix", 16, 24)
+    assert condition.text_encoder == str(t5)
+    assert (tmp_path / "run/samples/step_0000004.png").is_file()
+    run("sample", tmp_path / "run/final", "prompts=a red circle", "num=2", "grid=0", f"out={tmp_path / 'two'}")
+    assert (tmp_path / "two/000001.png").is_file()
+
+
 def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
     from imgtok.generators.pipeline import pipeline
     from imgtok.generators.sampling import TokenSampling
