@@ -16,6 +16,7 @@ from toy import ToyAE, ToyAEConfig, ToyTok, ToyTokConfig
 
 from imgtok.cli import main as imgtok
 from imgtok.data.images import open_images
+from imgtok.data.latents import open_latents
 from imgtok.data.loaders import token_loader
 from imgtok.data.tokens import TokenDataset
 from imgtok.metrics.reconstruction import psnr
@@ -124,6 +125,16 @@ def test_reconstructions_at_chosen_rates(tokenizer, tmp_path):
     assert list(found) == ["16@0.4", "4@0.05"]
     assert set(found["4@0.05"]) == {"tokens", "bits", "codebook_use", "codebook_perplexity", "psnr"}
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_latents_of_any_autoencoder_are_cached(tmp_path):
+    torch.manual_seed(0)
+    model = ToyAE(ToyAEConfig()).eval()
+    model.save_pretrained(tmp_path / "toyae")
+    run("cache", "latents", tmp_path / "toyae", "image_size=16", "mirrored=false", f"out={tmp_path / 'latents'}", *DATA)
+    found = open_latents(tmp_path / "latents", model).batch(range(72)).content
+    with torch.no_grad():
+        assert torch.allclose(found, model.encode(images("train", 72)), atol=1e-2)  # stored in half precision
 
 
 def test_an_autoencoder_alone_is_shown_and_scored(tmp_path, capsys):

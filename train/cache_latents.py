@@ -19,9 +19,10 @@ from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, che
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.latents import LatentCacheInfo, LatentShardWriter
 from imgtok.data.loaders import UnreadableImages, eval_loader
+from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.vae import VAE, load_vae
+from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.shards import write_missing
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,10 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     state = process_state()
-    vae = load_vae(config.vae, config.vae_scaling_factor)
+    found = resolve(config.vae, expect=Autoencoder)
+    if config.vae_scaling_factor is not None:
+        found = found.with_config(scaling_factor=config.vae_scaling_factor)
+    vae: Autoencoder = load(found)
     if config.image_size % vae.config.factor:
         raise ValueError(
             f"image_size: {config.image_size} pixels are no multiple of the {vae.config.factor} of one latent cell of "
@@ -110,7 +114,7 @@ def main(config: Config) -> None:
 @torch.no_grad()
 def write_shard(
     config: Config,
-    vae: VAE,
+    vae: Autoencoder,
     source: ImageSource,
     writer: LatentShardWriter,
     unreadable: UnreadableImages,

@@ -29,8 +29,7 @@ from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
 from imgtok.text.captions import Captions
-from imgtok.tokenizers.base import Autoencoder
-from imgtok.tokenizers.vae import latents_of_moments
+from imgtok.tokenizers.base import Autoencoder, latents_of_moments
 from imgtok.weights import write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -6,9 +6,11 @@ in place of tokens. Training, caching, sampling and evaluation take any class th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -218,11 +220,14 @@ class Autoencoder(nn.Module, Pretrained):
     """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) of about unit deviation, continuous numbers.
 
     Calling the module with images and `generator` gives a `Reconstruction`, for training.
-    `config` has `factor` f, `latent_channels` C, and `decoding`, an instance of `decoding_class`.
+    `config` has `factor` f, `latent_channels` C, `scaling_factor`, which brings latents to about unit deviation, and
+    `decoding`, an instance of `decoding_class`.
     """
 
     decoding_class: ClassVar[type] = NoDecoding
     """The frozen dataclass of the decoder's settings."""
+    not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)
+    """Fields of the configuration that change the latents by their scale at most."""
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -232,9 +237,16 @@ class Autoencoder(nn.Module, Pretrained):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take over what is measured on images when training ends, such as the latents' scale; by default nothing."""
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The latents; where the encoder gives a distribution its mean, or with standard-normal `noise` a sample."""
+    def moments(self, images: Tensor) -> Tensor:
+        """The distributions of the latents, not scaled: means, then log-variances, (B, 2 C, H / f, W / f).
+
+        Log-variances lie from -30, which stands for no variance, to 20.
+        """
         raise NotImplementedError
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents: the mean of the distribution, or with standard-normal `noise` of their shape a sample of it."""
+        return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
     def decode(
         self,
@@ -253,8 +265,13 @@ class Autoencoder(nn.Module, Pretrained):
         return guess
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with anything that changes the latents, apart from their scale."""
-        raise NotImplementedError
+        """16 hexadecimal digits that change with the weights or the shape, not with the scale or the kind of file."""
+        shape = {name: value for name, value in asdict(self.config).items() if name not in self.not_of_the_latents}
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def reconstruct(
@@ -267,6 +284,16 @@ class Autoencoder(nn.Module, Pretrained):
     ) -> Tensor:
         """What is left of images (B, 3, H, W) after encoding and decoding them, clamped to [-1, 1]."""
         return self.decode(self.encode(images), seed=seed, indices=indices, decoding=decoding).clamp(-1, 1)
+
+
+def latents_of_moments(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:
+    """Scaled latents (B, C, h, w) of `Autoencoder.moments` (B, 2 C, h, w): with standard-normal noise (B, C, h, w)
+    samples of the distributions, without any their means.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    if noise is not None:  # clamped here too: caches of other programs may hold what their encoder gave
+        mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+    return mean * scaling_factor
 
 
 def powers_of_two(count: int) -> list[int]:

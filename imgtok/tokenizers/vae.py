@@ -9,10 +9,8 @@ takes every form that one comes in. A small one for 32-pixel shapes ships with t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -68,6 +66,7 @@ class VAE(Autoencoder):
     """`AutoencoderKL` with the suite's scaling."""
 
     config_class: ClassVar[type] = VAEConfig
+    not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor", "kl_weight")
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -111,10 +110,6 @@ class VAE(Autoencoder):
         posterior = self.autoencoder.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents: the posterior's mean, or with standard-normal `noise` a sample of it."""
-        return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
-
     def decode(
         self,
         latents: Tensor,
@@ -126,25 +121,6 @@ class VAE(Autoencoder):
     ) -> Tensor:
         """Images in about [-1, 1], not clamped. The decoder draws nothing and has no settings: only `latents` count."""
         return self.autoencoder.decode(latents / self.config.scaling_factor).sample
-
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the weights or the shape, not with the scale or the kind of file."""
-        shape = {k: v for k, v in asdict(self.config).items() if k not in ("scaling_factor", "kl_weight")}
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
-
-
-def latents_of_moments(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:
-    """Scaled latents (B, C, h, w) of `VAE.moments` (B, 2 C, h, w): with standard-normal noise (B, C, h, w) samples of
-    the posteriors, without any their means.
-    """
-    mean, logvar = moments.chunk(2, dim=1)
-    if noise is not None:  # clamped here too: caches of other programs may hold what their encoder gave
-        mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
-    return mean * scaling_factor
 
 
 def encoder_blocks(levels: int, attention: bool) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from cases import Case
 from torch import Tensor
 
 from imgtok.published import kl16
-from imgtok.tokenizers.vae import VAE, VAEConfig, latents_of_moments, load_vae
+from imgtok.tokenizers.base import latents_of_moments
+from imgtok.tokenizers.vae import VAE, VAEConfig, load_vae
 
 CASE = Case.load("xar/vae_kl16_small")
 ABOUT = CASE.about["config"]

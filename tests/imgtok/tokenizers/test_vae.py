@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import imgtok
-from imgtok.tokenizers.vae import VAE, VAEConfig, latents_of_moments, load_vae
+from imgtok.tokenizers.base import latents_of_moments
+from imgtok.tokenizers.vae import VAE, VAEConfig, load_vae
 
 TINY = VAEConfig(latent_channels=3, block_channels=(8, 16), layers_per_block=1, norm_groups=4, scaling_factor=0.5)
 
