@@ -245,7 +245,7 @@ class Autoencoder(nn.Module, Pretrained):
         raise NotImplementedError
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents: the mean of the distribution, or with standard-normal `noise` of their shape a sample of it."""
+        """Scaled latents: the mean of the distribution, or with standard-normal `noise` of their shape a sample."""
         return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
     def decode(
