@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import pytest
@@ -186,6 +186,11 @@ class ToyAE(Autoencoder):
         noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(images.device)
         size = latents.square().mean()
         return Reconstruction(self.decoder(latents + 0.01 * noise), Losses(1e-3 * size, {"size": size}))
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        with torch.no_grad():
+            deviation = torch.cat([self.encoder(images) for images in batches]).std()
+        self.config = replace(self.config, scaling_factor=float(1 / deviation))
 
     def moments(self, images: Tensor) -> Tensor:
         mean = self.encoder(images)

@@ -37,7 +37,7 @@ class Config:
     job: Literal["cache-text"] = "cache-text"
     """Which program this file is for."""
     encoder: str = "google/flan-t5-xl"
-    """Folder or Hub name of a T5 text encoder; FlexTok's is FLAN-T5-XL."""
+    """Folder or Hub name of a T5 text encoder; that of arXiv 2502.13967 is FLAN-T5-XL."""
     out: Path
     """Folder of the shards."""
     data: DataConfig = ShapesConfig(mode="text")

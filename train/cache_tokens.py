@@ -49,7 +49,7 @@ class Config:
     """Share of the images that tokenizer training kept apart."""
     crops: Literal["center", "five", "random"] = "center"
     """The centre; the four corners and the centre of the image at `zoom` (LlamaGen's ten-crop, if mirrored); or
-    `num_crops` random squares (FlexTok's ten, mirrored). Each crop is a training sample; not for shapes."""
+    `num_crops` random squares (ten, mirrored, in arXiv 2502.13967). Each crop is a training sample; not for shapes."""
     num_crops: PositiveInt = 1
     """Random crops of each image, for crops=random."""
     zoom: Annotated[float, Range(1.0, 4.0)] = 1.1
