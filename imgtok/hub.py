@@ -230,11 +230,16 @@ class Found:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with its weights or its configuration."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        text = json.dumps(self.config, sort_keys=True) + self.weights_sha256()
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def weights_sha256(self) -> str:
+        """The SHA-256 of its file of weights; where it is in shards, that of theirs and the index's."""
+        hashes = []
         for path in files_of(self.weights_path):
             with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:16]
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def resolve(name: str | Path | Found, *, revision: str | None = None, expect: type[Any] | None = None) -> Found:

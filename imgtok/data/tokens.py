@@ -7,7 +7,6 @@ indices (n,) of the images, and views (n,): which crop of its image a row is. Ev
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,18 +59,6 @@ class TokenCacheInfo(CacheInfo):
     """Seed of random crops."""
     format: int = 3
     """Version of this layout."""
-
-
-def fingerprint(model_folder: Path) -> str:
-    """16 hexadecimal digits that change with a model's weights or configuration."""
-    digest = hashlib.sha256()
-    for name in ("model.safetensors", "config.json"):
-        path = model_folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; {model_folder} is not a model folder")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 class TokenShardWriter:

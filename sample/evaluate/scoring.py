@@ -224,7 +224,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
             threads=config.threads,
         )
         assert pipe.found is not None, "it was loaded by its name"
-        weights["model"], weights["tokenizer"] = (file_sha256(found.weights_path) for found in pipe.found)
+        weights["model"], weights["tokenizer"] = (found.weights_sha256() for found in pipe.found)
         return GeneratorSource(
             pipe,
             config.num or SAMPLES_OF_A_MODEL,
@@ -237,7 +237,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
     assert config.tokenizer is not None
     found = resolve(config.tokenizer)
     model = open_model(found).to(device)
-    weights["autoencoder" if isinstance(model, Autoencoder) else "tokenizer"] = file_sha256(found.weights_path)
+    weights["autoencoder" if isinstance(model, Autoencoder) else "tokenizer"] = found.weights_sha256()
     return ReconstructionSource(
         model,
         _open_data(config, size_for(model, config.image_size)),

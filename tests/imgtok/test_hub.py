@@ -65,8 +65,6 @@ def folder(tmp_path: Path) -> Path:
 def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"tiny": f"{__name__}:Tiny", "other": f"{__name__}:Other"}
     monkeypatch.setattr(hub, "KINDS", table)
-    modules = {__name__: type("Module", (), {"Tiny": Tiny, "Other": Other})}
-    monkeypatch.setattr(hub.importlib, "import_module", modules.__getitem__)
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -335,7 +333,6 @@ def test_the_package_exports_only_what_it_says() -> None:
 
 def test_a_line_in_one_table_is_a_new_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hub.TOKENIZERS, "tiny", f"{__name__}:Tiny")
-    monkeypatch.setattr(hub.importlib, "import_module", {__name__: type("Module", (), {"Tiny": Tiny})}.__getitem__)
     assert list(hub.KINDS) == ["vae", "flextok", "tiny", "gpt", "xar"]
     assert hub.model_class("tiny") is Tiny
     assert hub.config_class("tiny") is TinyConfig

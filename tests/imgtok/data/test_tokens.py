@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from imgtok.data.loaders import token_loader
 from imgtok.data.sources import DataError
-from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter, fingerprint, read_info
+from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter, read_info
 from imgtok.tokenizers.tokens import Tokens
 
 INFO = TokenCacheInfo(
@@ -158,20 +158,6 @@ def test_wrong_rows_are_refused(tmp_path, ids, labels, message):
         TokenShardWriter(tmp_path, INFO).write(0, Tokens.full(ids), labels, range(4))
     with pytest.raises(ValueError, match="rank is 2"):
         TokenShardWriter(tmp_path, INFO, rank=2, world=2)
-
-
-def test_fingerprint_follows_weights_and_configuration(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(FileNotFoundError, match=r"config\.json: missing"):
-        fingerprint(tmp_path)
-    (tmp_path / "config.json").write_bytes(b"{}")
-    first = fingerprint(tmp_path)
-    assert len(first) == 16
-    assert fingerprint(tmp_path) == first
-    (tmp_path / "config.json").write_bytes(b"{ }")
-    second = fingerprint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"weightz")
-    assert len({first, second, fingerprint(tmp_path)}) == 3
 
 
 def test_token_loader_resumes(tmp_path):
