@@ -1,4 +1,4 @@
-"""The commands of README.md are commands: they parse, and the configurations that they name exist. None is run."""
+"""README.md: its commands parse, the configurations that they name exist, and its lines of Python run as they stand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from imgtok.cli import JOBS, TOOLS, parse
+from imgtok.generators.conditioning import ClassModulation, ClassSlot
+from imgtok.generators.entities import Cells
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.pipeline import Pipeline
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,3 +50,56 @@ def test_the_configurations_that_it_names_exist():
     named = re.findall(r"\bconfigs/[\w./-]+\.yaml", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+# ---------------------------------------------------------------- Python
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch) -> Path:
+    """The models at the paths that the README names, of random weights: what the lines need, and not what they draw."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    trunk = TrunkConfig(width=32, depth=1, head_dim=16)
+    tokenizer = FlexTok(
+        FlexTokConfig(image_size=16, patch_size=4, num_registers=16, levels=(4, 4), encoder=trunk, decoder=trunk)
+    )
+    tokenizer.save_pretrained("outputs/quickstart/tokenizer/final")
+    condition = ClassSlot(num_classes=64)
+    gpt = GPT(GPTConfig(vocab_size=16, num_tokens=16, condition=condition, width=32, depth=1, num_heads=2))
+    Pipeline(gpt, tokenizer, device="cpu").save_pretrained("outputs/quickstart/generator/final")
+    vae = VAE(VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=4))
+    xar = XAR(
+        XARConfig(
+            latent_channels=4, grid=8, condition=ClassModulation(num_classes=64), entities=Cells(height=4, width=4),
+            width=32, depth=1, num_heads=2, sampling=FlowSampling(steps=(2,)),
+        )
+    )  # fmt: skip
+    Pipeline(xar, vae, device="cpu").save_pretrained("outputs/shapes/xar/final")
+    return tmp_path
+
+
+def test_the_lines_of_python_run_as_they_stand(trained, capsys):
+    assert len(blocks()) == 2
+    made = {}
+    for block in blocks():
+        exec(block, made)
+    assert isinstance(made["preview"], Image.Image)
+    assert made["preview"].size == (16, 16)
+    assert [picture.size for picture in made["previews"]] == [(16, 16)] * 5
+    assert made["pixels"].shape == (1, 3, 16, 16)
+    assert {path.name for path in (trained / "my-generator").iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "tokenizer",
+    }  # fmt: skip
+    assert "Pipeline(GPT -> FlexTok, 16 pixels" in capsys.readouterr().out
+
+
+def test_the_configurations_train_what_the_lines_open():
+    named = set(re.findall(r'"(outputs/[\w/-]+)/final"', "".join(blocks())))
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml")]
+    for folder in named:
+        assert any(f"out: {folder}\n" in text for text in texts), folder
