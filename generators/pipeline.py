@@ -576,7 +576,7 @@ class Pipeline:
 @contextlib.contextmanager
 def progress_bar(total: int, shown: bool | None, callback: Callback | None) -> Iterator[tuple[Any, Callback | None]]:
     """A bar over images, for None only on a terminal, and what to tell of the steps in between, if anyone listens."""
-    with tqdm(total=total, unit="image", leave=False, disable=None if shown is None else not shown) as bar:
+    with tqdm(total=total, unit="image", disable=None if shown is None else not shown) as bar:
         if bar.disable:
             yield bar, callback
             return

@@ -1,14 +1,24 @@
-"""A generator with its tokenizer at several token counts: a longer draw begins with the shorter one."""
+"""A generator with its decoder: several token counts from one draw, and what a user calls from Python."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
+import imgtok
+from imgtok.cli import main
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.pipeline import Pipeline
 from imgtok.generators.sampling import TokenSampling
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
 
 SAMPLING = TokenSampling(guidance=2.0, top_k=12)
 
@@ -52,3 +62,190 @@ def test_images_at_each_count_are_those_drawn_with_so_many_tokens(pipeline):
         assert torch.equal(images, alone)
     assert torch.equal(found[8], pipeline.images(labels, indices, **settings))
     assert not torch.equal(found[1], found[8])
+
+
+# ---------------------------------------------------------------- from Python
+
+
+def arrays(pictures) -> np.ndarray:
+    return np.stack([np.array(picture) for picture in pictures]).astype(int)
+
+
+def test_classes_become_pictures(pipeline):
+    pictures = pipeline(classes=[1, 3], num_per_condition=2, seed=3)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 4
+    assert len(np.unique(arrays(pictures), axis=0)) == 4
+    expected = pipeline.images([1, 1, 3, 3], range(4), seed=3)
+    assert np.array_equal(arrays(pictures), expected.permute(0, 2, 3, 1).numpy())
+    alone = pipeline(classes=3, seed=3, indices=[2])  # an image is what its class, seed and index say
+    assert np.array_equal(arrays(alone), arrays(pictures[2:3]))
+    none = pipeline(classes=-1, seed=3, indices=[2])
+    assert not np.array_equal(arrays(none), arrays(alone))
+
+
+def test_settings_go_to_the_model_that_has_them(pipeline):
+    sampling, decoding = pipeline.settings({"temperature": 0.5, "steps": 2, "guidance": 3}, {"guidance": 2.0})
+    assert sampling == TokenSampling(temperature=0.5, guidance=3.0)  # a name of both is the generator's
+    assert decoding == FlexTokDecoding(steps=2, guidance=2.0)
+    base = arrays(pipeline(classes=[1], steps=2))
+    for change in ({"steps": 3}, {"temperature": 0.2}, {"guidance": 4.0}, {"decoding": {"guidance": 4.0}}):
+        assert (arrays(pipeline(classes=[1], **{"steps": 2} | change)) != base).any(), change
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"temperatur": 1},
+            "temperatur: no setting .*; did you mean 'temperature'. sampling has: temperature",
+        ),
+        ({"flow": 1}, "flow: no setting of these models.* decoding has: steps, guidance"),
+        ({"top_p": 0}, "sampling.top_p: given 0, must be a number above 0"),
+        ({"decoding": {"steps": 0}}, "decoding.steps: given 0"),
+        ({"decoding": {"top_p": 0.5}}, "decoding has no field 'top_p'"),
+        ({"classes": [5]}, "classes: 5 is not a class of the model; it has classes 0 to 4"),
+        ({"classes": []}, "nothing to draw: 0 classes"),
+        ({"classes": None}, "draws classes: give classes="),
+        ({"prompts": "a red circle"}, "draws classes: give classes="),
+        ({"num_tokens": 9}, r"num_tokens: the generator draws 1 to 8 tokens, given \[9\]"),
+        ({"indices": [1, 2]}, "indices: 2 numbers for 1 images"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_named(pipeline, asked, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"classes": [1]} | asked)
+
+
+def test_one_may_stop_before_decoding_and_go_on(pipeline):
+    tokens = pipeline.tokens(classes=[1, 2, 3], seed=5, temperature=0.8)
+    assert tokens.ids.shape == (3, 8)
+    whole = pipeline(classes=[1, 2, 3], seed=5, temperature=0.8, steps=2)
+    assert np.array_equal(arrays(pipeline.decode(tokens, seed=5, steps=2)), arrays(whole))
+    first = pipeline(classes=[1, 2, 3], seed=5, temperature=0.8, steps=2, num_tokens=2)
+    assert np.array_equal(arrays(pipeline.decode(tokens.truncate(2), seed=5, steps=2)), arrays(first))
+    assert pipeline.tokens(classes=[1], num_tokens=3).ids.shape == (1, 3)
+    with pytest.raises(ValueError, match=r"draws tokens and not latents: call pipe\.tokens"):
+        pipeline.latents(classes=[1])
+
+
+def test_many_images_go_in_batches(pipeline, monkeypatch):
+    seen = []
+    generate = GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda self, c, **rest: seen.append(len(c)) or generate(self, c, **rest))
+    monkeypatch.setattr(pipeline, "exact", False)
+    whole = arrays(pipeline(classes=[1], num_per_condition=5, steps=2))
+    assert np.abs(arrays(pipeline(classes=[1], num_per_condition=5, steps=2, batch_size=2)) - whole).max() <= 1
+    assert seen == [5, 2, 2, 1]
+
+
+def test_a_callback_sees_what_the_images_become(pipeline):
+    steps = []
+    final = pipeline(classes=[1, 2], steps=4, callback=lambda step: steps.append((step, step.images())))
+    assert [(step.stage, step.done) for step, _ in steps] == [
+        *(("draw", count) for count in range(1, 9)),
+        *(("decode", count) for count in range(1, 5)),
+    ]
+    assert all(images == [] for step, images in steps if step.stage == "draw")
+    far, near = (np.abs(arrays(steps[place][1]) - arrays(final)).mean() for place in (8, 11))
+    assert near <= 1 < far  # the last guess is the image
+    assert list(steps[-1][0].indices) == [0, 1]
+
+
+def test_a_bar_is_shown_where_it_is_wanted(pipeline, capsys):
+    pipeline(classes=[1], steps=2)
+    assert capsys.readouterr().err == ""  # no terminal
+    pipeline(classes=[1], steps=2, progress=True)
+    assert "1/1" in capsys.readouterr().err
+    pipeline(classes=[1], steps=2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_device_and_dtype_are_said_in_text(pipeline):
+    pipe = Pipeline(pipeline.generator, pipeline.decoder, device="cpu", dtype="bfloat16")
+    assert (pipe.device, pipe.dtype, pipe.precision) == (torch.device("cpu"), torch.bfloat16, "bf16")
+    seen = []
+    hook = pipe.generator.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    pipe(classes=[1], steps=2)
+    assert set(seen) == {torch.bfloat16}
+    assert pipe.to("cpu", "float32") is pipe
+    pipe(classes=[1], steps=2)
+    assert seen[-1] == torch.float32
+    hook.remove()
+    with pytest.raises(ValueError, match="dtype: given 'int8', must be one of float32, bfloat16, float16"):
+        pipe.to(dtype="int8")
+
+
+def test_a_decoder_must_fit(pipeline):
+    with pytest.raises(ValueError, match="draws tokens, which a VAE does not decode"):
+        Pipeline(pipeline.generator, VAE(VAEConfig(block_channels=(8,), norm_groups=4)), device="cpu")
+
+
+# ---------------------------------------------------------------- on the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A Hub in a folder: repositories are made and filled, and files that match are downloaded from them."""
+    root = tmp_path / "hub"
+
+    def upload(self, *, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}/commit/1"
+
+    def download(name, *, revision, allow_patterns):
+        files = [str(path.relative_to(root / name)) for path in (root / name).rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "cache" / name / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name / file, tmp_path / "cache" / name / file)
+        return str(tmp_path / "cache" / name)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **rest: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **rest: SimpleNamespace(sha="1"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_repository_of_ours_draws_by_its_name_alone(pipeline, hub, capsys):
+    assert pipeline.push_to_hub("someone/shapes", private=True) == "https://hub/someone/shapes/commit/1"
+    pipe = imgtok.pipeline("someone/shapes", device="cpu", exact=True)
+    assert np.array_equal(arrays(pipe(classes=[1], steps=2)), arrays(pipeline(classes=[1], steps=2)))
+    card = (hub / "someone/shapes/README.md").read_text()
+    assert 'pipe = imgtok.pipeline("someone/shapes")' in card
+    assert "pipe(classes=[0, 1], seed=0)" in card
+    assert card.startswith("---\nlibrary_name: imgtok\n")
+    code = card.split("```python")[1].split("```")[0]
+    made = {}
+    exec(code, made)
+    assert len(made["images"]) == 2
+    assert main(["sample", "someone/shapes", "num=2", "out=drawn", "decoding.steps=2"]) == 0
+    assert main(["info", "someone/shapes"]) == 0
+    said = capsys.readouterr().out
+    assert "  sampling.temperature: a number of at least 0 [1.0]\n      Divides the logits" in said
+    assert "  decoding.steps: an integer of at least 1 [25]" in said
+
+
+def test_a_hub_that_refuses_is_named(pipeline, monkeypatch):
+    def refuse(self, name, **rest):
+        raise RuntimeError("401 Client Error")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(ConnectionError, match="could not push to 'someone/shapes' .*401 Client Error"):
+        pipeline.push_to_hub("someone/shapes")
+
+
+def test_the_help_of_a_job_lists_the_settings_of_its_model(pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "model")
+    for command in (["sample", str(tmp_path / "model")], ["evaluate", f"model={tmp_path / 'model'}"]):
+        assert main([*command, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert "Fields: what each must be [default]" in said
+        assert said.count("  sampling.top_k: an integer of at least 0 [0]\n") == 1
+        assert said.count("  decoding.solver: one of 'euler', 'adams' ['euler']\n") == 1
+    assert main(["reconstruct", str(tmp_path / "model/tokenizer"), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "decoding.solver" in said
+    assert "sampling." not in said
+    assert main(["sample", "--help"]) == 0
+    assert "decoding.solver" not in capsys.readouterr().out

@@ -13,8 +13,10 @@ from imgtok.pictures import (
     from_uint8,
     grid_with_titles,
     make_grid,
+    preprocess,
     random_crop,
     save_png,
+    to_pil,
     to_uint8,
 )
 
@@ -239,3 +241,74 @@ def test_titles_are_beside_the_images_and_leave_them_alone():
     assert torch.equal(grid_with_titles(images, 2), make_grid(images, 2))
     with pytest.raises(ValueError, match="1 row titles for 2 rows"):
         grid_with_titles(images, 2, row_titles=["one"])
+
+
+# For users
+
+
+def test_whatever_holds_a_picture_becomes_what_a_tokenizer_takes(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    picture = Image.fromarray(values)
+    picture.save(tmp_path / "a.png")
+    pixels = preprocess(picture, 24)
+    assert pixels.shape == (1, 3, 24, 24)
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels[0], from_uint8(torch.from_numpy(values[8:32])).permute(2, 0, 1))  # the central square
+    for other in (values, tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.equal(preprocess(other, 24), pixels)
+    several = preprocess([picture, values, tmp_path / "a.png"], 12)
+    assert several.shape == (3, 3, 12, 12)
+    assert torch.equal(several[0], several[2])
+    assert torch.equal(preprocess(picture, 12)[0], several[1])
+
+
+def test_grey_transparent_and_turned_pictures_are_what_one_sees(tmp_path):
+    grey = np.full((8, 8), 64, np.uint8)
+    for shape in (grey, grey[..., None]):
+        assert torch.equal(preprocess(shape, 8), from_uint8(torch.full((1, 3, 8, 8), 64, dtype=torch.uint8)))
+    clear = np.zeros((8, 8, 4), np.uint8)
+    assert torch.equal(preprocess(clear, 8), torch.ones(1, 3, 8, 8))  # transparent black is white paper
+    assert torch.equal(preprocess(np.zeros((8, 8, 2), np.uint8), 8), torch.ones(1, 3, 8, 8))
+    halves = Image.new("RGB", (8, 8))
+    halves.paste((255, 255, 255), (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    halves.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        pixels = preprocess(turned, 8)
+        assert turned.getexif()[0x0112] == 3, "the caller's picture stays as it was"
+    assert (pixels[0, 0, 0, 0], pixels[0, 0, 7, 0]) == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"uint8, not float32 \(8, 8, 3\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"not uint8 \(3, 8, 8\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"not uint8 \(0, 8, 3\)"),
+        ([7], "Pillow images, uint8 arrays and paths, not a int"),
+        ([], "no pictures in the list"),
+    ],
+)
+def test_what_is_no_picture_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        preprocess(given, 8)
+
+
+def test_a_file_that_is_not_there_or_no_picture_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.png"):
+        preprocess(tmp_path / "nothing.png", 8)
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UnreadableImage, match="text.png"):
+        preprocess(tmp_path / "text.png", 8)
+
+
+def test_tensors_become_pictures():
+    images = torch.rand(2, 3, 5, 7) * 2 - 1
+    pictures = to_pil(images)
+    assert [picture.size for picture in pictures] == [(7, 5)] * 2
+    assert np.array_equal(np.asarray(pictures[1]), to_uint8(images[1]).permute(1, 2, 0))
+    assert np.array_equal(np.asarray(to_pil(images[1])[0]), np.asarray(pictures[1]))
+    assert np.array_equal(np.asarray(to_pil(to_uint8(images))[0]), np.asarray(pictures[0]))
+    with pytest.raises(ValueError, match=r"not \(5, 7\)"):
+        to_pil(images[0, 0])
