@@ -46,9 +46,6 @@ from imgtok.layers.positions import rotary_2d, rotate
 from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
-SamplingConfig = TokenSampling
-"""The name of before, until the jobs use the other."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(ConditionConfig):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import imgtok
 from imgtok.generators import decoding
-from imgtok.generators.conditioning import ClassSlot, Condition, StartPlusClass, TextCrossAttention
+from imgtok.generators.conditioning import ClassSlot, Condition, StartPlusClass, TextCrossAttention, TextPrefix
 from imgtok.generators.decoding import Uniforms
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling, law
@@ -20,11 +20,13 @@ from imgtok.tokenizers.tokens import Tokens
 
 TINY = GPTConfig(vocab_size=24, num_tokens=16, width=32, depth=2, num_heads=2, mlp_multiple=32)
 TEXT = TextCrossAttention(text_width=12, text_length=6, empty_length=2)
+PREFIX = TextPrefix(text_width=12, text_length=6)
 VARIANTS = {
     "learned": {},
     "llamagen": {"positions": "rotary_2d"},
     "flextok": {"condition": StartPlusClass(num_classes=5), "qk_norm": True},
     "text": {"condition": TEXT},
+    "text prefix": {"condition": PREFIX, "positions": "rotary_2d"},
     "digits": {"levels": (4, 3, 2)},
     "slots": {"ends": True, "num_slots": 40},
 }
@@ -80,22 +82,23 @@ def test_a_window_over_ragged_rows_equals_a_fresh_forward(name, length):
     condition, ids = some_condition(model), randint(24, 3, 16)
     slots = some_slots(model, ids)
     whole = model.hidden(condition, ids[:, :15], slots=None if slots is None else slots[:, :15])  # (3, 16, D)
-    cache = model.new_cache(3, 17)
+    cache, prefix = model.new_cache(3, 17), model.config.prefix_length
     first = None if slots is None else slots[:, :9]
     model.hidden(condition, ids[:, :9], cache, slots=first)
-    assert cache.length == 10
-    held = torch.tensor([4, 7, 9])
+    assert cache.length == prefix + 9
+    tokens_held = torch.tensor([3, 6, 8])
+    held = prefix + tokens_held
     for ids_now in ((ids + 5) % 24, ids):
         cache.truncate(held)
-        assert cache.lengths.tolist() == [4, 7, 9]
-        positions = held[:, None] + torch.arange(length)  # column p holds token p - 1
-        window, window_slots = (None if x is None else gathered(x, positions - 1) for x in (ids_now, slots))
+        assert torch.equal(cache.lengths, held)
+        places = tokens_held[:, None] + torch.arange(length)
+        window, window_slots = (None if x is None else gathered(x, places) for x in (ids_now, slots))
         states = model.hidden(None, window, cache, slots=window_slots)
-        assert cache.lengths.tolist() == [n + length for n in (4, 7, 9)]
-        close = torch.allclose(states, gathered(whole, positions), atol=1e-5)
+        assert torch.equal(cache.lengths, held + length)
+        close = torch.allclose(states, gathered(whole, places + 1), atol=1e-5)
         assert close == (ids_now is ids)
     cache.truncate(held)
-    given = model.hidden(None, window, cache, positions, slots=window_slots)
+    given = model.hidden(None, window, cache, prefix + places, slots=window_slots)
     assert torch.equal(given, states)
 
 
@@ -107,12 +110,12 @@ def test_a_window_over_equal_rows_equals_a_fresh_forward(name, length):
     condition, ids = some_condition(model), randint(24, 3, 16)
     slots = some_slots(model, ids)
     whole = model.hidden(condition, ids[:, :15], slots=None if slots is None else slots[:, :15])
-    cache = model.new_cache(3, 16)
+    cache, prefix = model.new_cache(3, 16), model.config.prefix_length
     for start, stop in ((0, 6), (6, 6 + length), (4, 4 + length)):
-        cache.truncate(1 + start)
+        cache.truncate(prefix + start if start else 0)
         part = None if slots is None else slots[:, start:stop]
         states = model.hidden(condition if start == 0 else None, ids[:, start:stop], cache, slots=part)
-        assert cache.length == 1 + stop
+        assert cache.length == prefix + stop
         torch.testing.assert_close(states[:, -length:], whole[:, 1 + stop - length : 1 + stop], atol=1e-5, rtol=1e-5)
 
 
@@ -127,8 +130,7 @@ def test_steps_give_the_logits_of_the_training_path():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["learned", "llamagen", "text"])
-@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize(("name", "length"), [("llamagen", 1), ("text", 3), ("text prefix", 1)])
 def test_a_step_at_given_positions_compiles_once(name, length):
     model = build(**VARIANTS[name])
     condition, ids = some_condition(model), randint(24, 3, 16)
@@ -141,12 +143,28 @@ def test_a_step_at_given_positions_compiles_once(name, length):
     for call in range(4):
         if call == 2:  # after the first call, which found rows of one known length
             counter.clear()
-        positions = 1 + length * call + torch.arange(length).expand(3, -1)
+        positions = model.config.prefix_length + length * call + torch.arange(length).expand(3, -1)
         logits = step(ids[:, length * call : length * (call + 1)], cache, positions)
         start = 1 + length * call
         torch.testing.assert_close(logits, expected[:, start : start + length], atol=1e-5, rtol=1e-5)
     assert counter["stats"]["unique_graphs"] == 0
-    assert cache.lengths.tolist() == [1 + 4 * length] * 3
+    assert cache.lengths.tolist() == [model.config.prefix_length + 4 * length] * 3
+
+
+def test_one_step_over_a_filled_cache_can_be_differentiated():
+    """As a control does: the past without gradients, one call with them."""
+    model = build()
+    condition, ids = some_condition(model), randint(24, 3, 16)
+    cache = model.new_cache(3, 16)
+    with torch.no_grad():
+        model.prefill(condition, cache)
+        expected = model.step(ids[:, :1], cache)
+        cache.truncate(1)
+    logits = model.step(ids[:, :1], cache)
+    torch.testing.assert_close(logits.detach(), expected)
+    logits.logsumexp(-1).sum().backward()
+    gradients = [block.attention.qkv_proj.weight.grad for block in model.blocks]
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
 # ---------------------------------------------------------------- the law of sequences
@@ -201,7 +219,7 @@ def test_sequences_have_exactly_the_probabilities_of_the_forward_pass(sampling, 
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("name", ["learned", "ends", "slots", "text"])
+@pytest.mark.parametrize("name", ["learned", "ends", "slots", "text", "text prefix"])
 def test_the_loops_draw_the_same(name, guidance):
     model = build(**{"ends": {"ends": True}}.get(name, VARIANTS.get(name, {})))
     options = {"seed": 3, "indices": range(40), "sampling": TokenSampling(guidance=guidance, top_k=20)}
