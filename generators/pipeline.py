@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -70,6 +70,22 @@ Drawn = Tokens | Tensor
 """What a generator draws: tokens, or latents (B, C, G, G)."""
 Subject = int | str
 """What one image is drawn for: a class, -1 for none, or a prompt."""
+
+
+class Made(NamedTuple):
+    """What a program is given of a batch; on the CPU."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8."""
+    drawn: Drawn
+    """What they were decoded from."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Made]) -> Made:
+        """Several batches, one after the other."""
+        drawn: list[Any] = [part.drawn for part in parts]
+        whole: Drawn = Tokens.cat(drawn) if isinstance(drawn[0], Tokens) else torch.cat(drawn)
+        return cls(torch.cat([part.images for part in parts]), whole)
 
 
 @dataclass(frozen=True)
@@ -396,7 +412,7 @@ class Pipeline:
         found = self.images_at(
             (num_tokens,), subjects, indices, seed=seed, sampling=sampling, decoding=decoding, callback=callback
         )
-        return found[num_tokens]
+        return found[num_tokens].images
 
     def images_at(
         self,
@@ -408,23 +424,23 @@ class Pipeline:
         sampling: Any = None,
         decoding: Any = None,
         callback: Callback | None = None,
-    ) -> dict[int | None, Tensor]:
-        """By number of tokens, what `images` gives with that many; None is all of them.
+    ) -> dict[int | None, Made]:
+        """By number of tokens, what `images` gives with that many and what was decoded; None is all of them.
 
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
         """
         self.check_counts(counts)
         most = None if None in counts else max(count for count in counts if count is not None)
-        blocks: list[dict[int | None, Tensor]] = []
+        made: dict[int | None, list[Made]] = {count: [] for count in counts}
         for rows in self.blocks.of(len(indices)):
             own = [indices[row] for row in rows]
             drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, callback)
-            blocks.append({})
             for count in counts:
                 cut = drawn if count is None else cast(Tokens, drawn).truncate(count)
-                blocks[-1][count] = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
-        return {count: torch.cat([block[count] for block in blocks]) for count in counts}
+                images = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
+                made[count].append(Made(images, cut[: len(own)].to("cpu")))
+        return {count: Made.cat(parts) for count, parts in made.items()}
 
     def check_counts(self, counts: Sequence[int | None]) -> None:
         """Raises ValueError for a number of tokens that the generator does not draw."""

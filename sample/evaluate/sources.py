@@ -27,6 +27,7 @@ from imgtok.runtime import Blocks
 from imgtok.sample.labels import labels_in_turn, num_labels
 from imgtok.sample.reconstruct import reconstruct
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
+from imgtok.tokenizers.tokens import Tokens
 
 Versions = Mapping[Rate | None, ScoredBatch]
 
@@ -109,7 +110,6 @@ class GeneratorSource:
     """New images, drawn as `imgtok sample` draws them and never written; at each of `rates`, if given."""
 
     labelled = True
-    tokenizer: Tokenizer | None = None
 
     def __init__(
         self,
@@ -132,6 +132,7 @@ class GeneratorSource:
         counts = [rate.num_tokens for rate in rates]
         pipe.check_counts(counts)
         self.rates: tuple[Rate | None, ...] = tuple(rates) or (None,)
+        self.tokenizer = pipe.decoder if isinstance(pipe.decoder, Tokenizer) else None
         known = pipe.generator.rates()
         self.procedure = Procedure(
             images="samples of a generator, classes in turn",
@@ -147,13 +148,16 @@ class GeneratorSource:
         for chunk in batches_of(indices, batch_size):
             labels = [self._labels[index] for index in chunk]
             counts = [None if rate is None else rate.num_tokens for rate in self.rates]
-            drawn = self._pipe.images_at(
+            made = self._pipe.images_at(
                 counts, labels, chunk, seed=self._seed, sampling=self._sampling, decoding=self._decoding
             )
             truth = torch.tensor(labels)
-            yield {
-                rate: ScoredBatch(chunk, drawn[count], truth) for rate, count in zip(self.rates, counts, strict=True)
-            }
+            versions: dict[Rate | None, ScoredBatch] = {}
+            for rate, count in zip(self.rates, counts, strict=True):
+                images, drawn = made[count]
+                tokens = drawn if isinstance(drawn, Tokens) else None
+                versions[rate] = ScoredBatch(chunk, images, truth, tokens=tokens)
+            yield versions
 
 
 class ReconstructionSource:

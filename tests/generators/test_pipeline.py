@@ -56,12 +56,13 @@ def test_images_at_each_count_are_those_drawn_with_so_many_tokens(pipeline):
     settings = {"seed": 3, "sampling": SAMPLING, "decoding": FlexTokDecoding(steps=2)}
     found = pipeline.images_at((1, 4, 8), labels, indices, **settings)
     assert list(found) == [1, 4, 8]
-    for count, images in found.items():
+    for count, (images, drawn) in found.items():
+        assert drawn.ids.shape == (20, count)
         alone = pipeline.images(labels, indices, num_tokens=count, **settings)
         assert images.dtype == torch.uint8
         assert torch.equal(images, alone)
-    assert torch.equal(found[8], pipeline.images(labels, indices, **settings))
-    assert not torch.equal(found[1], found[8])
+    assert torch.equal(found[8].images, pipeline.images(labels, indices, **settings))
+    assert not torch.equal(found[1].images, found[8].images)
 
 
 # ---------------------------------------------------------------- from Python

@@ -540,6 +540,8 @@ def test_a_generator_is_scored_at_each_token_count(generator, tmp_path):
     assert {count for _, count in found} == {"1", "2", "4"}
     assert {key for key, _ in found} >= {"oracle_top1", "fd_shapes"}
     assert len({found["fd_shapes", count] for count in ("1", "2", "4")}) == 3
+    cost = {row["rate"]: row["value"] for row in record["scores"] if row["key"] == "bits"}
+    assert cost == {"1": 4.0, "2": 8.0, "4": 16.0}  # of a vocabulary of 16
     assert (tmp_path / "out" / "scores.png").is_file()
     for count in ("1", "2", "4"):  # one draw of all tokens gives what as many draws of fewer give
         alone = scores(run(tmp_path, **common, rates=(count,)))
