@@ -201,7 +201,8 @@ class Found:
         found = self.model_class
         if not issubclass(found, expect):
             what = f"{found.__name__} (kind {self.kind!r})" if self.layout == OURS else f"published {found.__name__}"
-            raise ValueError(f"{self.path} holds a {what}, but a {expect.__name__} is needed here")
+            needed = f"{'an' if expect.__name__[0] in 'AEIOU' else 'a'} {expect.__name__}"
+            raise ValueError(f"{self.path} holds a {what}, but {needed} is needed here")
 
     def with_config(self, **fields: Any) -> Found:
         """As if its config.json said so, such as another `scaling_factor` of an autoencoder."""

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from imgtok.cli import run_job
 from imgtok.config import PositiveFloat, check
-from imgtok.generators.xar import XAR
-from imgtok.hub import KINDS, load, writers
-from imgtok.tokenizers.vae import VAE, load_vae
+from imgtok.generators.conditioning import ConditionalGenerator
+from imgtok.hub import KINDS, load, resolve, writers
+from imgtok.tokenizers.base import Autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,15 @@ class Config:
     model: str
     """Any name of a model: a folder, Hub name, or lone file of published weights."""
     out: Path
-    """Folder of the new config.json and model.safetensors, which are replaced; for an xAR in the published layout, the
-    .pth or .safetensors file."""
+    """Folder of the new config.json and weights, which are replaced; for a model that is published as a lone file, that
+    file (.pth or .safetensors)."""
     layout: Literal["imgtok", "published"] = "published"
     """Whose: "imgtok" as every program here reads it, "published" as the code that the model was published with."""
     vae: str | None = None
-    """Autoencoder that goes into the folder of an xAR as `tokenizer/`, so that `imgtok sample` finds it: a folder, Hub
-    name or file such as kl16.ckpt."""
+    """Autoencoder that goes into the folder of a generator of latents as `tokenizer/`, where `imgtok sample` finds
+    it: a folder, Hub name or file such as kl16.ckpt."""
     vae_scaling_factor: PositiveFloat | None = None
-    """Factor on its latents; null takes its own."""
+    """Factor on the autoencoder's latents; null takes its own."""
     raw: bool = False
     """Takes the trained weights and not the averaged ones of a training checkpoint."""
     revision: str | None = None
@@ -50,9 +50,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes the folder or file `out`."""
-    model: Any = load(config.model, revision=config.revision, raw=config.raw)
+    model = load(config.model, revision=config.revision, raw=config.raw)
     if config.vae is not None:
-        add_autoencoder(model, load_vae(config.vae, config.vae_scaling_factor), config.out / "tokenizer")
+        add_autoencoder(model, open_autoencoder(config.vae, config.vae_scaling_factor), config.out / "tokenizer")
     if config.layout == "imgtok":
         model.save_pretrained(config.out)
     else:
@@ -72,9 +72,16 @@ def writer_of(model: Any) -> Any:
     return next(iter(found.values()))
 
 
-def add_autoencoder(model: Any, autoencoder: VAE, folder: Path) -> None:
-    """Raises ValueError for a model that needs none, or another one."""
-    if not isinstance(model, XAR):
+def open_autoencoder(name: str, scaling_factor: float | None) -> Autoencoder:
+    """By any of its names. Raises ValueError for anything else."""
+    found = resolve(name, expect=Autoencoder)
+    model: Autoencoder = load(found if scaling_factor is None else found.with_config(scaling_factor=scaling_factor))
+    return model
+
+
+def add_autoencoder(model: Any, autoencoder: Autoencoder, folder: Path) -> None:
+    """Raises ValueError for a model that is given none, or another one."""
+    if not isinstance(model, ConditionalGenerator):
         raise ValueError(f"vae: a {type(model).__name__} is given no autoencoder; leave vae out")
     model.check_decoder(autoencoder)
     autoencoder.save_pretrained(folder)

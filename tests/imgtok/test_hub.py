@@ -138,7 +138,7 @@ def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
 def test_load_finds_the_class_by_its_kind(folder: Path) -> None:
     assert type(hub.load(folder)) is Tiny
     assert type(imgtok.load(str(folder), expect=nn.Module)) is Tiny
-    with pytest.raises(ValueError, match=r"holds a Tiny \(kind 'tiny'\), but a Other is needed here"):
+    with pytest.raises(ValueError, match=r"holds a Tiny \(kind 'tiny'\), but an Other is needed here"):
         hub.load(folder, expect=Other)
 
 
@@ -358,7 +358,7 @@ def test_a_name_is_followed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert reads == [folder / "config.json"]
     hub.load(folder)
     assert reads == [folder / "config.json"] * 2
-    with pytest.raises(ValueError, match=r"holds a Tiny \(kind 'tiny'\), but a Other is needed here"):
+    with pytest.raises(ValueError, match=r"holds a Tiny \(kind 'tiny'\), but an Other is needed here"):
         hub.resolve(found, expect=Other)
 
 
