@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from imgtok.config import Fraction, PositiveInt, check
+from imgtok.config import FROM_DATA, Fraction, PositiveInt, check
 from imgtok.hub import Pretrained
 from imgtok.layers.attention import CrossAttention
 from imgtok.layers.cache import Memory
@@ -39,7 +39,7 @@ class FromClass:
     """A generator that draws for classes."""
 
     kind: str
-    num_classes: PositiveInt = 1000
+    num_classes: Annotated[PositiveInt, FROM_DATA] = 1000
     """Classes; training fills it in from the cache of tokens or latents."""
     drop: Fraction = 0.1
     """Share of training samples whose class is replaced by none."""
@@ -53,11 +53,11 @@ class FromText:
     """A generator that draws for captions, which it reads as the features of a frozen text encoder."""
 
     kind: str
-    text_width: PositiveInt = 2048
+    text_width: Annotated[PositiveInt, FROM_DATA] = 2048
     """Channels of a feature; training fills it in from the text cache."""
-    text_length: PositiveInt = 120
+    text_length: Annotated[PositiveInt, FROM_DATA] = 120
     """Most features of a caption; training fills it in from the text cache."""
-    text_encoder: str | None = None
+    text_encoder: Annotated[str | None, FROM_DATA] = None
     """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
     drop: Fraction = 0.1
     """Share of training samples whose caption is replaced by none."""
@@ -92,7 +92,7 @@ class TextCrossAttention(FromText):
     """Every block attends to the caption's features, after a small MLP; none is the empty caption (FlexTok)."""
 
     kind: Literal["cross_attention"] = "cross_attention"
-    empty_length: PositiveInt = 1
+    empty_length: Annotated[PositiveInt, FROM_DATA] = 1
     """Features of the empty caption, which stands for none; training fills it in from the text cache."""
 
     def __post_init__(self) -> None:

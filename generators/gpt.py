@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import randomness
-from imgtok.config import Fraction, NonNegativeInt, PositiveInt
+from imgtok.config import FROM_DATA, Fraction, NonNegativeInt, PositiveInt
 from imgtok.generators import decoding
 from imgtok.generators.conditioning import (
     ClassSlot,
@@ -52,14 +52,14 @@ class GPTConfig(ConditionConfig):
     """A GPT; the defaults are LlamaGen-B in size."""
 
     kind: Literal["gpt"] = "gpt"
-    vocab_size: PositiveInt = 16384
+    vocab_size: Annotated[PositiveInt, FROM_DATA] = 16384
     """Token ids; training fills it in from the token cache."""
-    num_tokens: PositiveInt = 256
+    num_tokens: Annotated[PositiveInt, FROM_DATA] = 256
     """Tokens of an image, at most; training fills it in from the token cache."""
-    ends: bool = False
+    ends: Annotated[bool, FROM_DATA] = False
     """Whether an image may have fewer tokens, at least one: then an end mark can be drawn in place of a token.
     Training fills it in from the tokenizer."""
-    num_slots: NonNegativeInt = 0
+    num_slots: Annotated[NonNegativeInt, FROM_DATA] = 0
     """Slots of the tokenizer that a token can come from, increasing along a sequence that `ends`; 0 where token k is
     slot k. Training fills it in from the tokenizer."""
     width: PositiveInt = 768

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import flow, randomness
-from imgtok.config import Fraction, NonNegativeFloat, PositiveInt, check
+from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, PositiveInt, check
 from imgtok.generators import xar_fast
 from imgtok.generators.conditioning import (
     ClassModulation,
@@ -76,9 +76,9 @@ class XARConfig(ConditionConfig):
     """An xAR; the defaults are xAR-B for 256-pixel images in KL-16 latents."""
 
     kind: Literal["xar"] = "xar"
-    latent_channels: PositiveInt = 16
+    latent_channels: Annotated[PositiveInt, FROM_DATA] = 16
     """Channels of the latent; training fills it in from the latent cache."""
-    grid: PositiveInt = 16
+    grid: Annotated[PositiveInt, FROM_DATA] = 16
     """Positions a side of the latent, which the entities have to tile; that of the latent cache."""
     condition: ClassModulation | TextCrossAttention = ClassModulation()
     """What it draws for, and how that enters. `class`: its embedding, "no class" being one more row of the table, joins

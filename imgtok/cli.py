@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import imgtok
-from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
+from imgtok.config import ConfigError, FieldHelp, completed, describe, load, read_yaml, to_yaml
 
 JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("imgtok.train.tokenizer", "train a tokenizer on images"),
@@ -229,7 +229,7 @@ def _print_config(argv: list[str]) -> None:
         raise ConfigError(f"{path or 'command line'}: {missing}; jobs: {', '.join(names)}")
     module = importlib.import_module(JOBS[str(job).replace("-", " ")][0])
     rest = [word for word in argv if word != job]
-    print(to_yaml(parse(module.Config, rest, getattr(module, "POSITIONAL", None))), end="")
+    print(to_yaml(completed(parse(module.Config, rest, getattr(module, "POSITIONAL", None)))), end="")
 
 
 def _print_info(argv: list[str]) -> None:

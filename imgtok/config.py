@@ -140,9 +140,15 @@ class FieldHelp:
     """For a field of one member of a union: the choice under which it exists, such as "model.kind=vae"."""
 
 
-def describe(kind: Any, default: Any = None, prefix: str = "", when: str = "") -> list[FieldHelp]:
-    """All fields of `kind`, nested ones with dotted names, in order. `default` is an instance to quote."""
+def describe(
+    kind: Any, default: Any = None, prefix: str = "", when: str = "", *, quoted: bool | None = None
+) -> list[FieldHelp]:
+    """All fields of `kind`, nested ones with dotted names, in order.
+
+    `default` is an instance to quote; `quoted` says that it is part of one that was asked for, and not of defaults.
+    """
     lines: list[FieldHelp] = []
+    quoted = default is not None if quoted is None else quoted
     docs = _field_docs(kind)
     for field in dataclasses.fields(kind):
         annotation = _hints(kind)[field.name]
@@ -150,6 +156,7 @@ def describe(kind: Any, default: Any = None, prefix: str = "", when: str = "") -
         name = prefix + field.name
         sections = _sections(annotation, every=True)
         shown = "required" if value is dataclasses.MISSING else _show(_plain(value))
+        shown = "as the data decide" if not quoted and field.name in _decided_by_data(kind) else shown
         if not sections:
             lines.append(FieldHelp(name, _expected(annotation), shown, docs.get(field.name, ""), when))
         elif len(sections) > 1 or value is None:
@@ -158,7 +165,7 @@ def describe(kind: Any, default: Any = None, prefix: str = "", when: str = "") -
         for section in sections:
             nested_when = f"{name}.kind={_kind_name(section)}" if len(sections) > 1 else when
             instance = value if isinstance(value, section) else None
-            lines += describe(section, instance, name + ".", nested_when)
+            lines += describe(section, instance, name + ".", nested_when, quoted=quoted)
     return lines
 
 
@@ -212,6 +219,10 @@ class Settings(Mapping[str, Any]):
 
 # ------------------------------------------------------------------------- sections chosen from a table
 
+FROM_DATA = object()
+"""Marks, in `Annotated[..., FROM_DATA]`, a field of a model's configuration that training fills in from its data. Help
+says so, and `complete` leaves it out."""
+
 
 class ByKind:
     """A union of configurations that is read from a table, in `Annotated[Section, ByKind(table)]`.
@@ -263,6 +274,12 @@ class Section:
             raise self._place.child("kind").error(f"given {mine!r}, but the model to start from is of kind {other!r}")
         data = _with_facts(kind, self.given, base, facts or {}, self._place, holder)
         return _build(kind, data, self._place, base)
+
+    def complete(self) -> Section:
+        """What was given and the defaults of all other fields, apart from those that data decide."""
+        if self.config_class is None:
+            return self
+        return Section(self.config_class, _complete(self.config_class, self.given, None, self._place), self._place)
 
     @property
     def place(self) -> _Place:
@@ -328,6 +345,39 @@ def _with_facts(
     return data
 
 
+def _complete(kind: Any, given: Mapping[str, Any], base: Any, place: _Place) -> dict[str, Any]:
+    """The given fields of a dataclass and, where data do not decide them, those of an instance, or the defaults."""
+    data = {}
+    for field in dataclasses.fields(kind):
+        name, annotation = field.name, _hints(kind)[field.name]
+        default = _default(field) if base is None else getattr(base, name)
+        if name not in given and (name in _decided_by_data(kind) or default is dataclasses.MISSING):
+            continue
+        value = given.get(name, default)
+        value = value.parsed() if isinstance(value, _Raw) else value
+        if dataclasses.is_dataclass(value):
+            section: Any = type(value)
+            chosen = {"kind": _kind_name(section)} if "kind" in _hints(section) else {}
+            data[name] = chosen | _complete(section, {}, value, place)
+        elif isinstance(value, Mapping) and _sections(annotation):
+            section = _choose(_sections(annotation), value, place.child(name), default)
+            data[name] = _complete(section, value, default if isinstance(default, section) else None, place.child(name))
+        else:
+            data[name] = value
+    return data
+
+
+def completed(config: Any) -> Any:
+    """A job's configuration as `imgtok config` prints it: sections of models with their defaults, unless the model to
+    start from has those fields.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if values.get("init") is not None:
+        return config
+    sections = {name: value.complete() for name, value in values.items() if isinstance(value, Section)}
+    return dataclasses.replace(config, **sections) if sections else config
+
+
 def _choose_from(table: ByKind, value: Any, place: _Place, default: Any) -> Any:
     """The `Section` that a mapping is, or an instance or a section as it is, of a kind in the table."""
     if dataclasses.is_dataclass(value) or isinstance(value, Section):
@@ -355,8 +405,7 @@ def _choose_from(table: ByKind, value: Any, place: _Place, default: Any) -> Any:
 
 def _table(annotation: Any) -> ByKind | None:
     """The table of a section that is chosen from one."""
-    metadata = annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
-    return next((item for item in metadata if isinstance(item, ByKind)), None)
+    return next((item for item in _metadata(annotation) if isinstance(item, ByKind)), None)
 
 
 # ------------------------------------------------------------------------------------------- internals
@@ -599,7 +648,26 @@ def _plain(value: Any) -> Any:
 def _hints(kind: Any) -> dict[str, Any]:
     """The annotation of every field, with `Annotated` kept (also under postponed evaluation)."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {field.name: _unmarked(hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _decided_by_data(kind: Any) -> frozenset[str]:
+    """The fields that are marked as `FROM_DATA`."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return frozenset(field.name for field in dataclasses.fields(kind) if FROM_DATA in _metadata(hints[field.name]))
+
+
+def _metadata(annotation: Any) -> tuple[Any, ...]:
+    return annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
+
+
+def _unmarked(annotation: Any) -> Any:
+    """The annotation without `FROM_DATA`."""
+    if FROM_DATA not in _metadata(annotation):
+        return annotation
+    rest = tuple(item for item in annotation.__metadata__ if item is not FROM_DATA)
+    return Annotated[(annotation.__origin__, *rest)] if rest else annotation.__origin__
 
 
 def _options(annotation: Any) -> list[Any]:

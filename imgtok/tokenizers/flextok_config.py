@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from imgtok.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
+from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
 from imgtok.tokenizers.vae import VAEConfig
 
 
@@ -79,7 +79,7 @@ class FlexTokConfig:
     kind: Literal["flextok"] = "flextok"
     image_size: PositiveInt = 256
     """Pixels a side of the training images."""
-    vae: VAEConfig | None = None
+    vae: Annotated[VAEConfig | None, FROM_DATA] = None
     """The frozen autoencoder below; null works in pixels. Training fills this in from its own `vae` field."""
     patch_size: PositiveInt = 2
     """Latent cells (or pixels) a side of one patch."""

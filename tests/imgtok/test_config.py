@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from imgtok import config
-from imgtok.config import ConfigError, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from imgtok.config import FROM_DATA, ByKind, ConfigError, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,3 +383,161 @@ def test_a_setting_that_the_model_does_not_take_is_named(given, message):
 def test_settings_are_a_section(given):
     with pytest.raises(ConfigError, match="sampling: given .*must be a section with the model's own fields"):
         config.load(Sampler, None, [given])
+
+
+# ------------------------------------------------------------------------- sections chosen from a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    kind: Literal["edge"] = "edge"
+    classes: Annotated[PositiveInt, FROM_DATA] = 10
+    drop: Fraction = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corner:
+    kind: Literal["corner"] = "corner"
+    angle: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """A configuration whose check needs what the data decide."""
+
+    kind: Literal["tiles"] = "tiles"
+    grid: Annotated[PositiveInt, FROM_DATA] = 16
+    levels: Annotated[tuple[int, ...], FROM_DATA] = ()
+    name: Annotated[str | None, FROM_DATA] = None
+    tile: PositiveInt = 8
+    edge: Edge | Corner = Edge()
+    box: Box = Box()
+
+    def __post_init__(self) -> None:
+        config.check(self)
+        if self.grid % self.tile:
+            raise ValueError(f"tile: {self.tile} does not tile a grid of {self.grid}")
+
+
+class TilesModel:
+    config_class = Tiles
+
+
+class BoxModel:
+    config_class = Box
+
+
+TABLE = {"tiles": f"{__name__}:TilesModel", "box": f"{__name__}:BoxModel", "absent": "no_such_module:Model"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A job."""
+
+    model: Annotated[Section, ByKind(TABLE)] | None = None
+    """The model."""
+    init: str | None = None
+
+    def __post_init__(self) -> None:
+        config.check(self)
+
+
+def chosen(*overrides: str) -> Chosen:
+    return config.load(Chosen, None, overrides)
+
+
+def test_the_kind_chooses_from_the_table_and_what_was_given_is_kept_as_given():
+    model = chosen("model.kind=tiles", "model.tile=4", "model.edge.drop=0.2").model
+    assert model.plain() == {"kind": "tiles", "tile": 4, "edge": {"drop": 0.2}}
+    assert model.over() == Tiles(tile=4, edge=Edge(drop=0.2))
+    assert chosen().model is None
+    assert chosen("model.kind=box").model == Box()
+    with pytest.raises(ModuleNotFoundError):
+        chosen("model.kind=absent")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.kind=tile", "command line: model.kind: given 'tile', must be one of 'tiles', 'box', 'absent'; did you"),
+        ("model=tiles", "command line: model: given 'tiles', must be a section with kind one of"),
+        ("model={kind: tiles, tyle: 4}", "command line: model has no field 'tyle'; did you mean 'tile'"),
+        ("model={kind: tiles, tile: -4}", "command line: model.tile: given -4, must be an integer of at least 1"),
+        ("model={kind: tiles, edge: {kind: side}}", "command line: model.edge.kind: given 'side', must be one of"),
+    ],
+)
+def test_mistakes_in_a_chosen_section_are_said_as_it_is_read(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        chosen(override)
+
+
+FACTS = {"grid": 4, "levels": (2, 3), "edge.classes": 5, "edge.angle": 7.0, "unknown": 1}
+
+
+def test_facts_fill_what_was_not_given_and_checks_see_them():
+    model = chosen("model={kind: tiles, tile: 2}").model
+    with pytest.raises(ConfigError, match="model: tile: 3 does not tile a grid of 4"):
+        chosen("model={kind: tiles, tile: 3}").model.over(facts=FACTS)
+    assert model.over(facts=FACTS) == Tiles(grid=4, levels=(2, 3), tile=2, edge=Edge(classes=5))
+    corner = chosen("model={kind: tiles, tile: 2, edge: {kind: corner}}").model
+    assert corner.over(facts=FACTS).edge == Corner(angle=7.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("grid: 16", "model.grid: given 16, but the cache decides it: 4; leave it out"),
+        ("levels: [2, 2]", r"model.levels: given \[2, 2\], but the cache decides it: \[2, 3\]"),
+        ("edge: {classes: 10}", "model.edge.classes: given 10, but the cache decides it: 5"),
+    ],
+)
+def test_a_given_value_is_never_replaced_by_a_fact_in_silence(given, message):
+    with pytest.raises(ConfigError, match="command line: " + message):
+        chosen(f"model={{kind: tiles, tile: 2, {given}}}").model.over(facts=FACTS, holder="the cache")
+    equal = chosen("model={kind: tiles, tile: 2, grid: 4, levels: [2, 3], edge: {classes: 5}}").model
+    assert equal.over(facts=FACTS) == chosen("model={kind: tiles, tile: 2}").model.over(facts=FACTS)
+
+
+def test_in_python_a_field_at_its_default_counts_as_not_given():
+    assert Section.of(Tiles(tile=4)).over(facts={"grid": 8}) == Tiles(grid=8, tile=4)
+    with pytest.raises(ConfigError, match="model.grid: given 12, but the data decides it: 8"):
+        Section.of(Tiles(grid=12, tile=4)).over(facts={"grid": 8})
+    assert Chosen(model=Tiles(tile=4)).model == Tiles(tile=4)
+    with pytest.raises(ConfigError, match="model"):
+        Chosen(model=Circle())
+
+
+def test_a_base_gives_what_neither_the_section_nor_the_facts_have():
+    base = Tiles(grid=8, tile=2, name="base", box=Box(width=9), edge=Edge(classes=3, drop=0.5))
+    model = chosen("model={box: {height: 5}, edge: {drop: 0.25}}").model
+    assert model.kind is None
+    found = model.over(base, {"grid": 4, "edge.classes": 7})
+    assert found == Tiles(grid=4, tile=2, name="base", box=Box(width=9, height=5), edge=Edge(classes=7, drop=0.25))
+    with pytest.raises(ConfigError, match="model.kind: given 'box', but the model to start from is of kind 'tiles'"):
+        chosen("model.kind=box").model.over(base)
+    with pytest.raises(ConfigError, match="model.kind: is required"):
+        model.over()
+
+
+def test_help_knows_every_kind_and_what_the_data_decide(monkeypatch):
+    monkeypatch.delitem(TABLE, "absent")
+    lines = {(line.when, line.name): line for line in config.describe(Chosen)}
+    assert lines["", "model"].type == "a section with kind one of 'tiles', 'box' or null"
+    assert lines["model.kind=tiles", "model.grid"].default == "as the data decide"
+    assert lines["model.kind=tiles", "model.tile"].default == "8"
+    assert lines["model.kind=box", "model.width"].default == "2"
+    assert lines["model.edge.kind=edge", "model.edge.classes"].default == "as the data decide"
+
+
+def test_a_printed_configuration_has_the_defaults_and_leaves_room_for_the_data(tmp_path):
+    printed = config.to_dict(config.completed(chosen("model={kind: tiles, edge: {drop: 0.5}}")))
+    assert printed["model"] == {
+        "kind": "tiles",
+        "tile": 8,
+        "edge": {"kind": "edge", "drop": 0.5},
+        "box": {"kind": "box", "width": 2, "height": 2},
+    }
+    again = config.from_dict(Chosen, printed)
+    assert again.model.over(facts={"grid": 24}) == Tiles(grid=24, edge=Edge(drop=0.5))
+    started = chosen("model.tile=4", "init=somewhere")
+    assert config.completed(started) is started
