@@ -152,9 +152,13 @@ class Reading:
     memory: Memory | None = None
     """What cross-attention looks at."""
 
+    prefix_record: AttentionRecord | None = None
+    """What keeps the maps of a caption that stands in the slots, if they are asked for."""
+
     def recorded(self, record: AttentionRecord | None) -> Reading:
-        """The same, with a record of the maps of cross-attention."""
-        return self if self.memory is None else replace(self, memory=self.memory.recorded(record))
+        """The same, with a record of what is seen of the captions; None records nothing."""
+        memory = None if self.memory is None else self.memory.recorded(record)
+        return replace(self, memory=memory, prefix_record=None if self.prefix_mask is None else record)
 
 
 class ConditionalGenerator(nn.Module, Pretrained):

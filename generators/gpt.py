@@ -43,6 +43,7 @@ from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
+from imgtok.layers.record import LayerRecord
 from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
@@ -167,13 +168,16 @@ class Block(nn.Module):
         table: Tensor | None,
         cache: LayerCache | None,
         caption: MemoryLayer | None = None,
+        record: LayerRecord | None = None,
     ) -> Tensor:
         """`window` says what x's positions see, `table` holds their rotary rows, (L, ...) or (R, 1, L, ...), and
-        `caption` is what this layer sees of the captions.
+        `caption` is what this layer sees of the captions; `record` keeps what it sees of a prefix.
         """
         turn = None if table is None else (lambda y: rotate(y, table))
         mask = window.mask if cache is None else None  # a cache knows its window
-        x = x + self.attention(self.attention_norm(x), mask=mask, causal=window.causal, rotate=turn, cache=cache)
+        x = x + self.attention(
+            self.attention_norm(x), mask=mask, causal=window.causal, rotate=turn, cache=cache, record=record
+        )
         if self.cross_attention is not None and self.cross_norm is not None:
             assert caption is not None, "a model that attends to captions was called without"
             x = x + self.cross_attention(self.cross_norm(x), caption)
@@ -292,16 +296,17 @@ class GPT(ConditionalGenerator):
         if self.slot_embedding is not None:
             assert slots is not None, "this model reads the slots of tokens"
             x = x + self.slot_embedding(slots)
-        before, memory, prefix_mask = 0, None, None
+        before, memory, prefix_mask, record = 0, None, None, None
         if condition is not None:
             reading = self.read(condition)
             assert reading.prefix is not None
             x = torch.cat([reading.prefix.to(x.dtype), x], dim=1)
             before, memory, prefix_mask = reading.prefix.shape[1] - 1, reading.memory, reading.prefix_mask
+            record = reading.prefix_record
             if cache is not None:
-                cache.memory, cache.prefix_mask = memory, prefix_mask
+                cache.memory, cache.prefix_mask, cache.prefix_record = memory, prefix_mask, record
         elif cache is not None:
-            memory = cache.memory
+            memory, record = cache.memory, cache.prefix_record
         window = Window.first(x.shape[1], prefix_mask) if cache is None else cache.open(x.shape[1], positions)
         if self.config.positions == "learned":
             x = x + window.of(self.positions)
@@ -311,7 +316,9 @@ class GPT(ConditionalGenerator):
             table = table[:, None]  # the same for all heads
         layers = [None] * len(self.blocks) if cache is None else cache.layers(window)
         for index, block in enumerate(self.blocks):
-            x = block(x, window, table, layers[index], None if memory is None else memory.layer(index))
+            caption = None if memory is None else memory.layer(index)
+            watch = None if record is None else record.of_layer(index, self.config.prefix_length)
+            x = block(x, window, table, layers[index], caption, watch)
         return self.norm(x[:, before:])
 
     def read_out(self, states: Tensor, slots: Tensor | None = None) -> Tensor:

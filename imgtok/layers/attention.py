@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from imgtok.layers.cache import LayerCache, MemoryLayer
 from imgtok.layers.norms import layer_norm
+from imgtok.layers.record import LayerRecord
 
 Rotation = Callable[[Tensor], Tensor]
 
@@ -64,13 +65,14 @@ class Attention(nn.Module):
         causal: bool = False,
         rotate: Rotation | None = None,
         cache: LayerCache | None = None,
+        record: LayerRecord | None = None,
     ) -> Tensor:
         """`mask` is boolean (True = may look) or additive, and broadcasts to (B, H, L, S).
 
         With `looks` in place of a mask, the output has their queries' positions, one look after the other: parts that
         do not see each other cost nothing, and what no look asks for is not computed. With a `cache`, the new keys and
         values join those of earlier calls; its window says what is seen of them, or else looks, which count from the
-        cache's first key.
+        cache's first key. A `record` keeps the map of what a mask says.
         """
         qkv = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
         qk, v = qkv[:2], qkv[2]
@@ -83,6 +85,9 @@ class Attention(nn.Module):
             assert mask is None, "what is seen of a cache is for its window to say"
             k, v = cache.append(k, v)
             mask, causal = cache.window.mask, cache.window.causal
+        if record is not None:
+            assert mask is not None, "a map is recorded where a mask says what is seen"
+            record.add(q, k, mask, self.scale)
         if looks:
             parts = [self._attend(q[:, :, a.queries], k[:, :, a.keys], v[:, :, a.keys], a.mask) for a in looks]
             out_BHLE = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -126,7 +131,7 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             q = layer_norm(q)
         if memory.record is not None:
-            memory.record.add(memory.number, q, memory.keys, memory.mask)
+            memory.record.add(q, memory.keys, memory.mask)
         dropped = self.weight_dropout if self.training else 0.0
         mask = as_dtype_of(q, memory.mask)
         out_BHLE = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=mask, dropout_p=dropped)

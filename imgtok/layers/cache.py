@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imgtok.layers.record import AttentionRecord
+from imgtok.layers.record import AttentionRecord, LayerRecord
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,8 @@ class MemoryLayer:
     """(R, H, T, E)."""
     mask: Tensor | None = None
     """Boolean (True = may look) or additive; broadcasts to (R, H, L, T). Every row has to see something."""
-    record: AttentionRecord | None = None
+    record: LayerRecord | None = None
     """What keeps the layer's map, if it is asked for."""
-    number: int = 0
-    """The layer's, for the record."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ class Memory:
 
     def layer(self, number: int) -> MemoryLayer:
         """What layer `number` looks at."""
-        record = self.record if self.record is not None and self.record.wants(number) else None
-        return MemoryLayer(*self.layers[number], self.mask, record, number)
+        record = None if self.record is None else self.record.of_layer(number)
+        return MemoryLayer(*self.layers[number], self.mask, record)
 
     def rows(self, rows: slice) -> Memory:
         """What some rows of the batch look at."""
@@ -118,6 +116,8 @@ class KVCache:
     a prefill has computed it.
 
     `length` is the positions that every row holds, or None where rows may differ; `lengths` (R,) is always there.
+    Gradients flow through one call of a network, whatever the cache held before; a further call writes over what the
+    backward pass of the first one needs.
     """
 
     def __init__(self, num_layers: int, rows: int, num_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
@@ -131,6 +131,8 @@ class KVCache:
         self.length: int | None = 0
         self._lengths: Tensor | None = None
         self.memory: Memory | None = None
+        self.prefix_record: AttentionRecord | None = None
+        """What keeps the maps of a prefix, if they are asked for."""
         self.prefix_mask: Tensor | None = None
         """How the columns of a prefix are seen, (R, P), boolean or additive, as in `causal_mask`; None is all."""
 

@@ -173,24 +173,42 @@ def test_no_map_is_computed_unless_asked_for(monkeypatch):
         raise AssertionError("a map was computed")
 
     monkeypatch.setattr(record, "attention_map", refuse)
-    for build in (gpt, xar):
+    for build in (gpt, xar, lambda: gpt(BEFORE)):
         outputs(build(), CAPTIONS)
-    gpt().generate(CAPTIONS, seed=0, indices=range(3))
-    with pytest.raises(AssertionError, match="a map was computed"):
-        record_of(gpt(), CAPTIONS)
+    for condition in (ACROSS, BEFORE):
+        gpt(condition).generate(CAPTIONS, seed=0, indices=range(3))
+        with pytest.raises(AssertionError, match="a map was computed"):
+            record_of(gpt(condition), CAPTIONS)
 
 
-def test_steps_of_a_cache_are_recorded_until_the_record_is_taken_away():
-    model, asked = gpt(), AttentionRecord(layers=[0])
+@pytest.mark.parametrize("condition", [ACROSS, BEFORE])
+def test_steps_of_a_cache_are_recorded_until_the_record_is_taken_away(condition):
+    model, asked = gpt(condition), AttentionRecord(layers=[0])
     cache = model.new_cache(3, 9)
     with torch.no_grad():
         model.prefill(model.read(CAPTIONS).recorded(asked), cache)
         model.step(IDS[:, :4], cache)
-        cache.memory = cache.memory.recorded(None)
+        cache.memory = None if cache.memory is None else cache.memory.recorded(None)
+        cache.prefix_record = None
         model.step(IDS[:, 4:5], cache)
         whole, _ = record_of(model, CAPTIONS)
-    assert [one.shape[2] for one in asked.maps[0]] == [1, 4]
-    torch.testing.assert_close(torch.cat(asked.maps[0], dim=2), whole.maps[0][0][:, :, :5], atol=1e-5, rtol=1e-5)
+    slots = model.config.prefix_length
+    assert [one.shape[2] for one in asked.maps[0]] == [slots, 4]
+    found, expected = torch.cat(asked.maps[0], dim=2), whole.maps[0][0][:, :, : slots + 4]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_maps_of_a_prefix_are_what_its_slots_have_of_the_attention():
+    model = gpt(BEFORE)
+    asked, logits = record_of(model, CAPTIONS)
+    assert torch.equal(logits, model.logits(CAPTIONS, IDS))
+    closed = ~model.read(CAPTIONS).prefix_mask[:, None, None]
+    for (shares,) in asked.maps.values():
+        assert shares.shape == (3, 2, LONGEST + 8, LONGEST)
+        last, tokens = shares[:, :, LONGEST - 1], shares[:, :, LONGEST:]
+        torch.testing.assert_close(last.sum(-1), torch.ones(3, 2))  # sees the caption alone
+        assert (tokens.sum(-1) < 1).all()
+        assert not tokens.masked_select(closed).any()
 
 
 # ---------------------------------------------------------------- gradients
@@ -202,9 +220,12 @@ def of_features(captions: Captions) -> tuple[Captions, torch.Tensor]:
     return dataclasses.replace(captions, features=features), features
 
 
-@pytest.mark.parametrize("call", ["hidden", "prefill", "step"])
-def test_a_map_of_a_gpt_has_gradients_by_features(call):
-    model, asked = gpt().requires_grad_(False), AttentionRecord()
+@pytest.mark.parametrize(
+    ("condition", "call"),
+    [(ACROSS, "hidden"), (ACROSS, "prefill"), (ACROSS, "step"), (BEFORE, "hidden"), (BEFORE, "prefill")],
+)
+def test_a_map_of_a_gpt_has_gradients_by_features(condition, call):
+    model, asked = gpt(condition).requires_grad_(False), AttentionRecord()
     captions, features = of_features(CAPTIONS)
     reading = model.read(captions).recorded(asked)
     if call == "hidden":
@@ -216,7 +237,8 @@ def test_a_map_of_a_gpt_has_gradients_by_features(call):
             asked.clear()
             model.step(IDS[:, :4], cache)
     for layer in range(DEPTH):
-        (gradient,) = torch.autograd.grad(asked.maps[layer][0][:, :, :, 0].sum(), features, retain_graph=True)
+        seen = asked.maps[layer][0][:, :, -1].square().sum()
+        (gradient,) = torch.autograd.grad(seen, features, retain_graph=True)
         assert gradient[CAPTIONS.mask].any(dim=-1).all(), "of every column that is seen"
         assert not gradient[~CAPTIONS.mask].any()
 
@@ -289,6 +311,17 @@ def test_windows_behind_a_ragged_prefix_equal_a_fresh_forward():
     torch.testing.assert_close(found, expected[rows, columns + 1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("condition", [ACROSS, BEFORE])
+def test_weights_leave_the_unconditional_rows_alone(condition):
+    model, weights = gpt(condition), torch.randn(CAPTIONS.mask.shape, generator=generator(3))
+    both = model.with_unconditional(dataclasses.replace(CAPTIONS, log_weights=weights))
+    assert both.log_weights[:3].any(dim=1).all()
+    assert not both.log_weights[3:].any()
+    with torch.no_grad():
+        expected = model.logits(model.unconditional(CAPTIONS), IDS)
+        torch.testing.assert_close(model.logits(both, IDS.repeat(2, 1))[3:], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_no_caption_is_seen_where_the_caption_is():
     model = gpt(BEFORE)
     none = model.unconditional(CAPTIONS)
@@ -328,7 +361,8 @@ def test_a_reading_says_what_the_network_sees():
     assert before.prefix.shape == (3, LONGEST, 32)
     assert before.prefix_mask.tolist() == [[False] * 3 + [True] * 3, [True] * 6, [False] * 4 + [True] * 2]
     assert before.memory is None
-    assert before.recorded(AttentionRecord()) == before
+    assert before.recorded(AttentionRecord()).prefix_record is not None
+    assert across.recorded(AttentionRecord()).prefix_record is None
     classes = gpt(StartPlusClass(num_classes=5)).read(torch.tensor([0, 4]))
     assert isinstance(classes, Reading)
     assert classes.prefix.shape == (2, 1, 32)
