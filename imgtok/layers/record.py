@@ -55,7 +55,7 @@ class LayerRecord:
 def attention_map(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) (R, H, L, S) in float32, of queries (R, H, L, E) and keys (R, H, S, E).
 
-    `scale` is E^-1/2 unless given; `mask` is boolean (True = may look) or additive, and every query has to see something.
+    `scale` is E^-1/2 unless given; `mask` is boolean (True = may look) or additive. Every query has to see something.
     """
     logits = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
