@@ -356,7 +356,7 @@ def test_the_commands_of_the_page_are_commands():
     section = (ROOT / "docs/flextok.md").read_text(encoding="utf-8").split("\n## Evaluation\n")[1].split("\n## ")[0]
     lines = section.split("```sh\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
     words = [shlex.split(line) for line in lines if "evaluate " in line and not line.startswith("#")]
-    assert len(words) == 5
+    assert len(words) == 6
     configs = [parse(Config, command[4 if command[0] == "accelerate" else 2 :]) for command in words]
     assert configs[0].chosen_metrics == ("rfid", "mae", "psnr", "ssim", "lpips", "dino")
     assert configs[0].held_out == 1
