@@ -351,15 +351,17 @@ class GPT(ConditionalGenerator):
         """Mean cross-entropy of all tokens that are meant, and of the end and the slots where they are drawn; labels
         (B,) or captions, dropped at random.
         """
+        return self.forward_drawn(content, self._drop_some(condition, generator))
+
+    def forward_drawn(self, content: Tokens, condition: Condition) -> Losses:
+        """`forward` with the conditions dropped: a function of tensors, which `training.compile` makes one graph."""
         config, content = self.config, content.padded()
         ids, slots = content.ids, content.slots
         if (slots is not None) != (config.num_slots > 0):
             raise ValueError(f"tokens {'without' if slots is None else 'with'} slots, num_slots is {config.num_slots}")
         if config.ends and ids.shape[1] < config.num_tokens:  # room for the end of the longest
             ids, slots = F.pad(ids, (0, 1)), None if slots is None else F.pad(slots, (0, 1))
-        states = self.hidden(
-            self._drop_some(condition, generator), ids[:, :-1], slots=None if slots is None else slots[:, :-1]
-        )
+        states = self.hidden(condition, ids[:, :-1], slots=None if slots is None else slots[:, :-1])
         logits = self.read_out(states, slots)
         loss = cross_entropy(logits, targets_of(ids, content.lengths, config.end))
         parts = {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])}

@@ -46,7 +46,7 @@ class TrainingConfig:
     """Begin with a smaller decay, min(ema, (1 + s) / (10 + s)) after step s, so that short runs do not keep their first
     weights in the average; false has the decay `ema` from the first step, as published recipes do."""
     compile: bool = False
-    """Compile the model's forward pass with torch.compile."""
+    """Compile the model's forward pass, all but its random draws, with torch.compile."""
     seed: NonNegativeInt = 0
     """Seed of everything random in training: order of the data, noise, dropout of tokens."""
     threads: PositiveInt | None = None

@@ -87,6 +87,20 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
     return trainer.finish()
 
 
+def compile_forward(model: nn.Module, **options: Any) -> None:
+    """Compile what training calls, without a break in the graph; `options` are torch.compile's.
+
+    Dynamo cannot follow a torch.Generator. A model therefore draws its random numbers first and hands them to its
+    `forward_drawn`, a function of tensors: that is compiled, in each module that has one. A model without any is
+    compiled whole, with whatever breaks it has.
+    """
+    parts: list[Any] = [module for module in model.modules() if hasattr(module, "forward_drawn")]
+    for part in parts:
+        part.forward_drawn = torch.compile(part.forward_drawn, fullgraph=True, **options)
+    if not parts:
+        model.compile(**options)
+
+
 class Trainer:
     """One run. `run` trains, `finish` writes the finished model."""
 
@@ -99,7 +113,7 @@ class Trainer:
         # Accelerate's wrapper searches the disk for an optional package at each step; only fp16 needs it
         self.optimizer = self.adamw if accelerator.scaler is None else optimizer
         if config.compile:
-            job.model.compile()
+            compile_forward(job.model)
         without = [parameter for group in self.groups if not group.averaged for parameter in group.parameters]
         self.ema = EMA(job.model, config.ema, warmup=config.ema_warmup, without=without)
         self.checkpoints = Checkpoints(accelerator, job.model, self.ema, out / "checkpoints", config.keep)

@@ -87,8 +87,14 @@ class VAE(Autoencoder):
         """Decodes a sample of each image's posterior; the loss besides is the KL divergence, in nats per image element,
         times `kl_weight`.
         """
+        rows, columns = (side // self.config.factor for side in images.shape[-2:])
+        shape = (len(images), self.config.latent_channels, rows, columns)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(images.device)
+        return self.forward_drawn(images, noise)
+
+    def forward_drawn(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """`forward` with its random numbers given: a function of tensors, which `training.compile` makes one graph."""
         posterior = self.autoencoder.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device).to(images.device)
         decoded = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().sum() / images.numel()
         return Reconstruction(decoded, Losses(self.config.kl_weight * kl, {"kl": kl}))

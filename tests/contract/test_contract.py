@@ -1,0 +1,233 @@
+"""What every kind of model keeps, whatever its method: the promises that the programs build on.
+
+Each test runs for each line of `tests/kinds.py`; a kind in the hub's tables without a line fails the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kinds
+import pytest
+import torch
+from kinds import LINES, Line
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import imgtok
+from imgtok import hub
+from imgtok.tokenizers.base import Losses
+from imgtok.train.config import TrainingConfig
+from imgtok.train.loop import compile_forward, fit
+from imgtok.train.optim import ParameterGroup, whole_model
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
+"""Of floats that are computed in another order."""
+
+
+def test_every_kind_has_a_line():
+    without = set(hub.KINDS) - {line.config.kind for line in LINES.values()}
+    assert not without, (
+        f"no line in tests/kinds.py for {', '.join(sorted(without))}: add one, and the contract is tested"
+    )
+
+
+@pytest.fixture(params=LINES.values(), ids=LINES)
+def line(request) -> Line:
+    return request.param
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def test_a_folder_gives_the_same_model_back(line, tmp_path):
+    model = kinds.build(line)
+    model.save_pretrained(tmp_path)
+    loaded = imgtok.load(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert not loaded.training
+    for name in ("parameters", "buffers"):  # buffers that are not saved, too
+        mine, its = (dict(getattr(each, f"named_{name}")()) for each in (model, loaded))
+        assert mine.keys() == its.keys()
+        assert all(torch.equal(mine[key], its[key]) for key in mine)
+    assert torch.equal(kinds.decode(loaded, range(2), **line.short), kinds.decode(model, range(2), **line.short))
+
+
+def test_it_is_built_on_meta_without_memory(line):
+    with torch.device("meta"):
+        shapes = kinds.class_of(line.config.kind)(line.config).state_dict()
+    assert all(tensor.is_meta for tensor in shapes.values())
+    assert {name: tensor.shape for name, tensor in shapes.items()} == {
+        name: tensor.shape for name, tensor in kinds.build(line).state_dict().items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def same(some: Tensor, of_all: Tensor) -> None:
+    """Ids are equal, numbers nearly so."""
+    if some.dtype.is_floating_point:
+        torch.testing.assert_close(some, of_all, **TOLERANCE)
+    else:
+        assert torch.equal(some, of_all)
+
+
+def test_decoding_does_not_depend_on_the_batch(line):
+    model = kinds.build(line)
+    together = kinds.decode(model, range(4), **line.long)
+    assert len(together) == 4
+    assert together.dtype == torch.long or bool(together.isfinite().all())
+    same(kinds.decode(model, [1], **line.long), together[[1]])
+    same(kinds.decode(model, [3, 0], **line.long), together[[3, 0]])
+
+
+def test_encoding_does_not_depend_on_the_batch(line):
+    model = kinds.build(line)
+    together = kinds.encode(model, range(4))
+    if together is None:
+        pytest.skip("generators do not encode")
+    same(kinds.encode(model, [1]), together[[1]])
+    same(kinds.encode(model, [3, 0]), together[[3, 0]])
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def untouched(model: nn.Module) -> list[str]:
+    """Trainable parameters without a gradient, or with one that is zero everywhere."""
+    trainable = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return [name for name, tensor in trainable.items() if tensor.grad is None or not tensor.grad.any()]
+
+
+def check_gradients(model: Any, allowed: dict[str, str]) -> None:
+    model.train()
+    for seed in range(4):  # so that whatever is dropped at random is dropped once
+        kinds.train(model, kinds.inputs(model, 16), seed=seed).backward()
+    missing = set(untouched(model))
+    assert missing <= set(allowed), f"the loss does not reach {', '.join(sorted(missing - set(allowed)))}"
+    assert missing == set(allowed), f"take off the line, it is reached: {sorted(set(allowed) - missing)}"
+
+
+def test_every_trainable_parameter_gets_a_gradient(line):
+    check_gradients(kinds.build(line), line.without_gradient)
+
+
+def test_a_parameter_that_the_loss_forgets_is_named():
+    model = kinds.build(LINES["gpt"])
+    model.forgotten = nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match="the loss does not reach forgotten"):
+        check_gradients(model, {})
+
+
+def test_the_same_draws_give_the_same_loss(line):
+    model = kinds.build(line)
+    arguments = kinds.inputs(model, 4)
+    first, again, other = (kinds.train(model, arguments, seed=seed) for seed in (4, 4, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_bfloat16_autocast_gives_a_finite_loss_and_gradients(line):
+    model = kinds.build(line).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = kinds.train(model, kinds.inputs(model, 4))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert bool(loss.isfinite())
+    assert all(bool(tensor.grad.isfinite().all()) for tensor in model.parameters() if tensor.grad is not None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    arguments: tuple[Any, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(tuple(argument.to(device) for argument in self.arguments))
+
+
+class LineJob:
+    """A line's model on one batch again and again; `stop_after` steps it dies."""
+
+    def __init__(self, line: Line, stop_after: int | None = None) -> None:
+        self.model: nn.Module = kinds.build(line)
+        self.stop_after = stop_after
+
+    def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Batch]:
+        step = start_step
+        while step != self.stop_after:
+            yield Batch(kinds.inputs(self.model, 2))
+            step += 1
+        raise KeyboardInterrupt
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        loss = kinds.train(model, batch.arguments, seed=generator.initial_seed() % 2**32)
+        return Losses(loss, {"loss": loss})
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        return whole_model(self.model)
+
+    def names(self, batch: Batch) -> Sequence[str]:
+        return ["image"] * 2
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        pass
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+
+def fitted(job: LineJob, out: Path, **training: Any) -> dict[str, Tensor]:
+    quiet = {"trackers": (), "preview_every": 0, "log_every": 1, "save_every": 1, "warmup": 0, "batch_size": 2}
+    config = TrainingConfig(steps=2, learning_rate=1e-3, **quiet | training)
+    return load_file(fit(job, config, out, config) / "model.safetensors")
+
+
+def test_a_run_that_is_resumed_ends_with_the_same_weights(line, tmp_path):
+    whole = fitted(LineJob(line), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(LineJob(line, stop_after=1), tmp_path / "parts")
+    resumed = fitted(LineJob(line), tmp_path / "parts")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    before = kinds.build(line).state_dict()
+    assert any(not torch.equal(whole[name], before[name]) for name in whole)
+
+
+# ------------------------------------------------------------------------------------------------ compilation
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_training_compiles_without_a_break(line):
+    plain, compiled = kinds.build(line), kinds.build(line)  # in evaluation mode: dropout draws otherwise when compiled
+    arguments = kinds.inputs(plain, 2)
+    compile_forward(compiled, backend="aot_eager")
+    losses = [kinds.train(model, arguments) for model in (plain, compiled)]
+    counted = torch._dynamo.utils.counters
+    assert not counted["graph_break"]
+    assert counted["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(losses[1], losses[0], **TOLERANCE)
+    for loss in losses:
+        loss.backward()
+    assert untouched(compiled) == untouched(plain)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_decoder_s_step_compiles_without_a_break(line):
+    model = kinds.build(line)
+    with torch.no_grad():
+        step, arguments = line.step(model, torch.device("cpu"))
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+        step, arguments = line.step(model, torch.device("cpu"))
+        torch.testing.assert_close(compiled, step(*arguments), **TOLERANCE)
