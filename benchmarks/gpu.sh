@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# All that is worth doing in ten minutes on a lent GPU: the tests marked gpu, and the times and memory of benchmarks/gpu.py.
+# Writes tests.log, tests.xml, gpu.log, gpu.json and gpu.csv to $OUT. Ends with the status of the tests.
+#   OUT=outputs/gpu PYTHON=python3 benchmarks/gpu.sh
+#   benchmarks/gpu.sh --dry-run      the same on a CPU with tiny models, to see that it runs
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-outputs/gpu}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+tests=(tests)
+times=(--seconds 240)
+if [ "${1:-}" = --dry-run ]; then
+    export IMGTOK_GPU=cpu CUDA_VISIBLE_DEVICES=
+    tests=(tests/gpu)
+    times=(--device cpu --tiny --repeats 1)
+fi
+# A machine without a package index: put wheels of what it lacks (diffusers, datasets, torch-fidelity) into .wheels/
+if [ -d .wheels ]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps .wheels/*.whl
+fi
+"$PYTHON" benchmarks/gpu.py --out "$OUT" "${times[@]}" 2>&1 | tee "$OUT/gpu.log"
+timeout 280 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${tests[@]}" 2>&1 | tee "$OUT/tests.log"
