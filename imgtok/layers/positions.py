@@ -15,7 +15,7 @@ def sincos_2d(width: int, rows: int, columns: int) -> Tensor:
     """FlexTok's fixed position table, (rows, columns, width), float32; `width` divides by 4.
 
     The published table runs over x slowly and y fast and is then *reshaped* as if row-major, so
-    on a square grid the first half of the channels holds the row (spec section 3). Only square
+    on a square grid the first half of the channels holds the row. Only square
     tables are well behaved, and only they are released; a smaller grid is its top-left corner.
     """
     if width % 4:
@@ -36,7 +36,7 @@ def time_features(t_B: Tensor, width: int = 256, *, max_period: float = 256.0, s
 
 
 def rotary_2d(head_dim: int, side: int, prefix: int, base: float = 10000.0) -> Tensor:
-    """LlamaGen's rotary table for a raster of side x side tokens behind `prefix` condition slots.
+    """LlamaGen's rotary table for a raster of side x side tokens after `prefix` condition slots.
 
     Returns (prefix + side * side, head_dim / 2, 2) with [cos, sin]; the first half of the pairs
     turns with the row, the second with the column. The prefix rows are **zeros**, not the

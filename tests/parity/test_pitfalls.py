@@ -17,7 +17,7 @@ from imgtok.generators import sampling
 from imgtok.layers import attention, feed_forward
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok as flextok_module
-from imgtok.tokenizers import flextok_fast
+from imgtok.tokenizers import flextok_blocks, flextok_fast
 from imgtok.tokenizers.flextok import Decoder, FlexTok
 
 ENCODE, VELOCITY, DECODE, TRAIN = (Case.load(f"flextok/{name}") for name in ("encode", "velocity", "decode", "train"))
@@ -104,7 +104,8 @@ def test_layer_norm_epsilon(monkeypatch, out):
     def norm(x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
-    monkeypatch.setattr(flextok_module, "layer_norm", norm)
+    for module in (flextok_module, flextok_blocks):
+        monkeypatch.setattr(module, "layer_norm", norm)
     assert velocity_error(out) > 1
 
 
@@ -141,21 +142,21 @@ def test_columns_first_positions():
 
 
 def test_chunks_in_the_order_of_dit(monkeypatch):
-    monkeypatch.setattr(flextok_module, "ATTENTION_CHUNKS", (2, 0, 1))
-    monkeypatch.setattr(flextok_module, "MLP_CHUNKS", (5, 3, 4))
+    monkeypatch.setattr(flextok_blocks, "ATTENTION_CHUNKS", (2, 0, 1))
+    monkeypatch.setattr(flextok_blocks, "MLP_CHUNKS", (5, 3, 4))
     assert velocity_error("all_kept") > 1
 
 
 @pytest.mark.parametrize("name", ["modulate", "add_gated"])
 def test_one_modulation_set_for_all(monkeypatch, name):
-    original = getattr(flextok_module, name)
+    original = getattr(flextok_blocks, name)
 
     def shared(*args):
         return original(
             *([arg[0], arg[0]] if isinstance(arg, list) and isinstance(arg[0], torch.Tensor) else arg for arg in args)
         )
 
-    monkeypatch.setattr(flextok_module, name, shared)
+    monkeypatch.setattr(flextok_blocks, name, shared)
     assert velocity_error("all_kept") > 1
 
 

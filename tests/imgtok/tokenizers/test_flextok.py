@@ -19,8 +19,8 @@ from imgtok.tokenizers.flextok import (
     ShortRuns,
     TrunkConfig,
     powers_of_two,
-    trunk_attention,
 )
+from imgtok.tokenizers.flextok_blocks import trunk_attention
 from imgtok.tokenizers.flextok_fast import Condition, GuidedDecoder, prefix_causal_mask
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
