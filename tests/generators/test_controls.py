@@ -275,6 +275,21 @@ def test_a_map_of_an_xar_has_gradients_by_features():
 PREFIXED = [pytest.param({}, id="learned"), pytest.param({"positions": "rotary_2d"}, id="llamagen")]
 
 
+def test_captions_move_to_the_last_columns_with_their_holes():
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    features = torch.arange(1.0, 9.0).view(2, 4, 1)
+    captions = Captions(features, mask, features[..., 0], torch.arange(16).view(2, 4, 2))
+    moved = captions.aligned_right(5)
+    assert moved.mask.int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 1, 1, 1]]
+    assert moved.features[..., 0].tolist() == [[0, 0, 1, 2, 3], [0, 5, 6, 7, 8]]
+    assert moved.log_weights.tolist() == moved.features[..., 0].tolist()
+    assert moved.spans[0].tolist() == [[0, 0], [0, 0], [0, 1], [2, 3], [4, 5]]
+    assert moved.columns(0, 0, 5) == [2, 4], "not the hole"
+    again = moved.aligned_right(5)
+    assert torch.equal(again.features, moved.features)
+    assert captions.aligned_right(3).mask.int().tolist() == [[1, 0, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("variant", PREFIXED)
 def test_ragged_captions_equal_one_by_one(variant):
     model = gpt(BEFORE, **variant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,6 +281,17 @@ def test_captions_may_stand_before_the_tokens(trained, t5, tmp_path):
     assert (tmp_path / "run/samples/step_0000004.png").is_file()
     run("sample", tmp_path / "run/final", "prompts=a red circle", "num=2", "grid=0", f"out={tmp_path / 'two'}")
     assert (tmp_path / "two/000001.png").is_file()
+
+
+def test_the_documentations_control_runs(trained):
+    text = (Path(__file__).parents[2] / "docs/flextok.md").read_text(encoding="utf-8")
+    lines = text.partition("### Captions under control")[2].partition("```python")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(lines.replace("outputs/text/flextok-d12/final", str(trained / "run/final")), found)
+    assert found["columns"] == [1]
+    assert found["red"].shape == (2, 4)
+    assert found["gradient"].any()
+    assert len(found["images"]) == 1
 
 
 def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
