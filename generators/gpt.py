@@ -43,6 +43,7 @@ from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_2d, rotate
+from imgtok.layers.recompute import call_block
 from imgtok.layers.record import LayerRecord
 from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
@@ -238,6 +239,7 @@ class GPT(ConditionalGenerator):
         self.register_buffer("rotary", rotary, persistent=False)
         self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
         self._add_text(config.width)
+        self.recompute = False
         self._initialise()
 
     @torch.no_grad()
@@ -253,6 +255,10 @@ class GPT(ConditionalGenerator):
             nn.init.zeros_(self.digit_head.table)
         if self.slot_head is not None:
             nn.init.zeros_(self.slot_head.weight)
+
+    def recompute_activations(self) -> None:
+        """From now on keep only the blocks' inputs for the backward pass."""
+        self.recompute = True
 
     def read(self, condition: Condition | Reading) -> Reading:
         """What stands before the tokens, and what the blocks attend to beside them; of a reading, itself."""
@@ -318,7 +324,8 @@ class GPT(ConditionalGenerator):
         for index, block in enumerate(self.blocks):
             caption = None if memory is None else memory.layer(index)
             watch = None if record is None else record.of_layer(index, self.config.prefix_length)
-            x = block(x, window, table, layers[index], caption, watch)
+            again = self.recompute and cache is None and watch is None
+            x = call_block(block, x, window, table, layers[index], caption, watch, recompute=again)
         return self.norm(x[:, before:])
 
     def read_out(self, states: Tensor, slots: Tensor | None = None) -> Tensor:

@@ -328,6 +328,20 @@ def model_loss(drop: float, seed: int) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputed_activations_change_no_gradient(variant):
+    ids, found = torch.randint(24, (3, 9), generator=generator()), []
+    for recompute in (False, True):
+        model = build(**variant).train()
+        if recompute:
+            model.recompute_activations()
+        torch.manual_seed(7)  # of dropout
+        losses = model(Tokens.full(ids), LABELS, generator=generator(2))
+        losses.total.backward()
+        found.append([losses.total.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_overfits_four_sequences_and_samples_them_by_class(variant):
     model = build(awake=False, **variant, dropout=0.0, drop=0.0).train()
     ids = torch.randint(24, (4, 9), generator=generator(1))
