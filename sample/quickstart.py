@@ -201,6 +201,8 @@ def run_stage(title: str, arguments: Sequence[str], times: Path) -> tuple[float,
 PRELOADED = [
     "accelerate",
     "diffusers.models.autoencoders.autoencoder_kl",
+    "imgtok.tokenizers.flextok",  # the kinds of the two models, which the jobs import once they are chosen
+    "imgtok.generators.gpt",
     *(f"imgtok.train.{program}" for program in ("tokenizer", "cache_tokens", "generator")),
     *(f"imgtok.sample.{program}" for program in ("images", "reconstruct", "evaluate")),
 ]
