@@ -88,6 +88,14 @@ def test_no_module_is_imported_under_a_second_name() -> None:
         assert not wrong, f"{page.relative_to(ROOT)}: {wrong}"
 
 
+def test_one_module_reads_files_of_weights() -> None:
+    reading = re.compile(r"\b(torch\.load|pickle\.loads?|load_file)\(|import .*\bload_file\b")
+    found = {
+        str(path.relative_to(ROOT)) for name in MAY_IMPORT for path in sources(name) if reading.search(path.read_text())
+    }
+    assert found == {"imgtok/weights.py"}
+
+
 def test_the_check_sees_every_way_to_import() -> None:
     code = "import a.b\nfrom c.d import e\nfrom . import f\ndef g():\n    import h\n    import_module('i.j')\n"
     assert sorted(imported_modules(ast.parse(code))) == ["a.b", "c.d.e", "h", "i.j"]

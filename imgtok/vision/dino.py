@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok.hub import find_folder
-from imgtok.weights import read_weights
+from imgtok.weights import read_weights, skeleton
 
 DINOV2_LARGE = "vit_large_patch14_dinov2.lvd142m"
 """timm's name of ViT-L/14, the network that FlexTok's paper compares with and learns from."""
@@ -155,8 +155,7 @@ def load(model: str, weights: Path, size: int = SIZE, fields: Fields = OF_EVALUA
     from timm.models import eva, vision_transformer
 
     settings = _settings(model, fields)  # refuses a name before timm builds anything
-    with torch.random.fork_rng(devices=[]):  # its first weights are overwritten: leave the caller's RNG alone
-        net: Any = timm.create_model(model, pretrained=False, num_classes=0)
+    net: Any = skeleton(lambda: timm.create_model(model, pretrained=False, num_classes=0))
     as_timm_names_it: Any
     if isinstance(net, vision_transformer.VisionTransformer):
         as_timm_names_it = vision_transformer.checkpoint_filter_fn
@@ -172,7 +171,8 @@ def load(model: str, weights: Path, size: int = SIZE, fields: Fields = OF_EVALUA
     classifiers = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     try:
         state = as_timm_names_it(read_weights(weights), net)
-        net.load_state_dict({name: value for name, value in state.items() if not name.startswith(classifiers)})
+        wanted = {name: value.float() for name, value in state.items() if not name.startswith(classifiers)}
+        net.load_state_dict(wanted, assign=True)
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         text = f"{weights}: does not hold the weights of {model}: {_brief(error)}"
         raise ValueError(f"{fields.weights}: {text}") from error
