@@ -12,6 +12,7 @@ which another program on the machine disturbs less. The ids of both are compared
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -55,10 +56,9 @@ class Side:
 
 def work(arguments: argparse.Namespace) -> None:
     """The process of one side: a batch size a line comes in, seconds and ids go out."""
-    try:
-        from imgtok.generators.gpt import GPT, GPTConfig
-    except ImportError:  # before the one package
-        from generators.gpt import GPT, GPTConfig
+    package = "imgtok.generators" if importlib.util.find_spec("imgtok.generators") else "generators"  # as it once was
+    gpt = importlib.import_module(f"{package}.gpt")
+    GPT, GPTConfig = gpt.GPT, gpt.GPTConfig
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
