@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from imgtok.metrics.accumulate import InceptionScore, Moments, Rows
+from imgtok.metrics.accumulate import Histogram, InceptionScore, Moments, Rows
 
 N, D = 333, 16
 
@@ -128,3 +128,24 @@ def test_rows_leave_out_unreadable_images_and_refuse_repeats(features):
     rows.update([3], features[3:4])
     with pytest.raises(RuntimeError, match="image 3 was scored more than once"):
         rows.reduce(None)
+
+
+def test_a_histogram_of_several_processes_is_that_of_one(reduce_together):
+    ids = torch.randint(0, 40, (100, 3), generator=torch.Generator().manual_seed(0))
+    whole, *parts = (Histogram(64) for _ in range(3))
+    whole.update(ids)
+    for rank, part in enumerate(parts):
+        for chunk in ids[rank::2].split(7):
+            part.update(chunk)
+    reduce_together(*parts)
+    assert torch.equal(parts[0].counts, torch.bincount(ids.flatten(), minlength=64))
+    assert (parts[1].use, parts[1].perplexity) == (whole.use, whole.perplexity)
+    assert whole.use == len(ids.unique()) / 64
+
+
+def test_perplexity_is_the_number_of_ids_where_all_are_as_frequent():
+    even, single = Histogram(8), Histogram(8)
+    even.update(torch.arange(5).repeat(3))
+    single.update(torch.tensor([7, 7]))
+    assert even.perplexity == pytest.approx(5)
+    assert (single.perplexity, single.use) == (pytest.approx(1), 1 / 8)
