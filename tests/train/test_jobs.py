@@ -132,7 +132,7 @@ def test_an_unknown_autoencoder_is_answered_with_the_known_ones(tmp_path):
 
 
 def test_a_tokenizer_is_no_autoencoder(tmp_path, flextok):
-    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a Autoencoder is needed"):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but an Autoencoder is needed"):
         train(tokenizer, "flextok", tmp_path, f"vae={flextok}")
 
 

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy_job import toy_config, train
 
 from imgtok.layers.mup import note_width
+from imgtok.tokenizers import flextok_fast
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.train.config import TrainingConfig
 from imgtok.train.optim import make_optimizer, parameter_groups, rate_at, set_rate
@@ -129,7 +130,7 @@ def movement(width: int, base_width: int) -> float:
             optimizer.zero_grad()
             model(images, generator=torch.Generator().manual_seed(step)).total.backward()
             optimizer.step()
-        model.encoder(images, 4)
+        flextok_fast.encode(model.encoder, images, 4)
         distances.append((states[-1] - states[0]).square().mean())
     return torch.stack(distances).mean().sqrt().item()
 
