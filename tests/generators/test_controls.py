@@ -312,7 +312,7 @@ def test_a_sample_depends_on_its_caption_alone(variant, guidance):
     assert torch.equal(torch.cat(alone), batch)
 
 
-def test_windows_behind_a_ragged_prefix_equal_a_fresh_forward():
+def test_windows_after_a_ragged_prefix_equal_a_fresh_forward():
     model = gpt(BEFORE)
     cache = model.new_cache(3, 9)
     with torch.no_grad():
