@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,3 +95,39 @@ def test_settings_of_another_kind_of_generator_are_refused(generator, tmp_path):
         sample(generator, tmp_path, sampling=Settings(temperature=0.5))
     with pytest.raises(ConfigError, match="decoding has no field 'steps'"):
         sample(generator, tmp_path, decoding=Settings(steps=2))
+
+
+# ---------------------------------------------------------------- from Python
+
+
+def arrays(pictures) -> np.ndarray:
+    return np.stack([np.array(picture) for picture in pictures]).astype(int)
+
+
+def test_one_may_stop_at_the_latents_and_go_on(generator):
+    pipe = pipeline(generator, device="cpu", exact=True)
+    whole = pipe(classes=[1, 2, 3], seed=5, steps=3)
+    latents = pipe.latents(classes=[1, 2, 3], seed=5, steps=3)
+    assert latents.shape == (3, 4, 16, 16)
+    assert np.array_equal(arrays(pipe.decode(latents)), arrays(whole))
+    assert (arrays(pipe(classes=[1, 2, 3], seed=5, steps=3, solver="euler")) != arrays(whole)).any()
+    with pytest.raises(ValueError, match=r"draws latents and not tokens: call pipe\.latents"):
+        pipe.tokens(classes=[1])
+    with pytest.raises(ValueError, match="num_tokens: this generator draws whole latents"):
+        pipe(classes=[1], num_tokens=4)
+
+
+def test_a_callback_sees_one_entity_after_the_other(generator):
+    pipe, steps = pipeline(generator, device="cpu"), []
+    final = pipe(classes=[1, 2], steps=[2, 3, 2, 3], callback=lambda step: steps.append((step, step.images())))
+    assert [(step.stage, step.done) for step, _ in steps] == [("draw", done) for done in range(1, 11)]
+    apart = [np.abs(arrays(images) - arrays(final)).mean() for _, images in steps]
+    assert apart[-1] <= 1 < apart[0]
+
+
+def test_it_is_saved_with_its_autoencoder(generator, tmp_path):
+    pipe = pipeline(generator, device="cpu", exact=True)
+    pipe.save_pretrained(tmp_path / "copy")
+    again = pipeline(tmp_path / "copy", device="cpu", exact=True)
+    assert np.array_equal(arrays(again(classes=[1])), arrays(pipe(classes=[1])))
+    assert "a `xar` generator with its `vae`" in (tmp_path / "copy/README.md").read_text().replace("A `", "a `")
