@@ -14,6 +14,7 @@ reading calls.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -25,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,28 +135,43 @@ def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
 
 
 def _open_safetensors(path: Path) -> Weights:
+    version = _version(path.stat())
     try:
         with safe_open(path, framework="pt") as file:  # checks the header; what it maps is not read
             blank = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
     except SafetensorError as error:
         raise damaged(path, error) from error
-    with path.open("rb") as stream:
+    with _reopened(path, version) as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
     starts = {name: 8 + size + header[name]["data_offsets"][0] for name in blank}
-    read = {name: partial(_read_slice, path, starts[name], value) for name, value in blank.items()}
+    read = {name: partial(_read_slice, path, version, starts[name], value) for name, value in blank.items()}
     return Weights(path, blank, read, metadata)
 
 
-def _read_slice(path: Path, start: int, blank: Tensor) -> Tensor:
+def _version(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written again or another one takes its name."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _reopened(path: Path, version: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """The file as it was when `version` was taken. Raises ValueError if it is another now."""
+    with path.open("rb") as file:
+        if _version(os.fstat(file.fileno())) != version:
+            raise ValueError(f"{path}: was written again while it was read; try once more")
+        yield file
+
+
+def _read_slice(path: Path, version: tuple[int, ...], start: int, blank: Tensor) -> Tensor:
     """A tensor straight from its place in a safetensors file: faster than a mapped file, and nothing stays mapped."""
     value = torch.empty_like(blank, device="cpu")
     if value.numel():
         buffer = memoryview(value.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with path.open("rb") as file:
+        with _reopened(path, version) as file:
             file.seek(start)
-            if file.readinto(buffer) != len(buffer):
+            if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
                 raise damaged(path, "it became shorter while it was read")
     return value
 

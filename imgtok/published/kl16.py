@@ -33,7 +33,7 @@ KL16 = VAEConfig(
     scaling_factor=0.2325,
     encoder_attention=True,
 )
-"""The published shape: 66,456,019 parameters (the KL-16 of arXiv 2406.11838, MAR, section 4)."""
+"""The published shape: 66,456,019 parameters (the KL-16 that came with MAR, arXiv 2406.11838)."""
 
 LEFTOVERS = ("loss.",)
 """How the names of what only its training needed begin: the discriminator, LPIPS."""

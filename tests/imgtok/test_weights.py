@@ -169,12 +169,18 @@ def test_files_cut_short(tmp_path, keep):
             open_weights(path)
 
 
-def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
-    path = tmp_path / "x.safetensors"
+@pytest.mark.parametrize("change", ["shorter", "another", "in its place"])
+def test_a_file_that_changes_after_it_was_opened(tmp_path, change):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     save_file({"a": torch.ones(1000)}, path)
+    save_file({"a": torch.zeros(1000)}, other)
     found = open_weights(path)
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="it became shorter while it was read"):
+    assert found["a"].sum() == 1000
+    if change == "in its place":
+        other.replace(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-8] if change == "shorter" else other.read_bytes())
+    with pytest.raises(ValueError, match=r"x\.safetensors: was written again while it was read"):
         found["a"]
 
 
