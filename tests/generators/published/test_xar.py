@@ -80,7 +80,7 @@ def same(found: XAR, wanted: XAR) -> bool:
 # ---------------------------------------------------------------- reading
 
 
-def test_names_and_shapes_that_the_specification_gives():
+def test_published_names_and_shapes():
     shapes = {name: tuple(value.shape) for name, value in published().items()}
     assert shapes["class_emb.weight"] == (1001, 32)
     assert shapes["time_embed.mlp.0.weight"] == (32, 256)

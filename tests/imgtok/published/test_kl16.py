@@ -45,7 +45,7 @@ def same(found: VAE, wanted: VAE) -> bool:
     return found.config == wanted.config and all(torch.equal(v, state[k]) for k, v in found.state_dict().items())
 
 
-def test_names_that_the_specification_gives():
+def test_published_names():
     names = published(model())
     for name in ("nin_shortcut.weight", "downsample.conv.bias"):
         assert any(name in found for found in names)
