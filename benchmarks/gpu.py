@@ -17,7 +17,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Models:
     def __init__(self, setup: Setup) -> None:
         self.setup, tiny = setup, setup.tiny
         trunk = TrunkConfig(width=64, depth=2) if tiny else TrunkConfig(width=64 * 18, depth=18)
-        self.gpt = flextok_size(2 if tiny else 12)
+        self.gpt = replace(flextok_size(2), num_tokens=16, vocab_size=1000) if tiny else flextok_size(12)
         self.xar = XARConfig(width=64, depth=1, num_heads=2) if tiny else xar_size("B")
         self.flextok = FlexTokConfig(image_size=32 if tiny else 256, patch_size=8, encoder=trunk, decoder=trunk)
         self.steps = 2 if tiny else 25
@@ -95,8 +95,8 @@ class Models:
     def labels(self, count: int) -> Tensor:
         return torch.arange(count, device=self.setup.device) % 1000
 
-    def ids(self, count: int, columns: int = 256) -> Tokens:
-        return Tokens.full(torch.randint(64000, (count, columns), device=self.setup.device))
+    def ids(self, count: int, columns: int) -> Tokens:
+        return Tokens.full(torch.randint(self.gpt.vocab_size, (count, columns), device=self.setup.device))
 
     def pictures(self, count: int) -> Tensor:
         side = self.flextok.image_size
@@ -111,7 +111,7 @@ class Models:
         few, pictures = self.ids(batch, 16), self.pictures(batch)
         decoding = FlexTokDecoding(steps=self.steps, guidance=7.5)
         calls = {
-            ("gpt", "sample 256 ids"): lambda m: m.generate(labels, seed=0, indices=indices),
+            ("gpt", f"sample {self.gpt.num_tokens} ids"): lambda m: m.generate(labels, seed=0, indices=indices),
             ("xar", "sample"): lambda m: m.generate(labels, seed=0, indices=indices, sampling=self.flow),
             ("flextok", f"decode 16 ids, {self.steps} steps"): lambda m: m.decode(few, decoding=decoding),
             ("flextok", "encode"): lambda m: m.encode(pictures),
@@ -122,7 +122,7 @@ class Models:
     def training(self, batch: int, *, compiled: bool) -> Iterator[Row]:
         """A training step of each."""
         inputs = {
-            "gpt": lambda: (self.ids(batch), self.labels(batch)),
+            "gpt": lambda: (self.ids(batch, self.gpt.num_tokens), self.labels(batch)),
             "xar": lambda: (self.latents(batch), self.labels(batch)),
             "flextok": lambda: (self.pictures(batch),),
         }
