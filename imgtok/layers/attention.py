@@ -74,7 +74,8 @@ class Attention(nn.Module):
         values join those of earlier calls; its window says what is seen of them, or else looks, which count from the
         cache's first key. A `record` keeps the map of what a mask says.
         """
-        qkv = rearrange(self.qkv_proj(x_BLD), "b l (three h e) -> three b h l e", three=3, h=self.num_heads)
+        qkv = self.qkv_proj(x_BLD).unflatten(-1, (3, self.num_heads, -1))  # einops takes longer
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, E)
         qk, v = qkv[:2], qkv[2]
         if self.qk_norm:
             qk = layer_norm(qk)
@@ -93,7 +94,7 @@ class Attention(nn.Module):
             out_BHLE = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         else:
             out_BHLE = self._attend(q, k, v, mask, causal)
-        return self.dropout(self.out_proj(rearrange(out_BHLE, "b h l e -> b l (h e)")))
+        return self.dropout(self.out_proj(out_BHLE.transpose(1, 2).flatten(2)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         dropped = self.weight_dropout if self.training else 0.0
