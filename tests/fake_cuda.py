@@ -69,9 +69,9 @@ def invented(tensor: Tensor) -> bool | int | float:
     return hasattr(tensor, "holds") if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
 
 
-def line(what: str) -> str:
-    """The innermost line of the suite that is at work, or else of who called it."""
-    stack = traceback.extract_stack()
+def line(what: str, stack: traceback.StackSummary | None = None) -> str:
+    """The innermost line of the suite that is at work, or was in `stack`, or else of who called it."""
+    stack = traceback.extract_stack() if stack is None else stack
     frames = [frame for frame in stack if frame.filename != __file__ and "site-packages" not in frame.filename]
     places = [(frame, Path(frame.filename).resolve()) for frame in frames]
     ours = [(frame, path) for frame, path in places if any(folder in path.parents for folder in OURS)]
@@ -92,14 +92,18 @@ def move(model: nn.Module) -> nn.Module:
 def run(make: Callable[[], nn.Module], work: Callable[[Any], object]) -> Watch:
     """Make a model, move it to the fake device, and do `work` with it; what was counted in the work.
 
-    Raises what torch raises, such as RuntimeError for tensors of two devices.
+    Raises what torch raises, such as RuntimeError for tensors of two devices, with the line as a note.
     """
     model = make()
     with FakeTensorMode(allow_non_fake_inputs=True):
         with Watch():
             moved = move(model)
         with Watch() as watch:
-            work(moved)
+            try:
+                work(moved)
+            except RuntimeError as error:
+                error.add_note(line("raised", traceback.extract_tb(error.__traceback__)))
+                raise
     return watch
 
 

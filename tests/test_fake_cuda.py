@@ -93,8 +93,9 @@ def test_a_copy_in_a_loop_is_found():
 def test_a_tensor_of_the_host_in_a_forward_is_an_error(monkeypatch):
     hidden = GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, *a, **k: hidden(self, *a, **k) + torch.zeros(self.config.width))
-    with pytest.raises(RuntimeError, match=r"same device, but found at least two devices, cuda:0 and cpu"):
+    with pytest.raises(RuntimeError, match=r"same device, but found at least two devices, cuda:0 and cpu") as caught:
         fake_cuda.run(lambda: kinds.build(LINES["gpt"]), lambda model: kinds.train(model, kinds.inputs(model, 4, CUDA)))
+    assert any(note.startswith("raised at generators/gpt.py") for note in caught.value.__notes__)
 
 
 def test_what_lies_on_the_host_is_computed():
