@@ -40,7 +40,7 @@ LOOKS_LIKE = "a published FlexTok"
 # ---------------------------------------------------------------- sizes
 
 SIZES: Mapping[str, tuple[int, int]] = {"d12-d12": (12, 12), "d18-d18": (18, 18), "d18-d28": (18, 28)}
-"""Depth of the encoder and of the decoder of the published models (section 1)."""
+"""Depth of the encoder and of the decoder of the published models (arXiv 2502.13967)."""
 
 
 def sized_config(size: str, vae: VAEConfig | None = None) -> FlexTokConfig:

@@ -3,7 +3,7 @@
 The network is timm's vision transformer (another than DINOv2 will do), the weights Meta's published `.pth` or timm's
 own safetensors: a file on this machine or, where that is asked for, a download from the Hugging Face Hub. Images are
 brought to one size (bicubic with antialiasing), because the network's positions are those of a fixed grid, and
-normalised as it was trained. The features are those behind the last LayerNorm.
+normalised as it was trained. The features are those after the last LayerNorm.
 
 Shapes: B batch, N patches of (size / patch)^2, D width.
 """
@@ -187,7 +187,7 @@ def _settings(model: str, fields: Fields) -> Any:
 
     try:
         settings = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    except RuntimeError:  # timm's word for an unknown tag behind the dot
+    except RuntimeError:  # timm's word for an unknown tag after the dot
         settings = None
     if settings is None:
         known = ", ".join(timm.list_pretrained("*dinov2*"))

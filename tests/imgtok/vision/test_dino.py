@@ -33,7 +33,7 @@ def weights(net, tmp_path) -> Path:
     return tmp_path / "dino.safetensors"
 
 
-def test_features_are_those_of_timm_behind_its_last_norm(net, weights):
+def test_features_are_those_of_timm_after_its_last_norm(net, weights):
     teacher = dino.load(TINY, weights, size=64)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     found = teacher(images)

@@ -117,4 +117,4 @@ def test_the_real_network_with_random_weights(tmp_path, monkeypatch):
     assert torch.equal(found.pool, pool)
     assert torch.equal(found.logits, logits)
     assert found.spatial.shape == (2, 2023)
-    assert found.spatial.min() == 0  # behind the rectifier
+    assert found.spatial.min() == 0  # after the rectifier
