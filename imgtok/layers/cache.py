@@ -7,6 +7,11 @@ Python knows how much, nothing is asked of the device, and attention runs over t
 (after speculation, say) take the general path: keys scattered to their positions, attention over the whole capacity
 under a mask, so that shapes stay the same from call to call.
 
+Near the end of a cache a window of L positions does not fit any more. Where lengths are known to the host (equal rows,
+or rows on the CPU) `open` says so. On an accelerator it would have to wait for them: there the caller keeps count and
+shifts the window back, so that it ends at the capacity. Its first positions are then ones that the row already holds,
+and are written again with the same ids.
+
 Shapes: R rows, L new positions, S columns looked at, H heads, E head width, P columns of a prefix.
 """
 
@@ -158,13 +163,17 @@ class KVCache:
     def open(self, num_new: int, positions: Tensor | None = None, *, causal: bool = True) -> Window:
         """The window of a call with `num_new` positions a row, which the cache holds from now on.
 
-        They follow what each row holds, or are `positions` (R, L): consecutive, and none beyond a row's length, which
-        is not checked. A position sees the keys of its row at its own position and before. With `causal=False` the
-        caller says what is seen.
+        They follow what each row holds, or are `positions` (R, L): consecutive, and the first of them none beyond a
+        row's length, which is not checked. A position sees the keys of its row at its own position and before. With
+        `causal=False` the caller says what is seen.
+
+        Raises ValueError for positions past the capacity; of rows that differ, only where they lie on the CPU and
+        nothing is being compiled (see the head of this file).
         """
         if positions is None and self.length is not None:
             start, stop = self.length, self.length + num_new
-            assert stop <= self.capacity, "the cache was made for a shorter sequence"
+            if stop > self.capacity:
+                raise ValueError(f"the cache was made for a shorter sequence: {self.capacity} positions, not {stop}")
             self.length = stop
             mask = None
             if causal and (self.prefix_mask is not None or (num_new > 1 and start > 0)):
@@ -174,6 +183,13 @@ class KVCache:
         lengths = self.lengths
         if positions is None:
             positions = lengths[:, None] + torch.arange(num_new, device=lengths.device)
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            stop = int(positions.max()) + 1 if positions.numel() else 0
+            if stop > self.capacity:
+                raise ValueError(
+                    f"the cache was made for a shorter sequence: {self.capacity} positions, not {stop}; a window near "
+                    "the end of a row has to start earlier, at positions that are given"
+                )
         self.length, self._lengths = None, torch.maximum(lengths, positions[:, -1] + 1)
         mask = causal_mask(positions, self.capacity, self.prefix_mask) if causal else None
         return Window(slice(None), slice(0), positions, mask, causal=False)
@@ -184,7 +200,9 @@ class KVCache:
 
     def truncate(self, lengths: int | Tensor) -> None:
         """Forgets what rows hold beyond `lengths`, one number for all or (R,)."""
-        if isinstance(lengths, int) and self.length is not None:
+        if isinstance(lengths, int) and lengths == 0:  # all rows hold equally much again
+            self.length, self._lengths = 0, None
+        elif isinstance(lengths, int) and self.length is not None:
             self.length = min(self.length, lengths)
         else:
             held = self.lengths

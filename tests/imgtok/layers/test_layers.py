@@ -77,7 +77,7 @@ def test_a_cache_continues_where_it_stopped():
     parts = [call(x[:, :3]), *(call(x[:, i : i + 1]) for i in range(3, 6))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-6, rtol=1e-5)
     assert cache.length == 6
-    with pytest.raises(AssertionError, match="shorter sequence"):
+    with pytest.raises(ValueError, match="shorter sequence: 6 positions, not 7"):
         call(x[:, :1])
 
 
