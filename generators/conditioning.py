@@ -154,11 +154,47 @@ class Reading:
 
     prefix_record: AttentionRecord | None = None
     """What keeps the maps of a caption that stands in the slots, if they are asked for."""
+    labels: Tensor | None = None
+    """(R,): the classes, for a network that is modulated by them (xAR)."""
+
+    def __len__(self) -> int:
+        """R."""
+        seen = (self.prefix, self.labels, None if self.memory is None else self.memory.mask)
+        return next((len(part) for part in seen if part is not None), 0)
+
+    def rows(self, rows: slice) -> Reading:
+        """What some of the conditions are."""
+        prefix, mask, labels = (
+            None if part is None else part[rows] for part in (self.prefix, self.prefix_mask, self.labels)
+        )
+        memory = None if self.memory is None else self.memory.rows(rows)
+        return replace(self, prefix=prefix, prefix_mask=mask, memory=memory, labels=labels)
 
     def recorded(self, record: AttentionRecord | None) -> Reading:
         """The same, with a record of what is seen of the captions; None records nothing."""
         memory = None if self.memory is None else self.memory.recorded(record)
         return replace(self, memory=memory, prefix_record=None if self.prefix_mask is None else record)
+
+
+Control = Callable[[int, Reading], Reading | None]
+"""A control of `generate`: `control(step, reading)` is called before each step, with the number of tokens (GPT), or of
+steps over all entities (xAR), that are done, and the reading that the network sees: of the images and, where anything
+is guided, of as many conditions that say nothing. What it returns is seen from this step on; None keeps the reading.
+Only the prefix, its mask, the memory and the records may change, not the number of rows. Gradients are on while it
+runs, and off in the network's own calls."""
+
+
+def controlled(control: Control | None, step: int, reading: Reading) -> Reading:
+    """The reading for a step. Raises ValueError for one that a control gave other rows or labels."""
+    if control is None:
+        return reading
+    with torch.enable_grad():
+        new = control(step, reading)
+    if new is None:
+        return reading
+    if len(new) != len(reading) or new.labels is not reading.labels:
+        raise ValueError("control: a reading has to keep its rows and labels")
+    return new
 
 
 class ConditionalGenerator(nn.Module, Pretrained):
@@ -211,7 +247,8 @@ class ConditionalGenerator(nn.Module, Pretrained):
         alone.
 
         A generator of tokens also takes `num_tokens`. `on_step(done)` or `on_step(done, latents)` follows the drawing:
-        how much is done, and what the latents are expected to become.
+        how much is done, and what the latents are expected to become. The generators of this suite take a `Reading`
+        in place of the condition too, and a `control`, which may replace it between steps.
         """
         raise NotImplementedError
 
@@ -254,12 +291,35 @@ class ConditionalGenerator(nn.Module, Pretrained):
         assert isinstance(none, Tensor)
         return torch.cat([condition, none])
 
+    def reading(self, condition: Condition, *, guided: bool = True) -> Reading:
+        """What `generate` reads of the condition of B images: that of 2B rows, the conditions and as many that say
+        nothing; or, with `guided=False`, of B rows.
+
+        It may be recorded or edited, and handed to `generate` in place of the condition. Raises ValueError for a
+        condition that the model does not know.
+        """
+        condition = self._checked(condition)
+        return self.read(self.with_unconditional(condition) if guided else condition)
+
+    def _reading(self, condition: Condition | Reading, count: int, *, guided: bool) -> Reading:
+        """What `generate` reads for `count` images; a reading that was given has to fit, or for `guided=False` its
+        first half. Raises ValueError otherwise.
+        """
+        reading = condition if isinstance(condition, Reading) else self.reading(condition, guided=guided)
+        rows = 2 * count if guided else count
+        if isinstance(condition, Reading) and not guided and len(reading) == 2 * count:
+            reading = reading.rows(slice(count))
+        if len(reading) != rows:
+            which = "of both streams: see `reading`" if guided else "or one of both streams"
+            raise ValueError(f"{count} images need a reading of {rows} rows ({which}), not of {len(reading)}")
+        return reading
+
     def read(self, condition: Condition | Reading) -> Reading:
         """What the network sees of the conditions; of a reading, itself."""
         if isinstance(condition, Reading):
             return condition
         if isinstance(condition, Tensor):
-            return Reading()
+            return Reading(labels=condition)
         assert self.text_proj is not None, "a class-conditional model was called with captions"
         weight = next(self.text_proj.parameters())
         captions = self._placed(condition)

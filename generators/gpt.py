@@ -1,9 +1,10 @@
 """GPT over image tokens: LlamaGen (arXiv 2406.06525) and FlexTok's generators (arXiv 2502.13967).
 
-A decoder-only transformer reads one condition slot and then the tokens, and predicts at each position the
-token that follows. The slot is a class's embedding (LlamaGen), or a learned start vector to which the class's
-embedding is added (FlexTok), or the start vector alone while every block also attends to the features of a
-caption (FlexTok from text). Conditions are dropped now and then while training, so that sampling can be guided
+A decoder-only transformer reads a prefix of condition slots and then the tokens, and predicts at each position the
+token that follows. The prefix is one slot with a class's embedding (LlamaGen), or with a learned start vector to which
+the class's embedding is added (FlexTok), or with the start vector alone while every block also attends to the features
+of a caption (FlexTok from text); or it is as many slots as a caption may have features, which stand there (LlamaGen
+from text). Conditions are dropped now and then while training, so that sampling can be guided
 away from "no class" or the empty caption. Token sequences are ordered (learned positions; FlexTok) or a raster
 (two-dimensional rotary; LlamaGen), of one length or ended by an end mark; where a tokenizer picks slots (KARL), a
 token's slot is drawn before its id and read beside it. Training and sampling run the same `hidden` path; sampling hands
@@ -31,6 +32,7 @@ from imgtok.generators.conditioning import (
     Condition,
     ConditionalGenerator,
     ConditionConfig,
+    Control,
     Reading,
     StartPlusClass,
     TextCrossAttention,
@@ -265,7 +267,7 @@ class GPT(ConditionalGenerator):
         reading = super().read(condition)
         if isinstance(condition, Reading) or reading.prefix is not None:
             return reading
-        return replace(reading, prefix=self.slot(condition)[:, None])
+        return replace(reading, prefix=self.slot(condition)[:, None], labels=None)
 
     def slot(self, condition: Condition) -> Tensor:
         """What stands before the tokens, (B, D)."""
@@ -383,21 +385,25 @@ class GPT(ConditionalGenerator):
 
     def generate(
         self,
-        condition: Condition,
+        condition: Condition | Reading,
         *,
         seed: int,
         indices: Sequence[int],
         sampling: TokenSampling | None = None,
         num_tokens: int | None = None,
         on_step: Callable[[int], None] | None = None,
+        control: Control | None = None,
         cached: bool = True,
     ) -> Tokens:
-        """Tokens (B, num_tokens), or fewer in rows that end, for labels (B,), -1 for no class, or captions; the first
-        of a longer request are those of a shorter one, and row b uses the uniforms of (`seed`, `indices[b]`) alone.
+        """Tokens (B, num_tokens), or fewer in rows that end, for labels (B,), -1 for no class, or captions, or for what
+        `reading` made of them; the first of a longer request are those of a shorter one, and row b uses the uniforms of
+        (`seed`, `indices[b]`) alone.
 
-        `on_step` is told how many tokens are drawn. `cached=False` recomputes the whole prefix at each step: slow, kept
-        as the oracle of the cache. Raises ValueError for a condition that the model does not know or more tokens than
-        it draws.
+        `on_step` is told how many tokens are drawn. A `control` may replace the reading before each token, see
+        `conditioning.Control`: what the cache holds stays as it was computed, unless the `prefix` is another tensor,
+        with which the tokens drawn so far are computed anew. `cached=False` recomputes the whole prefix at each step:
+        slow, kept as the oracle of the cache. Raises ValueError for a condition that the model does not know or more
+        tokens than it draws.
         """
         count = self.config.num_tokens if num_tokens is None else num_tokens
         if not 1 <= count <= self.config.num_tokens:
@@ -411,14 +417,16 @@ class GPT(ConditionalGenerator):
             randomness.uniform(seed, indices, shape, "slots")[:, :count] if self.config.num_slots else None,
         )
         loop = decoding.cached if cached else decoding.plain
-        return loop(self, self._checked(condition), uniforms, sampling, on_step)
+        return loop(self, condition, uniforms, sampling, on_step, control)
 
     def rates(self) -> list[int]:
         """Every number of tokens up to all: a longer draw begins with the shorter one. None if sequences end."""
         return [] if self.config.ends else list(range(1, self.config.num_tokens + 1))
 
     def check_decoder(self, decoder: nn.Module) -> None:
-        """Raises ValueError for anything but a tokenizer of this vocabulary, these slots and at least this length."""
+        """Raises ValueError for anything but a tokenizer of this vocabulary and these slots, whose sequences end where
+        the model's do and may be as long.
+        """
         config = self.config
         if not isinstance(decoder, Tokenizer):
             raise ValueError(f"the generator draws tokens, which a {type(decoder).__name__} does not decode")
@@ -427,29 +435,42 @@ class GPT(ConditionalGenerator):
                 f"the generator draws {config.num_tokens} tokens of {config.vocab_size}, but the tokenizer decodes "
                 f"{decoder.num_tokens} of {decoder.vocab_size}: they were not trained together"
             )
+        if config.ends == decoder.fixed_length:
+            drawn = "sequences that end" if config.ends else "as many tokens for every image"
+            takes = "takes as many tokens for every image" if decoder.fixed_length else "takes sequences that end"
+            raise ValueError(f"the generator draws {drawn}, but the tokenizer {takes}: they were not trained together")
         if (config.num_slots or None) != decoder.num_slots:
             raise ValueError(
                 f"the generator draws tokens of {config.num_slots or 'no'} slots, but the tokenizer has "
                 f"{decoder.num_slots or 'none'}: they were not trained together"
             )
 
-    def first_state(self, condition: Condition | Reading, cache: KVCache) -> Tensor:
-        """The state (R, 1, D) that predicts the first token; the condition goes into an empty cache."""
+    def prefill(self, condition: Condition | Reading, cache: KVCache) -> Tensor:
+        """What comes first, (R, 1, ...), as `step` says it; the condition, or what `read` made of it, goes into an
+        empty cache.
+        """
         assert cache.length == 0, "a prefill wants an empty cache: truncate it to 0"
         none = torch.empty(len(cache), 0, dtype=torch.long, device=self.device)
-        return self.hidden(condition, none, cache, slots=none)[:, -1:]
+        return self.predict(self.hidden(condition, none, cache, slots=none)[:, -1:])
 
-    def prefill(self, condition: Condition | Reading, cache: KVCache) -> Tensor:
-        """Logits (R, 1, V) of the first token; the condition, or what `read` made of it, goes into an empty cache."""
-        return self.read_out(self.first_state(condition, cache))
-
-    def step(self, ids_RL: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
+    def step(
+        self, ids_RL: Tensor, cache: KVCache, positions: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
         """Logits (R, L, V) of the token after each of `ids_RL`, which follow what each row of the cache holds.
 
+        A model that draws slots needs the `slots` (R, L) of the ids. What it draws next is a slot, and the law of the
+        id depends on that: so it gives states (R, L, D), for `slot_logits(states)` and then `read_out(states, slots)`.
+
         With `positions` (R, L), those of the ids in the cache, prefix included, shapes depend on L alone: what
-        torch.compile and CUDA graphs need. See `KVCache.open`.
+        torch.compile and CUDA graphs need. See `KVCache.open`, also for what to do near the end of a cache.
         """
-        return self.read_out(self.hidden(None, ids_RL, cache, positions))
+        return self.predict(self.hidden(None, ids_RL, cache, positions, slots))
+
+    def predict(self, states: Tensor) -> Tensor:
+        """What a token is drawn from, of the normed states (..., D) before it: its logits (..., V), or the states where
+        its slot is drawn first.
+        """
+        return states if self.config.num_slots else self.read_out(states)
 
     def new_cache(self, rows: int, num_tokens: int) -> KVCache:
         """An empty cache for the drawing of `num_tokens` tokens, the last of which never enters."""

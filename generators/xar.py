@@ -34,6 +34,7 @@ from imgtok.generators.conditioning import (
     Condition,
     ConditionalGenerator,
     ConditionConfig,
+    Control,
     Reading,
     TextCrossAttention,
 )
@@ -303,7 +304,7 @@ class XAR(ConditionalGenerator):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Xavier for every matrix, modulation and readout included; 0.02 for tables (section 3.4 of the code)."""
+        """Xavier for every matrix, modulation and readout included; 0.02 for tables: as the published code does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -353,11 +354,11 @@ class XAR(ConditionalGenerator):
         own copy of its entity's modulation; `xar_fast.velocity` is the same with less work.
         """
         which = self.entity[: x.shape[1]]
-        labels = condition[:, None] if isinstance(condition, Tensor) else None
-        memory = self.read(condition).memory
+        reading = self.read(condition)
+        labels = None if reading.labels is None else reading.labels[:, None]
         modulations = [part[:, which] for part in self.modulations(self.condition(t, labels))]
         sight = Look(slice(None), slice(None), which[:, None] >= which)
-        return self.network(x, modulations, slice(0, x.shape[1]), [sight], memory=memory)
+        return self.network(x, modulations, slice(0, x.shape[1]), [sight], memory=reading.memory)
 
     def network(
         self,
@@ -453,25 +454,28 @@ class XAR(ConditionalGenerator):
             finished.append(plan.solve(velocity, draws))
         return self.entities.join(torch.cat(finished, dim=1))
 
-    @torch.no_grad()
     def generate(
         self,
-        condition: Condition,
+        condition: Condition | Reading,
         *,
         seed: int,
         indices: Sequence[int],
         sampling: FlowSampling | None = None,
         on_step: Callable[[int, Tensor | None], None] | None = None,
+        control: Control | None = None,
     ) -> Tensor:
-        """Latents (B, C, G, G) for labels (B,), -1 for no class, or captions; row b uses the noise of (`seed`,
-        `indices[b]`) alone.
+        """Latents (B, C, G, G) for labels (B,), -1 for no class, or captions, or for what `reading` made of them; row b
+        uses the noise of (`seed`, `indices[b]`) alone.
 
         `on_step` is told the number of steps done, over all entities, and what the latents are expected to become, with
-        zeros where no entity has begun (None while only small scales are there). Raises ValueError for a condition that
-        the model does not know.
+        zeros where no entity has begun (None while only small scales are there). A `control` may replace the reading
+        before each step, see `conditioning.Control`; finished entities in the cache stay as they were computed. Raises
+        ValueError for a condition that the model does not know.
         """
-        condition, plans = self._checked(condition), self._plans(sampling)
-        network = xar_fast.SamplingNetwork(self, condition, plans)
+        plans = self._plans(sampling)
+        with torch.no_grad():
+            reading = self._reading(condition, len(indices), guided=any(plan.ever_guided for plan in plans))
+            network = xar_fast.SamplingNetwork(self, reading, plans, control)
         done = 0
         for plan, draws in zip(plans, self._draws(plans, seed, indices), strict=True):
             report = None if on_step is None else self._report(on_step, done, network.finished)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from imgtok import flow
-from imgtok.generators.conditioning import Condition
+from imgtok.generators.conditioning import Condition, Control, Reading, controlled
 from imgtok.generators.entities import Entities
 from imgtok.layers.attention import Look
 from imgtok.layers.cache import KVCache, Memory
-from imgtok.text.captions import Captions
 
 if TYPE_CHECKING:
     from imgtok.generators.xar import XAR, EntityPlan
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- several entities in one call
 
 
-def velocity(model: XAR, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def velocity(model: XAR, x: Tensor, t: Tensor, condition: Condition | Reading) -> Tensor:
     """`XAR.velocity` of the first entities of R sequences, as training calls it: x (R, L, C), t (R, N) -> (R, L, C)."""
-    labels = condition[:, None] if isinstance(condition, Tensor) else None
-    memory = model.read(condition).memory
+    reading = model.read(condition)
+    labels = None if reading.labels is None else reading.labels[:, None]
     span = Span.of(model.entities, 0, t.shape[1], model.entity)
-    return span.call(model, x, model.modulations(model.condition(t, labels)), memory=memory)
+    return span.call(model, x, model.modulations(model.condition(t, labels)), memory=reading.memory)
 
 
 @dataclass(frozen=True)
@@ -111,30 +110,37 @@ class SamplingNetwork:
 
     Rows are the images with their classes or captions and, if anything is guided, the same images without: two
     branches. An entity enters the cache once, finished and at time 0: the first call after it carries it before the
-    current one. A branch that is not called (no guidance for an entity, or at a time) falls behind and catches up in
-    the same way, so the null branch of a first entity with guidance 1 is never computed. Captions are read once.
+    current one. A branch that is not called (no guidance for an entity, or at a time) falls back and catches up in
+    the same way, so the null branch of a first entity with guidance 1 is never computed. Captions are read once, unless
+    a control reads them anew.
     """
 
-    def __init__(self, model: XAR, condition: Condition, plans: Sequence[EntityPlan]) -> None:
+    def __init__(
+        self, model: XAR, reading: Reading, plans: Sequence[EntityPlan], control: Control | None = None
+    ) -> None:
+        """`reading` is that of the images or, if anything is guided, of both branches; `control` that of `generate`."""
         guided = any(plan.ever_guided for plan in plans)
-        rows = model.with_unconditional(condition) if guided else condition
         self.model = model
-        self.batch = len(condition)
-        self.memory = model.read(rows).memory
+        self.batch = len(reading) // 2 if guided else len(reading)
+        self.reading = reading
+        self.control = control
         self.plans = plans
         row_of: dict[float, int] = {}  # entities share the times, and so the rows of the table
         self.rows = [[row_of.setdefault(t, len(row_of)) for t in plan.times] for plan in plans]
-        self.modulations = ModulationTable(model, rows, self.batch, list(row_of))
+        self.modulations = ModulationTable(model, reading, self.batch, list(row_of))
         self.finished: list[Tensor] = []
         self.held = [0, 0]  # entities in the cache, by branch
         config, length = model.config, model.entities.length
         self.cache = KVCache(
-            2 * config.depth, len(rows), config.num_heads, length, config.head_dim, model.readout.weight
+            2 * config.depth, len(reading), config.num_heads, length, config.head_dim, model.readout.weight
         )
 
     def velocity(self, x: Tensor, step: int, t: float) -> Tensor:
         """The velocity of the entity x (B, l, C) after the finished ones, guided as its plan says."""
         plan = self.plans[len(self.finished)]
+        if self.control is not None:
+            done = sum(before.steps for before in self.plans[: len(self.finished)])
+            self.reading = controlled(self.control, done + step, self.reading)
         if not plan.guided(t):
             return self._call(x, step, CONDITIONAL)
         if self.held[0] == self.held[1]:
@@ -143,9 +149,10 @@ class SamplingNetwork:
             v_cond, v_null = self._call(x, step, CONDITIONAL), self._call(x, step, NULL)
         return flow.classifier_free_guidance(v_cond, v_null, plan.guidance)
 
+    @torch.no_grad()
     def _call(self, x: Tensor, step: int, branches: range) -> Tensor:
         """Velocities of the current entity x (B, l, C) at a step, for the rows of the branches."""
-        current, held = len(self.finished), self.held[branches.start]
+        current, held, memory = len(self.finished), self.held[branches.start], self.reading.memory
         new, rows = self.finished[held:], slice(branches.start * self.batch, branches.stop * self.batch)
         offsets = self.model.entities.offsets
         tokens = torch.cat([*new, x], dim=1).repeat(len(branches), 1, 1)
@@ -154,7 +161,7 @@ class SamplingNetwork:
             self.model,
             tokens.to(self.model.readout.weight.dtype),
             self.modulations.of_span(len(new), self.rows[current][step], rows),
-            memory=None if self.memory is None else self.memory.rows(rows),
+            memory=None if memory is None else memory.rows(rows),
             cache=self.cache.rows(rows, offsets[held]),
             last_only=True,
         )
@@ -174,16 +181,16 @@ class ModulationTable:
     the number of rows, and an image must not tell which classes were drawn beside it.
     """
 
-    def __init__(self, model: XAR, condition: Condition, batch: int, times: Sequence[float]) -> None:
+    def __init__(self, model: XAR, reading: Reading, batch: int, times: Sequence[float]) -> None:
         """The first `batch` of the conditions are those of images; any others are none."""
         self.model = model
         self.labels: Tensor | None = None
-        if isinstance(condition, Captions):  # the modulation knows the time alone: one row of it serves all
-            self.row = torch.zeros(len(condition), dtype=torch.long, device=condition.features.device)
+        labels, device = reading.labels, model.readout.weight.device
+        if labels is None:  # the modulation knows the time alone: one row of it serves all
+            self.row = torch.zeros(len(reading), dtype=torch.long, device=device)
         else:
-            classes, nulls = condition[:batch], len(condition) - batch
-            self.row = torch.arange(len(condition), device=condition.device).clamp(max=batch)
-            self.labels = torch.cat([classes, condition[batch : batch + 1]]) if nulls else classes
+            self.row = torch.arange(len(labels), device=device).clamp(max=batch)
+            self.labels = labels[: batch + 1]  # one that is none serves all of them
         self.times = torch.tensor([0.0, *times], device=self.row.device)
         numbers = (1 if self.labels is None else len(self.labels)) * len(model.blocks) * 6 * model.config.width
         self.together = max(1, MOST_NUMBERS // numbers)

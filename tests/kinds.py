@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imgtok import hub
 from imgtok.generators.conditioning import ConditionalGenerator, StartPlusClass, TextCrossAttention, TextPrefix
+from imgtok.generators.decoding import LOOK_EVERY
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPTConfig
 from imgtok.generators.sampling import TokenSampling
@@ -42,6 +43,9 @@ class Line:
     """Arguments of `generate` or `decode` for a few steps or tokens."""
     long: dict[str, Any] = field(default_factory=dict)
     """The same for more of them; the two must not differ where there is no loop."""
+    looks: int = 0
+    """Reads of the device that the longer decoding may add: a GPT whose sequences end looks once every `LOOK_EVERY`
+    tokens whether all of them have."""
     without_gradient: dict[str, str] = field(default_factory=dict)
     """Trainable parameters that the loss does not reach, each with the reason."""
 
@@ -57,9 +61,9 @@ def gpt_slots_step(model: Any, device: torch.device) -> Step:
     """The state that the next slot is drawn from."""
     cache = model.new_cache(2, 4)
     with torch.no_grad():
-        model.first_state(conditions(model, range(2), device), cache)
+        model.prefill(conditions(model, range(2), device), cache)
     ones = torch.ones(2, 1, dtype=torch.long, device=device)
-    return lambda ids, slots: model.slot_logits(model.hidden(None, ids, cache, slots=slots)), (ones, ones)
+    return lambda ids, slots: model.slot_logits(model.step(ids, cache, slots=slots)), (ones, ones)
 
 
 def flextok_step(model: Any, device: torch.device) -> Step:
@@ -78,7 +82,7 @@ def xar_step(model: Any, device: torch.device) -> Step:
     plans = plan_entities(FlowSampling(steps=(2,), guidance=(2.0,) * len(model.entities)), len(model.entities))
     x = torch.ones(2, model.entities.sizes[1], model.config.latent_channels, device=device)
     with torch.no_grad():
-        network = SamplingNetwork(model, conditions(model, range(2), device), plans)
+        network = SamplingNetwork(model, model.reading(conditions(model, range(2), device)), plans)
         network.finished.append(torch.ones(2, model.entities.sizes[0], model.config.latent_channels, device=device))
         network.velocity(x, 0, plans[1].times[0])
     return lambda x: network.velocity(x, 1, plans[1].times[1]), (x,)
@@ -91,6 +95,8 @@ GPT: dict[str, Any] = {"vocab_size": 60, "num_tokens": 9, "width": 32, "depth": 
 XAR: dict[str, Any] = {"latent_channels": 4, "grid": 4, "width": 32, "depth": 2, "num_heads": 2}
 TEXT = TextCrossAttention(text_width=12, text_length=5)
 FEW_IDS, MORE_IDS = {"num_tokens": 3}, {"num_tokens": 8}
+ENDS: dict[str, Any] = GPT | {"ends": True, "num_tokens": 2 * LOOK_EVERY + 2}  # long enough for two looks
+ALL_IDS = {"num_tokens": ENDS["num_tokens"]}
 FEW_STEPS, MORE_STEPS = {"decoding": FlexTokDecoding(steps=2)}, {"decoding": FlexTokDecoding(steps=5, guidance=2.0)}
 FEW_CALLS, MORE_CALLS = {"sampling": FlowSampling(steps=(2,))}, {"sampling": FlowSampling(steps=(5,))}
 
@@ -117,9 +123,9 @@ LINES: dict[str, Line] = {
         long=MORE_IDS | {"sampling": TokenSampling(guidance=2.0, top_k=5, top_p=0.9)},
     ),
     "gpt-text": Line(config=GPTConfig(**GPT, condition=TEXT), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
-    "gpt-ends": Line(config=GPTConfig(**GPT, ends=True), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
+    "gpt-ends": Line(config=GPTConfig(**ENDS), step=gpt_step, short=FEW_IDS, long=ALL_IDS, looks=2),
     "gpt-slots": Line(
-        config=GPTConfig(**GPT, ends=True, num_slots=12), step=gpt_slots_step, short=FEW_IDS, long=MORE_IDS
+        config=GPTConfig(**ENDS, num_slots=40), step=gpt_slots_step, short=FEW_IDS, long=ALL_IDS, looks=2
     ),
     "xar": Line(
         config=XARConfig(**XAR, entities=Cells(height=2, width=2)), step=xar_step, short=FEW_CALLS, long=MORE_CALLS

@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from imgtok.generators.conditioning import ConditionalGenerator, Reading, StartPlusClass, TextCrossAttention, TextPrefix
+from imgtok.generators.conditioning import (
+    ClassModulation,
+    ConditionalGenerator,
+    Reading,
+    StartPlusClass,
+    TextCrossAttention,
+    TextPrefix,
+)
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
-from imgtok.generators.xar import XAR, XARConfig
+from imgtok.generators.sampling import TokenSampling
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.layers import record
 from imgtok.layers.record import AttentionRecord
 from imgtok.text.captions import Captions
@@ -382,3 +390,113 @@ def test_a_reading_says_what_the_network_sees():
     assert isinstance(classes, Reading)
     assert classes.prefix.shape == (2, 1, 32)
     assert xar().read(CAPTIONS).prefix is None
+
+
+# ---------------------------------------------------------------- readings and controls in a drawing
+
+
+def drawn(model: ConditionalGenerator, condition: Captions | Reading | torch.Tensor, **options) -> torch.Tensor:
+    """Ids or latents, guided unless the options say otherwise."""
+    if isinstance(model, XAR):
+        options = {"sampling": FlowSampling(steps=(3,), guidance=(2.0,) * 4), **options}
+    found = model.generate(condition, seed=0, indices=range(3), **options)
+    return found.ids if isinstance(found, Tokens) else found
+
+
+def heavier(reading: Reading) -> Reading:
+    """The same with the last column of each caption weighed down."""
+
+    def weighed(seen: torch.Tensor) -> torch.Tensor:
+        weights = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        weights[..., -1] -= 3
+        weights[..., 0] += 3
+        return weights
+
+    if reading.memory is None:
+        return dataclasses.replace(reading, prefix_mask=weighed(reading.prefix_mask))
+    return dataclasses.replace(reading, memory=dataclasses.replace(reading.memory, mask=weighed(reading.memory.mask)))
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_a_recorded_reading_draws_the_same(build):
+    model, asked = build(), AttentionRecord(layers=[0])
+    expected = drawn(model, CAPTIONS)
+    with torch.no_grad():
+        reading = model.reading(CAPTIONS)
+    assert len(reading) == 6
+    assert torch.equal(drawn(model, reading), expected)
+    assert torch.equal(drawn(model, reading.recorded(asked)), expected)
+    rows = {one.shape[0] for one in asked.maps[0]}
+    assert rows == {6}
+    calls = 9 if isinstance(model, GPT) else 12
+    assert len(asked.maps[0]) == calls
+    with pytest.raises(
+        ValueError, match=r"3 images need a reading of 6 rows \(of both streams: see `reading`\), not of 3"
+    ):
+        drawn(model, reading.rows(slice(3)))
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_a_reading_draws_unguided_with_its_first_half(build):
+    model = build()
+    sampling = FlowSampling(steps=(3,), guidance=(1.0,)) if isinstance(model, XAR) else TokenSampling(guidance=1.0)
+    expected = drawn(model, CAPTIONS, sampling=sampling)
+    assert torch.equal(drawn(model, model.reading(CAPTIONS, guided=False), sampling=sampling), expected)
+    torch.testing.assert_close(drawn(model, model.reading(CAPTIONS), sampling=sampling), expected)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_classes_can_be_read_before_they_are_drawn(cached):
+    labels = torch.tensor([0, 4, -1])
+    model = gpt(StartPlusClass(num_classes=5))
+    assert torch.equal(drawn(model, model.reading(labels), cached=cached), drawn(model, labels, cached=cached))
+    classes = {"kind": "class", "num_classes": 5}
+    model = awake(XAR(dataclasses.replace(xar().config, condition=ClassModulation(**classes))))
+    assert torch.equal(drawn(model, model.reading(labels)), drawn(model, labels))
+
+
+@pytest.mark.parametrize("options", [{}, {"cached": False}], ids=["cached", "plain"])
+@pytest.mark.parametrize("build", MODELS)
+def test_a_control_changes_what_follows_its_step(build, options):
+    model, seen = build(), []
+    options = {} if isinstance(model, XAR) else options  # which draws one way
+    last = 9 if isinstance(model, GPT) else 12
+    at = 4 if isinstance(model, GPT) else 6  # the third entity
+
+    def control(step: int, reading: Reading) -> Reading | None:
+        assert torch.is_grad_enabled()
+        seen.append(step)
+        return heavier(reading) if step == at else None
+
+    expected, found = drawn(model, CAPTIONS, **options), drawn(model, CAPTIONS, control=control, **options)
+    assert seen == list(range(last))
+    assert not found.requires_grad
+    if isinstance(model, XAR):
+        expected, found, at = model.entities.cut(expected), model.entities.cut(found), 8
+    assert torch.equal(found[:, :at], expected[:, :at])
+    assert not torch.equal(found[:, at:], expected[:, at:])
+
+
+def test_a_control_from_the_start_is_another_reading():
+    for build in (gpt, xar, lambda: gpt(BEFORE)):
+        model = build()
+        edited = heavier(model.reading(CAPTIONS))
+        found = drawn(model, CAPTIONS, control=lambda step, reading: heavier(reading) if step == 0 else None)
+        assert torch.equal(found, drawn(model, edited))
+
+
+def test_another_prefix_is_read_with_the_tokens_so_far():
+    """As by recomputing everything at each step."""
+    model, other = gpt(BEFORE), gpt(BEFORE).reading(CAPTIONS[[1, 2, 0]])
+    ids = [
+        drawn(model, CAPTIONS, control=lambda step, reading: other if step == 4 else None, cached=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(ids[0], ids[1])
+    assert not torch.equal(ids[0], drawn(model, CAPTIONS))
+
+
+def test_a_control_keeps_the_rows():
+    for model in (gpt(), xar()):
+        with pytest.raises(ValueError, match="control: a reading has to keep its rows and labels"):
+            drawn(model, CAPTIONS, control=lambda step, reading: reading.rows(slice(2)))

@@ -166,6 +166,53 @@ def test_one_step_over_a_filled_cache_can_be_differentiated():
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
+@torch.no_grad()
+def test_a_cache_is_empty_again_after_ragged_use():
+    model = build()
+    condition, ids = some_condition(model), randint(24, 3, 16)
+    cache = model.new_cache(3, 16)
+    expected = model.prefill(condition, cache)
+    model.step(ids[:, :4], cache)
+    cache.truncate(torch.tensor([2, 4, 3]))
+    model.step(ids[:, :2], cache)
+    cache.truncate(0)
+    assert (cache.length, cache.lengths.tolist()) == (0, [0, 0, 0])
+    assert torch.equal(model.prefill(condition, cache), expected)
+
+
+@torch.no_grad()
+def test_a_window_past_the_end_is_refused_and_one_shifted_back_is_right():
+    model = build()
+    condition, ids = some_condition(model), randint(24, 3, 16)
+    cache = model.new_cache(3, 16)  # room for the start and 15 tokens
+    expected = model.logits(condition, ids)
+    model.prefill(condition, cache)
+    model.step(ids[:, :14], cache)
+    with pytest.raises(ValueError, match=r"shorter sequence: 16 positions, not 18$"):
+        model.step(ids[:, :3], cache)
+    held = torch.tensor([15, 12, 14])
+    cache.truncate(held)
+    with pytest.raises(ValueError, match=r"not 18; a window near the end of a row has to start earlier"):
+        model.step(ids[:, :3], cache)
+    assert torch.equal(cache.lengths, held)
+    positions = held.clamp(max=13)[:, None] + torch.arange(3)
+    found = model.step(gathered(ids, positions - 1), cache, positions)
+    torch.testing.assert_close(found, gathered(expected, positions), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_steps_with_slots_give_what_the_training_path_gives():
+    model = build(**VARIANTS["slots"])
+    condition, ids = some_condition(model), randint(24, 3, 16)
+    slots = some_slots(model, ids)
+    cache = model.new_cache(3, 16)
+    steps = [model.prefill(condition, cache)]
+    steps += [model.step(ids[:, a:b], cache, slots=slots[:, a:b]) for a, b in ((0, 1), (1, 6), (6, 15))]
+    states = torch.cat(steps, dim=1)
+    torch.testing.assert_close(model.read_out(states, slots), model.logits(condition, ids, slots), atol=1e-5, rtol=1e-5)
+    assert model.slot_logits(states).shape == (3, 16, 41)
+
+
 # ---------------------------------------------------------------- the law of sequences
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from toy import ToyTok, ToyTokConfig
 
 import imgtok
 from imgtok.generators import decoding
@@ -399,3 +400,16 @@ def test_saving_and_loading(tmp_path, variant):
     assert torch.equal(
         ids_of(loaded, LABELS, seed=0, indices=range(3)), ids_of(model, LABELS, seed=0, indices=range(3))
     )
+
+
+def test_a_decoder_takes_sequences_that_end_where_the_model_s_do():
+    tokenizer = ToyTok(ToyTokConfig())  # 16 slots, and as many tokens as an image needs
+    sizes = {"vocab_size": 16, "num_tokens": 16}
+    GPT(dataclasses.replace(TINY, **sizes, ends=True, num_slots=16)).check_decoder(tokenizer)
+    with pytest.raises(
+        ValueError, match=r"draws as many tokens for every image, but the tokenizer takes sequences that"
+    ):
+        GPT(dataclasses.replace(TINY, **sizes)).check_decoder(tokenizer)
+    fixed = type("Fixed", (ToyTok,), {"fixed_length": True})(ToyTokConfig())
+    with pytest.raises(ValueError, match=r"draws sequences that end, but the tokenizer takes as many tokens for every"):
+        GPT(dataclasses.replace(TINY, **sizes, ends=True, num_slots=16)).check_decoder(fixed)

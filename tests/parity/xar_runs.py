@@ -233,7 +233,7 @@ def one_step(model: XAR, case: Case) -> Outputs:
     times = [0.52, 0.3, 0.7, 0.111]
     plan = EntityPlan("stochastic", 4, 1.8, (0.0, 1.0))
     with patch.object(EntityPlan, "times", [1.0, *times]):
-        network = SamplingNetwork(model, inputs["label"], [plan] * 4)
+        network = SamplingNetwork(model, model.reading(inputs["label"]), [plan] * 4)
     first, following = [], []
     with torch.no_grad():
         for cell in range(4):
