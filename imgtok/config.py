@@ -327,7 +327,8 @@ def _with_facts(
             nested.setdefault(head, {})[rest] = fact
             continue
         if head in data:
-            mine = _convert(hints[head], data[head], place.child(head), None)
+            known = fact if dataclasses.is_dataclass(fact) else None  # of a section, what is left out agrees
+            mine = _convert(hints[head], data[head], place.child(head), known)
             if mine != fact:
                 text = f"given {_show(_plain(mine))}, but {holder} decides it: {_show(_plain(fact))}; leave it out"
                 raise place.child(head).error(text, data[head])

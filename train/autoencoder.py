@@ -1,18 +1,18 @@
 """`imgtok train autoencoder`: trains the continuous autoencoder that tokenizers and generators of latents stand on.
 
 What the loop trains is `Judged`, the autoencoder and the losses of its reconstructions in one module
-(imgtok/losses/reconstruction.py). One forward pass gives the sum of both players' losses, each of which reaches one
-player's weights only, so the loop keeps its one backward pass, one AdamW and one checkpoint. The discriminator is a
-group of parameters of its own: its gradient is clipped by its own norm, and its weights are not averaged. It learns
-from the first step, at 2 % of the large autoencoder's arithmetic, and the autoencoder listens to it from
-`loss.adversarial_start` on. Only the autoencoder gets into `final/`.
+(imgtok/losses/reconstruction.py), unless the autoencoder brings a module of its own (`for_training`). One forward pass
+gives the sum of both players' losses, each of which reaches one player's weights only, so the loop keeps its one
+backward pass, one AdamW and one checkpoint. The discriminator is a group of parameters of its own: its gradient is
+clipped by its own norm, and its weights are not averaged. It learns from the first step, at 2 % of the large
+autoencoder's arithmetic, and the autoencoder listens to it from `loss.adversarial_start` on. Only the autoencoder gets
+into `final/`.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,16 +24,15 @@ from imgtok import hub, pictures
 from imgtok.cli import run_job
 from imgtok.config import ByKind, NonNegativeInt, PositiveInt, Range, Section, check
 from imgtok.data.images import DataConfig, ImageSource
-from imgtok.data.loaders import Batch, eval_loader
-from imgtok.hub import Found
+from imgtok.data.loaders import eval_loader
 from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.shapes.world import ShapesConfig
-from imgtok.tokenizers.base import Autoencoder, Losses
+from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, Judged, open_split
+from imgtok.train.image_job import ImageJob, open_split, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, start_from
-from imgtok.train.loop import ParameterGroup, fit
+from imgtok.train.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,45 +91,43 @@ def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
     # first: what a missing file has to say should not wait for the data
     perceptual = config.loss.load_perceptual(config.image_size)
-    init = find_init(config.init, Autoencoder)
-    config = replace(config, model=configure(config.model, init))
-    check_factor(config, config.model)
-    model = build_model(config, init)
+    model, trained = build_model(config)
+    config = replace(config, model=model.config)
     size = config.image_size
     source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
-    fit(AutoencoderJob(config, model, perceptual, source, shown), config.training, config.out, config)
+    job = AutoencoderJob(config, model, trained, perceptual, source, shown)
+    fit(job, config.training, config.out, config)
 
 
-def build_model(config: Config, init: Found | None = None) -> Judged:
-    """An autoencoder with the weights of `init` or fresh ones, and its losses; these depend on the seed alone."""
-    model = configure(config.model, init)
+def build_model(config: Config) -> tuple[Autoencoder, nn.Module]:
+    """An autoencoder with the weights of `init` or fresh ones, and what is trained: it and its losses, which depend on
+    the seed alone.
+    """
+    init = find_init(config, Autoencoder)
+    model_config = configure(config.model, init)
+    check_factor(config, model_config)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
-    start = config.loss.adversarial_start * config.training.accumulate
-    judged = Judged(hub.model_class(model.kind)(model), config.loss, start=start)
-    start_from(judged.model, init, config.init_new, config.init_drop)
-    return judged
+    model: Autoencoder = hub.model_class(model_config.kind)(model_config)
+    trained = to_train(model, config.loss, config.training.accumulate)
+    start_from(model, init, config.init_new, config.init_drop)
+    return model, trained
 
 
 class AutoencoderJob(ImageJob):
     """What the training loop needs to know about an autoencoder."""
 
     def __init__(
-        self, config: Config, model: Judged, perceptual: LPIPS | None, source: ImageSource, shown: ImageSource
+        self,
+        config: Config,
+        model: Autoencoder,
+        trained: nn.Module,
+        perceptual: LPIPS | None,
+        source: ImageSource,
+        shown: ImageSource,
     ) -> None:
-        super().__init__(source, shown, config.training)
+        super().__init__(trained, source, shown, config.training, judges=True, perceptual=perceptual)
         self.config = config
-        self.judged = model
-        self.model: nn.Module = model
-        self.perceptual = perceptual
-
-    def groups(self) -> Sequence[ParameterGroup]:
-        return self.judged.groups()
-
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
-        if self.perceptual is not None:
-            self.perceptual.to(batch.images.device)
-        losses: Losses = model(batch.images, generator=generator, perceptual=self.perceptual)
-        return losses
+        self.autoencoder = model
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
@@ -139,14 +136,14 @@ class AutoencoderJob(ImageJob):
             return
         device = next(model.parameters()).device
         originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
-        decoded = self.judged.model.reconstruct(originals)
+        decoded = self.autoencoder.reconstruct(originals)
         rows = {"original": originals, "decoded": decoded}
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
         pictures.save_png(grid, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The autoencoder's folder, after what is measured at the end was measured on held-out images."""
-        autoencoder = self.judged.model
+        autoencoder = self.autoencoder
         device = next(autoencoder.parameters()).device
         chosen = range(0, len(self.shown), -(-len(self.shown) // 256))  # not the first: those may all be of one class
         batches = eval_loader(self.shown, self.config.training.batch_size, indices=chosen)

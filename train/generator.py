@@ -28,7 +28,7 @@ from imgtok.hub import Found
 from imgtok.tokenizers.base import Losses
 from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition
 from imgtok.train.config import TrainingConfig
-from imgtok.train.initialise import check_kind, configure, find_init, start_from
+from imgtok.train.initialise import Init, check_kind, configure, find_init, start_from
 from imgtok.train.loop import Job, fit
 
 
@@ -101,7 +101,7 @@ def check_inputs(config: Config, model_class: type[ConditionalGenerator]) -> Non
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
-    init = find_init(config.init, ConditionalGenerator)
+    init = find_init(config, ConditionalGenerator)
     kind = config.model.kind if config.model is not None else None
     model_class = hub.model_class(kind) if kind is not None else find_class(config, init)
     found = hub.resolve(config.tokenizer)
@@ -124,10 +124,10 @@ def main(config: Config) -> None:
     fit(GeneratorJob(config, model, content, found, captions), config.training, config.out, config)
 
 
-def find_class(config: Config, init: Found | None) -> type[ConditionalGenerator]:
+def find_class(config: Config, init: Init | None) -> type[ConditionalGenerator]:
     """The class of the model to start from."""
     assert init is not None, "Config has checked this"
-    model_class: type[ConditionalGenerator] = init.model_class
+    model_class: type[ConditionalGenerator] = hub.model_class(init.config.kind)
     check_inputs(config, model_class)
     return model_class
 
@@ -138,8 +138,12 @@ def facts_of(
     """What content and captions decide of the model's configuration."""
     facts = content.facts | condition_facts(content.num_classes, captions)
     fields, kind = model_class.config_class.__dataclass_fields__, model_class.config_class.kind
-    if facts.get("ends") and "ends" not in fields:
-        raise ValueError(f"tokens: each image has as many as it needs; model.kind={kind} learns from one length alone")
+    for name in sorted(content.needed):
+        if name.partition(".")[0] not in fields:
+            raise ValueError(
+                f"{model_class.learns_from}: they have {name} = {facts[name]!r:.60}, and model.kind={kind} has no such "
+                "field: it cannot learn from them"
+            )
     levels = getattr(content.decoder, "levels", ())
     given = config.model.given.get("levels") if isinstance(config.model, Section) else None
     if config.share_digits and not (levels and "levels" in fields):

@@ -1,5 +1,9 @@
 """What the jobs that train on images share: the images, in the loop's batches, held-out ones to show, and the losses of
 what a model decodes while it is trained.
+
+What the loop trains is the model, or a module around it: `Judged`, which has the losses of reconstructions, or one that
+the model brings itself (`for_training`). Such a module is called with images, `generator=` and `perceptual=`, gives
+`Losses`, and declares its groups of parameters by `groups()`.
 """
 
 from __future__ import annotations
@@ -12,16 +16,31 @@ from torch import Tensor, nn
 
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, train_loader
+from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import Perceptual, ReconstructionLoss, ReconstructionLossConfig
-from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job, ParameterGroup
+from imgtok.train.optim import each, whole_model
 
 
 class ImageJob(Job):
-    """Batches of training images and the names in them."""
+    """Batches of training images and the names in them, the losses and the groups of what is trained on them."""
 
-    def __init__(self, source: ImageSource, shown: ImageSource, training: TrainingConfig) -> None:
+    def __init__(
+        self,
+        trained: nn.Module,
+        source: ImageSource,
+        shown: ImageSource,
+        training: TrainingConfig,
+        *,
+        judges: bool,
+        perceptual: LPIPS | None = None,
+    ) -> None:
+        """`judges` says that `trained` takes `perceptual`."""
+        self.model: nn.Module = trained
+        self.judges = judges
+        self.perceptual = perceptual
         self.source = source
         self.shown = shown
         self.training = training
@@ -39,6 +58,20 @@ class ImageJob(Job):
             num_workers=training.num_workers,
         )
 
+    def groups(self) -> Sequence[ParameterGroup]:
+        """Those that what is trained declares, or one of all parameters."""
+        own: Any = getattr(self.model, "groups", None)
+        groups: Sequence[ParameterGroup] = whole_model(self.model) if own is None else own()
+        return groups
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        """The losses of one micro-batch, with the perceptual distance where reconstructions are judged."""
+        if self.perceptual is not None:
+            self.perceptual.to(batch.images.device)
+        judge = {"perceptual": self.perceptual} if self.judges else {}
+        losses: Losses = model(batch.images, generator=generator, **judge)
+        return losses
+
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""
         return batch.names
@@ -50,6 +83,22 @@ def open_split(
     """Images of `size` pixels a side to train on, and the share `held_out` to show; without one, training images."""
     source = open_images(data, size, flip=flip, crop=crop, held_out_fraction=held_out)
     return source, open_images(data, size, split="held_out" if held_out else "train", held_out_fraction=held_out)
+
+
+def to_train(model: Tokenizer | Autoencoder, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module:
+    """What the loop trains: what `model` brings itself, or `Judged` where it `reconstructs`, or `model`.
+
+    Raises ValueError for a `loss` that a model without reconstructions is given.
+    """
+    own = model.for_training(loss, accumulate)
+    if own is not None:
+        return own
+    if model.reconstructs:
+        loss = loss or ReconstructionLossConfig()
+        return Judged(model, loss, start=loss.adversarial_start * accumulate)
+    if loss is not None:
+        raise ValueError(f"loss: a {type(model).__name__} has losses of its own alone; leave loss out")
+    return model
 
 
 class Judged(nn.Module):
@@ -81,7 +130,7 @@ class Judged(nn.Module):
                 parameters=list(self.judge.discriminator.parameters()),
                 rate=config.discriminator_rate,
                 weight_decay=config.discriminator_decay,
-                every=config.discriminator_every,
+                due=each(config.discriminator_every),
                 averaged=False,
             )
             groups.append(discriminator)

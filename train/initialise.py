@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from imgtok.config import Section
-from imgtok.hub import Found, configuration, load, resolve
+from imgtok.config import Section, from_dict, read_yaml
+from imgtok.hub import Found, configuration, load, model_class, resolve
+from imgtok.train.state import complete_steps
 
 
-def find_init(name: str | None, expect: type[Any]) -> Found | None:
-    """What the field `init` leads to, a model that derives from `expect`; raises as `hub.resolve`."""
-    return None if name is None else resolve(name, expect=expect)
+class Init(NamedTuple):
+    """The model that a run starts from."""
+
+    config: Any
+    """Its configuration; that of the run's own model once the run has checkpoints."""
+    weights: Found | None
+    """Where its weights are; None once the run has checkpoints, which hold the weights."""
+
+
+def find_init(config: Any, expect: type[Any]) -> Init | None:
+    """What the field `init` of a job leads to, a model that derives from `expect`; None without one.
+
+    A run that has checkpoints does not look for it again, and goes on where it has gone. Raises as `hub.resolve`.
+    """
+    if config.init is None:
+        return None
+    path = config.out / "config.yaml"
+    if complete_steps(config.out / "checkpoints") and path.is_file():
+        stored = read_yaml(path)["model"]
+        return Init(from_dict(model_class(stored["kind"]).config_class, stored, f"{path}: model"), None)
+    found = resolve(config.init, expect=expect)
+    return Init(configuration(found), found)
 
 
 def check_kind(model: Section | Any | None, init: str | None) -> None:
@@ -25,20 +45,20 @@ def check_kind(model: Section | Any | None, init: str | None) -> None:
 
 
 def configure(
-    model: Section | Any | None, init: Found | None, facts: Mapping[str, Any] | None = None, holder: str = "the data"
+    model: Section | Any | None, init: Init | None, facts: Mapping[str, Any] | None = None, holder: str = "the data"
 ) -> Any:
     """The configuration of the model to train: what was given, the facts, then what `init` has, then defaults.
 
     Raises ConfigError where these contradict each other; `check_kind` has seen to one of the first and third.
     """
-    base = None if init is None else configuration(init)
+    base = None if init is None else init.config
     section = Section(type(base), {}, Section.of(base).place) if model is None else Section.of(model)
     return section.over(base, facts, holder)
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, init: Found | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
-    """Fill `model`, freshly initialised, with the weights of `init`, strictly; without one, nothing happens.
+def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
+    """Fill `model`, freshly initialised, with the weights of `init`, strictly; without any, nothing happens.
 
     `new` are patterns (`fnmatch`) of parameters that keep their first values where `init` does not have them, or has
     them in another shape; `drop` patterns of those of `init` that are left out. Raises ValueError that lists every
@@ -48,20 +68,22 @@ def start_from(model: nn.Module, init: Found | None, new: Sequence[str] = (), dr
         if new or drop:
             raise ValueError("init_new, init_drop: say how to start from a model; name it with init=MODEL")
         return
+    if init.weights is None:
+        return
     with torch.random.fork_rng(devices=[]):
-        stored: dict[str, Tensor] = load(init).state_dict()
+        stored: dict[str, Tensor] = load(init.weights).state_dict()
     wanted = model.state_dict()
     for field, patterns, names in (("init_new", new, wanted), ("init_drop", drop, stored)):
         idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
         if idle:
-            whose = "the model to train" if names is wanted else str(init.path)
+            whose = "the model to train" if names is wanted else str(init.weights.path)
             raise ValueError(
                 f"{field}: {idle[0]!r} fits no tensor of {whose}; it has {', '.join(list(names)[:5])}, ..."
             )
     kept = {name: tensor for name, tensor in stored.items() if not _fits(name, drop)}
     problems = _problems(kept, wanted, new)
     if problems:
-        title = f"init: the weights in {init.path} do not fit the model to train:"
+        title = f"init: the weights in {init.weights.path} do not fit the model to train:"
         raise ValueError("\n  ".join([title, *problems]))
     for name, tensor in kept.items():
         if tensor.shape == wanted[name].shape:

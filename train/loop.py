@@ -202,7 +202,7 @@ class Trainer:
         self.accelerator.unscale_gradients()
         norms = []
         for group in self.groups:
-            if group.is_due(step):
+            if group.due(step):
                 limit = (self.config.clip if group.clip is None else group.clip) or float("inf")
                 norms.append(nn.utils.clip_grad_norm_(group.trainable, limit))
             else:  # AdamW passes over a parameter without a gradient: its moments stay too

@@ -7,7 +7,7 @@ advances once per process, so its numbers would change with the number of proces
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,16 @@ from torch import nn
 
 from imgtok.layers.mup import noted_width
 from imgtok.train.config import TrainingConfig
+
+
+def always(step: int) -> bool:
+    """The rhythm of a group that is updated after each step."""
+    return True
+
+
+def each(count: int) -> Callable[[int], bool]:
+    """The rhythm of a group that is updated after the `count`-th step and each `count`-th from there on."""
+    return lambda step: (step + 1) % count == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +44,8 @@ class ParameterGroup:
     """AdamW's decay, on tensors of two or more dimensions."""
     clip: float | None = None
     """Largest norm of this group's gradient; 0 never clips."""
-    every: int = 1
-    """The group is updated after each `every`-th step; in the other steps its gradient is thrown away."""
+    due: Callable[[int], bool] = always
+    """Whether the group is updated after an optimizer step, counted from 0; if not, its gradient is thrown away."""
     averaged: bool = True
     """Whether the averaged weights contain it."""
 
@@ -43,10 +53,6 @@ class ParameterGroup:
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that require a gradient."""
         return [parameter for parameter in self.parameters if parameter.requires_grad]
-
-    def is_due(self, step: int) -> bool:
-        """Whether the group is updated after optimizer step `step`, counted from 0."""
-        return (step + 1) % self.every == 0
 
 
 def check_groups(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
@@ -100,13 +106,13 @@ def make_optimizer(
     """AdamW, fused where torch has it: one kernel instead of several per tensor, on CPU about 8 times faster.
 
     Not fused under fp16, whose gradient scaler has to skip whole steps from outside. Raises ValueError for a model
-    without a trainable parameter, groups that are not a partition of them, and `mup_base_width` with a model that
-    notes no widths (imgtok.layers.mup).
+    without a trainable parameter, unless no step is asked for, for groups that are not a partition of the parameters,
+    and for `mup_base_width` with a model that notes no widths (imgtok.layers.mup).
     """
     groups = whole_model(model) if groups is None else groups
     check_groups(model, groups)
     every = [parameter for group in groups for parameter in group.trainable]
-    if not every:
+    if not every and config.steps:
         raise ValueError("the model has no trainable parameter: every parameter has requires_grad = False")
     if config.mup_base_width and not any(noted_width(parameter) for parameter in every):
         raise ValueError(
@@ -119,6 +125,8 @@ def make_optimizer(
         for part in parameter_groups(group.trainable, decay, config.mup_base_width):
             part["rate_scale"] *= group.rate
             settings.append(part | {"betas": group.betas or config.betas})
+    if not settings:  # no step will be taken, but torch wants a group
+        settings = [{"params": [], "weight_decay": 0.0, "rate_scale": 1.0}]
     fused = device.type in ("cpu", "cuda") and config.precision != "fp16"
     return torch.optim.AdamW(settings, lr=config.learning_rate, betas=config.betas, fused=fused)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,14 +16,15 @@ from imgtok.cli import run_job
 from imgtok.config import ByKind, NonNegativeInt, PositiveFloat, Range, Section, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch
+from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.losses.repa import Aligned, REPAConfig, load_teacher, teacher_features
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, Judged, open_split
+from imgtok.train.image_job import ImageJob, open_split, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, start_from
-from imgtok.train.loop import ParameterGroup, fit
+from imgtok.train.loop import fit
 from imgtok.vision.dino import DINOv2
 
 
@@ -93,28 +93,38 @@ def check_autoencoder(model: Any) -> None:
 
 def main(config: Config) -> None:
     """Trains, and leaves a model folder in `out/final`."""
-    model = build_model(config)
+    model, trained = build_model(config)
     config = replace(config, model=model.config)
     size = model.image_size
+    perceptual = None
+    if trained is not model:
+        loss = config.loss or ReconstructionLossConfig()
+        loss.check_size(size)
+        perceptual = loss.load_perceptual(size)
     source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job: TokenizerJob
     if config.repa is not None:
         job = AlignedJob(config, model, load_teacher(config.repa), source, shown)
-    elif model.reconstructs:
-        job = JudgedJob(config, model, source, shown)
     else:
-        job = TokenizerJob(config, model, source, shown)
+        job = TokenizerJob(config, model, trained, source, shown, perceptual)
     fit(job, config.training, config.out, config)
 
 
-def build_model(config: Config) -> Tokenizer:
-    """The model with the weights of `init` or fresh ones, which depend on the seed alone, and with its autoencoder."""
-    init = find_init(config.init, Tokenizer)
+def build_model(config: Config) -> tuple[Tokenizer, nn.Module]:
+    """The model with the weights of `init` or fresh ones, which depend on the seed alone, and with its autoencoder; and
+    what is trained, the model itself or something around it.
+    """
+    init = find_init(config, Tokenizer)
     kind = config.model.kind if config.model is not None else None
-    model_class: type[Tokenizer] = hub.model_class(kind or (init.kind if init else ""))
+    model_class: type[Tokenizer] = hub.model_class(kind or (init.config.kind if init else ""))
     autoencoder = find_autoencoder(config, model_class)
-    facts = {} if autoencoder is None else {str(model_class.stands_on): autoencoder.config}
-    model_config = configure(config.model, init, facts, f"the autoencoder {config.vae}")
+    facts, holder = {}, f"the autoencoder {config.vae}"
+    if autoencoder is not None:
+        facts = {str(model_class.stands_on): autoencoder.config}
+    elif init is not None and hasattr(init.config, str(model_class.stands_on)):
+        facts = {str(model_class.stands_on): getattr(init.config, str(model_class.stands_on))}
+        holder = f"the model {config.init}, whose frozen autoencoder is kept unless vae=MODEL names another,"
+    model_config = configure(config.model, init, facts, holder)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = model_class(model_config)
     start_from(model, init, config.init_new, config.init_drop)
@@ -122,9 +132,10 @@ def build_model(config: Config) -> Tokenizer:
         getattr(model, str(model_class.stands_on)).load_state_dict(autoencoder.state_dict())
     if config.checkpoint_activations:
         model.recompute_activations()
-    if config.loss is not None and not model.reconstructs:
-        raise ValueError(f"loss: a {model_class.__name__} has losses of its own alone; leave loss out")
-    return model
+    trained = to_train(model, config.loss, config.training.accumulate)
+    if config.repa is not None and trained is not model:
+        raise ValueError(f"repa: a {model_class.__name__} is trained by its reconstructions; leave repa out")
+    return model, trained
 
 
 def find_autoencoder(config: Config, model_class: type[Tokenizer]) -> Autoencoder | None:
@@ -143,16 +154,20 @@ def find_autoencoder(config: Config, model_class: type[Tokenizer]) -> Autoencode
 class TokenizerJob(ImageJob):
     """What the training loop needs to know about a tokenizer."""
 
-    def __init__(self, config: Config, model: Tokenizer, source: ImageSource, shown: ImageSource) -> None:
-        super().__init__(source, shown, config.training)
+    def __init__(
+        self,
+        config: Config,
+        model: Tokenizer,
+        trained: nn.Module,
+        source: ImageSource,
+        shown: ImageSource,
+        perceptual: LPIPS | None = None,
+    ) -> None:
+        """`trained` is the tokenizer, or something around it."""
+        judges = trained is not model
+        super().__init__(trained, source, shown, config.training, judges=judges, perceptual=perceptual)
         self.config = config
         self.tokenizer = model
-        self.model: nn.Module = model
-        """What is trained: the tokenizer, or something around it."""
-
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
-        losses: Losses = model(batch.images, generator=generator)
-        return losses
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
@@ -175,27 +190,6 @@ class TokenizerJob(ImageJob):
         tokenizer.save_pretrained(folder)
 
 
-class JudgedJob(TokenizerJob):
-    """A tokenizer that decodes images while it is trained, which are judged."""
-
-    def __init__(self, config: Config, model: Tokenizer, source: ImageSource, shown: ImageSource) -> None:
-        super().__init__(config, model, source, shown)
-        loss = config.loss or ReconstructionLossConfig()
-        loss.check_size(model.image_size)
-        self.perceptual = loss.load_perceptual(model.image_size)
-        self.judged = Judged(model, loss, start=loss.adversarial_start * config.training.accumulate)
-        self.model = self.judged
-
-    def groups(self) -> Sequence[ParameterGroup]:
-        return self.judged.groups()
-
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
-        if self.perceptual is not None:
-            self.perceptual.to(batch.images.device)
-        losses: Losses = model(batch.images, generator=generator, perceptual=self.perceptual)
-        return losses
-
-
 class AlignedJob(TokenizerJob):
     """A tokenizer that is trained with REPA. The teacher is no part of the model: it is neither trained nor saved."""
 
@@ -203,9 +197,8 @@ class AlignedJob(TokenizerJob):
         self, config: Config, model: Tokenizer, teacher: DINOv2, source: ImageSource, shown: ImageSource
     ) -> None:
         assert config.repa is not None
-        super().__init__(config, model, source, shown)
+        super().__init__(config, model, Aligned(model, config.repa, teacher.width), source, shown)
         self.teacher = teacher
-        self.model = Aligned(model, config.repa, teacher.width)
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         losses: Losses = model(batch.images, self.targets(batch.images), generator=generator)

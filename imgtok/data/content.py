@@ -37,6 +37,11 @@ class Content(ABC):
     def facts(self) -> dict[str, Any]:
         """Values of the generator's configuration that are not open to choice, for `imgtok.config.Section.over`."""
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """The facts without which the content is misread: a generator's configuration must have these fields."""
+        return frozenset(self.decoder.facts())
+
     @abstractmethod
     def batches(
         self,
@@ -77,12 +82,18 @@ class TokenContent(Content):
     @property
     def facts(self) -> dict[str, Any]:
         info = self.cache.info
-        return {
+        return self.decoder.facts() | {
             "vocab_size": info.vocab_size,
             "num_tokens": info.num_tokens,
             "ends": not info.fixed_length,
             "num_slots": info.num_slots or 0,
         }
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Those of the decoder, and what makes rows of tokens differ in length, or come from slots."""
+        special = {name for name in ("ends", "num_slots") if self.facts[name]}
+        return super().needed | special
 
     def batches(
         self,
@@ -114,7 +125,7 @@ class LatentContent(Content):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"latent_channels": self.cache.latent_channels, "grid": self.cache.grid}
+        return self.decoder.facts() | {"latent_channels": self.cache.latent_channels, "grid": self.cache.grid}
 
     def batches(
         self,

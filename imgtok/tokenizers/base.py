@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from imgtok.config import check
 from imgtok.flow import OnStep
 from imgtok.hub import Pretrained
 from imgtok.tokenizers.tokens import Tokens
+
+if TYPE_CHECKING:
+    from imgtok.losses.reconstruction import ReconstructionLossConfig
 
 
 class Losses(NamedTuple):
@@ -106,6 +109,24 @@ class Tokenizer(nn.Module, Pretrained):
     def last_layer(self) -> nn.Parameter:
         """Where it `reconstructs`: the weight that gives the images, at which an adaptive weight can be measured."""
         raise NotImplementedError
+
+    def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module | None:
+        """A module of the method's own around this model, which training is to train in its place, such as one with
+        several discriminators; by default None: the losses of the job
+        where it `reconstructs`, else the model's own.
+
+        It is called with images, `generator=` and `perceptual=` (LPIPS if `loss` asks for it, or None), gives `Losses`,
+        and declares its parameters by `groups()`, a list of `imgtok.train.optim.ParameterGroup`, each with its rhythm.
+        What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer step.
+        `loss` is the job's section, None where none was given.
+        """
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What a generator of its tokens must know besides what their cache says, such as the table of a quantizer:
+        fields of the generator's configuration, by name, which must exist there. By default nothing.
+        """
+        return {}
 
     @property
     def taps(self) -> Taps | None:
@@ -228,11 +249,30 @@ class Autoencoder(nn.Module, Pretrained):
     """The frozen dataclass of the decoder's settings."""
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)
     """Fields of the configuration that change the latents by their scale at most."""
+    reconstructs: ClassVar[bool] = True
+    """As every autoencoder does while it is trained; see `Tokenizer.reconstructs`."""
 
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that gives the decoded images, at which an adaptive weight of a loss can be measured."""
         raise NotImplementedError
+
+    def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module | None:
+        """A module of the method's own around this model, which training is to train in its place, such as one with
+        several discriminators; by default None: the losses of the job.
+
+        It is called with images, `generator=` and `perceptual=` (LPIPS if `loss` asks for it, or None), gives `Losses`,
+        and declares its parameters by `groups()`, a list of `imgtok.train.optim.ParameterGroup`, each with its rhythm.
+        What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer step.
+        `loss` is the job's section, None where none was given.
+        """
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What a generator of its latents must know besides what their cache says, such as the table of a quantizer:
+        fields of the generator's configuration, by name, which must exist there. By default nothing.
+        """
+        return {}
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take over what is measured on images when training ends, such as the latents' scale; by default nothing."""

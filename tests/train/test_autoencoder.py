@@ -50,7 +50,7 @@ def noise() -> torch.Generator:
 
 
 def build(tmp_path: Path, name: str = "vae-gan", *overrides: str) -> Judged:
-    return autoencoder.build_model(configured(name, tmp_path, *overrides)).train()
+    return autoencoder.build_model(configured(name, tmp_path, *overrides))[1].train()
 
 
 def gradients(loss: Tensor, module: torch.nn.Module) -> list[Tensor | None]:
@@ -267,7 +267,7 @@ def test_lpips_joins_the_losses_and_no_file_of_ours(tmp_path, weights):
     config = configured("vae", tmp_path, *weights)
     perceptual = config.loss.load_perceptual(config.image_size)
     assert isinstance(perceptual, LPIPS)
-    model = autoencoder.build_model(config)
+    _, model = autoencoder.build_model(config)
     losses = model(images(side=32), generator=noise(), perceptual=perceptual)
     plain = model(images(side=32), generator=noise())
     decoded, _ = model.model(images(side=32), generator=noise())

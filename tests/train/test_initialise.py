@@ -146,6 +146,49 @@ def test_an_autoencoder_starts_from_one(tmp_path):
         autoencoder.main(replace(config, image_size=15))
 
 
+def test_a_given_field_at_its_default_is_stronger_than_the_start(tmp_path):
+    first = train(autoencoder, "vae", tmp_path / "first", "model.kl_weight=1e-3", "training.steps=0")
+    words = [f"init={first}", "image_size=16", "training={steps: 0, batch_size: 4, learning_rate: 1e-3}", *QUIET]
+    words += ["data={kind: shapes, num_images: 64}", "model={kind: vae, kl_weight: 1e-6}"]
+    autoencoder.main(load(autoencoder.Config, None, [f"out={tmp_path / 'second'}", *words]))
+    assert imgtok.load(first).config.kl_weight == 1e-3
+    assert imgtok.load(tmp_path / "second/final").config.kl_weight == 1e-6
+
+
+def test_a_run_that_has_checkpoints_does_not_read_its_start_again(tmp_path, monkeypatch):
+    first = train(autoencoder, "vae", tmp_path / "first", "model.kl_weight=1e-3")
+    init, data = f"init={first}", "data={kind: shapes, num_images: 64}"
+
+    def run(out: str, steps: int, *more: str) -> Path:
+        training = f"training={{steps: {steps}, batch_size: 4, learning_rate: 1e-3, schedule: constant, warmup: 0}}"
+        words = [f"out={tmp_path / out}", data, "image_size=16", init, training, *QUIET, *more]
+        autoencoder.main(load(autoencoder.Config, None, words))
+        return tmp_path / out / "final"
+
+    whole = run("whole", 3)
+    run("part", 2)
+    first.rename(tmp_path / "gone")
+    assert same(weights(run("part", 3)), weights(whole))
+    with pytest.raises(ValueError, match="this run was started with model.kl_weight = 0.001, and .* = 0.1 is asked"):
+        run("part", 4, "model.kl_weight=0.1", "model.kind=vae")
+    with pytest.raises(FileNotFoundError, match="first/final"):
+        run("another", 1)
+
+
+def test_the_autoencoder_of_the_start_is_not_rescaled_in_silence(tmp_path):
+    torch.manual_seed(5)
+    vae = VAEConfig(latent_channels=3, block_channels=(8, 8), layers_per_block=1, norm_groups=4, scaling_factor=0.25)
+    FlexTok(replace(SMALL, patch_size=2, vae=vae)).save_pretrained(tmp_path / "first")
+    words = [f"init={tmp_path / 'first'}", "data={kind: shapes, num_images: 64}", "model.kind=flextok", *QUIET]
+    words += [f"out={tmp_path / 'run'}", "training={steps: 0, batch_size: 4, learning_rate: 1e-3}"]
+    with pytest.raises(
+        ConfigError, match=r"model.vae: given .* but the model .*first, whose frozen autoencoder is kept"
+    ):
+        tokenizer.main(load(tokenizer.Config, None, [*words, "model.vae={scaling_factor: 0.5}"]))
+    tokenizer.main(load(tokenizer.Config, None, [*words, "model.vae={scaling_factor: 0.25}"]))
+    assert imgtok.load(tmp_path / "run/final").config.vae == vae
+
+
 # ------------------------------------------------------------------------------------------ published layouts
 
 

@@ -94,7 +94,7 @@ def test_no_steps_leave_the_untrained_tokenizer(tmp_path, flextok, warmup):
     overrides = ["training.steps=0", f"training.warmup={warmup}"]
     untrained = train(tokenizer, "flextok", tmp_path, *overrides)
     config = load(tokenizer.Config, TINY / "flextok.yaml", [f"out={tmp_path}"])
-    fresh = tokenizer.build_model(config)
+    fresh, _ = tokenizer.build_model(config)
     saved = load_file(untrained / "model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
     assert not same(untrained, flextok)

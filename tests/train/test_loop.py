@@ -19,7 +19,7 @@ from imgtok.train import loop
 from imgtok.train.ema import EMA
 from imgtok.train.log import check_trackers
 from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
-from imgtok.train.optim import check_groups, parameter_groups
+from imgtok.train.optim import check_groups, each, parameter_groups
 from imgtok.train.state import complete_steps
 
 
@@ -270,7 +270,7 @@ def moved(job: GroupedJob, part: int) -> list[bool]:
 
 
 def test_a_group_has_a_rhythm_of_its_own(tmp_path):
-    job = grouped(tmp_path, every=3)
+    job = grouped(tmp_path, due=each(3))
     assert moved(job, 0) == [True] * 5
     assert moved(job, 1) == [False, False, True, False, False]  # after the third and the sixth step
     states = job.model.other[0].weight
@@ -330,7 +330,7 @@ def test_a_grouped_run_that_was_interrupted_ends_with_the_same_weights(tmp_path)
                 raise KeyboardInterrupt
             return super().loss(model, batch, generator)
 
-    options = {"every": 2, "averaged": False, "rate": 2.0}
+    options = {"due": each(2), "averaged": False, "rate": 2.0}
     grouped(tmp_path / "whole", **options)
     config = toy_config()
     with pytest.raises(KeyboardInterrupt):

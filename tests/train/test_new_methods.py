@@ -20,7 +20,11 @@ import toy
 import imgtok
 from imgtok import hub
 from imgtok.cli import main
+from imgtok.generators.gpt import GPTConfig
+from imgtok.losses.adversarial import PatchDiscriminator, adversarial_loss, discriminator_loss
 from imgtok.tokenizers.base import Losses, Reconstruction
+from imgtok.train.loop import ParameterGroup, Trainer
+from imgtok.train.optim import each
 
 DATA = ["data={kind: shapes, num_images: 64}"]
 TRAINING = ["training={steps: 2, batch_size: 4, learning_rate: 1e-3, trackers: [], ema: 0.5, log_every: 1}"]
@@ -145,3 +149,117 @@ def test_only_the_chosen_kind_is_imported(monkeypatch):
     assert load(Config, None, [*words, "model.kind=toytok"]).model.over() == toy.ToyTokConfig()
     with pytest.raises(ModuleNotFoundError):
         load(Config, None, [*words, "model.kind=broken"])
+
+
+# ------------------------------------------------------------------------------- a training module of its own
+
+
+class Rivals(nn.Module):
+    """The toy autoencoder against two discriminators, in turn; they learn at each third step, from `start` on."""
+
+    def __init__(self, model: toy.ToyAE, start: int) -> None:
+        super().__init__()
+        self.model, self.start = model, start
+        self.rivals = nn.ModuleList(PatchDiscriminator(4, 1, "batch") for _ in range(2))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images, *, generator, perceptual=None):
+        decoded, own = self.model(images, generator=generator)
+        rival = self.rivals[int(torch.randint(2, (), generator=generator))]
+        error = (decoded - images).abs().mean()
+        weight = torch.where(self.seen < 4, 0.2, 0.8) * (self.seen >= self.start)
+        fooled, caught = adversarial_loss(rival, decoded), discriminator_loss(rival, images, decoded)
+        self.seen += 1
+        return Losses(error + own.total + weight * fooled + caught, {"error": error, "caught": caught, **own.parts})
+
+    def groups(self):
+        its_turn = each(3)
+        model = ParameterGroup(
+            name="model",
+            parameters=list(self.model.parameters()),
+            due=lambda step: step < self.start or not its_turn(step),
+        )
+        rivals = ParameterGroup(
+            name="rivals",
+            parameters=list(self.rivals.parameters()),
+            due=lambda step: step >= self.start and its_turn(step),
+            averaged=False,
+        )
+        return [model, rivals]
+
+
+class RivalAE(toy.ToyAE):
+    """The toy autoencoder with a way to be trained of its own."""
+
+    def for_training(self, loss, accumulate):
+        return Rivals(self, start=2 * accumulate)
+
+
+def test_an_autoencoder_brings_its_own_training_module(tmp_path, monkeypatch):
+    monkeypatch.setitem(hub.AUTOENCODERS, "toyae", f"{__name__}:RivalAE")
+    moved = []
+    clip = Trainer.clip
+
+    def watched(self, step):
+        found = clip(self, step)
+        moved.append([name for name, p in self.job.model.named_parameters() if p.grad is not None])
+        return found
+
+    monkeypatch.setattr(Trainer, "clip", watched)
+    words = [*DATA, "image_size=16", "model.kind=toyae", "num_preview=0", "training.save_every=1"]
+    words += ["training.schedule=constant", "training.warmup=0"]
+    assert train("autoencoder", tmp_path / "whole", *words, "training.steps=7") == 0
+    players = [{name.split(".")[0] for name in step} for step in moved]
+    assert players == [{"model"}, {"model"}, {"rivals"}, {"model"}, {"model"}, {"rivals"}, {"model"}]
+    assert train("autoencoder", tmp_path / "part", *words, "training.steps=4") == 0
+    assert train("autoencoder", tmp_path / "part", *words, "training.steps=7") == 0
+    for name in ("model.safetensors", "ema.safetensors"):
+        whole, part = (load_file(tmp_path / run / "checkpoints/step_0000007" / name) for run in ("whole", "part"))
+        assert whole.keys() == part.keys()
+        assert all(torch.equal(value, part[key]) for key, value in whole.items())
+    assert not any(key.startswith("rivals") for key in whole)
+    assert isinstance(imgtok.load(tmp_path / "part/final"), RivalAE)
+
+
+def test_repa_and_judged_reconstructions_are_refused_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(hub.TOKENIZERS, "toytok", f"{__name__}:JudgedTok")
+    words = [*DATA, "model.kind=toytok", "num_preview=0", "repa={weights: no.safetensors}"]
+    assert train("tokenizer", tmp_path, *words) == 2
+    assert "repa: a JudgedTok is trained by its reconstructions; leave repa out" in capsys.readouterr().err
+
+
+class Still(toy.ToyTok):
+    """A tokenizer that has nothing to learn."""
+
+    def __init__(self, config: toy.ToyTokConfig) -> None:
+        super().__init__(config)
+        self.requires_grad_(False)
+
+    def facts(self):
+        return {"table": (0.5, 1.0)}
+
+
+def test_a_tokenizer_that_has_nothing_to_learn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(hub.TOKENIZERS, "toytok", f"{__name__}:Still")
+    words = [*DATA, "model.kind=toytok", "num_preview=2"]
+    assert train("tokenizer", tmp_path / "run", *words, "training.steps=0") == 0
+    assert isinstance(imgtok.load(tmp_path / "run/final"), Still)
+    assert train("tokenizer", tmp_path / "other", *words) == 2
+    assert "the model has no trainable parameter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "without", "name"),
+    [("ToyTok", "num_slots", "num_slots = 16"), ("ToyTok", "ends", "ends = True"), ("Still", "", "table = (0.5, 1.0)")],
+)
+def test_a_generator_that_cannot_be_told_a_fact(tmp_path, monkeypatch, capsys, tokenizer, without, name):
+    module = __name__ if tokenizer == "Still" else toy.__name__
+    monkeypatch.setitem(hub.TOKENIZERS, "toytok", f"{module}:{tokenizer}")
+    made = tmp_path / "tokenizer/final"
+    train("tokenizer", tmp_path / "tokenizer", *DATA, "model.kind=toytok", "num_preview=0", "training.steps=0")
+    main(["cache", f"tokenizer={made}", f"out={tmp_path / 'tokens'}", *DATA])
+    fields = {key: value for key, value in GPTConfig.__dataclass_fields__.items() if key != without}
+    monkeypatch.setattr(GPTConfig, "__dataclass_fields__", fields)
+    words = [f"tokens={tmp_path / 'tokens'}", f"tokenizer={made}", "model={kind: gpt, width: 16, num_heads: 2}"]
+    assert train("generator", tmp_path / "gpt", *words) == 2
+    assert f"tokens: they have {name}, and model.kind=gpt has no such field" in capsys.readouterr().err
