@@ -91,8 +91,9 @@ def open_weights(path: Path, *, raw: bool = False) -> Weights:
     """The tensors in a file of weights, or in the shards that an index names.
 
     Of a training checkpoint the averaged weights are taken where it has them, or with `raw` the trained ones. What
-    DistributedDataParallel and torch.compile put before every name is left out. Raises FileNotFoundError, and
-    ValueError for a file that would run code, is damaged, or holds no tensors by name.
+    DistributedDataParallel and torch.compile put before every name is left out, and so are numbers among the tensors.
+    Raises FileNotFoundError, and ValueError for a file that would run code, is damaged, holds no tensors by name, or
+    has averaged weights in a form that is not known here.
     """
     found = _open(path, raw=raw)
     return found.select(_without_prefixes(found))
@@ -182,9 +183,11 @@ def _weight_map(path: Path) -> dict[str, str]:
         files = {str(name): str(file) for name, file in found.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of shards, which has tensors and their files in weight_map") from error
-    for file in files.values():
-        if Path(file).name != file:
-            raise ValueError(f"{path}: weight_map: {file!r} is not the name of a file beside it")
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(SAFETENSORS):
+            raise ValueError(f"{path}: weight_map: {file!r} is not the name of a {SAFETENSORS} file beside it")
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path}: weight_map: the shard {file} is missing; copy or download it")
     return files
 
 
@@ -194,6 +197,9 @@ def _open_shards(path: Path) -> Weights:
     absent = [name for name, file in shard_of.items() if name not in shards[file]]
     if absent:
         raise ValueError(f"{path}: {', '.join(absent)}: not in the shards where the index has them")
+    omitted = [f"{name} ({file})" for file in shards for name in shards[file] if shard_of.get(name) != file]
+    if omitted:
+        raise ValueError(f"{path}: {', '.join(omitted)}: in the shards, but the index does not have them there")
     blank = {name: shards[file].blank[name] for name, file in shard_of.items()}
     read = {name: partial(shards[file].__getitem__, name) for name, file in shard_of.items()}
     return Weights(path, blank, read)
@@ -210,30 +216,58 @@ def _copied(value: Tensor) -> Tensor:
 
 
 def _named_tensors(stored: Any, path: Path, *, raw: bool) -> Mapping[str, Tensor]:
-    if _has_names(stored):
-        return stored
+    if (found := _tensors_of(stored)) is not None:
+        return _without_numbers(found, stored, str(path))
     entries = PLAIN if raw else (*AVERAGED, *PLAIN)
-    present = [entry for entry in entries if isinstance(stored, Mapping) and entry in stored]
+    present = [entry for entry in entries if isinstance(stored, Mapping) and stored.get(entry) is not None]
     for entry in present:
-        if _has_names(stored[entry]):
+        held = _shadow(stored, entry) if entry in AVERAGED else stored[entry]
+        if (found := _tensors_of(held)) is not None:
             others = ", ".join(str(name) for name in stored if name != entry) or "nothing"
             logger.info("%s: took its entry %s, and left %s", path, entry, others)
-            tensors: Mapping[str, Tensor] = stored[entry]
-            return tensors
+            return _without_numbers(found, held, f"{path}: {entry}")
+        empty = isinstance(held, Mapping) and not held
+        if entry in AVERAGED and not empty and any(_tensors_of(stored.get(name)) is not None for name in PLAIN):
+            raise ValueError(
+                f"{path}: its entry {entry} should hold averaged weights, tensors by name, and holds {_words(held)}; "
+                "raw=true takes the trained weights instead"
+            )
     held = stored[present[0]] if present and stored[present[0]] else stored
-    words = ", ".join(map(str, held))[:200] if isinstance(held, Mapping) else type(held).__name__
     raise ValueError(
         f"{path}: must hold tensors by name, or one of the entries {', '.join(entries)} that does "
-        f"(found: {words or 'nothing'})"
+        f"(found: {_words(held)})"
     )
 
 
-def _has_names(stored: Any) -> bool:
-    return (
-        isinstance(stored, Mapping)
-        and len(stored) > 0
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in stored.items())
-    )
+def _shadow(stored: Mapping[str, Any], entry: str) -> Any:
+    """An averaged entry, or its `shadow` where that has the very names of the trained weights."""
+    held = stored[entry]
+    shadow = _tensors_of(held.get("shadow")) if isinstance(held, Mapping) else None
+    trained = (found for name in PLAIN if (found := _tensors_of(stored.get(name))) is not None)
+    if shadow is not None and any(set(_without_prefixes(shadow)) == set(_without_prefixes(own)) for own in trained):
+        return shadow
+    return held
+
+
+def _tensors_of(stored: Any) -> dict[str, Tensor] | None:
+    """The tensors of a mapping from names to tensors, among which numbers may stand; None for anything else."""
+    if not isinstance(stored, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor | int | float) for name, value in stored.items()
+    ):
+        return None
+    return {name: value for name, value in stored.items() if isinstance(value, Tensor)} or None
+
+
+def _without_numbers(found: dict[str, Tensor], stored: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The tensors, with a line in the log for what else stood among them."""
+    if others := [name for name in stored if name not in found]:
+        logger.info("%s: left out %s: not tensors but numbers", where, ", ".join(others))
+    return found
+
+
+def _words(held: Any) -> str:
+    """What stands in an entry, for a message."""
+    return (", ".join(map(str, held))[:200] if isinstance(held, Mapping) else type(held).__name__) or "nothing"
 
 
 def load_pickle(path: Path) -> Any:

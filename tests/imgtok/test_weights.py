@@ -116,6 +116,35 @@ def test_entries_of_a_training_checkpoint(tmp_path, caplog, stored, averaged, ra
         assert f"x.pt: took its entry {entry}, and left {others}" in caplog.text
 
 
+def test_an_average_that_stands_in_a_shadow(tmp_path):
+    shadow = {f"module.{name}": value for name, value in TENSORS.items()}
+    trained = {name: value + 1 for name, value in TENSORS.items()}
+    torch.save({"ema": {"decay": 0.99, "shadow": shadow}, "model": trained}, tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt"))
+    assert same(open_weights(tmp_path / "x.pt", raw=True), trained)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [{"decay": 0.99, "shadow": OTHER}, {"decay": 0.99, "shadow_params": [torch.zeros(2)]}, {"decay": 0.9}, 0.9],
+    ids=["other names", "a list", "numbers alone", "a number"],
+)
+def test_an_average_in_an_unknown_form_is_no_reason_to_take_the_trained_weights(tmp_path, average):
+    torch.save({"ema": average, "model": TENSORS}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: its entry ema should hold averaged weights.*raw=true"):
+        open_weights(tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt", raw=True))
+
+
+@pytest.mark.parametrize("entry", [None, "model"])
+def test_numbers_among_tensors_are_left_out(tmp_path, caplog, entry):
+    caplog.set_level(logging.INFO, "imgtok.weights")
+    stored = {**TENSORS, "epoch": 3, "decay": 0.9}
+    torch.save({entry: stored} if entry else stored, tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt"))
+    assert "left out epoch, decay: not tensors but numbers" in caplog.text
+
+
 def test_a_prefix_inside_an_entry(tmp_path):
     torch.save({"model": {f"module.{name}": value for name, value in TENSORS.items()}}, tmp_path / "x.pt")
     assert same(open_weights(tmp_path / "x.pt"))
@@ -139,11 +168,12 @@ class Code:
         (torch.zeros(2), "must hold tensors by name.*found: Tensor"),
         ({}, "must hold tensors by name.*found: nothing"),
         ({"weights": TENSORS}, "one of the entries model_ema, ema, model, module, state_dict.*found: weights"),
-        ({"model": {"a": torch.zeros(2), "epoch": 3}}, "must hold tensors by name.*found: a, epoch"),
+        ({"model": {"a": torch.zeros(2), "epoch": "3"}}, "must hold tensors by name.*found: a, epoch"),
+        ({"model": {"epoch": 3}}, "must hold tensors by name.*found: epoch"),
         ({1: torch.zeros(2)}, "must hold tensors by name.*found: 1"),
     ],
     ids=["code", "code among tensors", "code in arguments", "an object", "a tensor", "nothing", "another entry",
-         "a number", "numbers for names"],
+         "a word", "numbers alone", "numbers for names"],
 )  # fmt: skip
 def test_pickles_of_anything_else(tmp_path, capsys, stored, message):
     torch.save(stored, tmp_path / "x.pt")
@@ -190,7 +220,10 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path, change):
         ("{", "not an index of shards"),
         ("[]", "not an index of shards"),
         ('{"weight_map": ["a"]}', "not an index of shards"),
-        ('{"weight_map": {"a": "../other.safetensors"}}', "is not the name of a file beside it"),
+        ('{"weight_map": {"a": "../other.safetensors"}}', "is not the name of a .safetensors file beside it"),
+        ('{"weight_map": {"a": ".."}}', "index.json: weight_map: '..' is not the name of a .safetensors file"),
+        ('{"weight_map": {"a": "model.bin"}}', "'model.bin' is not the name of a .safetensors file"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "index.json: weight_map: the shard x.safetensors is missing"),
         ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "a: not in the shards where the index has them"),
     ],
 )
@@ -201,12 +234,21 @@ def test_an_index_of_something_else(tmp_path, index, message):
         open_weights(path)
 
 
+def test_a_tensor_that_the_index_omits(tmp_path):
+    path = in_shards(tmp_path)
+    data = json.loads(path.read_text())
+    del data["weight_map"]["a.weight"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"index\.json: a\.weight \(model-00001-.*the index does not have them there"):
+        open_weights(path)
+
+
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.pth: no such file of weights"):
         open_weights(tmp_path / "x.pth")
     path = in_shards(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="00002-of-00002"):
+    with pytest.raises(ValueError, match=r"index\.json: weight_map: the shard model-00002-of-00002.* is missing"):
         open_weights(path)
 
 
