@@ -10,6 +10,7 @@ compares them at equal calls. A Markdown table goes to standard output.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -40,10 +41,11 @@ def main() -> None:
     print("| guidance | calls | euler: RMS to the limit | adams: RMS to the limit | euler PSNR | adams PSNR |")
     print("|---|---|---|---|---|---|")
     for guidance in arguments.guidance:
-        limit = model.decode(tokens, steps=LIMIT_STEPS, solver="adams", guidance=guidance)
+        own = replace(model.config.decoding, guidance=guidance)
+        limit = model.decode(tokens, decoding=replace(own, steps=LIMIT_STEPS, solver="adams"))
         for steps in arguments.steps:
-            euler = model.decode(tokens, steps=steps, solver="euler", guidance=guidance)
-            adams = model.decode(tokens, steps=steps, solver="adams", guidance=guidance)
+            euler = model.decode(tokens, decoding=replace(own, steps=steps, solver="euler"))
+            adams = model.decode(tokens, decoding=replace(own, steps=steps, solver="adams"))
             distances = " | ".join(f"{(found - limit).square().mean().sqrt():.4f}" for found in (euler, adams))
             psnrs = " | ".join(f"{psnr(found, originals):.2f}" for found in (euler, adams))
             print(f"| {guidance:g} | {steps} | {distances} | {psnrs} |", flush=True)

@@ -53,8 +53,9 @@ class Ours:
             return self.model.encode_latents(latents, num_tokens=tokens).ids
 
     def decode(self, tokens: Tokens, case: Case) -> Tensor:
+        how = replace(self.model.config.decoding, steps=case.steps, guidance=case.guidance)
         with autocast(self.setup):
-            return self.model.decode_latents(tokens, seed=0, steps=case.steps, guidance=case.guidance)
+            return self.model.decode_latents(tokens, seed=0, decoding=how)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Shapes: B batch, C H W latents, N patches, K registers, D width, n FSQ dimension
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -479,28 +479,21 @@ class FlexTok(Tokenizer):
         seed: int = 0,
         indices: Sequence[int] | None = None,
         decoding: object | None = None,
-        steps: int | None = None,
-        guidance: flow.Guidance | None = None,
-        solver: Literal["euler", "adams"] | None = None,
         size: tuple[int, int] | None = None,
         on_step: flow.OnStep | None = None,
     ) -> Tensor:
         """Tokens, rows of any length 1..K -> images (B, 3, H, W) in [-1, 1].
 
         Row b starts from the noise of (`seed`, `indices[b]`), 0.. by default, and nothing else, so an image does not
-        depend on its batch. `decoding` is a `FlexTokDecoding`, that of the configuration by default; `steps`,
-        `guidance` and `solver` take the place of what it says, and `guidance` may then be a function of the time from
-        1 (noise) to 0. `size` is (height, width) in pixels, `image_size` by default. `on_step(step, latents, guess)`
-        follows the flow: `to_images(guess)` is what the model expects the image to become.
+        depend on its batch. `decoding` is a `FlexTokDecoding`, that of the configuration by default. `size` is (height,
+        width) in pixels, `image_size` by default. `on_step(step, latents, guess)` follows the flow: `to_images(guess)`
+        is what the model expects the image to become.
         """
         latents = self.decode_latents(
             tokens,
             seed=seed,
             indices=indices,
             decoding=decoding,
-            steps=steps,
-            guidance=guidance,
-            solver=solver,
             size=size,
             on_step=on_step,
         )
@@ -515,16 +508,17 @@ class FlexTok(Tokenizer):
         seed: int = 0,
         indices: Sequence[int] | None = None,
         decoding: object | None = None,
-        steps: int | None = None,
-        guidance: flow.Guidance | None = None,
-        solver: Literal["euler", "adams"] | None = None,
+        guidance: Callable[[float], float] | None = None,
         size: tuple[int, int] | None = None,
         on_step: flow.OnStep | None = None,
     ) -> Tensor:
-        """`decode` up to the latents (B, C, H, W)."""
+        """`decode` up to the latents (B, C, H, W).
+
+        `guidance` gives the scale at each time from 1 (noise) to 0, in place of the one scale that `decoding` has.
+        """
         check_tokens(tokens, indices, self.num_tokens)
         settings = self._settings(decoding)
-        times = flow.step_times(settings.steps if steps is None else steps)
+        times = flow.step_times(settings.steps)
         noise = self._noise(seed, range(len(tokens)) if indices is None else indices, size)
         codes = self.quantizer.ids_to_codes(tokens.padded().ids.to(noise.device))
         network = flextok_fast.GuidedDecoder(
@@ -535,7 +529,7 @@ class FlexTok(Tokenizer):
             guidance=settings.guidance if guidance is None else guidance,
             projected=settings.projected_guidance,
         )
-        return self._solve(solver or settings.solver, network.velocity, noise, len(times), on_step)
+        return self._solve(settings.solver, network.velocity, noise, len(times), on_step)
 
     def as_velocity(self, estimate: Tensor, x: Tensor, t: float) -> Tensor:
         """The velocity at x and time t that the network's output stands for."""

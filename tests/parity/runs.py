@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -154,16 +155,22 @@ def velocity(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
 
 
 def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Latents and images through the public `decode`, started from the case's noise."""
+    """Latents and images through the public `decode` (`decode_latents` where the scale changes), from the noise given."""
     states: list[Tensor] = []
-    scale = run["guidance"]["scale"]
+    tokens, scale = Tokens(ids, torch.tensor(run["keep"])), run["guidance"]["scale"]
+    how = replace(model.config.decoding, steps=run["steps"])
+
+    def on_step(step: int, latents: Tensor, guess: Tensor) -> None:
+        states.append(latents)
+
+    def along(t: float) -> float:
+        return float(scale[0] + (scale[1] - scale[0]) * t)
+
     with patch.object(randomness, "normal", return_value=noise):
-        images = model.decode(
-            Tokens(ids, torch.tensor(run["keep"])),
-            steps=run["steps"],
-            guidance=(lambda t: scale[0] + (scale[1] - scale[0]) * t) if isinstance(scale, list) else scale,
-            on_step=lambda step, latents, guess: states.append(latents),
-        )
+        if isinstance(scale, list):
+            images = model.to_images(model.decode_latents(tokens, decoding=how, guidance=along, on_step=on_step))
+        else:
+            images = model.decode(tokens, decoding=replace(how, guidance=scale), on_step=on_step)
     return states[-1], images
 
 

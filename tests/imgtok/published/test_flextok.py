@@ -101,12 +101,13 @@ def alike(a: FlexTok, b: FlexTok) -> bool:
     left, right = a.state_dict(), b.state_dict()
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     tokens = a.encode(images)
+    how = FlexTokDecoding(steps=2, guidance=2.0, projected_guidance=a.config.decoding.projected_guidance)
     assert len(tokens.ids.unique()) >= 4  # of 24: no constant that any model would give
     return (
         left.keys() == right.keys()
         and all(torch.equal(left[name], right[name]) for name in left)
         and torch.equal(tokens.ids, b.encode(images).ids)
-        and torch.equal(*(m.decode(tokens.truncate(5), steps=2, guidance=2.0) for m in (a, b)))
+        and torch.equal(*(m.decode(tokens.truncate(5), decoding=how) for m in (a, b)))
     )
 
 

@@ -53,6 +53,11 @@ def short(**changes) -> ShortRuns:
     return dataclasses.replace(TINY.short_runs, **changes)
 
 
+def told(model: FlexTok, **changes) -> FlexTokDecoding:
+    """The model's own settings but for `changes`."""
+    return dataclasses.replace(model.config.decoding, **changes)
+
+
 def images(count: int, side: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -240,10 +245,10 @@ def test_tokens_matter_within_the_length_and_not_beyond(model):
 def test_an_image_does_not_depend_on_its_batch(model, guidance):
     tokens = model.encode(images(40))
     indices = range(100, 140)
-    whole = model.decode(tokens, seed=5, indices=indices, guidance=guidance)
+    whole = model.decode(tokens, seed=5, indices=indices, decoding=told(model, guidance=guidance))
     for rows in (slice(0, 16), slice(7, 31), slice(39, 40)):
         part = Tokens(tokens.ids[rows], tokens.lengths[rows])
-        alone = model.decode(part, seed=5, indices=indices[rows], guidance=guidance)
+        alone = model.decode(part, seed=5, indices=indices[rows], decoding=told(model, guidance=guidance))
         torch.testing.assert_close(alone, whole[rows], atol=2e-5, rtol=0)
 
 
@@ -282,7 +287,6 @@ def test_decoding_settings_are_the_models_unless_given(model):
     tokens = model.encode(images(2))
     settings = FlexTokDecoding(steps=2, guidance=3.0, solver="adams")
     given = model.decode(tokens, decoding=settings)
-    assert torch.equal(given, model.decode(tokens, steps=2, guidance=3.0, solver="adams"))
     assert torch.equal(given, build(decoding=settings).decode(tokens))
     assert torch.equal(model.decode(tokens), model.decode(tokens, decoding=model.config.decoding))
     with pytest.raises(TypeError, match="a FlexTok takes a FlexTokDecoding, not a NoDecoding"):
@@ -298,18 +302,19 @@ def test_decode_leaves_the_global_generator_alone(model):
 def test_steps_and_progress(model):
     tokens = model.encode(images(1))
     seen: list[tuple[int, torch.Tensor]] = []
-    final = model.decode(tokens, steps=4, on_step=lambda step, latents, guess: seen.append((step, latents)))
+    four = told(model, steps=4)
+    final = model.decode(tokens, decoding=four, on_step=lambda step, latents, guess: seen.append((step, latents)))
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert torch.equal(seen[-1][1].clamp(-1, 1), final)
-    assert torch.equal(model.decode(tokens), model.decode(tokens, steps=3))
-    assert not torch.equal(model.decode(tokens), model.decode(tokens, steps=4))
+    assert torch.equal(model.decode(tokens), model.decode(tokens, decoding=told(model, steps=3)))
+    assert not torch.equal(model.decode(tokens), model.decode(tokens, decoding=four))
 
 
 def test_guidance_changes_the_image_and_follows_the_configuration(model):
     tokens = model.encode(images(2))
     plain = model.decode(tokens)
-    assert torch.equal(plain, model.decode(tokens, guidance=1.0))
-    projected = model.decode(tokens, guidance=4.0)
+    assert torch.equal(plain, model.decode(tokens, decoding=told(model, guidance=1.0)))
+    projected = model.decode(tokens, decoding=told(model, guidance=4.0))
     unprojected_model = build(decoding=FlexTokDecoding(steps=3, projected_guidance=False, guidance=4.0))
     unprojected = unprojected_model.decode(tokens)
     assert not torch.allclose(plain, projected)
@@ -420,7 +425,9 @@ def test_unguided_steps_leave_out_the_null_pass(model, monkeypatch):
     monkeypatch.setattr(flextok_fast, "velocities", counting)
     tokens = model.encode(images(2)).truncate(3)
     times: list[float] = []
-    model.decode(tokens, steps=4, guidance=lambda t: times.append(t) or (3.0 if t > 0.6 else 1.0))
+    model.decode_latents(
+        tokens, decoding=told(model, steps=4), guidance=lambda t: times.append(t) or (3.0 if t > 0.6 else 1.0)
+    )
     assert times == [1, 0.75, 0.5, 0.25]
     assert calls == [[4, 1], [4, 1], [4], [4]]
 
@@ -473,11 +480,13 @@ def test_a_sample_of_the_posterior_depends_on_its_seed_and_place():
 
 def test_the_second_order_solver_is_closer_to_the_limit(model):
     tokens = model.encode(images(4)).truncate(4)
-    limit = model.decode(tokens, steps=200)
-    euler, adams = ((model.decode(tokens, steps=8, solver=s) - limit).abs().mean() for s in ("euler", "adams"))
+    limit = model.decode(tokens, decoding=told(model, steps=200))
+    settings = (told(model, steps=8, solver=solver) for solver in ("euler", "adams"))
+    euler, adams = ((model.decode(tokens, decoding=how) - limit).abs().mean() for how in settings)
     assert adams < euler / 2
     assert torch.equal(
-        model.decode(tokens, solver="adams"), build(decoding=FlexTokDecoding(steps=3, solver="adams")).decode(tokens)
+        model.decode(tokens, decoding=told(model, solver="adams")),
+        build(decoding=FlexTokDecoding(steps=3, solver="adams")).decode(tokens),
     )
 
 
@@ -562,7 +571,7 @@ def test_truncate_keeps_at_least_one():
 @pytest.mark.parametrize("steps", [-1, 0])
 def test_decode_refuses_no_steps(model, steps):
     with pytest.raises(ValueError, match="step"):
-        model.decode(model.encode(images(1)), steps=steps)
+        model.decode(model.encode(images(1)), decoding=told(model, steps=steps))
 
 
 @pytest.mark.parametrize("size", [(10, 8), (8, 10)])
@@ -676,7 +685,7 @@ def test_a_network_that_predicts_the_data():
     batch = images(4)
     assert model(batch, generator=generator()).total.item() == pytest.approx(batch.square().mean().item(), rel=1e-5)
     for guidance in (1.0, 5.0):
-        assert model.decode(model.encode(batch), guidance=guidance).abs().max() < 1e-6
+        assert model.decode(model.encode(batch), decoding=told(model, guidance=guidance)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
@@ -701,7 +710,7 @@ def test_training_reduces_the_loss_and_the_tokens_tell_images_apart():
         history.append(loss.item())
     assert history[0] == pytest.approx(1.64, rel=0.1)
     assert sum(history[-5:]) / 5 < 0.25 * history[0]
-    decoded = model.eval().decode(model.encode(batch[:2]).truncate(1), steps=4)
+    decoded = model.eval().decode(model.encode(batch[:2]).truncate(1), decoding=told(model, steps=4))
     assert decoded[0].mean() < -0.4
     assert decoded[1].mean() > 0.4
 
@@ -811,7 +820,10 @@ def test_saving_and_loading(tmp_path, vae):
         assert not loaded.training
         tokens = model.encode(images(2))
         assert torch.equal(loaded.encode(images(2)).ids, tokens.ids)
-        assert torch.equal(loaded.decode(tokens, guidance=2.0), model.decode(tokens, guidance=2.0))
+        assert torch.equal(
+            loaded.decode(tokens, decoding=told(loaded, guidance=2.0)),
+            model.decode(tokens, decoding=told(model, guidance=2.0)),
+        )
         if vae:
             assert not any(p.requires_grad for p in loaded.vae.parameters())
 
@@ -819,6 +831,6 @@ def test_saving_and_loading(tmp_path, vae):
 def test_runs_in_bfloat16_under_autocast(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(images(4), generator=generator())
-        decoded = model.decode(model.encode(images(2)), guidance=2.0)
+        decoded = model.decode(model.encode(images(2)), decoding=told(model, guidance=2.0))
     assert losses.total.dtype == torch.float32
     assert decoded.isfinite().all()
