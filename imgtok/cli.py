@@ -30,7 +30,10 @@ JOBS: Mapping[str, tuple[str, str]] = {
         "imgtok.train.autoencoder",
         "train the continuous autoencoder that tokenizers and latents stand on",
     ),
-    "train generator": ("imgtok.train.generator", "train a generator on the tokens of a tokenizer"),
+    "train generator": (
+        "imgtok.train.generator",
+        "train a generator on the tokens of a tokenizer or on latents",
+    ),
     "cache": ("imgtok.train.cache_tokens", "write the tokens of a data set to files, for faster training"),
     "cache latents": (
         "imgtok.train.cache_latents",
@@ -42,7 +45,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("imgtok.sample.evaluate.job", "score images or a model"),
     "export": (
         "imgtok.sample.export",
-        "write a FlexTok or xAR as its published code reads it, or such a one as imgtok's",
+        "write a model as the code that it was published with reads it, or a published one as imgtok's",
     ),
     "quickstart": (
         "imgtok.sample.quickstart",
@@ -117,13 +120,21 @@ SETTINGS = ("sampling", "decoding")
 
 
 def model_help(module: ModuleType, argv: Sequence[str]) -> str:
-    """The settings of the models that the arguments of a job name, in the sections that the job has."""
+    """The settings of the models that the arguments of a job or its YAML file name, in the sections that it has."""
     known = {line.name for line in describe(module.Config)}
     words = [word for word in argv if not word.startswith("-") and not word.endswith((".yaml", ".yml"))]
     lone = [word for word in words if "=" not in word][:1] if hasattr(module, "POSITIONAL") else []
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    names = [*lone, *(given[name] for name in ("model", "tokenizer") if name in given and name in known)]
-    return settings_help(names, [section for section in SETTINGS if section in known])
+    path = next((Path(word) for word in argv if word.endswith((".yaml", ".yml"))), None)
+    given = {} if path is None else read_yaml(path)
+    given |= dict(word.split("=", 1) for word in words if "=" in word)
+    asked = [name for name in ("model", "tokenizer") if name in known and isinstance(given.get(name), str)]
+    names = [*lone, *(given[name] for name in asked if not (lone and name == module.POSITIONAL))]
+    try:
+        return settings_help(names, [section for section in SETTINGS if section in known])
+    except FileNotFoundError as error:
+        if path is None:
+            raise
+        return f"\n{path} names a model that is not there yet, so its settings are not listed: {error}\n"
 
 
 def settings_help(models: Sequence[Any], sections: Sequence[str] = SETTINGS) -> str:

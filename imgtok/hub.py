@@ -66,7 +66,7 @@ READERS: dict[str, str] = {
 - where models can be written for the code that they were published with, `save(model, path)`."""
 
 OURS = "imgtok"
-FORMAT = 1
+FORMAT = 2
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
@@ -93,6 +93,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
     and `__init__(self, config: VAEConfig)` that sets `self.config`.
     """
 
+    in_words: ClassVar[str] = "a model"
+    """What a class that others derive from calls itself in messages, such as "a tokenizer"."""
     config_class: ClassVar[Any]
     config: Any
 
@@ -201,12 +203,17 @@ class Found:
         found = self.model_class
         if not issubclass(found, expect):
             what = f"{found.__name__} (kind {self.kind!r})" if self.layout == OURS else f"published {found.__name__}"
-            needed = f"{'an' if expect.__name__[0] in 'AEIOU' else 'a'} {expect.__name__}"
+            name = f"{'an' if expect.__name__[0] in 'AEIOU' else 'a'} {expect.__name__}"
+            needed = vars(expect).get("in_words", name)
             raise ValueError(f"{self.path} holds a {what}, but {needed} is needed here")
 
     def with_config(self, **fields: Any) -> Found:
         """As if its config.json said so, such as another `scaling_factor` of an autoencoder."""
         return replace(self, config={**self.config, **fields})
+
+    def scaled(self, factor: float | None) -> Found:
+        """An autoencoder whose latents are multiplied by this `scaling_factor`; for None by its own."""
+        return self if factor is None else self.with_config(scaling_factor=factor)
 
     def part(self, name: str = "tokenizer") -> Found:
         """A model that is kept inside this one's folder, as a generator keeps its tokenizer or autoencoder.
@@ -357,7 +364,7 @@ def _describe(name: str, path: Path) -> Found:
     if path.is_dir():
         return _describe_folder(name, path)
     stored = open_weights(path)
-    layout = _recognised({}, stored.blank.keys())
+    layout = _recognised(path, {}, stored.blank.keys())
     if layout is not None:
         return Found(name, path, layout, reader(layout).KIND)
     beside = f"; or give its folder, {path.parent}" if (path.parent / CONFIG_NAME).is_file() else ""
@@ -378,7 +385,7 @@ def _describe_folder(name: str, folder: Path) -> Found:
                 f"format {FORMAT}. Install a matching release"
             )
         return Found(name, folder, OURS, data["kind"], data)
-    layout = _recognised(data, set())
+    layout = _recognised(path, data, set())
     if layout is None:
         written = f" (it is of a {data['_class_name']})" if "_class_name" in data else ""
         raise ConfigError(
@@ -388,10 +395,16 @@ def _describe_folder(name: str, folder: Path) -> Found:
     return Found(name, folder, layout, reader(layout).KIND, data)
 
 
-def _recognised(description: Mapping[str, Any], names: Set[str]) -> str | None:
-    """The one layout that a config.json, or the names of the tensors in a lone file, are of."""
+def _recognised(path: Path, description: Mapping[str, Any], names: Set[str]) -> str | None:
+    """The one layout that a config.json, or the names of the tensors in a lone file, are of.
+
+    Raises ValueError where several modules take it for theirs.
+    """
     layouts = [layout for layout in READERS if reader(layout).recognise(description, names)]
-    assert len(layouts) <= 1, f"recognised as {' and '.join(layouts)}"
+    if len(layouts) > 1:
+        raise ValueError(
+            f"{path}: could be in any of the published layouts {' and '.join(layouts)}; keep what one model needs"
+        )
     return layouts[0] if layouts else None
 
 

@@ -74,8 +74,7 @@ def writer_of(model: Any) -> Any:
 
 def open_autoencoder(name: str, scaling_factor: float | None) -> Autoencoder:
     """By any of its names. Raises ValueError for anything else."""
-    found = resolve(name, expect=Autoencoder)
-    model: Autoencoder = load(found if scaling_factor is None else found.with_config(scaling_factor=scaling_factor))
+    model: Autoencoder = load(resolve(name, expect=Autoencoder).scaled(scaling_factor))
     return model
 
 

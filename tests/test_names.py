@@ -83,10 +83,10 @@ def test_a_tokenizer(folder):
 
 def test_each_says_what_it_needs(capsys):
     for arguments, message in (
-        (["sample", "kl16.ckpt"], "kl16.ckpt holds a published VAE, but a ConditionalGenerator is needed here"),
-        (["cache", "vae", "out=x"], "vae holds a published VAE, but a Tokenizer is needed here"),
+        (["sample", "kl16.ckpt"], "kl16.ckpt holds a published VAE, but a generator is needed here"),
+        (["cache", "vae", "out=x"], "vae holds a published VAE, but a tokenizer is needed here"),
         (["cache", "latents", "vae=xAR.pth", "out=x", *DATA], "xAR.pth holds a published XAR, but a"),
-        (["sample", "xAR.pth", "tokenizer=flextok.safetensors"], "holds a published FlexTok, but an Autoencoder is"),
+        (["sample", "xAR.pth", "tokenizer=flextok.safetensors"], "holds a published FlexTok, but an autoencoder is"),
         (["sample", "xAR-L.pth"], "xAR-L.pth: no such file of weights"),
     ):
         assert main(arguments) == 2

@@ -150,7 +150,7 @@ class AutoencoderJob(ImageJob):
         autoencoder.calibrate(batch.images.to(device) for batch in batches)
         if self.config.half:
             autoencoder = copy.deepcopy(autoencoder).half()
-        autoencoder.save_pretrained(folder)
+        autoencoder.save_pretrained(folder, repo_id=str(self.config.out / "final"))
 
 
 if __name__ == "__main__":

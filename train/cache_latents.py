@@ -78,10 +78,7 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     state = process_state()
-    found = resolve(config.vae, expect=Autoencoder)
-    if config.vae_scaling_factor is not None:
-        found = found.with_config(scaling_factor=config.vae_scaling_factor)
-    vae: Autoencoder = load(found)
+    vae: Autoencoder = load(resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor))
     if config.image_size % vae.config.factor:
         raise ValueError(
             f"image_size: {config.image_size} pixels are no multiple of the {vae.config.factor} of one latent cell of "

@@ -145,9 +145,7 @@ def find_autoencoder(config: Config, model_class: type[Tokenizer]) -> Autoencode
     if model_class.stands_on is None:
         raise ValueError(f"vae: a {model_class.__name__} stands on no autoencoder; leave vae out")
     found = hub.resolve(config.vae, expect=Autoencoder)
-    if config.vae_scaling_factor is not None:
-        found = found.with_config(scaling_factor=config.vae_scaling_factor)
-    autoencoder: Autoencoder = hub.load(found)
+    autoencoder: Autoencoder = hub.load(found.scaled(config.vae_scaling_factor))
     return autoencoder
 
 
@@ -187,7 +185,7 @@ class TokenizerJob(ImageJob):
         tokenizer = self.tokenizer
         if self.config.half:
             tokenizer = copy.deepcopy(tokenizer).half()
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, repo_id=str(self.config.out / "final"))
 
 
 class AlignedJob(TokenizerJob):

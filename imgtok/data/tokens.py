@@ -204,11 +204,6 @@ def _names(info: TokenCacheInfo) -> tuple[str, ...]:
     return ("ids", "lengths", "labels", "indices", "views", *(() if info.num_slots is None else ("slots",)))
 
 
-def read_info(path: Path) -> TokenCacheInfo:
-    """The description in a shard; DataError when the file is damaged or of another format."""
-    return TokenCacheInfo.read(path)
-
-
 def _read_shard(path: Path, info: TokenCacheInfo) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:

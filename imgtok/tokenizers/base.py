@@ -94,9 +94,10 @@ class Tokenizer(nn.Module, Pretrained):
     """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`; or, where
     `reconstructs`, a `Reconstruction` for the job to judge. One with `taps` also takes `on_block`, an `OnBlock`.
 
-    `config.decoding` is an instance of `decoding_class`: the settings that `decode` uses unless it is given others.
+    `config` has `decoding`, an instance of `decoding_class`: the settings that `decode` uses unless it is given others.
     """
 
+    in_words: ClassVar[str] = "a tokenizer"
     decoding_class: ClassVar[type] = NoDecoding
     """The frozen dataclass of the decoder's settings."""
     stands_on: ClassVar[str | None] = None
@@ -242,9 +243,10 @@ class Autoencoder(nn.Module, Pretrained):
 
     Calling the module with images and `generator` gives a `Reconstruction`, for training.
     `config` has `factor` f, `latent_channels` C, `scaling_factor`, which brings latents to about unit deviation, and
-    `decoding`, an instance of `decoding_class`.
+    `decoding`, an instance of `decoding_class`, as that of every tokenizer has.
     """
 
+    in_words: ClassVar[str] = "an autoencoder"
     decoding_class: ClassVar[type] = NoDecoding
     """The frozen dataclass of the decoder's settings."""
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)

@@ -140,6 +140,5 @@ def load_vae(name: str | Path | Found, scaling_factor: float | None = None) -> V
 
     Raises FileNotFoundError, ConfigError or ValueError that name the file.
     """
-    found = resolve(name, expect=VAE)
-    vae: VAE = load(found if scaling_factor is None else found.with_config(scaling_factor=scaling_factor))
+    vae: VAE = load(resolve(name, expect=VAE).scaled(scaling_factor))
     return vae

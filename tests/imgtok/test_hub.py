@@ -94,7 +94,7 @@ def test_a_saved_model_comes_back_whole(tmp_path: Path) -> None:
 def test_the_folder_is_readable_by_others(folder: Path) -> None:
     data = json.loads((folder / "config.json").read_text())
     assert data == {
-        "format": 1,
+        "format": 2,
         "imgtok_version": imgtok.__version__,
         "kind": "tiny",
         "width": 4,
@@ -163,7 +163,7 @@ def test_every_kind_of_the_table_names_a_module_of_ours() -> None:
     [
         ({"widht": 3}, "has no field 'widht'; did you mean 'width'?"),
         ({"width": -4}, "width: given -4, must be an integer of at least 1"),
-        ({"format": 2, "imgtok_version": "9.0"}, "format 2, written by imgtok 9.0"),
+        ({"format": 9, "imgtok_version": "9.0"}, "format 9, written by imgtok 9.0"),
     ],
 )
 def test_bad_configurations_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:

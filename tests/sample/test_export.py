@@ -64,7 +64,7 @@ def test_models_that_no_published_code_knows(capsys):
          "kind vae, flextok, xar"),
         (["gpt", "out=x", "layout=imgtok", "raw=true"], "holds one set of weights"),
         (["ours", "out=x", "vae=ours", "layout=imgtok"], "vae: a VAE is given no autoencoder"),
-        (["gpt", "out=x", "vae=gpt", "layout=imgtok"], "holds a GPT (kind 'gpt'), but an Autoencoder is needed here"),
+        (["gpt", "out=x", "vae=gpt", "layout=imgtok"], "holds a GPT (kind 'gpt'), but an autoencoder is needed here"),
     ):  # fmt: skip
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err

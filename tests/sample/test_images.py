@@ -382,12 +382,12 @@ def test_images_of_unknown_origin_are_refused(generator, tmp_path, name):
 
 
 def test_a_tokenizer_in_place_of_a_generator(generator, tmp_path):
-    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a ConditionalGenerator is needed"):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but a generator is needed"):
         sample(generator / "tokenizer", tmp_path)
 
 
 def test_a_generator_in_place_of_a_tokenizer(generator, tmp_path):
-    with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a tokenizer is needed"):
         sample(generator, tmp_path, tokenizer=str(generator))
 
 

@@ -123,5 +123,5 @@ def test_values_out_of_range_are_named(tokenizer, tmp_path, capsys, override, me
 
 def test_a_generator_in_place_of_a_tokenizer(tmp_path):
     GPT(GPTConfig(vocab_size=8, num_tokens=2, width=16, depth=1, num_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a tokenizer is needed"):
         reconstruct(tmp_path, tmp_path / "out")

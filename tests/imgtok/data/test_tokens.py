@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from imgtok.data.loaders import token_loader
 from imgtok.data.sources import DataError
-from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter, read_info
+from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter
 from imgtok.tokenizers.tokens import Tokens
 
 INFO = TokenCacheInfo(
@@ -141,7 +141,7 @@ def test_damage_is_named(tmp_path):
 def test_another_format_is_refused(tmp_path):
     write(tmp_path, replace(INFO, format=2))
     with pytest.raises(DataError, match="token cache of format 2, this version reads format 3"):
-        read_info(INFO.shard_path(tmp_path, 0))
+        TokenCacheInfo.read(INFO.shard_path(tmp_path, 0))
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,14 @@ def test_folders_are_known_by_their_description():
         assert [name for name in hub.READERS if hub.reader(name).recognise(data, set())] == []
 
 
+def test_what_two_readers_take_for_theirs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("imgtok.published.kl16.recognise", lambda description, names: True)
+    monkeypatch.setattr("imgtok.published.flextok.recognise", lambda description, names: True)
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="x.safetensors: could be in any of the published layouts flextok and kl16"):
+        imgtok.load(tmp_path / "x.safetensors")
+
+
 def test_every_reader_is_complete():
     for layout in hub.READERS:
         module = hub.reader(layout)
