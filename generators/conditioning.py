@@ -44,6 +44,10 @@ class FromClass:
     drop: Fraction = 0.1
     """Share of training samples whose class is replaced by none."""
 
+    text_length: ClassVar[int] = 0
+    text_encoder: ClassVar[str | None] = None
+    """It reads no text."""
+
     def __post_init__(self) -> None:
         check(self)
 
@@ -59,11 +63,16 @@ class FromText:
     """Most features of a caption; training fills it in from the text cache."""
     text_encoder: Annotated[str | None, FROM_DATA] = None
     """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
+    empty_length: Annotated[PositiveInt, FROM_DATA] = 1
+    """Features of the empty caption, by which the text encoder is known again; training fills it in from the text
+    cache."""
     drop: Fraction = 0.1
     """Share of training samples whose caption is replaced by none."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.empty_length > self.text_length:
+            raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +101,6 @@ class TextCrossAttention(FromText):
     """Every block attends to the caption's features, after a small MLP; none is the empty caption (FlexTok)."""
 
     kind: Literal["cross_attention"] = "cross_attention"
-    empty_length: Annotated[PositiveInt, FROM_DATA] = 1
-    """Features of the empty caption, which stands for none; training fills it in from the text cache."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.empty_length > self.text_length:
-            raise ValueError(f"empty_length: {self.empty_length} is more than text_length = {self.text_length}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,15 +204,18 @@ class ConditionalGenerator(nn.Module, Pretrained):
 
     A model calls `_add_text` where its parameters are made, and has a `CrossAttention` in each block if `condition` is
     `cross_attention`. Its configuration also has `sampling`, a dataclass: the settings that `generate` draws by unless
-    it is given others.
+    it is given others. That of a generator of latents has `grid`, the latent's positions a side, and `latent_channels`;
+    that of every decoder has `decoding`.
     """
 
+    in_words: ClassVar[str] = "a generator"
     learns_from: ClassVar[Literal["tokens", "latents"]]
     """What it draws, and so what its cache holds and its decoder takes."""
     config: ConditionConfig
     text_proj: nn.Sequential | None
     empty_caption: Tensor | None
-    """(empty_length, text_width): the empty text's features, which stand for "no caption"; see `set_empty_caption`."""
+    """(empty_length, text_width): the empty text's features, by which the text encoder is known again, and which stand
+    for "no caption" unless `no_caption` does; see `set_empty_caption`. None where no captions are read."""
     no_caption: Tensor | None
     """(text_length, text_width): what stands for "no caption" in a text prefix."""
 
@@ -221,9 +226,10 @@ class ConditionalGenerator(nn.Module, Pretrained):
         """
         condition = self.config.condition
         self.text_proj, empty, none = None, None, None
+        if isinstance(condition, FromText):
+            empty = torch.zeros(condition.empty_length, condition.text_width)
         if isinstance(condition, TextCrossAttention):
             self.text_proj = text_projection(condition.text_width, condition.text_width, width)
-            empty = torch.zeros(condition.empty_length, condition.text_width)
         if isinstance(condition, TextPrefix):
             self.text_proj = text_projection(condition.text_width, width, width)
             none = torch.randn(condition.text_length, condition.text_width) / condition.text_width**0.5
@@ -256,6 +262,22 @@ class ConditionalGenerator(nn.Module, Pretrained):
         """The numbers of tokens that one draw can be decoded at; none for latents, and where the model decides."""
         return []
 
+    @property
+    def positions_at_once(self) -> int:
+        """The most positions of an image that one call of the network may compute while sampling."""
+        if self.learns_from == "tokens":
+            return 1
+        config: Any = self.config
+        entities = getattr(self, "entities", None)  # how the latent is cut, where it is drawn in several calls
+        return int(config.grid**2 if entities is None else entities.length)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Raises ValueError: alone it could not draw an image. A pipeline uploads it together with its decoder."""
+        raise ValueError(
+            f"a generator needs its tokenizer or autoencoder beside it: save_pretrained(FOLDER), then "
+            f"imgtok.pipeline(FOLDER, tokenizer=...).push_to_hub({repo_id!r})"
+        )
+
     def check_decoder(self, decoder: nn.Module) -> None:
         """Raises ValueError for a tokenizer or autoencoder that cannot decode what this model draws."""
         raise NotImplementedError
@@ -267,7 +289,7 @@ class ConditionalGenerator(nn.Module, Pretrained):
 
     @torch.no_grad()
     def set_empty_caption(self, features: Tensor) -> None:
-        """Keep the features (empty_length, text_width) of the empty text, if they stand for "no caption" here."""
+        """Keep the features (empty_length, text_width) of the empty text, if captions are read here."""
         if self.empty_caption is not None:
             self.empty_caption.copy_(features)
 

@@ -28,19 +28,19 @@ from tqdm import tqdm
 
 from imgtok.config import Settings
 from imgtok.files import replacing
-from imgtok.generators.conditioning import Condition, ConditionalGenerator, FromText
+from imgtok.generators.conditioning import Condition, ConditionalGenerator
 from imgtok.hub import Found, load, resolve
 from imgtok.pictures import to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
-from imgtok.tokenizers.base import Autoencoder, Tokenizer
+from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
 ROWS = 16
 """Images that a CPU computes at once."""
-TOKENS_AT_ONCE = 1024
-"""Of those, positions at most where a generator may compute all of a latent in one call."""
+POSITIONS_AT_ONCE = 1024
+"""Positions at most of all those images, where one call of a generator computes several of each."""
 Precision = Literal["fp32", "bf16"]
 """Arithmetic of the networks, as the jobs call it; noise and solvers stay in float32."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +51,7 @@ BATCH = 64
 EXAMPLE_PROMPT = "a red circle above a blue square"
 CARD = """---
 library_name: imgtok
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 ---
 
 # A `{kinds}`, for imgtok
@@ -64,6 +64,18 @@ images = pipe({example}, seed=0)
 ```
 
 The decoder is in `tokenizer/`; the configurations are in the files `config.json`.
+"""
+DECODER_CARD = """---
+library_name: imgtok
+---
+
+# The `{kind}` of a generator, for imgtok
+
+```python
+import imgtok
+
+decoder = imgtok.pipeline("{name}").decoder
+```
 """
 
 Drawn = Tokens | Tensor
@@ -79,13 +91,6 @@ class Made(NamedTuple):
     """(B, 3, H, W) uint8."""
     drawn: Drawn
     """What they were decoded from."""
-
-    @classmethod
-    def cat(cls, parts: Sequence[Made]) -> Made:
-        """Several batches, one after the other."""
-        drawn: list[Any] = [part.drawn for part in parts]
-        whole: Drawn = Tokens.cat(drawn) if isinstance(drawn[0], Tokens) else torch.cat(drawn)
-        return cls(torch.cat([part.images for part in parts]), whole)
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,7 @@ class Pipeline:
         self.generator = generator.eval()
         self.decoder: Any = decoder.eval()
         self.exact, self.threads = exact, threads
-        condition = generator.config.condition
-        self.text_encoder = text_encoder or (condition.text_encoder if isinstance(condition, FromText) else None)
+        self.text_encoder = text_encoder or generator.config.condition.text_encoder
         self._encoder: TextEncoder | None = None
         self.device = torch.device("cpu")
         self.dtype = torch.float32
@@ -232,8 +236,7 @@ class Pipeline:
     @property
     def blocks(self) -> Blocks:
         """Which images are computed together."""
-        config: Any = self.generator.config
-        rows = ROWS if self.draws_tokens else max(1, min(ROWS, TOKENS_AT_ONCE // config.grid**2))
+        rows = max(1, min(ROWS, POSITIONS_AT_ONCE // self.generator.positions_at_once))
         return Blocks(self.device, self.exact, self.threads, rows)
 
     @property
@@ -298,7 +301,7 @@ class Pipeline:
         """
         if not self.draws_tokens:
             raise ValueError("this generator draws latents and not tokens: call pipe.latents(...)")
-        return Tokens.cat(cast(list[Tokens], self._parts(classes, prompts, **options)))
+        return cast(Tokens, self._joined(self._parts(classes, prompts, **options)))
 
     def latents(
         self, classes: int | Sequence[int] | None = None, prompts: str | Sequence[str] | None = None, **options: Any
@@ -310,7 +313,7 @@ class Pipeline:
         """
         if self.draws_tokens:
             raise ValueError("this generator draws tokens and not latents: call pipe.tokens(...)")
-        return torch.cat(cast(list[Tensor], self._parts(classes, prompts, **options)))
+        return cast(Tensor, self._joined(self._parts(classes, prompts, **options)))
 
     def decode(
         self,
@@ -346,14 +349,9 @@ class Pipeline:
         folder, generator = Path(folder), self.generator
         if self.reads_text:
             generator.config = generator.config.with_condition(text_encoder=self.text_encoder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "README.md").exists():
-            example = f"prompts={EXAMPLE_PROMPT!r}" if self.reads_text else "classes=[0, 1]"
-            kinds = f"{generator.config.kind}` generator with its `{self.decoder.config.kind}"
-            with replacing(folder / "README.md") as card:
-                card.write_text(CARD.format(kinds=kinds, name=name or folder, example=example), encoding="utf-8")
+        write_cards(folder, name or str(folder), generator.config, self.decoder.config)
         generator.save_pretrained(folder)
-        self.decoder.save_pretrained(folder / "tokenizer", repo_id=str(folder / "tokenizer"))
+        self.decoder.save_pretrained(folder / "tokenizer")
 
     def push_to_hub(
         self,
@@ -430,6 +428,7 @@ class Pipeline:
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
         """
+        counts = list(dict.fromkeys(counts))
         self.check_counts(counts)
         most = None if None in counts else max(count for count in counts if count is not None)
         made: dict[int | None, list[Made]] = {count: [] for count in counts}
@@ -440,16 +439,25 @@ class Pipeline:
                 cut = drawn if count is None else cast(Tokens, drawn).truncate(count)
                 images = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
                 made[count].append(Made(images, cut[: len(own)].to("cpu")))
-        return {count: Made.cat(parts) for count, parts in made.items()}
+        return {
+            count: Made(torch.cat([part.images for part in parts]), self._joined([part.drawn for part in parts]))
+            for count, parts in made.items()
+        }
 
     def check_counts(self, counts: Sequence[int | None]) -> None:
-        """Raises ValueError for a number of tokens that the generator does not draw."""
+        """Raises ValueError for a number of tokens that the generator does not draw or the tokenizer not decode."""
         rates, given = self.generator.rates(), [count for count in counts if count is not None]
         if given and not rates:
             why = "draws its own number of tokens" if self.draws_tokens else "draws whole latents, not tokens"
             raise ValueError(f"num_tokens: this generator {why}; leave num_tokens out")
-        if any(not 1 <= count <= max(rates) for count in given):
-            raise ValueError(f"num_tokens: the generator draws 1 to {max(rates)} tokens, given {given}")
+        if any(count not in rates for count in given):
+            some = f"{min(rates)} to {max(rates)}" if len(rates) == max(rates) - min(rates) + 1 else f"one of {rates}"
+            raise ValueError(f"num_tokens: the generator draws {some} tokens, given {given}")
+        for count in given:
+            try:
+                self.decoder.check_rate(Rate(count))
+            except ValueError as error:
+                raise ValueError(f"num_tokens: {count} cannot be decoded: {error}") from error
 
     def encoder(self) -> TextEncoder:
         """The text encoder, loaded when it is first needed.
@@ -457,14 +465,14 @@ class Pipeline:
         Raises ValueError for a generator without text, or for another encoder than it was trained with.
         """
         if self._encoder is None:
-            condition = self.generator.config.condition
-            if not isinstance(condition, FromText):
+            if not self.reads_text:
                 raise ValueError("prompts: this generator cannot read them, it draws classes")
             if self.text_encoder is None:
                 why = "the generator names no encoder: say text_encoder=FOLDER"
                 raise ValueError(f"prompts: this generator cannot read them, {why}")
             try:
-                found = TextEncoder.load(self.text_encoder, max_length=condition.text_length, device=self.device)
+                length = self.generator.config.condition.text_length
+                found = TextEncoder.load(self.text_encoder, max_length=length, device=self.device)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
             if self.generator.empty_caption is not None:
@@ -529,6 +537,11 @@ class Pipeline:
                 found.append(drawn[: len(rows)])
                 bar.update(len(rows))
         return found
+
+    def _joined(self, parts: Sequence[Drawn]) -> Drawn:
+        """What was drawn in several blocks, one after the other."""
+        drawn: list[Any] = list(parts)
+        return Tokens.cat(drawn) if self.draws_tokens else torch.cat(drawn)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -607,6 +620,24 @@ def progress_bar(total: int, shown: bool | None, callback: Callback | None) -> I
                 callback(step)
 
         yield bar, told
+
+
+def write_cards(folder: Path, name: str, generator: Any, decoder: Any) -> None:
+    """Model cards in the folder of a generator and in its `tokenizer/`, each where there is none, by the two models'
+    configurations. Their examples open `name`, a folder or a Hub repository.
+    """
+    task, example = "unconditional-image-generation", "classes=[0, 1]"
+    if generator.reads_text:
+        task, example = "text-to-image", f"prompts={EXAMPLE_PROMPT!r}"
+    kinds = f"{generator.kind}` generator with its `{decoder.kind}"
+    cards = {
+        folder / "README.md": CARD.format(task=task, kinds=kinds, name=name, example=example),
+        folder / "tokenizer" / "README.md": DECODER_CARD.format(kind=decoder.kind, name=name),
+    }
+    for path, text in cards.items():
+        if not path.exists():
+            with replacing(path) as card:
+                card.write_text(text, encoding="utf-8")
 
 
 def default_device() -> torch.device:

@@ -24,6 +24,7 @@ from imgtok.data.content import CONTENTS, Content
 from imgtok.data.latents import LatentBatch
 from imgtok.data.tokens import TokenBatch
 from imgtok.generators.conditioning import ConditionalGenerator
+from imgtok.generators.pipeline import ROWS, write_cards
 from imgtok.hub import Found
 from imgtok.tokenizers.base import Losses
 from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition
@@ -71,6 +72,8 @@ class Config:
     """Hand the tokenizer's FSQ levels to the model, so that ids which share digits share embeddings and logits."""
     sampling: Settings = Settings()
     """How previews are drawn: the model's own settings, in place of those in `model.sampling`."""
+    decoding: Settings = Settings()
+    """How previews are decoded: settings of the tokenizer or autoencoder, in place of its own."""
     num_preview: NonNegativeInt = 64
     """Images in a preview."""
     checkpoint_activations: bool = False
@@ -104,9 +107,7 @@ def main(config: Config) -> None:
     init = find_init(config, ConditionalGenerator)
     kind = config.model.kind if config.model is not None else None
     model_class = hub.model_class(kind) if kind is not None else find_class(config, init)
-    found = hub.resolve(config.tokenizer)
-    if config.vae_scaling_factor is not None:
-        found = found.with_config(scaling_factor=config.vae_scaling_factor)
+    found = hub.resolve(config.tokenizer).scaled(config.vae_scaling_factor)
     folder: Path = getattr(config, model_class.learns_from)
     content = CONTENTS[model_class.learns_from](folder, found)
     captions = open_captions(config.text, content.cache)
@@ -189,6 +190,7 @@ class GeneratorJob(Job):
         self.captions = captions
         own: Any = model.config
         self.sampling = config.sampling.over(own.sampling, "sampling")
+        self.decoding = config.decoding.over(content.decoder.config.decoding, "decoding")
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch | LatentBatch]:
         training = self.config.training
@@ -221,12 +223,17 @@ class GeneratorJob(Job):
         condition = preview_condition(len(indices), classes, self.content.indices, self.captions, device)
         generate: Any = model.generate
         drawn = generate(condition, seed=0, indices=indices, sampling=self.sampling)
-        images = self.content.decoder.to(device).decode(drawn, seed=0, indices=indices).clamp(-1, 1)
-        pictures.save_png(pictures.make_grid(images, columns=8), path)
+        decode = self.content.decoder.to(device).decode
+        blocks = [
+            decode(drawn[rows.start : rows.stop], seed=0, indices=rows, decoding=self.decoding)
+            for rows in (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))
+        ]
+        pictures.save_png(pictures.make_grid(torch.cat(blocks).clamp(-1, 1), columns=8), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the decoder inside: all that sampling needs."""
         assert isinstance(model, ConditionalGenerator)
+        write_cards(folder, str(self.config.out / "final"), model.config, self.content.decoder.config)
         model.save_pretrained(folder)
         if self.decoder.layout == hub.OURS and self.config.vae_scaling_factor is None:
             shutil.copytree(self.decoder.path, folder / "tokenizer", dirs_exist_ok=True)

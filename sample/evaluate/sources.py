@@ -129,6 +129,7 @@ class GeneratorSource:
         for rate in rates:
             if rate.tolerance is not None:
                 raise ValueError(f"rates: a generator draws numbers of tokens and has no tolerance, given {rate}")
+        rates = list(dict.fromkeys(rates))
         counts = [rate.num_tokens for rate in rates]
         pipe.check_counts(counts)
         self.rates: tuple[Rate | None, ...] = tuple(rates) or (None,)

@@ -14,9 +14,14 @@ from huggingface_hub.utils import filter_repo_objects
 
 import imgtok
 from imgtok.cli import main
+from imgtok.generators.conditioning import TextPrefix
+from imgtok.generators.entities import Cells, Scales
 from imgtok.generators.gpt import GPT, GPTConfig
-from imgtok.generators.pipeline import Pipeline
+from imgtok.generators.pipeline import Pipeline, write_cards
 from imgtok.generators.sampling import TokenSampling
+from imgtok.generators.xar import XAR, XARConfig
+from imgtok.sample.evaluate.sources import GeneratorSource
+from imgtok.tokenizers.base import Rate, Tokenizer
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
@@ -63,6 +68,41 @@ def test_images_at_each_count_are_those_drawn_with_so_many_tokens(pipeline):
         assert torch.equal(images, alone)
     assert torch.equal(found[8].images, pipeline.images(labels, indices, **settings))
     assert not torch.equal(found[1].images, found[8].images)
+
+
+def test_a_count_that_is_asked_for_twice_is_drawn_once(pipeline):
+    settings = {"seed": 3, "sampling": SAMPLING, "decoding": FlexTokDecoding(steps=2)}
+    twice = pipeline.images_at([2, 2], [1, 3], range(2), **settings)
+    once = pipeline.images_at([2], [1, 3], range(2), **settings)
+    assert list(twice) == [2]
+    assert torch.equal(twice[2].images, once[2].images)
+    source = GeneratorSource(pipeline, 3, [0, 1], [Rate(4), Rate(4)], seed=0, decoding=FlexTokDecoding(steps=2))
+    assert source.rates == (Rate(4),)
+    (versions,) = source.batches(range(3), 3)
+    assert {rate: len(batch.images) for rate, batch in versions.items()} == {Rate(4): 3}
+
+
+def test_counts_are_those_that_the_tokenizer_decodes_too(pipeline, monkeypatch):
+    pipeline.check_counts([1, 3, 7, 8, None])  # any prefix, not only those that a report shows
+    monkeypatch.setattr(FlexTok, "rates", Tokenizer.rates)
+    monkeypatch.setattr(FlexTok, "check_rate", Tokenizer.check_rate)  # as one whose images all have 8
+    pipeline.check_counts([8, None])
+    message = "num_tokens: 3 cannot be decoded: .*this tokenizer does not have the rate 3; it has 8"
+    with pytest.raises(ValueError, match=message):
+        pipeline(classes=[1], num_tokens=3)
+    with pytest.raises(ValueError, match=message):
+        GeneratorSource(pipeline, 3, [0], [Rate(3)], seed=0)
+
+
+def test_rows_go_by_what_one_call_of_the_network_computes(pipeline):
+    assert pipeline.generator.positions_at_once == 1
+    assert pipeline.blocks.rows == 16
+    options = {"latent_channels": 4, "grid": 16, "width": 32, "depth": 1, "num_heads": 2}
+    for entities, rows in ((Cells(height=8, width=8), 4), (Scales(sides=(4, 8, 16)), 3)):
+        xar = XAR(XARConfig(entities=entities, **options))
+        assert xar.positions_at_once == xar.entities.length
+        vae = VAE(VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=4))
+        assert Pipeline(xar, vae, device="cpu", exact=True).blocks.rows == rows
 
 
 # ---------------------------------------------------------------- from Python
@@ -215,7 +255,10 @@ def test_a_repository_of_ours_draws_by_its_name_alone(pipeline, hub, capsys):
     card = (hub / "someone/shapes/README.md").read_text()
     assert 'pipe = imgtok.pipeline("someone/shapes")' in card
     assert "pipe(classes=[0, 1], seed=0)" in card
-    assert card.startswith("---\nlibrary_name: imgtok\n")
+    assert card.startswith("---\nlibrary_name: imgtok\npipeline_tag: unconditional-image-generation\n")
+    inside = (hub / "someone/shapes/tokenizer/README.md").read_text()
+    assert 'decoder = imgtok.pipeline("someone/shapes").decoder' in inside
+    assert "/tmp" not in card + inside
     code = card.split("```python")[1].split("```")[0]
     made = {}
     exec(code, made)
@@ -225,6 +268,21 @@ def test_a_repository_of_ours_draws_by_its_name_alone(pipeline, hub, capsys):
     said = capsys.readouterr().out
     assert "  sampling.temperature: a number of at least 0 [1.0]\n      Divides the logits" in said
     assert "  decoding.steps: an integer of at least 1 [25]" in said
+
+
+def test_a_generator_is_not_uploaded_without_its_decoder(pipeline, hub):
+    with pytest.raises(ValueError, match=r"imgtok\.pipeline\(FOLDER, tokenizer=\.\.\.\)\.push_to_hub\('someone/gpt'\)"):
+        pipeline.generator.push_to_hub("someone/gpt")
+    assert not hub.exists()
+
+
+def test_the_card_of_a_generator_that_reads_text(tmp_path):
+    condition = TextPrefix(text_width=12, text_length=4)
+    generator = GPTConfig(vocab_size=16, num_tokens=8, width=32, depth=1, num_heads=2, condition=condition)
+    write_cards(tmp_path, "someone/text", generator, VAEConfig())
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: text-to-image\n" in card
+    assert "pipe(prompts='a red circle above a blue square', seed=0)" in card
 
 
 def test_a_hub_that_refuses_is_named(pipeline, monkeypatch):
@@ -248,5 +306,11 @@ def test_the_help_of_a_job_lists_the_settings_of_its_model(pipeline, tmp_path, c
     said = capsys.readouterr().out
     assert "decoding.solver" in said
     assert "sampling." not in said
+    (tmp_path / "job.yaml").write_text(f"job: sample\nmodel: {tmp_path / 'model'}\n")
+    assert main(["sample", str(tmp_path / "job.yaml"), "--help"]) == 0
+    assert "  sampling.top_k: an integer of at least 0 [0]\n" in capsys.readouterr().out
+    (tmp_path / "job.yaml").write_text("job: sample\nmodel: nowhere/final/yet\n")
+    assert main(["sample", str(tmp_path / "job.yaml"), "--help"]) == 0
+    assert "job.yaml names a model that is not there yet" in capsys.readouterr().out
     assert main(["sample", "--help"]) == 0
     assert "decoding.solver" not in capsys.readouterr().out

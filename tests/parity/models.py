@@ -110,7 +110,7 @@ def gpt(case: Case) -> GPT:
         condition=condition,
     )
     model = GPT(config).eval()
-    fill(model, case, gpt_places)
+    fill(model, case, gpt_places, but=("empty_caption",))
     return model
 
 

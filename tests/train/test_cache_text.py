@@ -21,6 +21,7 @@ from imgtok.data.captions import CaptionDataset
 from imgtok.data.loaders import token_loader
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
+from imgtok.generators.pipeline import Pipeline
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.shapes.captions import VOCABULARY
 from imgtok.shapes.dataset import ShapesDataset
@@ -281,6 +282,15 @@ def test_captions_may_stand_before_the_tokens(trained, t5, tmp_path):
     assert (tmp_path / "run/samples/step_0000004.png").is_file()
     run("sample", tmp_path / "run/final", "prompts=a red circle", "num=2", "grid=0", f"out={tmp_path / 'two'}")
     assert (tmp_path / "two/000001.png").is_file()
+    assert torch.equal(model.empty_caption, CaptionDataset(trained / "text").empty.float())
+    TextEncoder.load(str(t5), max_length=24, device=CPU).check_same(model.empty_caption)
+    model.empty_caption.neg_()  # as if it had been trained with another one
+    pipe = Pipeline(model, imgtok.load(trained / "tokenizer"), device="cpu")
+    with pytest.raises(ValueError, match="is not the encoder that the generator was trained with"):
+        pipe(prompts="a red circle")
+    card = (tmp_path / "run/final/README.md").read_text()
+    assert f'imgtok.pipeline("{tmp_path / "run/final"}")' in card
+    assert "pipeline_tag: text-to-image" in card
 
 
 def test_the_documentations_control_runs(trained):

@@ -18,6 +18,7 @@ from imgtok.cli import main
 from imgtok.config import ConfigError, load
 from imgtok.data.images import open_images
 from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.flextok import FlexTok
 from imgtok.train import cache_tokens, generator, tokenizer
 from imgtok.train.state import complete_steps
 
@@ -107,6 +108,25 @@ def test_an_untrained_generator_draws_all_tokens_alike(tmp_path, flextok, tokens
     model = imgtok.load(untrained)
     assert not model.logits(torch.tensor([3]), torch.zeros(1, 4, dtype=torch.long)).any()
     assert imgtok.load(untrained / "tokenizer").num_tokens == 4
+    assert f'imgtok.pipeline("{untrained}")' in (untrained / "README.md").read_text()
+    assert f'imgtok.load("{flextok}")' in (flextok / "README.md").read_text()
+    assert not [page for page in (untrained, flextok) for text in page.rglob("README.md") if ".tmp" in text.read_text()]
+
+
+def test_previews_are_decoded_in_blocks_by_the_jobs_settings(tmp_path, flextok, tokens, monkeypatch):
+    seen = []
+    decode = FlexTok.decode
+
+    def watched(self, drawn, **options):
+        seen.append((list(options["indices"]), options["decoding"].steps))
+        return decode(self, drawn, **options)
+
+    monkeypatch.setattr(FlexTok, "decode", watched)
+    inputs = [f"tokens={tokens}", f"tokenizer={flextok}", "training.steps=0", "num_preview=20"]
+    train(generator, "gpt", tmp_path, *inputs, "decoding.steps=3")
+    assert seen == [(list(range(16)), 3), (list(range(16, 20)), 3)]
+    with pytest.raises(ValueError, match="decoding.steps: given 0"):
+        train(generator, "gpt", tmp_path / "other", *inputs, "decoding.steps=0")
 
 
 # --------------------------------------------------------------------------------------------- the autoencoder
@@ -132,7 +152,7 @@ def test_an_unknown_autoencoder_is_answered_with_the_known_ones(tmp_path):
 
 
 def test_a_tokenizer_is_no_autoencoder(tmp_path, flextok):
-    with pytest.raises(ValueError, match=r"holds a FlexTok .* but an Autoencoder is needed"):
+    with pytest.raises(ValueError, match=r"holds a FlexTok .* but an autoencoder is needed"):
         train(tokenizer, "flextok", tmp_path, f"vae={flextok}")
 
 
@@ -269,5 +289,5 @@ def test_a_generator_does_not_go_on_with_other_tokens_at_the_same_path(flextok, 
 
 def test_a_generator_is_no_tokenizer(flextok, tokens, tmp_path):
     gpt = train(generator, "gpt", tmp_path, f"tokens={tokens}", f"tokenizer={flextok}", "training.steps=0")
-    with pytest.raises(ValueError, match=r"holds a GPT .* but a Tokenizer is needed"):
+    with pytest.raises(ValueError, match=r"holds a GPT .* but a tokenizer is needed"):
         cache(tmp_path / "tokens", gpt)
