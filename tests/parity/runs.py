@@ -155,7 +155,7 @@ def velocity(model: FlexTok, case: Case, run: Mapping[str, Any]) -> Outputs:
 
 
 def decode(model: FlexTok, ids: Tensor, noise: Tensor, run: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Latents and images through the public `decode` (`decode_latents` where the scale changes), from the noise given."""
+    """Latents and images through the public `decode` (`decode_latents` where the scale changes), from that noise."""
     states: list[Tensor] = []
     tokens, scale = Tokens(ids, torch.tensor(run["keep"])), run["guidance"]["scale"]
     how = replace(model.config.decoding, steps=run["steps"])
