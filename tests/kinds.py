@@ -138,6 +138,9 @@ LINES: dict[str, Line] = {
     ),
 }
 
+ENCODING = {name: line for name, line in LINES.items() if line.config.kind not in hub.GENERATORS}
+"""Those of models that encode images, which generators do not."""
+
 
 # ------------------------------------------------------------------------------------------------ models
 
@@ -240,9 +243,7 @@ def decode(model: Any, rows: Sequence[int], device: torch.device | str = "cpu", 
     return decoded
 
 
-def encode(model: Any, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor | None:
-    """`encode` of some of 4 images: latents, or a table of tokens; None for a generator, which does not encode."""
-    if isinstance(model, ConditionalGenerator):
-        return None
+def encode(model: Any, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """`encode` of some of 4 images: latents, or a table of tokens. For the lines of `ENCODING`."""
     encoded = model.encode(images(model, 4)[list(rows)].to(device))
     return table(encoded, model.num_tokens) if isinstance(encoded, Tokens) else encoded

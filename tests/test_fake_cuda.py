@@ -7,7 +7,7 @@ import kinds
 import pytest
 import torch
 from fake_cuda import CUDA
-from kinds import LINES, Line
+from kinds import ENCODING, LINES, Line
 
 from imgtok.generators import decoding
 from imgtok.generators.gpt import GPT
@@ -27,10 +27,10 @@ def test_the_training_forward_stays_on_the_device(line):
     assert not fake_cuda.run(lambda: kinds.build(line), work).reads
 
 
+@pytest.mark.parametrize("line", ENCODING.values(), ids=ENCODING)
 def test_encoding_stays_on_the_device(line):
     def work(model):
-        encoded = kinds.encode(model, range(4), CUDA)
-        assert encoded is None or encoded.device == CUDA
+        assert kinds.encode(model, range(4), CUDA).device == CUDA
 
     fake_cuda.run(lambda: kinds.build(line), work)
 

@@ -61,7 +61,7 @@ def test_draws_given_to_the_peer_are_those_that_ours_makes(program, ours):
     noise = torch.from_numpy(program["draws_of"](case)["noise"])  # (entities, steps, B, tokens, C)
     assert noise.shape == (4, 3, 2, 64, 16)
     first = ours.model.input_norm(ours.model.input_proj(noise[0, 0]) + ours.model.first_positions[:64])
-    assert torch.allclose(seen[0] * ours.model.input_norm.weight, first, atol=1e-5)
+    assert torch.allclose(seen[0].reshape_as(first) * ours.model.input_norm.weight, first, atol=1e-5)
 
     training = replace(case, what="train")
     given = program["draws_of"](training)
