@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok.config import Settings
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator
 from imgtok.hub import Found, load, resolve
 from imgtok.pictures import to_pil, to_uint8
 from imgtok.runtime import Blocks
+from imgtok.sections import Settings
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer

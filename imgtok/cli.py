@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import imgtok
-from imgtok.config import ConfigError, FieldHelp, completed, describe, load, read_yaml, to_yaml
+from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
+from imgtok.sections import completed
 
 JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("imgtok.train.tokenizer", "train a tokenizer on images"),

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from imgtok import pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Settings, check, to_dict
+from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
 from imgtok.files import replacing
 from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.saved_images import RECORD, open_npz
 from imgtok.runtime import process_state
 from imgtok.sample.labels import labels_by_class, labels_in_turn, num_labels
+from imgtok.sections import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from imgtok import pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, Settings, check
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
 from imgtok.files import replacing
@@ -27,6 +27,7 @@ from imgtok.hub import Found, load, resolve
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.scorers import CodeScorer, ReconstructionScorer, ScoredBatch, Scorer
 from imgtok.runtime import Blocks, process_state
+from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens

@@ -22,11 +22,12 @@ from torch import nn
 
 from imgtok import hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import ByKind, NonNegativeInt, PositiveInt, Range, Section, check
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import eval_loader
 from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import ReconstructionLossConfig
+from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig

@@ -39,7 +39,7 @@ def digest_with(digest: str, captions: CaptionDataset | None) -> str:
 
 
 def condition_facts(num_classes: int, captions: CaptionDataset | None) -> dict[str, Any]:
-    """What classes or captions decide of a generator's configuration, for `imgtok.config.Section.over`."""
+    """What classes or captions decide of a generator's configuration, for `imgtok.sections.Section.over`."""
     if captions is None:
         return {"condition.num_classes": max(num_classes, 1)}
     return {

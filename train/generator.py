@@ -18,7 +18,7 @@ from torch import nn
 
 from imgtok import hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import ByKind, NonNegativeInt, PositiveFloat, Section, Settings, check
+from imgtok.config import NonNegativeInt, PositiveFloat, check
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.content import CONTENTS, Content
 from imgtok.data.latents import LatentBatch
@@ -26,6 +26,7 @@ from imgtok.data.tokens import TokenBatch
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import ROWS, write_cards
 from imgtok.hub import Found
+from imgtok.sections import ByKind, Section, Settings
 from imgtok.tokenizers.base import Losses
 from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition
 from imgtok.train.config import TrainingConfig

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imgtok.config import Section, from_dict, read_yaml
+from imgtok.config import from_dict, read_yaml
 from imgtok.hub import Found, configuration, load, model_class, resolve
+from imgtok.sections import Section
 from imgtok.train.state import complete_steps
 
 

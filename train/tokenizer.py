@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from imgtok import hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import ByKind, NonNegativeInt, PositiveFloat, Range, Section, check
+from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch
 from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.losses.repa import Aligned, REPAConfig, load_teacher, teacher_features
+from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig

@@ -35,7 +35,7 @@ class Content(ABC):
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Values of the generator's configuration that are not open to choice, for `imgtok.config.Section.over`."""
+        """Values of the generator's configuration that are not open to choice, for `imgtok.sections.Section.over`."""
 
     @property
     def needed(self) -> frozenset[str]:

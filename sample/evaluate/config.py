@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from imgtok.config import NonNegativeInt, PositiveInt, Range, Settings, check
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig
 from imgtok.generators.pipeline import Precision
 from imgtok.losses.lpips import LPIPSNet
+from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate
 from imgtok.vision.dino import DINOV2_LARGE

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from imgtok.config import ConfigError, Settings
+from imgtok.config import ConfigError
 from imgtok.generators.entities import Cells
 from imgtok.generators.pipeline import pipeline
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.sample.images import Config, main
+from imgtok.sections import Settings
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
 SMALL = VAEConfig(latent_channels=4, block_channels=(16, 32), layers_per_block=1, norm_groups=8)

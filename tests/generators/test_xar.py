@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from imgtok import flow, randomness
-from imgtok.config import ConfigError, Settings
+from imgtok.config import ConfigError
 from imgtok.generators import xar_fast
 from imgtok.generators.conditioning import ClassModulation
 from imgtok.generators.entities import Cells, Patches, Scales, Subsamples, WholeImage
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig, plan_entities, xar_size
+from imgtok.sections import Settings
 
 ENTITIES = [Cells(height=2, width=2), Subsamples(side=2), Scales(sides=(1, 2, 4)), Patches(), WholeImage()]
 SAMPLINGS = {

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from imgtok import config
-from imgtok.config import FROM_DATA, ByKind, ConfigError, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from imgtok import config, sections
+from imgtok.config import FROM_DATA, ConfigError, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from imgtok.sections import ByKind, Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +324,7 @@ class Sampling:
 class Sampler:
     """Draws."""
 
-    sampling: config.Settings = config.Settings()
+    sampling: sections.Settings = sections.Settings()
     """How."""
 
     def __post_init__(self) -> None:
@@ -354,8 +355,8 @@ def test_settings_are_laid_over_those_of_the_model(given, found):
 
 
 def test_settings_can_be_made_in_python():
-    assert config.Settings(steps=3).over(OWN) == Sampling(guidance=3.0, steps=(3,))
-    assert Sampler(sampling=config.Settings(guidance=2)) == config.load(Sampler, None, ["sampling.guidance=2"])
+    assert sections.Settings(steps=3).over(OWN) == Sampling(guidance=3.0, steps=(3,))
+    assert Sampler(sampling=sections.Settings(guidance=2)) == config.load(Sampler, None, ["sampling.guidance=2"])
     with pytest.raises(ConfigError, match="sampling: given .*, must be a Settings"):
         Sampler(sampling={"guidance": 2})
 
@@ -376,7 +377,7 @@ def test_a_setting_that_the_model_does_not_take_is_named(given, message):
     assert message.removeprefix("config: ") in str(error.value)
     name = given.partition("=")[0].removeprefix("sampling.")
     with pytest.raises(ConfigError, match="sampling"):
-        config.Settings(**{name: -1}).over(OWN, "sampling")
+        sections.Settings(**{name: -1}).over(OWN, "sampling")
 
 
 @pytest.mark.parametrize("given", ["sampling=3", "sampling=null"])
@@ -530,7 +531,7 @@ def test_help_knows_every_kind_and_what_the_data_decide(monkeypatch):
 
 
 def test_a_printed_configuration_has_the_defaults_and_leaves_room_for_the_data(tmp_path):
-    printed = config.to_dict(config.completed(chosen("model={kind: tiles, edge: {drop: 0.5}}")))
+    printed = config.to_dict(sections.completed(chosen("model={kind: tiles, edge: {drop: 0.5}}")))
     assert printed["model"] == {
         "kind": "tiles",
         "tile": 8,
@@ -540,4 +541,4 @@ def test_a_printed_configuration_has_the_defaults_and_leaves_room_for_the_data(t
     again = config.from_dict(Chosen, printed)
     assert again.model.over(facts={"grid": 24}) == Tiles(grid=24, edge=Edge(drop=0.5))
     started = chosen("model.tile=4", "init=somewhere")
-    assert config.completed(started) is started
+    assert sections.completed(started) is started

@@ -16,11 +16,12 @@ from PIL import Image
 
 from imgtok.cli import main as command_line
 from imgtok.cli import parse
-from imgtok.config import ConfigError, Settings
+from imgtok.config import ConfigError
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.pipeline import ROWS, Pipeline, pipeline
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.sample.images import Config, main
+from imgtok.sections import Settings
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import imgtok
-from imgtok.config import ConfigError, Settings, load
+from imgtok.config import ConfigError, load
 from imgtok.data.sources import DataError
 from imgtok.generators.conditioning import TextCrossAttention
 from imgtok.generators.entities import Cells
@@ -21,6 +21,7 @@ from imgtok.generators.gpt import GPTConfig
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.sample.images import Config as SampleConfig
 from imgtok.sample.images import main as sample
+from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_latents

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from imgtok.cli import parse
-from imgtok.config import ConfigError, Settings, from_dict, load
+from imgtok.config import ConfigError, from_dict, load
 from imgtok.data.images import ImageFolderConfig
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.losses.lpips import LPIPS
@@ -31,6 +31,7 @@ from imgtok.sample.evaluate import scoring
 from imgtok.sample.evaluate.job import Config, describe_result, main
 from imgtok.sample.evaluate.results import Evaluation, Row
 from imgtok.sample.evaluate.sources import Procedure
+from imgtok.sections import Settings
 from imgtok.shapes import classifier
 from imgtok.shapes.classifier import Recipe
 from imgtok.shapes.dataset import ShapesDataset
