@@ -265,11 +265,8 @@ class ConditionalGenerator(nn.Module, Pretrained):
     @property
     def positions_at_once(self) -> int:
         """The most positions of an image that one call of the network may compute while sampling."""
-        if self.learns_from == "tokens":
-            return 1
         config: Any = self.config
-        entities = getattr(self, "entities", None)  # how the latent is cut, where it is drawn in several calls
-        return int(config.grid**2 if entities is None else entities.length)
+        return 1 if self.learns_from == "tokens" else int(config.grid**2)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Raises ValueError: alone it could not draw an image. A pipeline uploads it together with its decoder."""

@@ -315,6 +315,10 @@ class XAR(ConditionalGenerator):
             nn.init.normal_(table, std=0.02)
 
     @property
+    def positions_at_once(self) -> int:
+        return self.entities.length
+
+    @property
     def blocks(self) -> list[XARBlock]:
         """Of both stacks, in order."""
         both = (*self.first_blocks, *self.second_blocks)
