@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imgtok.files import replacing
-from imgtok.generators.conditioning import Condition, ConditionalGenerator
+from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
 from imgtok.hub import Found, load, resolve
 from imgtok.pictures import to_pil, to_uint8
 from imgtok.runtime import Blocks
@@ -259,6 +259,7 @@ class Pipeline:
         batch_size: int = BATCH,
         progress: bool | None = None,
         callback: Callback | None = None,
+        control: Control | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Images of classes (-1 for none) or, from a generator that reads text, of prompts ("" for none).
@@ -271,6 +272,8 @@ class Pipeline:
         batch_size: images computed at once.
         progress: a bar on the terminal; by default where there is a terminal.
         callback: is given a `Step` now and then, whose `images()` are what the images are becoming.
+        control: may change what the generator sees of its conditions between steps; see
+            `imgtok.generators.conditioning.Control`.
 
         Raises ValueError for a class, a setting or a number of tokens that the models do not have.
         """
@@ -287,6 +290,7 @@ class Pipeline:
                     decoding=decoder,
                     num_tokens=num_tokens,
                     callback=told,
+                    control=control,
                 )
                 found += to_pil(images)
                 bar.update(len(rows))
@@ -405,10 +409,18 @@ class Pipeline:
         decoding: Any = None,
         num_tokens: int | None = None,
         callback: Callback | None = None,
+        control: Control | None = None,
     ) -> Tensor:
         """uint8 images (len(indices), 3, H, W) of classes or prompts, one each, computed together but for `exact`."""
         found = self.images_at(
-            (num_tokens,), subjects, indices, seed=seed, sampling=sampling, decoding=decoding, callback=callback
+            (num_tokens,),
+            subjects,
+            indices,
+            seed=seed,
+            sampling=sampling,
+            decoding=decoding,
+            callback=callback,
+            control=control,
         )
         return found[num_tokens].images
 
@@ -422,6 +434,7 @@ class Pipeline:
         sampling: Any = None,
         decoding: Any = None,
         callback: Callback | None = None,
+        control: Control | None = None,
     ) -> dict[int | None, Made]:
         """By number of tokens, what `images` gives with that many and what was decoded; None is all of them.
 
@@ -434,7 +447,7 @@ class Pipeline:
         made: dict[int | None, list[Made]] = {count: [] for count in counts}
         for rows in self.blocks.of(len(indices)):
             own = [indices[row] for row in rows]
-            drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, callback)
+            drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, callback, control)
             for count in counts:
                 cut = drawn if count is None else cast(Tokens, drawn).truncate(count)
                 images = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
@@ -523,6 +536,7 @@ class Pipeline:
         batch_size: int = BATCH,
         progress: bool | None = None,
         callback: Callback | None = None,
+        control: Control | None = None,
         **settings: Any,
     ) -> list[Drawn]:
         """What is drawn, block by block, without padding."""
@@ -533,7 +547,8 @@ class Pipeline:
         with progress_bar(len(subjects), progress, callback) as (bar, told):
             for rows in self.blocks.of(len(subjects), batch_size):
                 chosen = [subjects[row] for row in rows]
-                drawn = self._draw(chosen, [indices[row] for row in rows], seed, sampling, num_tokens, told)
+                own = [indices[row] for row in rows]
+                drawn = self._draw(chosen, own, seed, sampling, num_tokens, told, control)
                 found.append(drawn[: len(rows)])
                 bar.update(len(rows))
         return found
@@ -558,6 +573,7 @@ class Pipeline:
         sampling: Any,
         num_tokens: int | None,
         callback: Callback | None,
+        control: Control | None,
     ) -> Drawn:
         """The tokens or latents of a block, padding included."""
 
@@ -566,7 +582,8 @@ class Pipeline:
             guess = None if latents is None else (lambda: self.decoder.decode(latents[: len(indices)]))
             callback(Step("draw", done, indices, guess))
 
-        options = {} if num_tokens is None else {"num_tokens": num_tokens}
+        given = {"num_tokens": num_tokens, "control": control}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         with self._computing():
             drawn: Drawn = self.generator.generate(
                 self.condition(self.blocks.padded(subjects)),

@@ -320,7 +320,7 @@ class XAR(ConditionalGenerator):
 
     @property
     def blocks(self) -> list[XARBlock]:
-        """Of both stacks, in order."""
+        """The blocks of both stacks, in order."""
         both = (*self.first_blocks, *self.second_blocks)
         return [block for block in both if isinstance(block, XARBlock)]
 

@@ -282,7 +282,7 @@ def finished_npz(config: Config, count: int) -> bool:
 
 
 def labels_name(config: Config) -> str:
-    """Of the labels in the .npz: arr_1 are classes to the ADM evaluator and to ours, which prompts are not."""
+    """The name of the labels in the .npz: arr_1 are classes to the ADM evaluator and to ours, which prompts are not."""
     return "arr_1" if config.prompts is None else "prompts"
 
 

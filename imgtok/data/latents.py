@@ -52,7 +52,7 @@ class LatentCacheInfo(CacheInfo):
     grid: int
     """Cells h = w of a latent's side."""
     scaling_factor: float
-    """Of the autoencoder; the stored moments are not multiplied by it."""
+    """The factor of the autoencoder; the stored moments are not multiplied by it."""
     num_classes: int
     """Labels lie in [0, num_classes); 0 for data without labels."""
     mirrored: bool
@@ -64,7 +64,7 @@ class LatentCacheInfo(CacheInfo):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image's moments."""
+        """The shape of one image's moments."""
         return 2 * self.latent_channels, self.grid, self.grid
 
     @property

@@ -31,7 +31,7 @@ class CacheInfo:
     """Version of the layout."""
 
     fingerprint: str
-    """Of the model that made it."""
+    """The fingerprint of the model that made it."""
     dataset: str
     """The data set in words or as configuration text."""
     split: str

@@ -563,11 +563,11 @@ class Score:
     objects: int
     """Objects asserted."""
     matched: int
-    """Of those, found: a detection of the same shape."""
+    """Those of them that were found: a detection of the same shape."""
     bound: int
-    """Of the matched, all asserted attributes right."""
+    """Matched ones with all asserted attributes right."""
     leaked: int
-    """Of the matched, colour wrong and the colour of another asserted object."""
+    """Matched ones in a wrong colour that is the colour of another asserted object."""
     textures: int
     """Textures asserted of matched objects."""
     textures_right: int
@@ -580,7 +580,7 @@ class Score:
     relations: int
     """Relations asserted."""
     relations_right: int
-    """Of those, holding between two matched objects."""
+    """Those of them that hold between two matched objects."""
     extra: int
     """Detections not matched, unknown ones included."""
     prompt: bool

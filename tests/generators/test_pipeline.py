@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,20 @@ def test_a_longer_draw_begins_with_the_shorter_one(pipeline):
         assert ids.shape == (16, count)
         assert torch.equal(ids, drawn[8][:, :count])
     assert len(drawn[8].unique()) > 4  # not one token over and over
+
+
+def test_a_control_reaches_the_generator(pipeline):
+    steps = []
+
+    def control(step, reading):
+        steps.append(step)
+        return replace(reading, prefix=-reading.prefix) if step == 4 else None
+
+    plain, found = (pipeline.tokens([1, 2], seed=5, guidance=1.0, **how) for how in ({}, {"control": control}))
+    assert steps == list(range(8))
+    assert torch.equal(found.ids[:, :4], plain.ids[:, :4])
+    assert not torch.equal(found.ids, plain.ids)
+    assert len(pipeline([1, 2], seed=5, control=control)) == 2
 
 
 def test_images_at_each_count_are_those_drawn_with_so_many_tokens(pipeline):
