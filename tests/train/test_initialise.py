@@ -120,7 +120,7 @@ def test_what_contradicts_is_refused(made, tmp_path, words, message):
 
 
 def test_a_tokenizer_is_no_start_for_a_generator(made, tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer/final holds a FlexTok .*ConditionalGenerator is needed"):
+    with pytest.raises(ValueError, match=r"tokenizer/final holds a FlexTok .*but a generator is needed here"):
         go_on(made, tmp_path, f"init={made / 'tokenizer/final'}")
 
 
