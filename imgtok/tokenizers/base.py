@@ -90,19 +90,14 @@ OnBlock = Callable[[int, Tensor], None]
 """Sees the number of a block, counted from 0, and the patches (B, N, D) after it, a square grid row by row."""
 
 
-class Tokenizer(nn.Module, Pretrained):
-    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`; or, where
-    `reconstructs`, a `Reconstruction` for the job to judge. One with `taps` also takes `on_block`, an `OnBlock`.
+class ImageModel(nn.Module, Pretrained):
+    """What a `Tokenizer` and an `Autoencoder` have in common for the programs that train and decode them.
 
     `config` has `decoding`, an instance of `decoding_class`: the settings that `decode` uses unless it is given others.
     """
 
-    in_words: ClassVar[str] = "a tokenizer"
     decoding_class: ClassVar[type] = NoDecoding
     """The frozen dataclass of the decoder's settings."""
-    stands_on: ClassVar[str | None] = None
-    """The name of a frozen autoencoder's configuration in `config`, and of that autoencoder in the model; None for a
-    tokenizer that has none."""
     reconstructs: ClassVar[bool] = False
     """Whether it decodes images while it is trained."""
 
@@ -113,8 +108,7 @@ class Tokenizer(nn.Module, Pretrained):
 
     def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module | None:
         """A module of the method's own around this model, which training is to train in its place, such as one with
-        several discriminators; by default None: the losses of the job
-        where it `reconstructs`, else the model's own.
+        several discriminators; by default None: the losses of the job where it `reconstructs`, else the model's own.
 
         It is called with images, `generator=` and `perceptual=` (LPIPS if `loss` asks for it, or None), gives `Losses`,
         and declares its parameters by `groups()`, a list of `imgtok.train.optim.ParameterGroup`, each with its rhythm.
@@ -124,10 +118,25 @@ class Tokenizer(nn.Module, Pretrained):
         return None
 
     def facts(self) -> dict[str, Any]:
-        """What a generator of its tokens must know besides what their cache says, such as the table of a quantizer:
-        fields of the generator's configuration, by name, which must exist there. By default nothing.
+        """What a generator of its tokens or latents must know besides what their cache says, such as the table of a
+        quantizer: fields of the generator's configuration, by name, which must exist there. By default nothing.
         """
         return {}
+
+    def to_images(self, guess: Tensor) -> Tensor:
+        """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
+        return guess
+
+
+class Tokenizer(ImageModel):
+    """Images are (B, 3, H, W) in [-1, 1]. Calling the module with images and `generator` gives its `Losses`; or, where
+    `reconstructs`, a `Reconstruction` for the job to judge. One with `taps` also takes `on_block`, an `OnBlock`.
+    """
+
+    in_words: ClassVar[str] = "a tokenizer"
+    stands_on: ClassVar[str | None] = None
+    """The name of a frozen autoencoder's configuration in `config`, and of that autoencoder in the model; None for a
+    tokenizer that has none."""
 
     @property
     def taps(self) -> Taps | None:
@@ -220,10 +229,6 @@ class Tokenizer(nn.Module, Pretrained):
         """
         raise NotImplementedError
 
-    def to_images(self, guess: Tensor) -> Tensor:
-        """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
-        return guess
-
     @torch.no_grad()
     def reconstruct(
         self,
@@ -238,43 +243,17 @@ class Tokenizer(nn.Module, Pretrained):
         return self.decode(self.encode(images, rate=rate), seed=seed, indices=indices, decoding=decoding)
 
 
-class Autoencoder(nn.Module, Pretrained):
+class Autoencoder(ImageModel):
     """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H / f, W / f) of about unit deviation, continuous numbers.
 
     Calling the module with images and `generator` gives a `Reconstruction`, for training.
-    `config` has `factor` f, `latent_channels` C, `scaling_factor`, which brings latents to about unit deviation, and
-    `decoding`, an instance of `decoding_class`, as that of every tokenizer has.
+    `config` also has `factor` f, `latent_channels` C and `scaling_factor`, which gives latents about unit deviation.
     """
 
     in_words: ClassVar[str] = "an autoencoder"
-    decoding_class: ClassVar[type] = NoDecoding
-    """The frozen dataclass of the decoder's settings."""
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)
     """Fields of the configuration that change the latents by their scale at most."""
     reconstructs: ClassVar[bool] = True
-    """As every autoencoder does while it is trained; see `Tokenizer.reconstructs`."""
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight that gives the decoded images, at which an adaptive weight of a loss can be measured."""
-        raise NotImplementedError
-
-    def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module | None:
-        """A module of the method's own around this model, which training is to train in its place, such as one with
-        several discriminators; by default None: the losses of the job.
-
-        It is called with images, `generator=` and `perceptual=` (LPIPS if `loss` asks for it, or None), gives `Losses`,
-        and declares its parameters by `groups()`, a list of `imgtok.train.optim.ParameterGroup`, each with its rhythm.
-        What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer step.
-        `loss` is the job's section, None where none was given.
-        """
-        return None
-
-    def facts(self) -> dict[str, Any]:
-        """What a generator of its latents must know besides what their cache says, such as the table of a quantizer:
-        fields of the generator's configuration, by name, which must exist there. By default nothing.
-        """
-        return {}
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take over what is measured on images when training ends, such as the latents' scale; by default nothing."""
@@ -301,10 +280,6 @@ class Autoencoder(nn.Module, Pretrained):
     ) -> Tensor:
         """Images in about [-1, 1], not clamped; the other arguments are those of `Tokenizer.decode`."""
         raise NotImplementedError
-
-    def to_images(self, guess: Tensor) -> Tensor:
-        """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
-        return guess
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the weights or the shape, not with the scale or the kind of file."""
