@@ -1,8 +1,9 @@
-"""Writing files so that a crash or a full disk never leaves half a file under its final name."""
+"""Writing files so that a crash or a full disk never leaves half a file under its final name; telling files apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -31,3 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """64 hexadecimal digits of the content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ package: `find_inception_weights` looks for them, downloads them if it may, and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from imgtok.files import replacing
+from imgtok.files import file_sha256, replacing
 from imgtok.weights import read_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -167,11 +166,6 @@ def _check_hash(path: Path) -> None:
             f"{path}: not the published Inception weights: SHA-256 begins {found[:8]}, expected {INCEPTION_SHA256}.\n"
             "Delete it and get it again, or set trust_weights=true to use it; the scores' names will carry its hash."
         )
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_set(variable: str) -> bool:

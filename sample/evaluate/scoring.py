@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from imgtok.data.images import ImageSource, open_images
+from imgtok.files import file_sha256
 from imgtok.generators.pipeline import pipeline
 from imgtok.hub import resolve
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
@@ -50,7 +51,7 @@ from imgtok.shapes import classifier
 from imgtok.shapes.world import NUM_CLASSES, ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Rate
 from imgtok.vision import dino
-from imgtok.vision.inception import FeatureExtractor, Inception, file_sha256, find_inception_weights
+from imgtok.vision.inception import FeatureExtractor, Inception, find_inception_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
