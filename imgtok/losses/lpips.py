@@ -127,7 +127,7 @@ class LPIPS(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             pairs = zip(self.heads, self._features(images), self._features(references), strict=True)
             for head, one, other in pairs:
-                difference = (_unit(one) - _unit(other)).square()  # (B, C, h, w)
+                difference = (unit_length(one) - unit_length(other)).square()  # (B, C, h, w)
                 total = total + (difference * head).sum(1).mean((1, 2))
         return total  # (B,)
 
@@ -139,7 +139,7 @@ class LPIPS(nn.Module):
                 yield x
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_length(features: Tensor) -> Tensor:
     """Vectors of unit length over the channels. Where all are zero `vector_norm` has the gradient 0, a root none."""
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + _EPS)
 
