@@ -1,4 +1,6 @@
-"""Writing files so that a crash or a full disk never leaves half a file under its final name; telling files apart."""
+"""Writing files so that a crash or a full disk never leaves half a file under its final name; telling files apart; and
+where imgtok keeps what it makes once.
+"""
 
 from __future__ import annotations
 
@@ -38,3 +40,10 @@ def file_sha256(path: Path) -> str:
     """64 hexadecimal digits of the content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """$IMGTOK_CACHE, or imgtok in the user's cache folder: for what is made once and can be made again."""
+    if "IMGTOK_CACHE" in os.environ:
+        return Path(os.environ["IMGTOK_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imgtok"

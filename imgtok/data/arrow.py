@@ -75,24 +75,24 @@ class ArrowRecords:
             raise DataError(f"{self._name}: no rows")
         names = getattr(dataset.features[label], "names", None) if label else None
         self.class_names = tuple(names or ())
-        self._labels, self.num_classes = np.zeros(len(dataset), np.int64), 0
+        self.labels, self.num_classes = np.zeros(len(dataset), np.int64), 0
         if label:
-            self._labels = _integers(dataset.with_format("arrow")[label], label, self.row_name)
+            self.labels = _integers(dataset.with_format("arrow")[label], label, self.name)
             classes = config.num_classes or len(self.class_names) or None
-            self.num_classes = check_labels(self._labels, classes, None, self.row_name)
+            self.num_classes = check_labels(self.labels, classes, None, self.name)
         kept = [column for column in (self._image, self._text) if column]
         self._rows = dataset.select_columns(kept).with_format("arrow")
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
-    def row_name(self, index: int) -> str:
-        """The name of a row in messages."""
+    def name(self, index: int) -> str:
+        """`FILE[row]`."""
         return f"{self._name}[{index}]"
 
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
-        image, name = row[self._image][0].as_py(), self.row_name(index)
+        image, name = row[self._image][0].as_py(), self.name(index)
         text = (row[self._text][0].as_py() or "") if self._text else ""
         data = image if isinstance(image, bytes) else (image or {}).get("bytes")
         if data is None:
@@ -100,7 +100,7 @@ class ArrowRecords:
             if not path:
                 raise UnreadableImage(name, f"column {self._image!r} is empty")
             data = read_bytes(path)
-        return Record(data, int(self._labels[index]), name, text)
+        return Record(data, int(self.labels[index]), name, text)
 
 
 def _load_parquet(config: ParquetConfig) -> Any:

@@ -141,6 +141,13 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, the classes of all images, none of which is read."""
+
+    def name(self, index: int) -> str:
+        """The file or row of an image, which is not read."""
+
     def __getitem__(self, index: int) -> Sample:
         """One image, not augmented; raises UnreadableImage."""
 
@@ -248,6 +255,13 @@ class FileImages:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._records.labels[self._indices]
+
+    def name(self, index: int) -> str:
+        return self._records.name(int(self._indices[index]))
 
     def __getitem__(self, index: int) -> Sample:
         pixels, record = self._load(index)
@@ -357,6 +371,13 @@ class ShapesImages:
     def __len__(self) -> int:
         return len(self._shapes)
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self._shapes.labels(range(len(self)))
+
+    def name(self, index: int) -> str:
+        return self._shapes.name(index)
+
     def __getitem__(self, index: int) -> Sample:
         sample = self._shapes[index]
         return Sample(sample.image, sample.label, sample.name, sample.text)
@@ -365,7 +386,7 @@ class ShapesImages:
         images, labels = self._shapes.batch(indices)
         config = self._shapes.config
         texts = [self._shapes.caption(i).text if config.mode == "text" else "" for i in indices]
-        names = [f"shapes/{config.split}/{i}" for i in indices]
+        names = [self.name(i) for i in indices]
         return Batch(images, labels, tuple(names), tuple(texts), tuple(indices))
 
     def views(self, indices: Sequence[int], views: Views) -> Batch:

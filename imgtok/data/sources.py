@@ -40,8 +40,13 @@ class Records(Protocol):
 
     num_classes: int
     class_names: tuple[str, ...]
+    labels: np.ndarray
+    """(N,) int64."""
 
     def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a record is called in messages."""
 
     def __getitem__(self, index: int) -> Record:
         """Raises UnreadableImage when the bytes cannot be had."""
@@ -86,16 +91,20 @@ class FolderRecords:
             if not group:
                 raise DataError(f"{root / folder}: a class folder without images; remove it or fill it")
         self._paths = list(itertools.chain.from_iterable(groups))
-        self._labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         self.class_names = tuple(folders)
-        self.num_classes = check_labels(self._labels, config.num_classes, len(folders), self._paths.__getitem__)
+        self.num_classes = check_labels(self.labels, config.num_classes, len(folders), self.name)
 
     def __len__(self) -> int:
         return len(self._paths)
 
+    def name(self, index: int) -> str:
+        """The path."""
+        return self._paths[index]
+
     def __getitem__(self, index: int) -> Record:
         path = self._paths[index]
-        return Record(read_bytes(path), int(self._labels[index]), path, "")
+        return Record(read_bytes(path), int(self.labels[index]), path, "")
 
 
 def _files(folder: Path) -> Iterable[str]:

@@ -64,10 +64,10 @@ class TarRecords:
         if not self._samples:
             raise DataError(f"{config.path}: no members that end in .{', .'.join(_IMAGES)}")
         self.class_names: tuple[str, ...] = ()
-        self._labels, self.num_classes = np.zeros(len(self._samples), np.int64), 0
+        self.labels, self.num_classes = np.zeros(len(self._samples), np.int64), 0
         if any(sample.label is not None for sample in self._samples):
-            self._labels = np.array([self._label(i) for i in range(len(self))], dtype=np.int64)
-            self.num_classes = check_labels(self._labels, config.num_classes, None, self.name)
+            self.labels = np.array([self._label(i) for i in range(len(self))], dtype=np.int64)
+            self.num_classes = check_labels(self.labels, config.num_classes, None, self.name)
         self._open: dict[str, BinaryIO] = {}
         self._owner = os.getpid()
 
@@ -86,7 +86,7 @@ class TarRecords:
             text = _caption(self._read(sample.shard, sample.text), sample.text_suffix) if sample.text else ""
         except OSError as error:
             raise UnreadableImage(name, f"cannot be opened ({error.strerror})") from error
-        return Record(data, int(self._labels[index]), name, text)
+        return Record(data, int(self.labels[index]), name, text)
 
     def _label(self, index: int) -> int:
         sample = self._samples[index]

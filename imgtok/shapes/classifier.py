@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgtok.files import replacing
+from imgtok.files import cache_folder, replacing
 from imgtok.randomness import step_generator
 from imgtok.runtime import cpu_threads
 from imgtok.shapes.dataset import ShapesDataset
@@ -175,13 +174,6 @@ def load_or_train(recipe: Recipe | None = None, folder: Path | None = None) -> S
     except OSError as error:
         logger.warning("cannot keep %s, it will be trained again next time: %s", path, error)
     return net
-
-
-def cache_folder() -> Path:
-    """$IMGTOK_CACHE, or imgtok in the user's cache folder."""
-    if "IMGTOK_CACHE" in os.environ:
-        return Path(os.environ["IMGTOK_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imgtok"
 
 
 def cache_name(recipe: Recipe) -> str:

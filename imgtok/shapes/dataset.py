@@ -78,12 +78,22 @@ class ShapesDataset:
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] and labels (B,) int64, drawn together: the fast way to train from scenes."""
         table = self.scenes(indices)
-        labels = table.labels if self.config.mode == "class" else np.zeros(len(table), np.int64)
-        return render(table, self.size).mul_(2.0).sub_(1.0), torch.from_numpy(labels)
+        return render(table, self.size).mul_(2.0).sub_(1.0), torch.from_numpy(self._labels(table))
+
+    def labels(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        """(B,) int64, without drawing the images."""
+        return self._labels(self.scenes(indices))
+
+    def name(self, index: int) -> str:
+        """As it stands in messages and records."""
+        return f"shapes/{self.config.split}/{index}"
+
+    def _labels(self, table: SceneTable) -> np.ndarray:
+        return table.labels if self.config.mode == "class" else np.zeros(len(table), np.int64)
 
     def __getitem__(self, index: int) -> ShapesSample:
         images, labels = self.batch([index])
-        return ShapesSample(images[0], int(labels[0]), f"shapes/{self.config.split}/{index}", self.caption(index).text)
+        return ShapesSample(images[0], int(labels[0]), self.name(index), self.caption(index).text)
 
     def caption(self, index: int) -> Caption:
         """The caption of one scene, with roles and facts."""
