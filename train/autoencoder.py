@@ -25,8 +25,7 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import eval_loader
-from imgtok.losses.lpips import LPIPS
-from imgtok.losses.reconstruction import ReconstructionLossConfig
+from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
@@ -122,7 +121,7 @@ class AutoencoderJob(ImageJob):
         config: Config,
         model: Autoencoder,
         trained: nn.Module,
-        perceptual: LPIPS | None,
+        perceptual: PerceptualNetwork | None,
         source: ImageSource,
         shown: ImageSource,
     ) -> None:

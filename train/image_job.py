@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.loaders import Batch, train_loader
-from imgtok.losses.lpips import LPIPS
-from imgtok.losses.reconstruction import Perceptual, ReconstructionLoss, ReconstructionLossConfig
+from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job, ParameterGroup
@@ -35,7 +34,7 @@ class ImageJob(Job):
         training: TrainingConfig,
         *,
         judges: bool,
-        perceptual: LPIPS | None = None,
+        perceptual: PerceptualNetwork | None = None,
     ) -> None:
         """`judges` says that `trained` takes `perceptual`."""
         self.model: nn.Module = trained

@@ -16,8 +16,7 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch
-from imgtok.losses.lpips import LPIPS
-from imgtok.losses.reconstruction import ReconstructionLossConfig
+from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.losses.repa import Aligned, REPAConfig, load_teacher, teacher_features
 from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
@@ -160,7 +159,7 @@ class TokenizerJob(ImageJob):
         trained: nn.Module,
         source: ImageSource,
         shown: ImageSource,
-        perceptual: LPIPS | None = None,
+        perceptual: PerceptualNetwork | None = None,
     ) -> None:
         """`trained` is the tokenizer, or something around it."""
         judges = trained is not model

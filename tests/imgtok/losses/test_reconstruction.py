@@ -26,6 +26,38 @@ def test_distances_have_their_weights_and_need_no_discriminator():
     assert losses.parts.keys() == {"l1", "mse", "lpips"}
 
 
+def test_a_perceptual_distance_is_named_and_weighted():
+    for fields, name, weight in (
+        ({"perceptual": "lite0", "perceptual_weight": 0.5}, "lite0", 0.5),
+        ({"perceptual": "lite0"}, "lite0", 1.0),
+        ({"perceptual": "lpips", "perceptual_weight": 0.5}, "lpips", 0.5),
+        ({"lpips": 0.5}, "lpips", 0.5),
+        ({"lpips": 0.5, "perceptual": "lpips", "perceptual_weight": 0.5}, "lpips", 0.5),
+    ):
+        config = ReconstructionLossConfig(l1=1.0, mse=0.0, **fields)
+        assert config.perceptual_term == (name, weight)
+        total, parts = ReconstructionLoss(config)(images(0), images(1), perceptual=distance)
+        torch.testing.assert_close(parts[name], distance(images(0), images(1)).mean())
+        torch.testing.assert_close(total, parts["l1"] + weight * parts[name])
+        assert parts.keys() == {"l1", "mse", name}
+    assert ReconstructionLossConfig(perceptual_weight=0.5).perceptual_term is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"perceptual": "lite0"},
+        {"perceptual": "lite0", "perceptual_weight": 2.0},
+        {"perceptual": "lpips"},
+        {"perceptual": "lpips", "perceptual_weight": 0.5},
+        {"perceptual_weight": 0.5},
+    ],
+)
+def test_two_ways_to_say_it_must_not_contradict_each_other(fields):
+    with pytest.raises(ValueError, match=r"loss.lpips=2.0 means perceptual=lpips with the weight 2.0, and contradicts"):
+        ReconstructionLossConfig(lpips=2.0, **fields)
+
+
 def test_the_weight_at_the_last_layer_multiplies_the_adversarial_term():
     torch.manual_seed(0)
     config = ReconstructionLossConfig(adversarial=0.5, adaptive="last_layer", discriminator_layers=2)
