@@ -49,6 +49,14 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
+def spread(count: int, n: int) -> np.ndarray:
+    """Which `count` of n items stand for all of them, (count,) ascending: always the same ones, from everywhere.
+
+    Every k-th item would not do: where classes take turns, it could be of a single class.
+    """
+    return np.sort(permutation(0, 0, n)[:count])
+
+
 def step_generator(seed: int, step: int, rank: int = 0, purpose: str = "train") -> torch.Generator:
     """CPU generator for one training step of one process.
 

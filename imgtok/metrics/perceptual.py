@@ -6,9 +6,8 @@ kept: a reconstruction is scored at each token count against the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,7 @@ from torch import Tensor
 from imgtok.losses.lpips import LPIPS
 from imgtok.pictures import from_uint8
 from imgtok.vision.dino import DINOFeatures, DINOv2
-from imgtok.vision.inception import full_precision
-
-T = TypeVar("T")
+from imgtok.vision.features import KeepsLast, full_precision
 
 
 class DINOSimilarity:
@@ -73,16 +70,3 @@ class LPIPSDistance:
         with full_precision(self._device):
             distances: Tensor = self._net(*pair)
         return distances[:, None]
-
-
-class KeepsLast(Generic[T]):
-    """A function of a tensor that remembers its last result, for as long as it is given the same tensor object."""
-
-    def __init__(self, function: Callable[[Tensor], T]) -> None:
-        self._function = function
-        self._last: tuple[Tensor, T] | None = None
-
-    def __call__(self, tensor: Tensor) -> T:
-        if self._last is None or self._last[0] is not tensor:
-            self._last = tensor, self._function(tensor)
-        return self._last[1]

@@ -21,7 +21,8 @@ from imgtok.files import replacing
 from imgtok.metrics.accumulate import Moments, Reducer, Rows
 from imgtok.metrics.frechet import frechet_distance
 from imgtok.metrics.saved_images import open_npz
-from imgtok.vision.inception import Features
+from imgtok.randomness import spread
+from imgtok.vision.features import Features
 
 FORMAT = 1
 
@@ -55,38 +56,41 @@ class Reference:
     spatial: Statistics | None = None
     """For sFID."""
     features: Tensor | None = None
-    """(N, D) float32, for precision and recall; not saved."""
+    """(N, D) float32, for the scores that look at single images (precision, recall, kernel distances); not saved."""
 
 
 class FeatureSums:
     """Everything that the scores on a network's features need of one set of `num` images, streamed."""
 
     def __init__(self, num: int, *, spatial: bool, keep: int) -> None:
-        """Holds on to the pool features of at most `keep` images, spread evenly: the first may be of few classes."""
+        """Holds on to the pool features of at most `keep` images, from all over: the first may be of few classes."""
         self.num, self._spatial = num, spatial
         self._kept = min(keep, num)
         self._row = torch.full((num,), -1)  # of an image's features among those that are kept
-        kept = torch.arange(self._kept)
-        self._row[kept * num // max(1, self._kept)] = kept
+        self._row[torch.from_numpy(spread(self._kept, num))] = torch.arange(self._kept)
         self.pool: Moments | None = None
         self.spatial: Moments | None = None
         self.rows: Rows | None = None
 
     def update(self, indices: Sequence[int], features: Features) -> None:
         if self.pool is None:
-            self._begin(features.pool.shape[1], features.spatial.shape[1])
+            self._begin(features)
         assert self.pool is not None
         self.pool.update(features.pool)
         if self.spatial is not None:
+            assert features.spatial is not None
             self.spatial.update(features.spatial)
         if self.rows is not None:
             rows = self._row[list(indices)]
             self.rows.update(rows[rows >= 0].tolist(), features.pool.cpu()[rows >= 0])
 
-    def _begin(self, pool: int, spatial: int) -> None:
-        self.pool = Moments(pool)
-        self.spatial = Moments(spatial) if self._spatial else None
-        self.rows = Rows(self._kept, pool, torch.float32) if self._kept else None
+    def _begin(self, features: Features) -> None:
+        width = features.pool.shape[1]
+        self.pool = Moments(width)
+        if self._spatial:
+            assert features.spatial is not None, "sfid is a score of Inception's"
+            self.spatial = Moments(features.spatial.shape[1])
+        self.rows = Rows(self._kept, width, torch.float32) if self._kept else None
 
     def reduce(self, reducer: Reducer | None) -> None:
         """Raises ValueError when this process got no image: more processes than images."""

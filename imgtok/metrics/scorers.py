@@ -6,8 +6,7 @@ what, against what. Scores with different names are not comparable.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,24 +14,20 @@ import torch
 from torch import Tensor
 
 from imgtok.metrics.accumulate import Histogram, InceptionScore, Moments, Reducer, Rows
-from imgtok.metrics.precision_recall import NEIGHBOURS, precision_recall
+from imgtok.metrics.kernel import MOST_IMAGES, kernel_distance
+from imgtok.metrics.precision_recall import MOST_REAL_FEATURES, NEIGHBOURS, precision_recall
 from imgtok.metrics.reference import FeatureSums, Reference, Statistics
 from imgtok.pictures import from_uint8, to_uint8
+from imgtok.randomness import spread
 from imgtok.shapes.classifier import Recipe, ShapesNet
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.oracle import class_readings
-from imgtok.shapes.world import COLOURS, VERSION, ShapesConfig
+from imgtok.shapes.world import COLOURS, NUM_CLASSES, VERSION, ShapesConfig
 from imgtok.tokenizers.base import Tokenizer
 from imgtok.tokenizers.tokens import Tokens
-from imgtok.vision.inception import FeatureExtractor
-
-logger = logging.getLogger(__name__)
+from imgtok.vision.features import FeatureExtractor, Features
 
 INCEPTION_SCORE_PARTS = 10
-NO_LABELS = (
-    "the oracle compares with labels, and these images have none; "
-    "labels=balanced takes index modulo 64, the sampler's order"
-)
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,16 @@ class ScoredBatch:
     """What the images reconstruct."""
     tokens: Tokens | None = None
     """What the images were decoded from, where a tokenizer did it."""
+    balanced: bool = False
+    """Whether the images show all classes in turn, where they have no labels: as many as a score knows."""
+
+    def classes(self, score: str, number: int) -> Tensor:
+        """The class of `number` that each image should show, (B,); `score` asks. Raises ValueError without labels."""
+        if self.labels is not None:
+            return self.labels.cpu()
+        if not self.balanced:
+            raise ValueError(no_labels(score, number))
+        return torch.as_tensor(list(self.indices)) % number
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,85 @@ class Scorer(Protocol):
     def scores(self) -> list[Score]: ...
 
 
+def no_labels(score: str, number: int) -> str:
+    """The message for images of which nobody knows what they should show."""
+    return (
+        f"{score} compares with labels, and these images have none; "
+        f"labels=balanced takes index modulo {number}, the sampler's order"
+    )
+
+
 def short(count: int) -> str:
     """A number of images as it stands in names: 50000 -> "50k", 256 -> "256"."""
     return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+
+
+# ---------------------------------------------------------------- features of a network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The scores on one network's features by their metrics' names, as `imgtok evaluate` knows them: each belongs to
+    one network, and its name says to which.
+    """
+
+    network: str
+    """What the network's weights are called in a record."""
+    frechet: str
+    kernel: str
+    precision_recall: str
+    others: tuple[str, ...] = ()
+    """Scores that no other network has."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.others, self.frechet, self.kernel, self.precision_recall)
+
+    @property
+    def with_reference(self) -> tuple[str, ...]:
+        """Those that compare with a set of real images."""
+        sfid = ("sfid",) if "sfid" in self.others else ()
+        return (self.frechet, *sfid, self.kernel, self.precision_recall)
+
+    @property
+    def on_single_images(self) -> tuple[str, ...]:
+        """Those that statistics are not enough for."""
+        return (self.kernel, self.precision_recall)
+
+    def chosen(self, metrics: Collection[str]) -> list[str]:
+        """Its own among `metrics`."""
+        return [metric for metric in self.metrics if metric in metrics]
+
+
+INCEPTION = Family(
+    network="inception",
+    frechet="fid",
+    kernel="kid",
+    precision_recall="precision_recall",
+    others=("rfid", "sfid", "is"),
+)
+LITE0 = Family(
+    network="lite0",
+    frechet="fd_lite0",
+    kernel="kd_lite0",
+    precision_recall="precision_recall_lite0",
+)
+FAMILIES = (INCEPTION, LITE0)
+
+_TITLES = {
+    "fid": "FID",
+    "rfid": "rFID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "fd_lite0": "FD-lite0",
+    "kd_lite0": "KD-lite0",
+}
+"""How the names of scores begin, where it is not the key with dashes."""
+
+
+def _titled(key: str) -> str:
+    return _TITLES.get(key, key.replace("_", "-"))
 
 
 class OriginalsReference:
@@ -100,9 +181,10 @@ class OriginalsReference:
 
     name = "own originals"
 
-    def __init__(self, extractor: FeatureExtractor, num: int) -> None:
+    def __init__(self, extractor: FeatureExtractor, num: int, keep: int = 0) -> None:
+        """`keep` is how many of the `num` originals' features are held for scores that look at single images."""
         self._extractor = extractor
-        self._sums = FeatureSums(num, spatial=False, keep=0)
+        self._sums = FeatureSums(num, spatial=False, keep=keep)
 
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without originals."""
@@ -118,32 +200,40 @@ class OriginalsReference:
         return self._sums.reference(self.name, self._extractor.name)
 
 
-class InceptionScorer:
-    """rfid, fid, sfid, is, precision and recall, whichever of them are in `metrics`."""
+class FeatureScorer:
+    """The scores of a family that are in `metrics`: distances to real images in a network's features, precision and
+    recall, and of Inception the Inception score.
+    """
 
     def __init__(
         self,
+        family: Family,
         metrics: Collection[str],
         extractor: FeatureExtractor,
         num: int,
-        reference: Reference | None,
+        reference: Reference | OriginalsReference | None,
         splits: int = INCEPTION_SCORE_PARTS,
         *,
         originals: OriginalsReference | None = None,
     ) -> None:
-        """`reference` may be None for `is` and `rfid`; the latter needs `originals`, which someone else feeds."""
-        self._metrics, self._extractor, self._num, self._splits = set(metrics), extractor, num, splits
+        """`reference` may be None for `is` and `rfid`; the latter needs `originals`. Someone else feeds the originals,
+        also where they are the reference.
+        """
+        self._family, self._metrics = family, family.chosen(metrics)
+        self._extractor, self._num, self._splits = extractor, num, splits
         self._reference, self._originals = reference, originals
-        _check_reference(self._metrics, reference)
+        _check_reference(family, self._metrics, reference)
         if "rfid" in self._metrics and originals is None:
             raise ValueError("rfid compares with originals, and these images have none")
-        self._sums = FeatureSums(num, spatial="sfid" in metrics, keep=num if "precision_recall" in metrics else 0)
+        keep = features_to_keep(family, self._metrics, num)
+        self._sums = FeatureSums(num, spatial="sfid" in self._metrics, keep=keep)
         self._inception_score: InceptionScore | None = None
 
     def update(self, batch: ScoredBatch) -> None:
         features = self._extractor(batch.images)
         self._sums.update(batch.indices, features)
         if "is" in self._metrics:
+            assert features.logits is not None, "is is a score of Inception's"
             if self._inception_score is None:
                 self._inception_score = InceptionScore(features.logits.shape[1], self._num, self._splits)
             self._inception_score.update(batch.indices, features.logits)
@@ -157,41 +247,119 @@ class InceptionScorer:
         found = self._sums.reference("", self._extractor.name)
         size = short(found.pool.count)
         scores = []
-        if {"fid", "rfid"} & self._metrics and found.pool.count <= len(found.pool.mean):
-            counts = (found.pool.count, len(found.pool.mean))
-            logger.warning("FID of %d images in %d dimensions: the covariance is rank-deficient", *counts)
         if "rfid" in self._metrics and self._originals is not None:
-            name = f"rFID-{size}[{self._extractor.name}, {self._originals.name}]"
-            scores.append(Score("rfid", name, found.pool.distance(self._originals.reference().pool)))
+            scores.append(self._frechet("rfid", found, self._originals.reference(), size))
         if self._reference is not None:
-            scores += self._against(found, self._reference, size)
+            known = self._reference if isinstance(self._reference, Reference) else self._reference.reference()
+            scores += self._against(found, known, size)
         if self._inception_score is not None:
             value = float(self._inception_score.scores().mean())
             scores.append(Score("is", f"IS-{self._splits}-{size}[{self._extractor.name}]", value))
         return scores
 
     def _against(self, found: Reference, reference: Reference, size: str) -> list[Score]:
-        scores, protocol = [], f"[{self._extractor.name}, {reference.name}]"
-        if "fid" in self._metrics:
-            scores.append(Score("fid", f"FID-{size}{protocol}", found.pool.distance(reference.pool)))
+        scores, family = [], self._family
+        if family.frechet in self._metrics:
+            scores.append(self._frechet(family.frechet, found, reference, size))
         if found.spatial and reference.spatial:
-            scores.append(Score("sfid", f"sFID-{size}{protocol}", found.spatial.distance(reference.spatial)))
-        if found.features is not None and reference.features is not None:
-            pair = precision_recall(found.features, reference.features)
-            protocol = f"{protocol[:-1]} {short(len(reference.features))}, k={NEIGHBOURS}]"
-            scores.append(Score("precision", f"precision-{size}{protocol}", pair.precision))
-            scores.append(Score("recall", f"recall-{size}{protocol}", pair.recall))
+            name = f"sFID-{size}[{self._extractor.name}, {reference.name}]"
+            scores.append(Score("sfid", name, found.spatial.distance(reference.spatial)))
+        ours, real = found.features, reference.features
+        if ours is None or real is None:
+            return scores
+        if family.kernel in self._metrics:
+            sides = [_thinned(side, MOST_IMAGES) for side in (ours, real)]
+            protocol = f"{self._extractor.name}, {reference.name} {short(len(sides[1]))}, cubic"
+            name = f"{_titled(family.kernel)}-{short(len(sides[0]))}[{protocol}]"
+            scores.append(Score(family.kernel, name, kernel_distance(*sides)))
+        if family.precision_recall in self._metrics:
+            pair = precision_recall(ours, real)
+            protocol = f"{self._extractor.name}, {reference.name} {short(len(real))}, k={NEIGHBOURS}"
+            for part, value in pair._asdict().items():
+                key = family.precision_recall.replace("precision_recall", part)
+                scores.append(Score(key, f"{_titled(key)}-{size}[{protocol}]", value))
         return scores
 
+    def _frechet(self, key: str, found: Reference, reference: Reference, size: str) -> Score:
+        name = f"{_titled(key)}-{size}[{self._extractor.name}, {reference.name}]"
+        return Score(key, name, found.pool.distance(reference.pool))
 
-def _check_reference(metrics: Collection[str], reference: Reference | None) -> None:
-    needed = [metric for metric in ("fid", "sfid", "precision_recall") if metric in metrics]
+
+def features_to_keep(family: Family, metrics: Collection[str], num: int, *, real: bool = False) -> int:
+    """Of how many among `num` images the scores in `metrics` need the features themselves; `real` ones are at most
+    MOST_REAL_FEATURES.
+    """
+    if family.precision_recall in metrics:
+        return min(num, MOST_REAL_FEATURES) if real else num
+    return min(num, MOST_IMAGES) if family.kernel in metrics else 0
+
+
+def _thinned(features: Tensor, most: int) -> Tensor:
+    return features if len(features) <= most else features[torch.from_numpy(spread(most, len(features)))]
+
+
+def _check_reference(
+    family: Family, metrics: Collection[str], reference: Reference | OriginalsReference | None
+) -> None:
+    needed = [metric for metric in family.with_reference if metric in metrics]
     if needed and reference is None:
         raise ValueError(f"{', '.join(needed)} compare with real images: give reference=PATH or a data source")
-    if reference is not None and "sfid" in needed and reference.spatial is None:
+    if not isinstance(reference, Reference):
+        return
+    if "sfid" in needed and reference.spatial is None:
         raise ValueError(f"the reference {reference.name} has no spatial statistics (mu_s, sigma_s) for sfid")
-    if reference is not None and "precision_recall" in needed and reference.features is None:
-        raise ValueError(f"precision_recall needs the real images themselves; {reference.name} holds only statistics")
+    single = [metric for metric in family.on_single_images if metric in needed]
+    if single and reference.features is None:
+        verb = "needs" if len(single) == 1 else "need"
+        raise ValueError(
+            f"{', '.join(single)} {verb} the real images themselves; {reference.name} holds only statistics"
+        )
+
+
+class ClassScorer:
+    """How often a classifier reads the class that an image should show: as its first answer, or among its first five.
+
+    The classifier is any function of a network's features, so a pass through the network serves all scores on it.
+    """
+
+    RANKS = (1, 5)
+
+    def __init__(
+        self,
+        judge: str,
+        extractor: FeatureExtractor,
+        classify: Callable[[Features], Tensor],
+        num_classes: int,
+        num: int,
+        protocol: str,
+    ) -> None:
+        """`classify` gives logits (B, `num_classes`). `judge` is what the keys `top1_JUDGE` and `top5_JUDGE` end in,
+        `protocol` the classifier as it stands in the names of scores.
+        """
+        self._judge, self._protocol, self._num_classes = judge, protocol, num_classes
+        self._extractor, self._classify = extractor, classify
+        self._rows = Rows(num, len(self.RANKS))
+
+    def update(self, batch: ScoredBatch) -> None:
+        """Raises ValueError without labels."""
+        truth = batch.classes(f"top1_{self._judge}", self._num_classes)
+        answers = self._classify(self._extractor(batch.images)).topk(max(self.RANKS), dim=1).indices.cpu()
+        right = answers == truth[:, None]
+        self._rows.update(batch.indices, torch.stack([right[:, :rank].any(dim=1) for rank in self.RANKS], dim=1))
+
+    def reduce(self, reducer: Reducer | None) -> None:
+        self._rows.reduce(reducer)
+
+    def scores(self) -> list[Score]:
+        rows = self._rows.scored
+        found = []
+        for rank, value in zip(self.RANKS, rows.mean(dim=0).tolist(), strict=True):
+            key = f"top{rank}_{self._judge}"
+            found.append(Score(key, f"{_titled(key)}-{short(len(rows))}[{self._protocol}]", value))
+        return found
+
+
+# ---------------------------------------------------------------- tokens, shapes, pairs
 
 
 class CodeScorer:
@@ -309,10 +477,9 @@ class OracleScorer:
 
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without labels."""
-        if batch.labels is None:
-            raise ValueError(NO_LABELS)
+        truth = batch.classes("the oracle", NUM_CLASSES)
         read = class_readings(batch.images.cpu().float() / 255)
-        known, truth, per_shape = read.labels >= 0, batch.labels.cpu(), len(COLOURS)
+        known, per_shape = read.labels >= 0, len(COLOURS)
         columns = (
             (read.labels == truth) & (read.counts == 1),
             known & (read.labels // per_shape == truth // per_shape),

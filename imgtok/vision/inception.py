@@ -1,25 +1,22 @@
-"""Networks that turn images into features, and the search for their weights.
+"""The Inception network that FID is named after, and the search for its weights.
 
-The Inception network is torch-fidelity's port of the one from the original FID code. Its weights are not part of any
+It is torch-fidelity's port of the one from the original FID code. Its weights are not part of any
 package: `find_inception_weights` looks for them, downloads them if it may, and checks that they are what they claim.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import shutil
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from imgtok.files import file_sha256, replacing
+from imgtok.vision.features import Features, full_precision
 from imgtok.weights import read_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -27,30 +24,16 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 INCEPTION_SHA256 = "6726825d"
 """How the file's SHA-256 begins, by the naming rule of torch.hub."""
 INCEPTION_NAME = "inception-v3-compat"
+INCEPTION_WIDTH = 2048
 
 _TIMEOUT = 10  # seconds without a byte after which a download counts as failed
 _SPATIAL_CHANNELS = 7  # of the 192 of that layer: 7 x 17 x 17 = 2023 values, as in ADM's evaluator
 
 
-@dataclass(frozen=True)
-class Features:
-    """What a network says of B images: `pool` (B, D); `spatial` (B, S) and `logits` (B, C) where it has them."""
-
-    pool: Tensor
-    spatial: Tensor
-    logits: Tensor
-
-
-class FeatureExtractor(Protocol):
-    """`name` stands in the names of scores. Called with uint8 images (B, 3, H, W)."""
-
-    name: str
-
-    def __call__(self, images: Tensor) -> Features: ...
-
-
 class Inception:
     """torch-fidelity's Inception v3 with TensorFlow's resizing; float32 whatever the surrounding precision."""
+
+    width = INCEPTION_WIDTH
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         """Raises ValueError when the file does not hold this network."""
@@ -86,22 +69,6 @@ def _build_inception(weights: Path) -> nn.Module:
     except Exception as error:  # pickle, zip and key errors: all of them mean another file
         raise ValueError(f"{weights} does not hold the weights of {INCEPTION_NAME}: {str(error)[:200]}") from error
     return net.eval()
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32: scores differ in the second decimal otherwise."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul.allow_tf32
-        try:
-            torch.backends.cuda.matmul.allow_tf32 = False
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 # Weights

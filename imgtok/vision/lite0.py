@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from imgtok.files import file_sha256
+from imgtok.pictures import from_uint8
+from imgtok.vision.features import Features, KeepsLast, full_precision
 from imgtok.weights import read_weights, skeleton
 
 NAME = "efficientnet-lite0"
@@ -95,6 +97,28 @@ class Lite0(nn.Module):
         pixels = (images.float() + 1) * 127.5
         x: Tensor = self.net.bn1(self.net.conv_stem((pixels - _MEAN) / _SCALE))
         return x
+
+
+class Lite0Extractor:
+    """What the network says of uint8 images (B, 3, H, W): pooled features and logits, in float32 whatever the
+    surrounding precision. Several scorers may ask about one batch, which is looked at once.
+    """
+
+    width = WIDTH
+
+    def __init__(self, net: Lite0, device: torch.device) -> None:
+        self.name = net.name
+        self._net, self._device = net.to(device), device
+        self._of = KeepsLast(self._look)
+
+    def __call__(self, images: Tensor) -> Features:
+        return self._of(images)
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> Features:
+        with full_precision(self._device):
+            pool = self._net.pooled(from_uint8(images.to(self._device)))
+            return Features(pool, logits=self._net.logits(pool))
 
 
 def central(images: Tensor) -> Tensor:

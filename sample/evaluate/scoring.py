@@ -6,10 +6,13 @@ last.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from imgtok.data.images import ImageSource, open_images
@@ -19,24 +22,31 @@ from imgtok.hub import resolve
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import reference as references
 from imgtok.metrics.perceptual import DINOSimilarity, LPIPSDistance
-from imgtok.metrics.precision_recall import MOST_REAL_FEATURES, NEIGHBOURS
+from imgtok.metrics.precision_recall import NEIGHBOURS
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums, Reference
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.metrics.scorers import (
+    FAMILIES,
+    INCEPTION,
     INCEPTION_SCORE_PARTS,
-    NO_LABELS,
+    LITE0,
+    ClassScorer,
     CodeScorer,
-    InceptionScorer,
+    Family,
+    FeatureScorer,
     OracleScorer,
     OriginalsReference,
     PairJudge,
     ReconstructionScorer,
     Scorer,
     ShapesDistance,
+    features_to_keep,
+    short,
 )
+from imgtok.randomness import spread
 from imgtok.runtime import Blocks
-from imgtok.sample.evaluate.config import INCEPTION, PIXELS, WITH_REFERENCE, Config, Metric
+from imgtok.sample.evaluate.config import ON_LITE0, PIXELS, Config, Metric
 from imgtok.sample.evaluate.results import Evaluation, Row
 from imgtok.sample.evaluate.sources import (
     FileSource,
@@ -44,17 +54,22 @@ from imgtok.sample.evaluate.sources import (
     ReconstructionSource,
     Source,
     Versions,
+    check_num,
     image_batches,
 )
 from imgtok.sample.reconstruct import open_model, rates_of, size_for
 from imgtok.shapes import classifier
 from imgtok.shapes.world import NUM_CLASSES, ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Rate
-from imgtok.vision import dino
-from imgtok.vision.inception import FeatureExtractor, Inception, find_inception_weights
+from imgtok.vision import dino, lite0
+from imgtok.vision.features import FeatureExtractor, Features
+from imgtok.vision.inception import Inception, find_inception_weights
+from imgtok.vision.lite0 import Lite0Extractor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_OF_A_MODEL = 5000
 FEWEST: Mapping[Metric, int] = {
@@ -64,22 +79,39 @@ FEWEST: Mapping[Metric, int] = {
     "fd_shapes": 2,
     "is": INCEPTION_SCORE_PARTS,
     "precision_recall": NEIGHBOURS + 1,
+    "kid": 2,
+    "fd_lite0": 2,
+    "kd_lite0": 2,
+    "precision_recall_lite0": NEIGHBOURS + 1,
 }
 """Images without which a score does not exist."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Scores on a network's features that are asked for, and what they compare with."""
+
+    family: Family
+    metrics: Sequence[str]
+    extractor: FeatureExtractor
+    reference: Reference | OriginalsReference | None
+    """Real images, or the originals where they take their place."""
+    originals: OriginalsReference | None
+    """What the images reconstruct, where a score compares with that."""
 
 
 def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     """Scores what the configuration names."""
     weights: dict[str, str] = {}
-    extractor = _open_extractor(config, accelerator, weights)
+    extractors = _open_extractors(config, accelerator, weights)
     judges = _open_judges(config, accelerator.device, weights)
     source = _open_source(config, accelerator.device, weights)
-    _check_source(config.chosen_metrics, source, judges)
-    real = _open_reference(config, source, extractor, accelerator)
-    originals = None
-    if extractor is not None and "rfid" in config.chosen_metrics:
-        originals = OriginalsReference(extractor, source.num)
-    scorers = _open_scorers(config, source, judges, extractor, real, originals, accelerator, weights)
+    _check_source(config, source, judges)
+    networks = _with_references(config, source, extractors, accelerator)
+    if accelerator.is_main_process:
+        _warn_of_few(networks, source.num)
+    scorers = _open_scorers(config, source, judges, networks, extractors, accelerator, weights)
+    originals = [network.originals for network in networks if network.originals is not None]
     share = _share(source.num, accelerator)
     number = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with tqdm(total=len(share), unit="image", desc="evaluate", disable=not accelerator.is_main_process) as progress:
@@ -88,8 +120,8 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
             progress.update(size)
             number += size
     # All sums come first: eigenvalues and neighbours take one process minutes, for which the others must not wait.
-    if originals is not None:
-        originals.reduce(accelerator)
+    for reference in originals:
+        reference.reduce(accelerator)
     for family in scorers.values():
         for scorer in family:
             scorer.reduce(accelerator)
@@ -102,19 +134,20 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights)
 
 
-def _save_originals(config: Config, originals: OriginalsReference | None) -> None:
+def _save_originals(config: Config, originals: Sequence[OriginalsReference]) -> None:
     """Keeps the originals' statistics as the reference to save, where the metrics have no other."""
-    others = set(WITH_REFERENCE) & set(config.chosen_metrics)
-    if originals is not None and config.save_reference is not None and not others:
-        references.save(originals.reference(), config.save_reference)
+    if originals and config.save_reference is not None and not config.against_others:
+        (only,) = originals  # the configuration allows one network
+        references.save(only.reference(), config.save_reference)
 
 
-def _feed(scorers: dict[Rate | None, list[Scorer]], originals: OriginalsReference | None, versions: Versions) -> int:
-    """Hands a batch's versions to their scorers, and its originals to their reference; the number of images."""
+def _feed(scorers: dict[Rate | None, list[Scorer]], originals: Sequence[OriginalsReference], versions: Versions) -> int:
+    """Hands a batch's versions to their scorers, and its originals to their references; the number of images."""
     number = 0
     for rate, batch in versions.items():
-        if originals is not None and not number:  # all versions have the same originals
-            originals.update(batch)
+        if not number:  # all versions have the same originals
+            for reference in originals:
+                reference.update(batch)
         for scorer in scorers[rate]:
             scorer.update(batch)
         number = len(batch.indices)
@@ -130,15 +163,20 @@ def _share(num: int, accelerator: Accelerator) -> range:
     return range(accelerator.process_index, num, accelerator.num_processes)
 
 
-def _check_source(metrics: Sequence[Metric], source: Source, judges: Sequence[PairJudge]) -> None:
+def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -> None:
     """Raises ValueError for a score that these images cannot have, before any of them is drawn."""
-    if "oracle" in metrics and not source.labelled:
-        raise ValueError(NO_LABELS)
-    height, width = source.size
-    for metric, smallest in (pair for judge in judges for pair in judge.smallest.items()):
+    metrics = config.chosen_metrics
+    if "oracle" in metrics:
+        source.check_classes("the oracle", NUM_CLASSES)
+    if "top1_lite0" in metrics:
+        source.check_classes("top1_lite0", lite0.NUM_CLASSES)
+    limits = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
+    for metric, smallest in [*limits.items(), *(pair for judge in judges for pair in judge.smallest.items())]:
         if min(source.size) < smallest:
+            height, width = source.size
+            remedy = "" if config.metrics else f"; without it: metrics=[{','.join(m for m in metrics if m != metric)}]"
             raise ValueError(
-                f"metrics: {metric} needs images of at least {smallest} pixels a side, got {width}x{height}"
+                f"metrics: {metric} needs images of at least {smallest} pixels a side, got {width}x{height}{remedy}"
             )
     for metric in metrics:
         if source.num < FEWEST.get(metric, 1):
@@ -148,14 +186,19 @@ def _check_source(metrics: Sequence[Metric], source: Source, judges: Sequence[Pa
 # Networks that judge
 
 
-def _open_extractor(config: Config, accelerator: Accelerator, weights: dict[str, str]) -> FeatureExtractor | None:
-    needed = [metric for metric in INCEPTION if metric in config.chosen_metrics]
-    if not needed:
-        return None
-    with accelerator.main_process_first():  # one process downloads
-        path = find_inception_weights(", ".join(needed), config.inception_weights, trust=config.trust_weights)
-    weights["inception"] = file_sha256(path)
-    return Inception(path, accelerator.device)
+def _open_extractors(config: Config, accelerator: Accelerator, weights: dict[str, str]) -> dict[str, FeatureExtractor]:
+    """The networks whose features are asked for, by the name that a family has for its network."""
+    found: dict[str, FeatureExtractor] = {}
+    if needed := INCEPTION.chosen(config.chosen_metrics):
+        with accelerator.main_process_first():  # one process downloads
+            path = find_inception_weights(", ".join(needed), config.inception_weights, trust=config.trust_weights)
+        weights[INCEPTION.network] = file_sha256(path)
+        found[INCEPTION.network] = Inception(path, accelerator.device)
+    if needed := [metric for metric in config.chosen_metrics if metric in ON_LITE0]:
+        path = lite0.find_weights(", ".join(needed), config.lite0_weights, trust=config.trust_weights)
+        weights[LITE0.network] = file_sha256(path)
+        found[LITE0.network] = Lite0Extractor(lite0.load(path), accelerator.device)
+    return found
 
 
 def _open_judges(config: Config, device: torch.device, weights: dict[str, str]) -> list[PairJudge]:
@@ -180,9 +223,8 @@ def _open_scorers(
     config: Config,
     source: Source,
     judges: Sequence[PairJudge],
-    extractor: FeatureExtractor | None,
-    real: Reference | None,
-    originals: OriginalsReference | None,
+    networks: Sequence[Network],
+    extractors: Mapping[str, FeatureExtractor],
     accelerator: Accelerator,
     weights: dict[str, str],
 ) -> dict[Rate | None, list[Scorer]]:
@@ -201,12 +243,26 @@ def _open_scorers(
         if "oracle" in config.chosen_metrics:
             family.append(OracleScorer(source.num))
         family += [ReconstructionScorer(judge, source.num) for judge in judges]
-        if extractor is not None:
-            family.append(InceptionScorer(config.chosen_metrics, extractor, source.num, real, originals=originals))
+        family += [
+            FeatureScorer(of.family, of.metrics, of.extractor, source.num, of.reference, originals=of.originals)
+            for of in networks
+        ]
+        if "top1_lite0" in config.chosen_metrics:
+            family.append(_class_scorer(extractors[LITE0.network], source.num))
         if net is not None:
             family.append(ShapesDistance(net, profile, source.num, accelerator.device))
         families[rate] = family
     return families
+
+
+def _class_scorer(extractor: FeatureExtractor, num: int) -> ClassScorer:
+    """The network's own classifier of ImageNet's classes."""
+
+    def logits(features: Features) -> Tensor:
+        assert features.logits is not None
+        return features.logits
+
+    return ClassScorer("lite0", extractor, logits, lite0.NUM_CLASSES, num, f"{extractor.name}, ImageNet's 1000 classes")
 
 
 # Images
@@ -214,7 +270,7 @@ def _open_scorers(
 
 def _open_source(config: Config, device: torch.device, weights: dict[str, str]) -> Source:
     if config.images is not None:
-        return FileSource(config.images, config.num, config.labels, NUM_CLASSES, config.originals)
+        return FileSource(config.images, config.num, config.labels, config.originals)
     if config.model is not None:
         pipe = pipeline(
             config.model,
@@ -267,43 +323,105 @@ def _open_data(config: Config, size: int) -> ImageSource:
     return open_images(config.data, size, split="train", held_out_fraction=0.0)
 
 
-def _open_reference(
-    config: Config, source: Source, extractor: FeatureExtractor | None, accelerator: Accelerator
-) -> Reference | None:
-    """Statistics of real images: read from a file, or taken from images now."""
-    if extractor is None or not set(WITH_REFERENCE) & set(config.chosen_metrics):
-        return None
-    if config.reference is not None and references.holds_statistics(config.reference):
-        return references.load(config.reference, extractor.name, config.assume_extractor)
-    if config.reference is not None:
-        saved = SavedImages(config.reference)
-        if saved.size != source.size:
+def _with_references(
+    config: Config, source: Source, extractors: Mapping[str, FeatureExtractor], accelerator: Accelerator
+) -> list[Network]:
+    """The families of scores that are asked for, with the real images that each compares with."""
+    chosen = [(family, metrics) for family in FAMILIES if (metrics := family.chosen(config.chosen_metrics))]
+    looking = [(family, metrics) for family, metrics in chosen if set(metrics) & set(config.with_reference)]
+    real = _open_references(config, source, looking, extractors, accelerator) if config.against_others else {}
+    networks = []
+    for family, metrics in chosen:
+        extractor, originals = extractors[family.network], None
+        reference: Reference | OriginalsReference | None = real.get(family.network)
+        beside = config.own_originals and (family, metrics) in looking
+        if beside or "rfid" in metrics:
+            keep = features_to_keep(family, metrics, source.num, real=True) if beside else 0
+            originals = OriginalsReference(extractor, source.num, keep)
+        networks.append(Network(family, metrics, extractor, originals if beside else reference, originals))
+    return networks
+
+
+def _warn_of_few(networks: Sequence[Network], num: int) -> None:
+    """Says what a Frechet distance of fewer images than features is worth."""
+    for network in networks:
+        distances = [metric for metric in (network.family.frechet, "rfid") if metric in network.metrics]
+        counts = {"images": num}
+        if isinstance(network.reference, Reference) and network.reference.pool.count:  # 0 is unknown
+            counts["real images"] = network.reference.pool.count
+        what, count = min(counts.items(), key=lambda item: item[1])
+        if distances and count <= network.extractor.width:
+            logger.warning(
+                "%s of %d %s in %d dimensions: the covariance is rank-deficient, and the number depends on how many "
+                "images there are; compare it only with that of as many images against the same reference",
+                *(", ".join(distances), count, what, network.extractor.width),
+            )
+
+
+Looking = Sequence[tuple[Family, Sequence[str]]]
+"""Families, each with its scores that are asked for."""
+
+
+def _open_references(
+    config: Config,
+    source: Source,
+    looking: Looking,
+    extractors: Mapping[str, FeatureExtractor],
+    accelerator: Accelerator,
+) -> dict[str, Reference]:
+    """Statistics of real images for each network: read from a file, or taken from images now."""
+    path = config.reference
+    if path is not None and references.holds_statistics(path):
+        if config.real is not None:
+            raise ValueError(f"real: {path} holds the statistics of all its images, of which none can be left out")
+        names = {family.network: extractors[family.network].name for family, _ in looking}
+        return {network: references.load(path, name, config.assume_extractor) for network, name in names.items()}
+    images: ImageSource | SavedImages
+    if path is not None:
+        images, name = SavedImages(path), path.stem
+        if images.size != source.size:
             raise ValueError(
-                f"{config.reference}: images of {saved.size[1]}x{saved.size[0]}, but those to score are "
+                f"{path}: images of {images.size[1]}x{images.size[0]}, but those to score are "
                 f"{source.size[1]}x{source.size[0]}; data.kind=folder data.path=... crops them to that size"
             )
-        return _measure(saved, range(len(saved)), config.reference.stem, config, extractor, accelerator)
-    assert config.data is not None
-    images = _open_data(config, min(source.size))
-    return _measure(images, range(len(images)), f"{config.data.kind}-train", config, extractor, accelerator)
+    else:
+        assert config.data is not None
+        images, name = _open_data(config, min(source.size)), f"{config.data.kind}-train"
+    num = check_num(config.real, len(images), str(path or "data"), "real")
+    for metric in config.with_reference:
+        if num < FEWEST[metric]:
+            raise ValueError(f"metrics: {metric} needs at least {FEWEST[metric]} real images, and there are {num}")
+    if num < len(images):
+        name = f"{short(num)} of {name}"
+    return _measure(images, spread(num, len(images)).tolist(), name, config, looking, extractors, accelerator)
 
 
 def _measure(
     images: ImageSource | SavedImages,
-    indices: Sequence[int],
+    places: Sequence[int],
     name: str,
     config: Config,
-    extractor: FeatureExtractor,
+    looking: Looking,
+    extractors: Mapping[str, FeatureExtractor],
     accelerator: Accelerator,
-) -> Reference:
-    """Statistics of the given images over all processes."""
-    metrics = config.chosen_metrics
-    keep = MOST_REAL_FEATURES if "precision_recall" in metrics else 0
-    sums = FeatureSums(len(indices), spatial="sfid" in metrics, keep=keep)
-    for chunk, pixels in image_batches(images, _share(len(indices), accelerator), config.batch_size):
-        sums.update(chunk, extractor(pixels))
-    sums.reduce(accelerator)
-    reference = sums.reference(name, extractor.name)
+) -> dict[str, Reference]:
+    """Statistics of the images at `places` over all processes, for all networks in one pass."""
+    num = len(places)
+    sums = {
+        family.network: FeatureSums(
+            num, spatial="sfid" in metrics, keep=features_to_keep(family, metrics, num, real=True)
+        )
+        for family, metrics in looking
+    }
+    row_of = {places[row]: row for row in _share(num, accelerator)}
+    for chunk, pixels in image_batches(images, list(row_of), config.batch_size):
+        for network, summed in sums.items():
+            summed.update([row_of[place] for place in chunk], extractors[network](pixels))
+    found = {}
+    for network, summed in sums.items():
+        summed.reduce(accelerator)
+        found[network] = summed.reference(name, extractors[network].name)
     if config.save_reference is not None and accelerator.is_main_process:
-        references.save(reference, config.save_reference)
-    return reference
+        (only,) = found.values()  # the configuration allows one network
+        references.save(only, config.save_reference)
+    return found

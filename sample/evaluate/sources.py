@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +19,9 @@ from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.generators.pipeline import Pipeline, batches_of
 from imgtok.metrics.saved_images import SavedImages, partners
-from imgtok.metrics.scorers import ScoredBatch
+from imgtok.metrics.scorers import ScoredBatch, no_labels
 from imgtok.pictures import to_uint8
-from imgtok.randomness import permutation
+from imgtok.randomness import spread
 from imgtok.runtime import Blocks
 from imgtok.sample.labels import labels_in_turn, num_labels
 from imgtok.sample.reconstruct import reconstruct
@@ -64,14 +63,17 @@ class Source(Protocol):
 
     num: int
     size: tuple[int, int]
-    labelled: bool
-    """Whether it is known which class each image should show."""
     rates: tuple[Rate | None, ...]
     tokenizer: Tokenizer | None
     """What decoded the images, if their batches hold the tokens."""
     procedure: Procedure
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]: ...
+
+    def check_classes(self, score: str, number: int) -> None:
+        """Raises ValueError where it is not known which of `number` classes, in the order in which `score` knows them,
+        each image should show.
+        """
 
 
 class FileSource:
@@ -85,13 +87,12 @@ class FileSource:
         path: Path,
         num: int | None,
         labels: Literal["recorded", "balanced"],
-        num_classes: int,
         originals: Path | None = None,
     ) -> None:
         self._images = SavedImages(path)
         self.num, self.size = check_num(num, len(self._images), str(path)), self._images.size
-        self._labels = torch.arange(self.num) % num_classes if labels == "balanced" else self._images.labels
-        self.labelled = self._labels is not None
+        self._balanced = labels == "balanced"
+        self._labels = None if self._balanced else self._images.labels
         self._originals = SavedImages(originals) if originals is not None else None
         self._partners = partners(self._images, self._originals, self.num) if self._originals else []
         beside = f"the files of the same names in {originals}" if originals is not None else None
@@ -103,13 +104,23 @@ class FileSource:
             originals = None
             if self._originals is not None:
                 originals = self._originals.batch([self._partners[index] for index in chunk])
-            yield {None: ScoredBatch(chunk, self._images.batch(chunk), labels, originals)}
+            images = self._images.batch(chunk)
+            yield {None: ScoredBatch(chunk, images, labels, originals, balanced=self._balanced)}
+
+    def check_classes(self, score: str, number: int) -> None:
+        if self._balanced:
+            return
+        if self._labels is None:
+            raise ValueError(no_labels(score, number))
+        highest = int(self._labels[: self.num].max())
+        if highest >= number:
+            raise ValueError(
+                f"{score} knows the classes 0 to {number - 1}, and {self._images.path} has label {highest}"
+            )
 
 
 class GeneratorSource:
     """New images, drawn as `imgtok sample` draws them and never written; at each of `rates`, if given."""
-
-    labelled = True
 
     def __init__(
         self,
@@ -124,7 +135,8 @@ class GeneratorSource:
     ) -> None:
         """Raises ValueError for a class or a rate that the generator does not have."""
         self._pipe, self._seed, self._sampling, self._decoding = pipe, seed, sampling, decoding
-        self._labels = labels_in_turn(classes, num, num_labels(pipe))
+        self._num_classes = num_labels(pipe)
+        self._labels = labels_in_turn(classes, num, self._num_classes)
         self.num, self.size = num, (pipe.image_size,) * 2
         for rate in rates:
             if rate.tolerance is not None:
@@ -160,14 +172,16 @@ class GeneratorSource:
                 versions[rate] = ScoredBatch(chunk, images, truth, tokens=tokens)
             yield versions
 
+    def check_classes(self, score: str, number: int) -> None:
+        if self._num_classes != number:
+            raise ValueError(f"{score} knows {number} classes, and the generator draws {self._num_classes}")
+
 
 class ReconstructionSource:
     """Images of a data source and what a tokenizer makes of them at each rate, or an autoencoder.
 
     Fewer images than there are (`num`) are drawn from all over the source, which may hold one class after the other.
     """
-
-    labelled = True
 
     def __init__(
         self,
@@ -186,7 +200,7 @@ class ReconstructionSource:
         self._model, self._images, self._seed, self._decoding = model, images, seed, decoding
         self._blocks = blocks
         self.num, self.size = check_num(num, len(images), "the data source"), (images.size,) * 2
-        self._places = range(self.num) if rendered else np.sort(permutation(0, 0, len(images))[: self.num]).tolist()
+        self._places = range(self.num) if rendered else spread(self.num, len(images)).tolist()
         self.rates: tuple[Rate | None, ...] = tuple(rates)
         self.tokenizer = model if isinstance(model, Tokenizer) else None
         part = "" if self.num == len(images) else f", {self.num} of {len(images)}"
@@ -219,6 +233,15 @@ class ReconstructionSource:
                 for rate, (images, tokens) in found.items()
             }
 
+    def check_classes(self, score: str, number: int) -> None:
+        if self._images.num_classes == 0:
+            raise ValueError(f"{score} compares with labels, and the data has none")
+        if self._images.num_classes != number:
+            raise ValueError(
+                f"{score} knows {number} classes, and the data has {self._images.num_classes}; if only the highest "
+                f"ones are missing in it, set data.num_classes={number}"
+            )
+
 
 def image_batches(
     images: ImageSource | SavedImages, indices: Sequence[int], batch_size: int
@@ -231,10 +254,10 @@ def image_batches(
         yield batch.indices, to_uint8(batch.images)
 
 
-def check_num(num: int | None, available: int, where: str) -> int:
+def check_num(num: int | None, available: int, where: str, field: str = "num") -> int:
     """`num`, or everything for None. Raises ValueError for more than there is."""
     if num is not None and num > available:
-        raise ValueError(f"num is {num}, but {where} holds {available} images")
+        raise ValueError(f"{field} is {num}, but {where} holds {available} images")
     return num or available
 
 

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imgtok.vision.inception import INCEPTION_NAME, Features
+from imgtok.vision.features import Features
+from imgtok.vision.inception import INCEPTION_NAME
 
 
 class SmallExtractor:
     """Stands in for the Inception network: fixed random projections of the reduced image."""
 
     name = INCEPTION_NAME
+    width = 12
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

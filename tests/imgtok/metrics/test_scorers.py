@@ -11,8 +11,9 @@ from toy import ToyTok, ToyTokConfig
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums
 from imgtok.metrics.scorers import (
+    INCEPTION,
     CodeScorer,
-    InceptionScorer,
+    FeatureScorer,
     OracleScorer,
     OriginalsReference,
     ReconstructionScorer,
@@ -56,7 +57,7 @@ def reference(extractor, images, name="real"):
 
 def test_inception_scores_and_their_names(extractor, random_images):
     real, fake = random_images(60), random_images(40, seed=1)
-    scorer = feed(InceptionScorer(ALL, extractor, 40, reference(extractor, real)), fake)
+    scorer = feed(FeatureScorer(INCEPTION, ALL, extractor, 40, reference(extractor, real)), fake)
     scorer.reduce(None)
     assert [score.name for score in scorer.scores()] == [
         "FID-40[inception-v3-compat, real]",
@@ -75,16 +76,18 @@ def test_inception_scores_and_their_names(extractor, random_images):
 
 def test_equal_sets_are_at_zero(extractor, random_images):
     images = random_images(40)
-    scorer = feed(InceptionScorer(("fid", "precision_recall"), extractor, 40, reference(extractor, images)), images)
+    scorer = feed(
+        FeatureScorer(INCEPTION, ("fid", "precision_recall"), extractor, 40, reference(extractor, images)), images
+    )
     scorer.reduce(None)
     assert values(scorer) == pytest.approx({"fid": 0, "precision": 1, "recall": 1}, abs=1e-6)
 
 
 def test_inception_scores_of_two_processes(extractor, random_images, reduce_together):
     real, fake = reference(extractor, random_images(60)), random_images(41, seed=1)
-    alone = feed(InceptionScorer(ALL, extractor, 41, real), fake)
+    alone = feed(FeatureScorer(INCEPTION, ALL, extractor, 41, real), fake)
     alone.reduce(None)
-    pair = [feed(InceptionScorer(ALL, extractor, 41, real), fake, rank, 2, batch=5) for rank in range(2)]
+    pair = [feed(FeatureScorer(INCEPTION, ALL, extractor, 41, real), fake, rank, 2, batch=5) for rank in range(2)]
     reduce_together(*pair)
     for scorer in pair:
         # The extractor's float32 rounds by batch size; the sums themselves are tested to 1e-10 in test_accumulate.py.
@@ -93,21 +96,14 @@ def test_inception_scores_of_two_processes(extractor, random_images, reduce_toge
 
 def test_what_a_reference_lacks_is_said_at_once(extractor, random_images):
     with pytest.raises(ValueError, match="fid, sfid compare with real images"):
-        InceptionScorer(("fid", "sfid", "is"), extractor, 10, None)
+        FeatureScorer(INCEPTION, ("fid", "sfid", "is"), extractor, 10, None)
     sums = FeatureSums(20, spatial=False, keep=0)
     sums.update(range(20), extractor(random_images(20)))
     bare = sums.reference("bare", extractor.name)
     with pytest.raises(ValueError, match="bare has no spatial statistics"):
-        InceptionScorer(("sfid",), extractor, 10, bare)
+        FeatureScorer(INCEPTION, ("sfid",), extractor, 10, bare)
     with pytest.raises(ValueError, match="needs the real images themselves"):
-        InceptionScorer(("precision_recall",), extractor, 10, bare)
-
-
-def test_few_images_for_the_dimension_are_mentioned(extractor, random_images, caplog):
-    scorer = feed(InceptionScorer(("fid",), extractor, 10, reference(extractor, random_images(20))), random_images(10))
-    scorer.reduce(None)
-    scorer.scores()
-    assert "10 images in 12 dimensions" in caplog.text
+        FeatureScorer(INCEPTION, ("precision_recall",), extractor, 10, bare)
 
 
 # Shapes
@@ -223,7 +219,7 @@ def test_rfid_is_the_distance_to_the_originals_of_the_same_pass(extractor, rando
 
     def scored(rank=0, processes=1, batch=7):
         side = OriginalsReference(extractor, 41)
-        scorer = InceptionScorer(("rfid",), extractor, 41, None, originals=side)
+        scorer = FeatureScorer(INCEPTION, ("rfid",), extractor, 41, None, originals=side)
         for part in (side, scorer):
             feed(part, images, rank, processes, batch, originals=originals)
         return side, scorer
@@ -244,14 +240,14 @@ def test_rfid_is_the_distance_to_the_originals_of_the_same_pass(extractor, rando
 def test_rfid_of_the_originals_themselves_is_zero_and_needs_them(extractor, random_images):
     images = random_images(20)
     side = feed(OriginalsReference(extractor, 20), images, originals=images)
-    scorer = feed(InceptionScorer(("rfid",), extractor, 20, None, originals=side), images, originals=images)
+    scorer = feed(FeatureScorer(INCEPTION, ("rfid",), extractor, 20, None, originals=side), images, originals=images)
     side.reduce(None)
     scorer.reduce(None)
     assert values(scorer)["rfid"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="rfid compares with originals"):
         feed(OriginalsReference(extractor, 20), images)
     with pytest.raises(ValueError, match="rfid compares with originals"):
-        InceptionScorer(("rfid",), extractor, 20, None)
+        FeatureScorer(INCEPTION, ("rfid",), extractor, 20, None)
 
 
 # ------------------------------------------------------------------------------------------------ tokens

@@ -38,7 +38,8 @@ from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.vision import inception as features
-from imgtok.vision.inception import Features, cached_inception_weights
+from imgtok.vision.features import Features
+from imgtok.vision.inception import cached_inception_weights
 
 ROOT = Path(__file__).parents[3]
 PROFILE = ShapesConfig(textures=("solid",), sizes=("large",), num_images=320)
@@ -46,6 +47,8 @@ TRUNK = TrunkConfig(width=32, depth=1, head_dim=16)
 
 
 class SmallExtractor:
+    width = 12
+
     def __init__(self, path, device) -> None:
         self.name = "inception-v3-compat"
 
