@@ -9,6 +9,7 @@ are not to be compared with LPIPS's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -52,15 +53,17 @@ class Lite0Distance(nn.Module):
                 f"the distance in {lite0.NAME} needs images of at least {self.smallest} pixels a side, "
                 f"given {tuple(images.shape[2:])}"
             )
-        with torch.autocast(images.device.type, enabled=False):
-            with torch.no_grad():
-                wanted = self._features(references)
-            by_stage = [
-                (one - other).square().sum(1).mean((1, 2))  # (B,)
-                for one, other in zip(self._features(images), wanted, strict=True)
-            ]
-        return torch.stack(by_stage).mean(0)
+        with torch.no_grad():
+            wanted = self.features(references)
+        return between(self.features(images), wanted)
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """(B, C, h, w) of unit length over C, for each stage."""
-        return [unit_length(features) for features in self.net.stages(images)]
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What is compared: (B, C, h, w) of unit length over C, for each stage."""
+        with torch.autocast(images.device.type, enabled=False):
+            return [unit_length(features) for features in self.net.stages(images)]
+
+
+def between(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Distances (B,) of pairs of images from their `features`."""
+    by_stage = [(one - other).square().sum(1).mean((1, 2)) for one, other in zip(some, others, strict=True)]
+    return torch.stack(by_stage).mean(0)

@@ -1,7 +1,8 @@
-"""Judges of pairs that are networks: how alike a reconstruction and its original are to DINOv2 and to LPIPS.
+"""Judges of pairs that are networks: how alike a reconstruction and its original are to DINOv2, to LPIPS and to
+EfficientNet-Lite0.
 
-Both sides are uint8 images (B, 3, H, W). DINOv2 is the larger network by far, so its features of the last originals are
-kept: a reconstruction is scored at each token count against the same ones.
+Both sides are uint8 images (B, 3, H, W). A reconstruction is scored at each token count against the same originals, so
+the features of the last originals are kept, but for LPIPS's, which would take gigabytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imgtok.losses.lite0 import Lite0Distance, between
 from imgtok.losses.lpips import LPIPS
 from imgtok.pictures import from_uint8
 from imgtok.vision.dino import DINOFeatures, DINOv2
@@ -70,3 +72,24 @@ class LPIPSDistance:
         with full_precision(self._device):
             distances: Tensor = self._net(*pair)
         return distances[:, None]
+
+
+class Lite0Perceptual:
+    """`perceptual_lite0`: 0 for equal images, 4 at the most. The images go in as they are, without resizing."""
+
+    keys = ("perceptual_lite0",)
+
+    def __init__(self, distance: Lite0Distance, device: torch.device) -> None:
+        self.protocol = f"{distance.net.name}, five stages, mean over images"
+        self.smallest: Mapping[str, int] = {"perceptual_lite0": distance.smallest}
+        self._distance, self._device = distance.to(device), device
+        self._of_originals = KeepsLast(self._features)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """(B, 1) float32."""
+        return between(self._features(images), self._of_originals(originals))[:, None]
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        with full_precision(self._device):
+            return self._distance.features(from_uint8(images.to(self._device)))

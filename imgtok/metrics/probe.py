@@ -29,7 +29,7 @@ from imgtok.data.sources import DataError
 from imgtok.files import cache_folder, replacing
 from imgtok.pictures import to_uint8
 from imgtok.randomness import permutation
-from imgtok.vision.inception import FeatureExtractor
+from imgtok.vision.features import FeatureExtractor
 from imgtok.weights import read_weights, write_tensors
 
 logger = logging.getLogger(__name__)

@@ -164,6 +164,12 @@ _TITLES = {
     "kid": "KID",
     "fd_lite0": "FD-lite0",
     "kd_lite0": "KD-lite0",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "mae": "MAE",
+    "lpips": "LPIPS",
+    "dino": "DINO",
+    "dino_patches": "DINO_PATCHES",
 }
 """How the names of scores begin, where it is not the key with dashes."""
 
@@ -317,12 +323,10 @@ def _check_reference(
 
 
 class ClassScorer:
-    """How often a classifier reads the class that an image should show: as its first answer, or among its first five.
+    """How often a classifier reads the class that an image should show: as its first answer, or among its first few.
 
     The classifier is any function of a network's features, so a pass through the network serves all scores on it.
     """
-
-    RANKS = (1, 5)
 
     def __init__(
         self,
@@ -332,20 +336,21 @@ class ClassScorer:
         num_classes: int,
         num: int,
         protocol: str,
+        ranks: Sequence[int] = (1,),
     ) -> None:
-        """`classify` gives logits (B, `num_classes`). `judge` is what the keys `top1_JUDGE` and `top5_JUDGE` end in,
-        `protocol` the classifier as it stands in the names of scores.
+        """`classify` gives logits (B, `num_classes`). The key for each of `ranks`, the numbers of answers among which
+        the class may be, is `top1_JUDGE`, say; `protocol` is the classifier as it stands in the names of scores.
         """
-        self._judge, self._protocol, self._num_classes = judge, protocol, num_classes
+        self._judge, self._protocol, self._num_classes, self._ranks = judge, protocol, num_classes, ranks
         self._extractor, self._classify = extractor, classify
-        self._rows = Rows(num, len(self.RANKS))
+        self._rows = Rows(num, len(self._ranks))
 
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without labels."""
         truth = batch.classes(f"top1_{self._judge}", self._num_classes)
-        answers = self._classify(self._extractor(batch.images)).topk(max(self.RANKS), dim=1).indices.cpu()
+        answers = self._classify(self._extractor(batch.images)).topk(max(self._ranks), dim=1).indices.cpu()
         right = answers == truth[:, None]
-        self._rows.update(batch.indices, torch.stack([right[:, :rank].any(dim=1) for rank in self.RANKS], dim=1))
+        self._rows.update(batch.indices, torch.stack([right[:, :rank].any(dim=1) for rank in self._ranks], dim=1))
 
     def reduce(self, reducer: Reducer | None) -> None:
         self._rows.reduce(reducer)
@@ -353,7 +358,7 @@ class ClassScorer:
     def scores(self) -> list[Score]:
         rows = self._rows.scored
         found = []
-        for rank, value in zip(self.RANKS, rows.mean(dim=0).tolist(), strict=True):
+        for rank, value in zip(self._ranks, rows.mean(dim=0).tolist(), strict=True):
             key = f"top{rank}_{self._judge}"
             found.append(Score(key, f"{_titled(key)}-{short(len(rows))}[{self._protocol}]", value))
         return found
@@ -519,4 +524,4 @@ class ReconstructionScorer:
         rows = self._rows.scored
         protocol = f"-{short(len(rows))}[{self._judge.protocol}]"
         means = zip(self._judge.keys, rows.mean(dim=0), strict=True)
-        return [Score(key, key.upper() + protocol, float(value)) for key, value in means]
+        return [Score(key, _titled(key) + protocol, float(value)) for key, value in means]

@@ -19,9 +19,10 @@ from imgtok.data.images import ImageSource, open_images
 from imgtok.files import file_sha256
 from imgtok.generators.pipeline import pipeline
 from imgtok.hub import resolve
+from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import reference as references
-from imgtok.metrics.perceptual import DINOSimilarity, LPIPSDistance
+from imgtok.metrics.perceptual import DINOSimilarity, Lite0Perceptual, LPIPSDistance
 from imgtok.metrics.precision_recall import NEIGHBOURS
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums, Reference
@@ -64,7 +65,7 @@ from imgtok.tokenizers.base import Autoencoder, Rate
 from imgtok.vision import dino, lite0
 from imgtok.vision.features import FeatureExtractor, Features
 from imgtok.vision.inception import Inception, find_inception_weights
-from imgtok.vision.lite0 import Lite0Extractor
+from imgtok.vision.lite0 import Lite0, Lite0Extractor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,8 +104,9 @@ class Network:
 def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     """Scores what the configuration names."""
     weights: dict[str, str] = {}
-    extractors = _open_extractors(config, accelerator, weights)
-    judges = _open_judges(config, accelerator.device, weights)
+    lite = _open_lite0(config, weights)
+    extractors = _open_extractors(config, lite, accelerator, weights)
+    judges = _open_judges(config, lite, accelerator.device, weights)
     source = _open_source(config, accelerator.device, weights)
     _check_source(config, source, judges)
     networks = _with_references(config, source, extractors, accelerator)
@@ -186,7 +188,19 @@ def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -
 # Networks that judge
 
 
-def _open_extractors(config: Config, accelerator: Accelerator, weights: dict[str, str]) -> dict[str, FeatureExtractor]:
+def _open_lite0(config: Config, weights: dict[str, str]) -> Lite0 | None:
+    """EfficientNet-Lite0, which judges sets of images by its features, classes and pairs."""
+    needed = [metric for metric in config.chosen_metrics if metric in ON_LITE0]
+    if not needed:
+        return None
+    path = lite0.find_weights(", ".join(needed), config.lite0_weights, trust=config.trust_weights)
+    weights[LITE0.network] = file_sha256(path)
+    return lite0.load(path)
+
+
+def _open_extractors(
+    config: Config, lite: Lite0 | None, accelerator: Accelerator, weights: dict[str, str]
+) -> dict[str, FeatureExtractor]:
     """The networks whose features are asked for, by the name that a family has for its network."""
     found: dict[str, FeatureExtractor] = {}
     if needed := INCEPTION.chosen(config.chosen_metrics):
@@ -194,14 +208,12 @@ def _open_extractors(config: Config, accelerator: Accelerator, weights: dict[str
             path = find_inception_weights(", ".join(needed), config.inception_weights, trust=config.trust_weights)
         weights[INCEPTION.network] = file_sha256(path)
         found[INCEPTION.network] = Inception(path, accelerator.device)
-    if needed := [metric for metric in config.chosen_metrics if metric in ON_LITE0]:
-        path = lite0.find_weights(", ".join(needed), config.lite0_weights, trust=config.trust_weights)
-        weights[LITE0.network] = file_sha256(path)
-        found[LITE0.network] = Lite0Extractor(lite0.load(path), accelerator.device)
+    if lite is not None:
+        found[LITE0.network] = Lite0Extractor(lite, accelerator.device)
     return found
 
 
-def _open_judges(config: Config, device: torch.device, weights: dict[str, str]) -> list[PairJudge]:
+def _open_judges(config: Config, lite: Lite0 | None, device: torch.device, weights: dict[str, str]) -> list[PairJudge]:
     """Whatever compares reconstructions with their originals; networks from files, never downloaded."""
     judges: list[PairJudge] = []
     if set(PIXELS) & set(config.chosen_metrics):
@@ -216,6 +228,9 @@ def _open_judges(config: Config, device: torch.device, weights: dict[str, str]) 
         weights["dino"] = file_sha256(path)
         net = dino.load(config.dino_model, path, config.dino_size)
         judges.append(DINOSimilarity(net, f"{config.dino_model}:{weights['dino'][:8]}", device))
+    if "perceptual_lite0" in config.chosen_metrics:
+        assert lite is not None
+        judges.append(Lite0Perceptual(Lite0Distance(lite), device))
     return judges
 
 
@@ -262,7 +277,8 @@ def _class_scorer(extractor: FeatureExtractor, num: int) -> ClassScorer:
         assert features.logits is not None
         return features.logits
 
-    return ClassScorer("lite0", extractor, logits, lite0.NUM_CLASSES, num, f"{extractor.name}, ImageNet's 1000 classes")
+    protocol = f"{extractor.name}, ImageNet's {lite0.NUM_CLASSES} classes"
+    return ClassScorer("lite0", extractor, logits, lite0.NUM_CLASSES, num, protocol, ranks=(1, 5))
 
 
 # Images

@@ -16,7 +16,7 @@ from imgtok.data.images import DataError, ImageFolderConfig, ShapesConfig, open_
 from imgtok.metrics import probe as module
 from imgtok.metrics.probe import Probe, Recipe, choose, fit, load_or_train
 from imgtok.pictures import save_png, to_uint8
-from imgtok.vision.inception import Features
+from imgtok.vision.features import Features
 
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (200, 40, 40)}
 RECIPE = Recipe(train_images=12, held_out_images=6)
@@ -36,7 +36,7 @@ class Means:
         self.batches.append(len(images))
         pixels = images.float() / 255
         halves = [pixels.mean(dim=(2, 3)), pixels[:, :, :16].mean(dim=(2, 3)), torch.ones(len(images), 1)]
-        return Features(torch.cat(halves, dim=1), torch.empty(0), torch.empty(0))
+        return Features(torch.cat(halves, dim=1))
 
 
 def paint(folder: Path, each: int = 10, seed: int = 0, colours=COLOURS) -> Path:

@@ -55,7 +55,15 @@ def test_a_single_count_makes_no_curve():
 
 def test_every_score_has_its_place_in_the_figure():
     scorers = {"rfid", "fid", "sfid", "is", "precision", "recall", "psnr", "ssim", "mae", "lpips", "dino"}
-    scorers |= {"dino_patches", "fd_shapes", "fd_shapes_clean", *OracleScorer.KEYS, *CodeScorer.KEYS}
+    scorers |= {"kid", "fd_lite0", "kd_lite0", "precision_lite0", "recall_lite0", "top1_lite0", "top5_lite0"}
+    scorers |= {
+        "perceptual_lite0",
+        "dino_patches",
+        "fd_shapes",
+        "fd_shapes_clean",
+        *OracleScorer.KEYS,
+        *CodeScorer.KEYS,
+    }
     drawn = [key for _, keys in PANELS for key in keys]
     assert sorted([*drawn, *ONLY_IN_TABLES]) == sorted(scorers)
 
