@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name endings that count as images, compared in lower case."""
+
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest image that is decoded, Pillow's own mark of suspicion; it takes 358 MB of memory. Beyond it a
+file of a few kilobytes could claim all there is."""
+
+_LONG = 16  # a picture this many times as long as wide is not enlarged whole
 
 
 class UnreadableImage(ValueError):  # noqa: N818 - it is the image, not our code, that erred
@@ -107,18 +115,29 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file -> an upright 8-bit RGB picture; transparent parts become white.
 
     16-bit grey is scaled to 8 bits. Raises UnreadableImage, which names the file, for anything that is not
-    a whole image.
+    a whole image, and before it is decoded for one of more than MAX_PIXELS. JPEG files are decoded at their full size:
+    libjpeg's reduced sizes would save memory, but are not the box means that the published crop begins with.
     """
     try:
-        picture = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
+            picture = Image.open(io.BytesIO(data))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise UnreadableImage(name, _too_large(f"{picture.width} x {picture.height}"))
         picture.load()
         return _to_rgb(_upright(picture))
     except MemoryError:
         raise
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(name, _too_large("".join(re.findall(r"\d+(?= pixels\) exceeds)", str(error))))) from error
     except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
         raise UnreadableImage(name, _reason(data, error)) from error
+
+
+def _too_large(size: str) -> str:
+    return f"has {size} pixels, and at most {MAX_PIXELS:,} are decoded (a longer side of some 10,000); shrink it first"
 
 
 def _reason(data: bytes, error: Exception) -> str:
@@ -152,7 +171,7 @@ def _to_8_bit(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise UnreadableImage("", "pixels of more than 16 bits have no agreed range; save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 # Crops
@@ -165,9 +184,7 @@ def center_crop_adm(picture: Image.Image, size: int) -> Image.Image:
     Every published ImageNet FID uses this crop: box-filter halvings down to less than twice the size, then
     bicubic.
     """
-    scaled = _scale_shorter_side(picture, size)
-    left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
-    return scaled.crop((left, top, left + size, top + size))
+    return _scaled_square(picture, size, size, (0.5, 0.5))
 
 
 def random_crop(picture: Image.Image, size: int, draws: Sequence[float], zoom: float = 1.25) -> Image.Image:
@@ -176,10 +193,8 @@ def random_crop(picture: Image.Image, size: int, draws: Sequence[float], zoom: f
     draws: three numbers in [0, 1) for the scale (shorter side between size and zoom * size), left edge and
     top edge.
     """
-    scaled = _scale_shorter_side(picture, size + int(draws[0] * (round(zoom * size) - size + 1)))
-    left = int(draws[1] * (scaled.width - size + 1))
-    top = int(draws[2] * (scaled.height - size + 1))
-    return scaled.crop((left, top, left + size, top + size))
+    side = size + int(draws[0] * (round(zoom * size) - size + 1))
+    return _scaled_square(picture, side, size, draws[1:3], ends=1)
 
 
 def corner_crops(picture: Image.Image, size: int, zoom: float = 1.1) -> list[Image.Image]:
@@ -193,7 +208,11 @@ def corner_crops(picture: Image.Image, size: int, zoom: float = 1.1) -> list[Ima
     return [square.crop((left, top, left + size, top + size)) for left, top in places]
 
 
-def _scale_shorter_side(picture: Image.Image, side: int) -> Image.Image:
+def _scaled_square(picture: Image.Image, side: int, size: int, place: Sequence[float], ends: int = 0) -> Image.Image:
+    """A size x size square of the picture whose shorter side is scaled to `side`.
+
+    place: left and top edge, as shares of the pixels that are left over, plus `ends`.
+    """
     if side < 1:
         raise ValueError(f"image size is {side}; it must be 1 or more")
     while min(picture.size) >= 2 * side:
@@ -201,7 +220,27 @@ def _scale_shorter_side(picture: Image.Image, side: int) -> Image.Image:
         picture = picture.resize(half, Image.Resampling.BOX)
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (int(share * (length - size + ends)) for share, length in zip(place, (width, height), strict=True))
+    if max(width, height) <= _LONG * side:
+        scaled = picture.resize((width, height), Image.Resampling.BICUBIC)
+        return scaled.crop((left, top, left + size, top + size))
+    return _part_of_scaled(picture, (width, height), (left, top), size)
+
+
+def _part_of_scaled(picture: Image.Image, scaled: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
+    """A square of a long picture as if it had been scaled whole, which would take gigabytes of 1 x 8000 pixels.
+
+    The pixels lie on the same grid, whose corners Pillow keeps in single precision: a value may come out one higher or
+    lower. Pillow scales rows first, and so does this: values are cut off at 0 and 255 in between.
+    """
+    (left, right), (top, bottom) = (
+        (edge * length / whole, (edge + size) * length / whole)
+        for edge, length, whole in zip(corner, picture.size, scaled, strict=True)
+    )
+    reach = 3 * max(1.0, picture.height / scaled[1])  # the bicubic kernel looks two pixels far, of the coarser grid
+    first, last = max(0, int(top - reach)), min(picture.height, int(bottom + reach) + 1)
+    rows = picture.resize((size, last - first), Image.Resampling.BICUBIC, box=(left, first, right, last))
+    return rows.resize((size, size), Image.Resampling.BICUBIC, box=(0, top - first, size, bottom - first))
 
 
 # Files and grids

@@ -1,44 +1,26 @@
-"""Images in Parquet files and in data sets of the Hugging Face Hub, through the library `datasets`.
+"""Images in data sets of the Hugging Face Hub and in folders of `save_to_disk`, through the library `datasets`.
 
-Both become Arrow tables on disk, memory-mapped, with random access; images stay undecoded bytes.
+Both are Arrow tables on disk, memory-mapped, with random access; images stay undecoded bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from imgtok.config import PositiveInt, check
-from imgtok.data.sources import DataError, Record, check_labels, expand, read_bytes
+from imgtok.data.columns import find_columns, join_labels, read_beside, read_labels
+from imgtok.data.sources import DataError, Record
 from imgtok.pictures import UnreadableImage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetConfig:
-    """Parquet files in the Hugging Face layout: a column of images, a column of labels."""
-
-    kind: Literal["parquet"] = "parquet"
-    path: str
-    """A file, or a pattern such as `data/train-*.parquet`."""
-    image_column: str | None = None
-    """Column of image bytes; null finds it."""
-    label_column: str | None = None
-    """Column of whole numbers; null takes `label` if there is one, else the only column of named classes."""
-    text_column: str | None = None
-    """Column of captions; null takes `text` or `caption` if there is one."""
-    num_classes: PositiveInt | None = None
-    """Number of classes; null takes the names in the file, or else the largest label + 1."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """A data set of the Hugging Face Hub, downloaded once into its cache."""
+    """A data set of the Hugging Face Hub, downloaded once into its cache, or a folder that `save_to_disk` wrote."""
 
     kind: Literal["huggingface"] = "huggingface"
     name: str
@@ -50,9 +32,9 @@ class HubConfig:
     revision: str | None = None
     """Branch, tag or commit; null takes the newest."""
     image_column: str | None = None
-    """Column of image bytes; null finds it."""
+    """Column of image bytes, or of paths of image files, which count from the local folder; null finds it."""
     label_column: str | None = None
-    """Column of whole numbers; null takes `label` if there is one, else the only column of named classes."""
+    """Column of whole numbers or names; null takes `label` if there is one, else the only column of named classes."""
     text_column: str | None = None
     """Column of captions; null takes `text` or `caption` if there is one."""
     num_classes: PositiveInt | None = None
@@ -65,112 +47,83 @@ class HubConfig:
 class ArrowRecords:
     """Rows of a Hugging Face data set, memory-mapped, its images left undecoded."""
 
-    def __init__(self, config: ParquetConfig | HubConfig) -> None:
-        dataset = _load_parquet(config) if isinstance(config, ParquetConfig) else _load_hub(config)
-        self._name = config.path if isinstance(config, ParquetConfig) else config.name
-        self._image = _image_column(dataset.features, config.image_column, self._name)
-        label = _label_column(dataset.features, config.label_column, self._name)
-        self._text = _named_column(dataset.features, config.text_column, ("text", "caption"), self._name)
+    def __init__(self, config: HubConfig) -> None:
+        """Downloads the data set if it is not in the cache. Raises DataError for what cannot be used."""
+        folder = Path(os.path.expanduser(config.name))  # noqa: PTH111 - the name may be one on the Hub
+        dataset = _load_saved(folder, config) if _is_saved(folder) else _load_hub(folder, config)
+        self._name, self._folder = config.name, folder
         if not len(dataset):
             raise DataError(f"{self._name}: no rows")
-        names = getattr(dataset.features[label], "names", None) if label else None
-        self.class_names = tuple(names or ())
-        self.labels, self.num_classes = np.zeros(len(dataset), np.int64), 0
-        if label:
-            self.labels = _integers(dataset.with_format("arrow")[label], label, self.name)
-            classes = config.num_classes or len(self.class_names) or None
-            self.num_classes = check_labels(self.labels, classes, None, self.name)
-        kept = [column for column in (self._image, self._text) if column]
-        self._rows = dataset.select_columns(kept).with_format("arrow")
+        self._rows = dataset.with_format("arrow")
+        schema = dataset.features.arrow_schema
+        self._columns = find_columns(schema, config, self._name, lambda column: self._rows[0][column][0].as_py())
+        self.class_names: tuple[str, ...] = ()
+        self.num_classes, self.labels = 0, np.zeros(len(dataset), np.int64)
+        if self._columns.label:
+            values = self._rows.select_columns([self._columns.label])[:].column(0)
+            labels = read_labels(values, self._columns, self.name)
+            joined = join_labels([labels], self._columns, config, self.name)
+            self.labels, self.class_names, self.num_classes = joined
+        kept = [column for column in (self._columns.image, self._columns.text) if column]
+        self._rows = self._rows.select_columns(kept)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """`FILE[row]`."""
+        """`NAME[row]`."""
         return f"{self._name}[{index}]"
 
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
-        image, name = row[self._image][0].as_py(), self.name(index)
-        text = (row[self._text][0].as_py() or "") if self._text else ""
-        data = image if isinstance(image, bytes) else (image or {}).get("bytes")
-        if data is None:
-            path = (image or {}).get("path")
+        image, name = row[self._columns.image][0].as_py(), self.name(index)
+        text = (row[self._columns.text][0].as_py() or "") if self._columns.text else ""
+        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, image)
+        if not isinstance(data, bytes):
             if not path:
-                raise UnreadableImage(name, f"column {self._image!r} is empty")
-            data = read_bytes(path)
+                raise UnreadableImage(name, f"column {self._columns.image!r} is empty")
+            data = read_beside(self._folder, path, name)
         return Record(data, int(self.labels[index]), name, text)
 
 
-def _load_parquet(config: ParquetConfig) -> Any:
-    import datasets
-
-    files = expand(config.path)
-    try:
-        return datasets.load_dataset("parquet", data_files=files, split="train")
-    except Exception as error:
-        raise DataError(f"{config.path}: not a readable Parquet file ({_innermost(error)})") from error
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _load_hub(config: HubConfig) -> Any:
+def _load_saved(folder: Path, config: HubConfig) -> Any:
+    """A split of what `DatasetDict.save_to_disk` or `Dataset.save_to_disk` wrote, read where it lies."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(config.name, config.subset, split=config.split, revision=config.revision)
+        saved = datasets.load_from_disk(str(folder))
     except Exception as error:
-        hint = "check the name, split and subset, the network, and HF_TOKEN for a gated data set"
+        raise DataError(f"{folder}: not a readable folder of save_to_disk ({_innermost(error)})") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if config.split not in saved:
+            raise DataError(f"{folder}: no split {config.split!r}; set split to one of {', '.join(saved)}")
+        return saved[config.split]
+    split = str(saved.split or "train")  # `train` is what a configuration says that names none
+    if config.split != split:
+        raise DataError(f"{folder}: holds one data set, which is the split {split!r}; set split={split}")
+    return saved
+
+
+def _load_hub(folder: Path, config: HubConfig) -> Any:
+    import datasets
+
+    if config.name.startswith(("/", ".", "~")) and not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    name = str(folder) if folder.is_dir() else config.name
+    try:
+        return datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision)
+    except Exception as error:
+        local = "check what is in the folder, split and subset; Parquet files are read with kind=parquet"
+        hub = "check the name, split and subset, the network, and HF_TOKEN for a gated data set"
+        hint = local if folder.is_dir() else hub
         raise DataError(f"data set {config.name!r}: {_innermost(error)}; {hint}") from error
-    return dataset
 
 
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
-
-
-def _image_column(features: Any, given: str | None, name: str) -> str:
-    if given is not None:
-        return _known_column(features, given, name)
-    found = [column for column, feature in features.items() if _holds_images(feature)]
-    if len(found) > 1 and "image" in found:
-        return "image"
-    if len(found) != 1:
-        what = f"several columns of images ({', '.join(found)})" if found else "no column of images"
-        raise DataError(f"{name}: {what}; set image_column to one of {', '.join(features)}")
-    return str(found[0])
-
-
-def _holds_images(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return "bytes" in feature
-    return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _label_column(features: Any, given: str | None, name: str) -> str | None:
-    found = _named_column(features, given, ("label", "labels"), name)
-    named = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    if found is None and len(named) > 1:
-        raise DataError(f"{name}: several columns of labels; set label_column to one of {', '.join(named)}")
-    return found or (named[0] if named else None)
-
-
-def _named_column(features: Any, given: str | None, usual: Sequence[str], name: str) -> str | None:
-    if given is not None:
-        return _known_column(features, given, name)
-    return next((column for column in usual if column in features), None)
-
-
-def _known_column(features: Any, column: str, name: str) -> str:
-    if column not in features:
-        raise DataError(f"{name}: no column {column!r}; it has {', '.join(features)}")
-    return column
-
-
-def _integers(column: Any, label: str, name: Callable[[int], str]) -> np.ndarray:
-    values = column.to_pylist()
-    for row, value in enumerate(values):
-        if not isinstance(value, int):
-            raise DataError(f"{name(row)}: {label} is {value!r}; labels must be whole numbers")
-    return np.array(values, dtype=np.int64)

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imgtok.data.arrow import ArrowRecords, HubConfig, ParquetConfig
+from imgtok.data.arrow import ArrowRecords, HubConfig
+from imgtok.data.parquet import ParquetConfig, ParquetRecords
 from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
@@ -228,6 +229,8 @@ def _open_records(config: ImageFolderConfig | ParquetConfig | TarConfig | HubCon
         return FolderRecords(config)
     if isinstance(config, TarConfig):
         return TarRecords(config)
+    if isinstance(config, ParquetConfig):
+        return ParquetRecords(config)
     return ArrowRecords(config)
 
 

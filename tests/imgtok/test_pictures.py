@@ -1,5 +1,7 @@
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -312,3 +314,69 @@ def test_tensors_become_pictures():
     assert np.array_equal(np.asarray(to_pil(to_uint8(images))[0]), np.asarray(pictures[0]))
     with pytest.raises(ValueError, match=r"not \(5, 7\)"):
         to_pil(images[0, 0])
+
+
+# Memory and size
+
+
+def whole_crop(picture: Image.Image, size: int) -> np.ndarray:
+    """The centre crop as it is defined: scaled whole, then cropped. For pictures below twice the size."""
+    scale = size / min(picture.size)
+    scaled = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
+    return np.asarray(scaled.crop((left, top, left + size, top + size))).astype(int)
+
+
+@pytest.mark.parametrize("shape", [(2, 61), (61, 2), (700, 23), (23, 700), (1, 400), (97, 5)])
+def test_crops_of_long_pictures_are_those_of_the_whole(shape):
+    picture = Image.effect_noise(shape, 40).convert("RGB")
+    difference = np.asarray(center_crop_adm(picture, 32)) - whole_crop(picture, 32)
+    assert np.abs(difference).max() <= 1
+
+
+def test_ordinary_pictures_are_cropped_to_the_bit_as_ever():
+    for shape in ((400, 60), (60, 400), (63, 40), (512, 33)):  # up to 16 times as long as wide
+        picture = Image.effect_noise(shape, 60).convert("RGB")
+        assert np.array_equal(np.asarray(center_crop_adm(picture, 40)), whole_crop(picture, 40))
+
+
+def test_memory_follows_the_crop():
+    """The peak of a process that reads extreme pictures at 256 pixels, above what it held before."""
+    code = """
+import io, resource
+from PIL import Image
+from imgtok.pictures import center_crop_adm, corner_crops, decode_image, random_crop
+def read(shape):
+    buffer = io.BytesIO()
+    Image.new("RGB", shape, (9, 8, 7)).save(buffer, "png")
+    picture = decode_image(buffer.getvalue(), "a")
+    squares = [center_crop_adm(picture, 256), random_crop(picture, 256, [0.9] * 3), *corner_crops(picture, 256)]
+    assert all(square.size == (256, 256) and square.getcolors() == [(65536, (9, 8, 7))] for square in squares)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = read((300, 300))
+print(*(read(shape) - before for shape in ((1, 8000), (8000, 1), (20000, 30))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert max(map(float, done.stdout.split())) < 50
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A JPEG file that claims a size."""
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "jpeg"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (bomb(10_000, 10_000), "10000 x 10000"),
+        (bomb(65_000, 65_000), "4225000000"),
+        (encoded(Image.new("1", (30_000, 4_000))), "30000 x 4000"),
+    ],
+)
+def test_pictures_of_too_many_pixels_are_named_before_they_are_decoded(data, size, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match=f"^cats/7.jpg: has {size} pixels, and at most 89,478,485 are decoded"):
+        decode_image(data, "cats/7.jpg")

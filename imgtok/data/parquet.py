@@ -1,0 +1,229 @@
+"""Images in Parquet files, read in place: footers and labels when they are opened, then image by image.
+
+Nothing is copied and nothing is written. `columns.py` finds the
+columns, `parquet_pages.py` reads the values.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from imgtok.config import PositiveInt, check
+from imgtok.data.columns import Columns, Labels, find_columns, join_labels, read_beside, read_labels
+from imgtok.data.parquet_pages import Chunk, PageReader
+from imgtok.data.sources import DataError, Record, expand
+from imgtok.pictures import UnreadableImage
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+_SUFFIXES = (".parquet", ".parq", ".pq")
+_SPLITS = re.compile(r"(?:^|[^a-z])(train|valid|val|dev|test|eval)(?:ing|ation|uation)?(?:[^a-z]|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetConfig:
+    """Parquet files with a column of images and, if labelled, a column of labels."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    """A file, a folder of Parquet files, or a pattern such as `data/train-*.parquet`."""
+    image_column: str | None = None
+    """Column of image bytes, or of paths of image files, which count from the Parquet file's folder; null finds it."""
+    label_column: str | None = None
+    """Column of whole numbers or names; null takes `label` if there is one, else the only column of named classes."""
+    text_column: str | None = None
+    """Column of captions; null takes `text` or `caption` if there is one."""
+    num_classes: PositiveInt | None = None
+    """Number of classes; null takes the names in the file, or else the largest label + 1."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+class _Group(NamedTuple):
+    """A row group, with the chunks of its columns."""
+
+    file: str
+    first: int  # its first row in the file
+    rows: int
+    data: Chunk | None
+    path: Chunk | None
+    text: Chunk | None
+
+
+class _Shard(NamedTuple):
+    """What the footer of a file says, and its labels."""
+
+    path: str
+    columns: Columns
+    groups: list[_Group]
+    labels: Labels | None
+
+
+class ParquetRecords:
+    """The rows of Parquet files, in the order of the files and of their rows."""
+
+    def __init__(self, config: ParquetConfig) -> None:
+        """Reads footers and labels. Raises FileNotFoundError for a missing file, DataError for what cannot be used."""
+        shards = [_read_shard(path, config) for path in parquet_files(config.path)]
+        for shard in shards[1:]:
+            _check_alike(shards[0], shard)
+        self._image = shards[0].columns.image
+        self._groups = [group for shard in shards for group in shard.groups]
+        self._ends = np.cumsum([group.rows for group in self._groups], dtype=np.int64)
+        if not len(self):
+            raise DataError(f"{config.path}: no rows")
+        self._reader = PageReader()
+        self.class_names: tuple[str, ...] = ()
+        self.num_classes, self.labels = 0, np.zeros(len(self), np.int64)
+        labels = [shard.labels for shard in shards if shard.labels]
+        if labels:
+            joined = join_labels(labels, shards[0].columns, config, self.name)
+            self.labels, self.class_names, self.num_classes = joined
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def name(self, index: int) -> str:
+        """`FILE[row]`, with the row's place in that file."""
+        group, row = self._place(index)
+        return f"{group.file}[{group.first + row}]"
+
+    def __getitem__(self, index: int) -> Record:
+        group, row = self._place(index)
+        name = f"{group.file}[{group.first + row}]"
+        data = self._value(group.data, row, name)
+        if data is None:
+            path = self._value(group.path, row, name)
+            if not path:
+                raise UnreadableImage(name, f"column {self._image!r} is empty")
+            data = read_beside(Path(group.file).parent, path.decode(errors="replace"), name)
+        text = self._value(group.text, row, name) or b""
+        return Record(data, int(self.labels[index]), name, text.decode(errors="replace"))
+
+    def _place(self, index: int) -> tuple[_Group, int]:
+        """The row group of a row, and its place there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        group = self._groups[number]
+        return group, index - int(self._ends[number]) + group.rows
+
+    def _value(self, chunk: Chunk | None, row: int, name: str) -> bytes | None:
+        try:
+            return None if chunk is None else self._reader.value(chunk, row)
+        except (OSError, ValueError) as error:  # pyarrow's errors are either
+            raise UnreadableImage(name, f"the Parquet file cannot be read there ({first_line(error)})") from error
+
+
+def parquet_files(path: str) -> list[str]:
+    """The Parquet files of a path: itself, those that a pattern matches, or all in a folder and below it, sorted.
+
+    Raises FileNotFoundError where there are none, DataError for a folder with several splits of a data set.
+    """
+    path = os.path.expanduser(path)  # noqa: PTH111 - a pattern is no path
+    if Path(path).is_dir():
+        return _files_in(Path(path))
+    return expand(path)
+
+
+def _files_in(folder: Path) -> list[str]:
+    below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    found = sorted(path for path in below if not any(part.startswith(".") for part in path.parts))
+    files = [path for path in found if path.suffix.lower() in _SUFFIXES]
+    if not files:
+        others = ", ".join(str(path) for path in found[:3]) or "nothing"
+        raise FileNotFoundError(f"{folder}: no Parquet files (*.parquet); the folder holds {others}")
+    splits: dict[str, Path] = {}
+    for path in files:
+        match = _SPLITS.search(str(path.with_suffix("")).lower())
+        splits.setdefault(match[1] if match else "", path)
+    if len(splits) > 1:
+        listed = ", ".join(map(str, splits.values()))
+        first = next(iter(splits.values()))
+        pattern = folder / first.parent / re.sub(r"\d+(-of-\d+)?", "*", first.name)
+        raise DataError(f"{folder}: holds several splits ({listed}); choose one by a pattern, as path='{pattern}'")
+    return [str(folder / path) for path in files]
+
+
+# Reading footers and labels
+
+
+def _read_shard(path: str, config: ParquetConfig) -> _Shard:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            columns = find_columns(file.schema_arrow, config, path, lambda column: _first_value(file, column))
+            labels = None
+            if columns.label:
+                values = file.read(columns=[columns.label], use_threads=False).column(0)
+                labels = read_labels(values, columns, lambda row: f"{path}[{row}]")
+            return _Shard(path, columns, list(_row_groups(file, path, columns)), labels)
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # pyarrow's errors are either
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+
+
+def _first_value(file: pq.ParquetFile, column: str) -> Any:
+    batch = next(file.iter_batches(1, columns=[column], use_threads=False), None)
+    return None if batch is None else batch.column(0)[0].as_py()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without what follows its first line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _row_groups(file: pq.ParquetFile, path: str, columns: Columns) -> Iterator[_Group]:
+    metadata, first = file.metadata, 0
+    leaves = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [
+            None if leaf is None else _chunk(metadata, path, number, leaf, leaves[leaf])
+            for leaf in (columns.data, columns.path, columns.text)
+        ]
+        yield _Group(path, first, group.num_rows, *chunks)
+        first += group.num_rows
+
+
+def _chunk(metadata: pq.FileMetaData, path: str, group: int, leaf: str, place: int) -> Chunk:
+    chunk = metadata.row_group(group).column(place)
+    begins = [chunk.data_page_offset]
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset:  # some writers put 0 there
+        begins.append(chunk.dictionary_page_offset)
+    return Chunk(
+        path=path,
+        group=group,
+        column=leaf,
+        offset=min(begins),
+        size=chunk.total_compressed_size,
+        size_decoded=chunk.total_uncompressed_size,
+        rows=metadata.row_group(group).num_rows,
+        codec=chunk.compression,
+        max_definition=metadata.schema.column(place).max_definition_level,
+    )
+
+
+def _check_alike(first: _Shard, other: _Shard) -> None:
+    """The files of a data set agree on what a label is."""
+    ours, theirs = (
+        ("names" if shard.columns.named else "numbers") if shard.labels else "none" for shard in (first, other)
+    )
+    if ours != theirs:
+        raise DataError(f"{other.path}: its labels are {theirs}, but {ours} in {first.path}")
+    names = [", ".join(shard.columns.class_names[:5]) or "without names" for shard in (first, other)]
+    if first.columns.class_names != other.columns.class_names:
+        raise DataError(f"{other.path}: its classes are {names[1]}, ... but {names[0]}, ... in {first.path}")
