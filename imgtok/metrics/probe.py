@@ -58,8 +58,12 @@ class Recipe:
 class Probe:
     """The classes of images as a linear function of their standardised features."""
 
-    name: str
-    """`probe-1:ab12cd34 on efficientnet-lite0`, where the digits stand for the recipe and all images."""
+    recipe: str
+    """Name of the recipe."""
+    network: str
+    """Name of the network whose features it reads."""
+    fingerprint: str
+    """64 hexadecimal digits that stand for the recipe, the network and the images, which decide everything else."""
     mean: Tensor
     """(D,) of the features of the images that it learned from; float64, as all of these tensors."""
     deviation: Tensor
@@ -86,7 +90,8 @@ class Probe:
     def label(self) -> str:
         """As it stands in the names of scores."""
         measured = f"{100 * self.accuracy:.1f} % of {self.held_out} held-out real images"
-        return f"{self.name}, {self.num_classes} classes; {measured}"
+        name = f"{self.recipe}:{self.fingerprint[:8]} on {self.network}"
+        return f"{name}, {self.num_classes} classes; {measured}"
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, C) float64, on the CPU, of features (N, D)."""
@@ -204,21 +209,21 @@ def load_or_train(
     check_classes(training, recipe)
     parts = _Part.of(training, recipe.train_images), _Part.of(held_out, recipe.held_out_images)
     fingerprint = _fingerprint(recipe, extractor.name, parts)
-    name = f"{recipe.name}:{fingerprint[:8]} on {extractor.name}"
     path = (folder or cache_folder()) / f"{recipe.name}-{fingerprint[:12]}.safetensors"
     found = _read(path, training.num_classes)
     if found is None:
-        logger.info("training %s for top1_probe, once; it will be kept in %s", name, path)
+        logger.info("training %s for top1_probe, once; it will be kept in %s", recipe.name, path)
         total = sum(len(part.places) for part in parts)
         with tqdm(total=total, unit="image", desc="probe", disable=quiet) as progress:
             found = _train(extractor, *parts, recipe, progress)
         _write(found, path, recipe)
     right, number = found.pop("held_out").tolist()
-    return Probe(name, **found, right=right, held_out=number)
+    return Probe(recipe.name, extractor.name, fingerprint, **found, right=right, held_out=number)
 
 
-def check_classes(training: ImageSource, recipe: Recipe) -> None:
+def check_classes(training: ImageSource, recipe: Recipe | None = None) -> None:
     """Raises DataError for images that no probe can learn from."""
+    recipe = recipe or Recipe()
     num_classes = training.num_classes
     if num_classes < 2:
         has = "has only one class" if num_classes else "has no labels"
@@ -248,7 +253,7 @@ def _train(
 
 
 def _fingerprint(recipe: Recipe, network: str, parts: tuple[_Part, _Part]) -> str:
-    """64 hexadecimal digits that stand for everything that decides the probe."""
+    """SHA-256 of everything that decides the probe."""
     source = parts[0].source
     facts = [
         asdict(recipe),

@@ -337,10 +337,14 @@ class ClassScorer:
         num: int,
         protocol: str,
         ranks: Sequence[int] = (1,),
+        *,
+        originals: bool = False,
     ) -> None:
         """`classify` gives logits (B, `num_classes`). The key for each of `ranks`, the numbers of answers among which
-        the class may be, is `top1_JUDGE`, say; `protocol` is the classifier as it stands in the names of scores.
+        the class may be, is `top1_JUDGE`, say; `protocol` is the classifier as it stands in the names of scores. With
+        `originals` it looks at what the images reconstruct, and the key is `top1_JUDGE_originals`.
         """
+        self._of_originals = originals
         self._judge, self._protocol, self._num_classes, self._ranks = judge, protocol, num_classes, ranks
         self._extractor, self._classify = extractor, classify
         self._rows = Rows(num, len(self._ranks))
@@ -348,7 +352,9 @@ class ClassScorer:
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without labels."""
         truth = batch.classes(f"top1_{self._judge}", self._num_classes)
-        answers = self._classify(self._extractor(batch.images)).topk(max(self._ranks), dim=1).indices.cpu()
+        images = batch.originals if self._of_originals else batch.images
+        assert images is not None, "whoever asks about originals has some"
+        answers = self._classify(self._extractor(images)).topk(max(self._ranks), dim=1).indices.cpu()
         right = answers == truth[:, None]
         self._rows.update(batch.indices, torch.stack([right[:, :rank].any(dim=1) for rank in self._ranks], dim=1))
 
@@ -359,7 +365,7 @@ class ClassScorer:
         rows = self._rows.scored
         found = []
         for rank, value in zip(self._ranks, rows.mean(dim=0).tolist(), strict=True):
-            key = f"top{rank}_{self._judge}"
+            key = f"top{rank}_{self._judge}{'_originals' if self._of_originals else ''}"
             found.append(Score(key, f"{_titled(key)}-{short(len(rows))}[{self._protocol}]", value))
         return found
 

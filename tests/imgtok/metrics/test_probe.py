@@ -67,7 +67,8 @@ def train(folder: Path, cache: Path, **fields) -> Probe:
 def test_colours_are_told_apart(painted, tmp_path):
     found = train(painted, tmp_path)
     assert (found.right, found.held_out, found.num_classes, found.accuracy) == (6, 6, 3, 1.0)
-    assert found.label == f"{found.name}, 3 classes; 100.0 % of 6 held-out real images"
+    name = f"probe-1:{found.fingerprint[:8]} on means"
+    assert found.label == f"{name}, 3 classes; 100.0 % of 6 held-out real images"
     fresh = parts(paint(tmp_path / "fresh", each=2, seed=1))
     batch = fresh[0].batch(range(len(fresh[0])))
     assert torch.equal(found.read(Means()(to_uint8(batch.images)).pool), batch.labels)
@@ -111,7 +112,7 @@ def test_the_reading_is_the_minimum_that_a_direct_computation_finds():
     assert torch.allclose(found["deviation"], torch.from_numpy(deviation), rtol=1e-6)
     assert torch.allclose(found["weight"].flatten(), weights[:12], atol=1e-5)
     assert torch.allclose(found["bias"], weights[12:], atol=1e-5)
-    probe = Probe("a", **found, right=1, held_out=1)
+    probe = Probe("a", "b", "c", **found, right=1, held_out=1)
     assert torch.allclose(probe.logits(features), rows @ weights[:12].view(4, 3) + weights[12:], atol=1e-4)
     assert not probe.logits(features).requires_grad
 
@@ -131,7 +132,7 @@ def test_trained_once_then_read_from_the_cache(painted, tmp_path, monkeypatch):
     first = load_or_train(extractor, *parts(painted), recipe=RECIPE)
     assert sum(extractor.batches) == 12 + 6
     (path,) = tmp_path.iterdir()
-    assert path.name.startswith(f"probe-1-{first.name.split(':')[1][:8]}")
+    assert path.name.startswith(f"probe-1-{first.fingerprint[:8]}")
     monkeypatch.setattr(module, "fit", lambda *a: pytest.fail("trained again"))
     second = load_or_train(extractor, *parts(painted), recipe=RECIPE)
     assert sum(extractor.batches) == 12 + 6
@@ -148,41 +149,40 @@ def test_the_network_sees_blocks_of_one_size(painted, tmp_path):
     assert extractor.batches == [8, 4, 6]
 
 
-def name_of(folder: Path, cache: Path, *, recipe: Recipe = RECIPE, extractor=None, size: int = 32, **fields) -> str:
-    return load_or_train(extractor or Means(), *parts(folder, size, **fields), recipe=recipe, folder=cache).name
+def print_of(folder: Path, cache: Path, *, recipe: Recipe = RECIPE, extractor=None, size: int = 32, **fields) -> str:
+    return load_or_train(extractor or Means(), *parts(folder, size, **fields), recipe=recipe, folder=cache).fingerprint
 
 
 def test_whatever_decides_a_probe_is_in_its_fingerprint(painted, tmp_path):
     cache = tmp_path / "cache"
-    known = name_of(painted, cache)
-    assert known.endswith(" on means")
-    assert name_of(paint(tmp_path / "moved"), cache) == known
+    known = print_of(painted, cache)
+    assert print_of(paint(tmp_path / "moved"), cache) == known
     assert len(list(cache.iterdir())) == 1
     other = Means()
     other.name = "means:12345678"
     renamed = dict(zip(("blue", "green", "zinc"), COLOURS.values(), strict=True))
-    names = [
+    prints = [
         known,
-        name_of(painted, cache, extractor=other),
-        name_of(painted, cache, size=40),
-        name_of(painted, cache, recipe=Recipe(train_images=11, held_out_images=6)),
-        name_of(painted, cache, recipe=Recipe(train_images=12, held_out_images=6, penalty=0.1)),
-        name_of(paint(tmp_path / "content", seed=3), cache),  # other pixels under the same names
-        name_of(paint(tmp_path / "more", each=11), cache),
-        name_of(paint(tmp_path / "names", colours=renamed), cache),
+        print_of(painted, cache, extractor=other),
+        print_of(painted, cache, size=40),
+        print_of(painted, cache, recipe=Recipe(train_images=11, held_out_images=6)),
+        print_of(painted, cache, recipe=Recipe(train_images=12, held_out_images=6, penalty=0.1)),
+        print_of(paint(tmp_path / "content", seed=3), cache),  # other pixels under the same names
+        print_of(paint(tmp_path / "more", each=11), cache),
+        print_of(paint(tmp_path / "names", colours=renamed), cache),
     ]
-    assert len(set(names)) == len(names)
+    assert len(set(prints)) == len(prints)
 
 
 def test_a_single_changed_image_of_few_is_noticed(painted, tmp_path):
-    known = name_of(painted, tmp_path)
+    known = print_of(painted, tmp_path)
     data = paint(tmp_path / "data")
     source, _ = parts(data)
     recipe = Recipe(train_images=12, held_out_images=6)
     assert recipe.compared >= 12  # so all that it learns from are compared
     path = Path(source.name(choose(source.labels, 12)[5]))
     save_png(torch.full((3, 32, 32), 7, dtype=torch.uint8), path)
-    assert name_of(data, tmp_path) != known
+    assert print_of(data, tmp_path) != known
 
 
 @pytest.mark.parametrize("damage", ["cut", "shape", "missing", "foreign"])
