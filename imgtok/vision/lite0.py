@@ -162,6 +162,11 @@ def find_weights(
     return path
 
 
+def installed() -> bool:
+    """Whether the package with the weights is here."""
+    return _packaged() is not None
+
+
 def load(path: Path, *, folded: bool = True) -> Lite0:
     """The network with the weights of a file: the package's `.pth`, or timm's own names (.safetensors, .pth).
 
@@ -185,7 +190,7 @@ def load(path: Path, *, folded: bool = True) -> Lite0:
 
 
 def _packaged() -> Path | None:
-    """Where the installed package keeps the file; looked up without importing it."""
+    """Where the installed package keeps the file, None without it; looked up without importing it."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = (spec.submodule_search_locations if spec is not None else None) or []
     return next((Path(folder) / "models" / FILE for folder in folders), None)

@@ -14,6 +14,7 @@ from imgtok.metrics.scorers import FAMILIES, LITE0
 from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate
+from imgtok.vision import lite0
 from imgtok.vision.dino import DINOV2_LARGE
 from imgtok.vision.dino import SIZE as DINO_SIZE
 from imgtok.vision.inception import cached_inception_weights
@@ -50,7 +51,9 @@ class Config:
     scored; with `model`, it decodes the samples (null takes the one inside the generator's folder)."""
     metrics: tuple[Metric, ...] = ()
     """Scores; empty takes what fits: oracle and fd_shapes for shapes; for reconstructions mae, psnr, ssim, rfid where
-    Inception's weights are found (not for shapes), lpips and dino where the path of theirs is given; else fid, is."""
+    Inception's weights are found (not for shapes), lpips and dino where the path of theirs is given; else fid, is.
+    Where the package of EfficientNet-Lite0 is installed, fd_lite0 and perceptual_lite0 take the places of scores of
+    real images whose weights are not here."""
     data: DataConfig | None = None
     """Images to reconstruct, or real images for fid and others; for shapes (data.kind=shapes), the profile."""
     probe_data: DataConfig | None = None
@@ -176,13 +179,40 @@ class Config:
     def chosen_metrics(self) -> tuple[Metric, ...]:
         if self.metrics:
             return self.metrics
-        shapes: tuple[Metric, ...] = ("oracle", "fd_shapes") if isinstance(self.data, ShapesConfig) else ()
         if self.compares_pairs:
-            rfid: tuple[Metric, ...] = ("rfid",) if self._has_inception and not shapes else ()
-            lpips: tuple[Metric, ...] = ("lpips",) if self.lpips_backbone or self.lpips_heads else ()
-            dino: tuple[Metric, ...] = ("dino",) if self.dino_weights else ()
-            return (*rfid, "mae", "psnr", "ssim", *lpips, *dino, *shapes)
-        return shapes or (("fid", "is") if self.data or self.reference else ("is",))
+            return self._of_pairs
+        if self._of_shapes:
+            return self._of_shapes
+        if self.data is None and self.reference is None:
+            return ("is",)
+        return ("fd_lite0",) if self._lite0_for_inception else ("fid", "is")
+
+    @property
+    def _of_pairs(self) -> tuple[Metric, ...]:
+        shapes = self._of_shapes
+        rfid: tuple[Metric, ...] = ("rfid",) if self._has_inception and not shapes else ()
+        lpips: tuple[Metric, ...] = ("lpips",) if self.lpips_backbone or self.lpips_heads else ()
+        dino: tuple[Metric, ...] = ("dino",) if self.dino_weights else ()
+        distance: tuple[Metric, ...] = ("fd_lite0",) if self._lite0_for_inception else ()
+        perceptual: tuple[Metric, ...] = ("perceptual_lite0",) if self._has_lite0 and not lpips else ()
+        return (*rfid, "mae", "psnr", "ssim", *lpips, *dino, *perceptual, *distance, *shapes)
+
+    @property
+    def _of_shapes(self) -> tuple[Metric, ...]:
+        """Scores that need the built-in shapes; the oracle reads classes, which scenes with captions have none of."""
+        if not isinstance(self.data, ShapesConfig):
+            return ()
+        return ("oracle", "fd_shapes") if self.data.mode == "class" else ("fd_shapes",)
+
+    @property
+    def _lite0_for_inception(self) -> bool:
+        """Whether fd_lite0 takes the place of fid. Not with a reference: its statistics may be Inception's."""
+        return self._has_lite0 and not self._has_inception and self.reference is None
+
+    @property
+    def _has_lite0(self) -> bool:
+        """Whether EfficientNet-Lite0 is here to judge images that are not the built-in shapes."""
+        return not isinstance(self.data, ShapesConfig) and (self.lite0_weights is not None or lite0.installed())
 
     @property
     def _has_inception(self) -> bool:

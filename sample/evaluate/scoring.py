@@ -209,6 +209,11 @@ def _open_lite0(config: Config, weights: dict[str, str]) -> Lite0 | None:
         return None
     path = lite0.find_weights(", ".join(needed), config.lite0_weights, trust=config.trust_weights)
     weights[LITE0.network] = file_sha256(path)
+    if not config.metrics:
+        logger.info(
+            "%s: by %s, since weights of Inception or LPIPS are not here; these are other scores than FID and LPIPS",
+            *(", ".join(needed), lite0.NAME),
+        )
     return lite0.load(path)
 
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from toy import ToyTok, ToyTokConfig
 
+from imgtok.metrics.kernel import kernel_distance
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.reference import FeatureSums
 from imgtok.metrics.scorers import (
     INCEPTION,
+    LITE0,
+    ClassScorer,
     CodeScorer,
     FeatureScorer,
     OracleScorer,
@@ -22,11 +25,13 @@ from imgtok.metrics.scorers import (
     short,
 )
 from imgtok.pictures import to_uint8
+from imgtok.randomness import spread
 from imgtok.shapes.classifier import ShapesNet
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig
 from imgtok.tokenizers.tokens import Tokens
+from imgtok.vision.features import Features
 
 ALL = ("fid", "sfid", "is", "precision_recall")
 
@@ -104,6 +109,92 @@ def test_what_a_reference_lacks_is_said_at_once(extractor, random_images):
         FeatureScorer(INCEPTION, ("sfid",), extractor, 10, bare)
     with pytest.raises(ValueError, match="needs the real images themselves"):
         FeatureScorer(INCEPTION, ("precision_recall",), extractor, 10, bare)
+
+
+class Bare:
+    """An extractor that has pool features alone."""
+
+    name, width = "bare", 12
+
+    def __init__(self, extractor):
+        self._extractor = extractor
+
+    def __call__(self, images):
+        return Features(self._extractor(images).pool)
+
+
+def test_another_network_gives_its_own_scores_alone_against_its_own_originals(
+    extractor, random_images, reduce_together
+):
+    """Whatever is asked of Inception is not its business."""
+    originals, images = random_images(41), random_images(41, seed=1)
+    metrics = ("fid", "is", "sfid", "rfid", "kid", "fd_lite0", "kd_lite0", "precision_recall_lite0")
+
+    def scored(rank=0, processes=1, batch=7):
+        side = OriginalsReference(Bare(extractor), 41, keep=30)
+        scorer = FeatureScorer(LITE0, metrics, Bare(extractor), 41, side, originals=side)
+        for part in (side, scorer):
+            feed(part, images, rank, processes, batch, originals=originals)
+        return side, scorer
+
+    side, scorer = scored()
+    side.reduce(None)
+    scorer.reduce(None)
+    assert [score.name for score in scorer.scores()] == [
+        "FD-lite0-41[bare, own originals]",
+        "KD-lite0-41[bare, own originals 30, cubic]",
+        "precision-lite0-41[bare, own originals 30, k=3]",
+        "recall-lite0-41[bare, own originals 30, k=3]",
+    ]
+    ours, real = extractor(images).pool, extractor(originals).pool[spread(30, 41)]
+    assert values(scorer)["kd_lite0"] == pytest.approx(kernel_distance(ours, real), rel=1e-6)
+    pairs = [scored(rank, 2, batch=5) for rank in range(2)]
+    reduce_together(*(side for side, _ in pairs))
+    reduce_together(*(scorer for _, scorer in pairs))
+    for _, half in pairs:
+        assert values(half) == pytest.approx(values(scorer), rel=1e-5)
+
+
+def test_kid_looks_at_no_more_images_than_it_has_time_for(extractor, random_images, monkeypatch):
+    monkeypatch.setattr("imgtok.metrics.scorers.MOST_IMAGES", 20)
+    real, images = random_images(60), random_images(40, seed=1)
+    scorer = feed(FeatureScorer(INCEPTION, ("kid",), extractor, 40, reference(extractor, real)), images)
+    scorer.reduce(None)
+    (score,) = scorer.scores()
+    assert score.name == "KID-20[inception-v3-compat, real 20, cubic]"
+    sides = (extractor(side).pool[spread(20, len(side))] for side in (images, real))
+    assert score.value == pytest.approx(kernel_distance(*sides), rel=1e-6)
+
+
+# Classes
+
+
+def test_a_reading_of_the_features_is_compared_with_the_labels(extractor, random_images, reduce_together):
+    images = random_images(11)
+    answers = extractor(images).logits.argsort(dim=1, descending=True)
+    labels = answers[torch.arange(11), torch.tensor([0] * 4 + [1] * 5 + [2] * 2)]
+
+    def scored(rank=0, processes=1):
+        scorer = ClassScorer("net", extractor, lambda features: features.logits, 10, 11, "how", ranks=(1, 2))
+        return feed(scorer, images, rank, processes, labels=labels)
+
+    scorer = scored()
+    scorer.reduce(None)
+    assert {score.name: score.value for score in scorer.scores()} == {
+        "top1-net-11[how]": pytest.approx(4 / 11),
+        "top2-net-11[how]": pytest.approx(9 / 11),
+    }
+    pair = [scored(rank, 2) for rank in range(2)]
+    reduce_together(*pair)
+    assert values(pair[0]) == values(pair[1]) == values(scorer)
+    with pytest.raises(ValueError, match="top1_net compares with labels, .* index modulo 10"):
+        feed(ClassScorer("net", extractor, lambda features: features.logits, 10, 11, "how"), images)
+
+
+def test_images_that_go_through_the_classes_in_turn_have_as_many_as_a_score_knows():
+    batch = ScoredBatch([5, 64, 130], torch.zeros(3, 3, 4, 4), balanced=True)
+    assert batch.classes("a", 64).tolist() == [5, 0, 2]
+    assert batch.classes("a", 1000).tolist() == [5, 64, 130]
 
 
 # Shapes

@@ -38,6 +38,7 @@ from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.vision import inception as features
+from imgtok.vision import lite0
 from imgtok.vision.features import Features
 from imgtok.vision.inception import cached_inception_weights
 
@@ -64,7 +65,8 @@ def quick_net():
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch, quick_net):
-    """A small stand-in for either network, and an empty cache."""
+    """A small stand-in for either network, and an empty cache; EfficientNet-Lite0 is tested in test_lite0.py."""
+    monkeypatch.setattr(lite0, "installed", lambda: False)
     monkeypatch.setenv("IMGTOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("IMGTOK_OFFLINE", "1")
@@ -371,23 +373,41 @@ def test_the_commands_of_the_page_are_commands():
     assert named <= fields
 
 
-def test_default_scores_fit_what_is_given():
-    chosen = load(Config, None, ["images=a", "data.kind=shapes"]).chosen_metrics
-    assert chosen == ("oracle", "fd_shapes")
-    assert load(Config, None, ["images=a", "reference=b"]).chosen_metrics == ("fid", "is")
-    assert load(Config, None, ["images=a"]).chosen_metrics == ("is",)
-    folder = ["tokenizer=a", "data.kind=folder", "data.path=b"]
-    assert load(Config, None, folder).chosen_metrics == ("mae", "psnr", "ssim")
-    assert load(Config, None, ["images=a", "originals=b"]).chosen_metrics == ("mae", "psnr", "ssim")
+def test_default_scores_fit_what_is_given(monkeypatch):
+    installed = []
+    monkeypatch.setattr(lite0, "installed", lambda: bool(installed))
+
+    def chosen(*words):
+        return load(Config, None, list(words)).chosen_metrics
+
+    assert chosen("images=a", "data.kind=shapes") == ("oracle", "fd_shapes")
+    assert chosen("images=a", "data.kind=shapes", "data.mode=text") == ("fd_shapes",)
+    assert chosen("images=a", "reference=b") == ("fid", "is")
+    assert chosen("images=a") == ("is",)
+    folder = ["data.kind=folder", "data.path=b"]
+    pairs = ["tokenizer=a", *folder]
+    assert chosen("images=a", *folder) == ("fid", "is")
+    assert chosen(*pairs) == ("mae", "psnr", "ssim")
+    assert chosen("images=a", "originals=b") == ("mae", "psnr", "ssim")
     judges = ["inception_weights=i", "lpips_heads=l", "dino_weights=d"]
-    assert load(Config, None, folder + judges).chosen_metrics == ("rfid", "mae", "psnr", "ssim", "lpips", "dino")
+    all_of_them = ("rfid", "mae", "psnr", "ssim", "lpips", "dino")
+    assert chosen(*pairs, *judges) == all_of_them
+    # The package of EfficientNet-Lite0 serves where weights of the others are not, and the images are real.
+    installed.append(True)
+    assert chosen("images=a", *folder) == ("fd_lite0",)
+    assert chosen("images=a", "reference=b") == ("fid", "is")  # the file may hold Inception's statistics
+    assert chosen("images=a") == ("is",)
+    assert chosen(*pairs) == ("mae", "psnr", "ssim", "perceptual_lite0", "fd_lite0")
+    assert chosen(*pairs, "lpips_heads=l") == ("mae", "psnr", "ssim", "lpips", "fd_lite0")
+    assert chosen(*pairs, *judges) == all_of_them
+    assert chosen("images=a", "data.kind=shapes") == ("oracle", "fd_shapes")
     cached = cached_inception_weights()
     cached.parent.mkdir(parents=True)
     cached.touch()
-    assert load(Config, None, folder).chosen_metrics == ("rfid", "mae", "psnr", "ssim")
+    assert chosen("images=a", *folder) == ("fid", "is")
+    assert chosen(*pairs) == ("rfid", "mae", "psnr", "ssim", "perceptual_lite0")
     # fd_shapes serves there, and Inception takes seconds an image on a CPU.
-    shapes = load(Config, None, ["tokenizer=a", "data.kind=shapes"])
-    assert shapes.chosen_metrics == ("mae", "psnr", "ssim", "oracle", "fd_shapes")
+    assert chosen("tokenizer=a", "data.kind=shapes") == ("mae", "psnr", "ssim", "oracle", "fd_shapes")
 
 
 # Networks that compare an image with its original
