@@ -17,6 +17,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ class PageReader:
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
         self._cache_bytes = cache_bytes
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[str, FileIO] = OrderedDict()
         self._cached: OrderedDict[Hashable, Any] = OrderedDict()
         self._held = 0
         self._tables: dict[Hashable, _Pages | None] = {}
@@ -99,10 +100,6 @@ class PageReader:
 
     def __setstate__(self, cache_bytes: int) -> None:
         PageReader.__init__(self, cache_bytes)
-
-    def __del__(self) -> None:
-        for file in self._files.values():
-            os.close(file)
 
     def value(self, chunk: Chunk, row: int) -> bytes | None:
         """The bytes of a row of the chunk, None for null.
@@ -261,9 +258,9 @@ class PageReader:
             self._files.move_to_end(path)
         else:
             if len(self._files) >= _MAX_OPEN:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        data = os.pread(self._files[path], size, at)
+                self._files.popitem(last=False)[1].close()
+            self._files[path] = FileIO(path)
+        data = os.pread(self._files[path].fileno(), size, at)
         if len(data) != size:
             raise ValueError("the file ends too early")
         return data
