@@ -62,7 +62,7 @@ class FromText:
     text_length: Annotated[PositiveInt, FROM_DATA] = 120
     """Most features of a caption; training fills it in from the text cache."""
     text_encoder: Annotated[str | None, FROM_DATA] = None
-    """Folder or Hub name of the text encoder, where sampling looks for it; training fills it in."""
+    """Folder or Hub name of the text encoder, or minilm, where sampling looks for it; training fills it in."""
     empty_length: Annotated[PositiveInt, FROM_DATA] = 1
     """Features of the empty caption, by which the text encoder is known again; training fills it in from the text
     cache."""
@@ -379,7 +379,7 @@ class ConditionalGenerator(nn.Module, Pretrained):
                     f"of width {how.text_width}: encode them with its own text encoder"
                 )
             if not condition.mask.any(1).all():
-                raise ValueError("a caption of which no column is seen; even the empty text has that of its end mark")
+                raise ValueError("a caption of which no column is seen; even the empty text has those of its marks")
             # One width for every batch, or the last bits would tell who shared it
             return self._placed(condition.widen(how.text_length))
         if len(condition) and not (int(condition.min()) >= -1 and int(condition.max()) <= self.null_class):

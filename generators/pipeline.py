@@ -82,6 +82,8 @@ Drawn = Tokens | Tensor
 """What a generator draws: tokens, or latents (B, C, G, G)."""
 Subject = int | str
 """What one image is drawn for: a class, -1 for none, or a prompt."""
+Asked = Subject | Sequence[int] | Sequence[str] | None
+"""What images are asked for in the first place of a call: classes, or words in place of `prompts`."""
 
 
 class Made(NamedTuple):
@@ -126,7 +128,8 @@ def pipeline(
     tokenizer: that whose tokens it draws, or the autoencoder of its latents; without one, that inside its folder.
     device: where to compute, such as "cuda" or "cpu"; without one, the accelerator that there is, or else the CPU.
     dtype: arithmetic of the networks ("float32", "bfloat16", "float16"); weights, noise and solvers stay in float32.
-    text_encoder: folder or Hub name, for a generator that reads text; without one, that which the generator names.
+    text_encoder: folder, Hub name or minilm, for a generator that reads text; without one, that which the generator
+        names.
     exact, threads: see `Pipeline`.
 
     Raises FileNotFoundError for what is not there, ValueError for a model that is no generator, or for a decoder that
@@ -248,7 +251,7 @@ class Pipeline:
 
     def __call__(
         self,
-        classes: int | Sequence[int] | None = None,
+        classes: Asked = None,
         prompts: str | Sequence[str] | None = None,
         *,
         num_per_condition: int = 1,
@@ -262,7 +265,8 @@ class Pipeline:
         control: Control | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Images of classes (-1 for none) or, from a generator that reads text, of prompts ("" for none).
+        """Images of classes (-1 for none) or, from a generator that reads text, of prompts ("" for none), which may
+        also stand in the first place: `pipe("a red circle")`.
 
         num_per_condition: images of each, which follow one another.
         seed, indices: image k has the noise and draws of (seed, indices[k]); indices count from 0 unless given.
@@ -296,9 +300,7 @@ class Pipeline:
                 bar.update(len(rows))
         return found
 
-    def tokens(
-        self, classes: int | Sequence[int] | None = None, prompts: str | Sequence[str] | None = None, **options: Any
-    ) -> Tokens:
+    def tokens(self, classes: Asked = None, prompts: str | Sequence[str] | None = None, **options: Any) -> Tokens:
         """The tokens of such images, for `decode`. Options are those of a call, less what concerns the decoder.
 
         Raises ValueError for a generator of latents.
@@ -307,9 +309,7 @@ class Pipeline:
             raise ValueError("this generator draws latents and not tokens: call pipe.latents(...)")
         return cast(Tokens, self._joined(self._parts(classes, prompts, **options)))
 
-    def latents(
-        self, classes: int | Sequence[int] | None = None, prompts: str | Sequence[str] | None = None, **options: Any
-    ) -> Tensor:
+    def latents(self, classes: Asked = None, prompts: str | Sequence[str] | None = None, **options: Any) -> Tensor:
         """The latents (B, C, G, G) of such images, for `decode`. Options are those of a call, less what concerns the
         decoder.
 
@@ -505,12 +505,14 @@ class Pipeline:
 
     def _subjects(
         self,
-        classes: int | Sequence[int] | None,
+        classes: Asked,
         prompts: str | Sequence[str] | None,
         num_per_condition: int,
         indices: Sequence[int] | None,
     ) -> tuple[list[Subject], Sequence[int]]:
         """What each image is drawn for, and its index."""
+        if prompts is None and are_words(classes):
+            classes, prompts = None, cast(str | Sequence[str], classes)
         given, other, wanted = (prompts, classes, "prompts") if self.reads_text else (classes, prompts, "classes")
         if given is None or other is not None:
             kind = "from text" if self.reads_text else "classes"
@@ -526,7 +528,7 @@ class Pipeline:
 
     def _parts(
         self,
-        classes: int | Sequence[int] | None,
+        classes: Asked,
         prompts: str | Sequence[str] | None,
         *,
         num_per_condition: int = 1,
@@ -668,6 +670,13 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype: given {name!r}, must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def are_words(given: Any) -> bool:
+    """Whether it is a prompt or several."""
+    if isinstance(given, str):
+        return True
+    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(one, str) for one in given)
 
 
 def names_of(settings: Any) -> list[str]:

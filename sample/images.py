@@ -58,7 +58,7 @@ class Config:
     prompts: str | None = None
     """For a generator that reads text: a text file (.txt) with a prompt a line, or one prompt."""
     text_encoder: str | None = None
-    """Folder or Hub name of the text encoder; null takes the one that the generator names."""
+    """Folder or Hub name of the text encoder, or minilm; null takes the one that the generator names."""
     per_class: PositiveInt | None = None
     """Images of each class or prompt; takes the place of `num`."""
     order: Literal["in_turn", "by_class"] = "in_turn"

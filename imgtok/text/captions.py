@@ -34,7 +34,7 @@ class Captions:
         """
         lengths = [len(row) for row in rows]
         if 0 in lengths:
-            raise ValueError(f"caption {lengths.index(0)} has no features; an empty text has those of its end mark")
+            raise ValueError(f"caption {lengths.index(0)} has no features; an empty text has those of its marks")
         pad, longest = torch.nn.utils.rnn.pad_sequence, max(lengths, default=0)
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         features = pad(list(rows), batch_first=True)
