@@ -163,6 +163,8 @@ def test_settings_go_to_the_model_that_has_them(pipeline):
         ({"classes": []}, "nothing to draw: 0 classes"),
         ({"classes": None}, "draws classes: give classes="),
         ({"prompts": "a red circle"}, "draws classes: give classes="),
+        ({"classes": "a red circle"}, "draws classes: give classes="),
+        ({"classes": ["a red circle"]}, "draws classes: give classes="),
         ({"num_tokens": 9}, r"num_tokens: the generator draws 1 to 8 tokens, given \[9\]"),
         ({"indices": [1, 2]}, "indices: 2 numbers for 1 images"),
     ],

@@ -1,7 +1,8 @@
-"""`imgtok cache text` with a tiny random T5; then training on its features, and pictures from prompts."""
+"""`imgtok cache text` with a tiny random T5, and with MiniLM; then training on its features, and pictures."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from imgtok.shapes.captions import VOCABULARY
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
-from imgtok.text.encoder import TextEncoder
+from imgtok.text.encoder import MINILM_PACKAGE, TextEncoder
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_text
@@ -291,6 +292,37 @@ def test_captions_may_stand_before_the_tokens(trained, t5, tmp_path):
     card = (tmp_path / "run/final/README.md").read_text()
     assert f'imgtok.pipeline("{tmp_path / "run/final"}")' in card
     assert "pipeline_tag: text-to-image" in card
+
+
+@pytest.mark.skipif(importlib.util.find_spec(MINILM_PACKAGE) is None, reason="pip install 'imgtok[judges]'")
+def test_minilm_goes_from_captions_to_pictures(trained, t5, tmp_path):
+    """By its name all the way; and nobody asks for more features than it has positions."""
+    data = ("data.kind=shapes", "data.mode=text", "data.num_images=12")
+    run("cache", "text", "minilm", f"out={tmp_path / 'text'}", "max_length=600", *data)
+    text = CaptionDataset(tmp_path / "text")
+    assert (text.info.encoder, text.info.width, text.info.max_length, len(text.empty)) == ("minilm", 384, 512, 2)
+    run(
+        "train", "generator", f"out={tmp_path / 'run'}", f"tokens={trained / 'tokens'}", f"text={tmp_path / 'text'}",
+        f"tokenizer={trained / 'tokenizer'}", "num_preview=2", "model.kind=gpt",
+        "model.condition.kind=cross_attention", "model.width=32",
+        "model.depth=1", "model.num_heads=2", "model.mlp_multiple=1", "training.steps=2",
+        "training.batch_size=4", "training.learning_rate=1e-2", "training.trackers=[]",
+    )  # fmt: skip
+    pipe = imgtok.pipeline(tmp_path / "run/final", device="cpu")
+    assert pipe.text_encoder == "minilm"
+    (named,), (first,) = pipe(prompts="a red circle"), pipe("a red circle")
+    assert named.tobytes() == first.tobytes()
+    assert len(pipe(["a red circle", "a blue ring"], num_per_condition=2)) == 4
+    run("sample", tmp_path / "run/final", "prompts=a red circle", "num=1", "grid=0", f"out={tmp_path / 'one'}")
+    assert (tmp_path / "one/000000.png").is_file()
+    with pytest.raises(ValueError, match="is not the encoder that the generator was trained with"):
+        imgtok.pipeline(tmp_path / "run/final", device="cpu", text_encoder=str(t5))("a red circle")
+
+
+def test_a_mistyped_encoder_is_said_before_the_data_are_opened(tmp_path, capsys):
+    words = ["data.kind=folder", f"data.path={tmp_path / 'absent'}", f"out={tmp_path / 'out'}"]
+    assert main(["cache", "text", "minilmm", *words]) == 2
+    assert "there is no text encoder 'minilmm'" in capsys.readouterr().err
 
 
 def test_the_documentations_control_runs(trained):

@@ -365,7 +365,6 @@ def test_minilms_features_are_those_of_transformers(minilm):
     for caption, expected in zip(captions, states, strict=True):
         found = caption.features[0]
         torch.testing.assert_close(found, expected[: len(found)], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(minilm.encode(texts)[0].features, captions[0].features)
     assert minilm.width == 384
     assert captions[1].features.shape == (1, 2, 384)
     assert MINILM_PACKAGE not in sys.modules, "no code of the package runs"
