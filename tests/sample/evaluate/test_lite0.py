@@ -315,8 +315,10 @@ def test_two_processes_find_the_same_scores_as_one(net, tmp_path):
 
 # Whatever is missing or wrong
 
+WITHOUT_DATA = [metric for metric in ON_LITE0 if metric != "top1_probe"]  # that one: test_probe.py
 
-@pytest.mark.parametrize("metric", [m for m in ON_LITE0 if m != "top1_probe"])  # which also needs data: test_probe.py
+
+@pytest.mark.parametrize("metric", WITHOUT_DATA)
 def test_without_the_package_two_lines_say_what_to_install(tmp_path, monkeypatch, metric):
     path = saved(tmp_path / "a.npz", pictures(4), torch.arange(4))
     monkeypatch.setattr(lite0, "_packaged", lambda: None)
@@ -345,7 +347,7 @@ def test_damaged_and_other_files_are_refused_or_named(weights, tmp_path, monkeyp
     assert record["scores"][0]["name"].startswith(f"perceptual-lite0-4[efficientnet-lite0:{digits}, ")
 
 
-@pytest.mark.parametrize("metric", ON_LITE0)
+@pytest.mark.parametrize("metric", WITHOUT_DATA)
 def test_small_images_are_refused_before_any_is_judged(tmp_path, monkeypatch, metric):
     monkeypatch.setattr(scoring.Lite0Extractor, "__call__", lambda *a: pytest.fail("judged an image first"))
     path = saved(tmp_path / "a.npz", pictures(4, size=31), torch.arange(4))
