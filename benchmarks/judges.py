@@ -3,8 +3,9 @@
     python benchmarks/judges.py --data imagenet-sample-256.tar [--num 1000] [--out outputs/judges]
 
 Writes the clean images and a copy for each damage as .npz with their labels, runs `imgtok evaluate` on each against the
-clean ones, in a process of its own, and prints a Markdown table of the scores, the images a second (decoding, both
-sides and all scores included) and the largest memory. The labels are to be ImageNet's 1000 classes.
+clean ones, in a process of its own, and prints a Markdown table: the scores, the images a second (both sides and all
+scores included), the seconds of a processor, which other programs disturb less, and the largest memory. The labels are
+to be ImageNet's 1000 classes.
 """
 
 from __future__ import annotations
@@ -68,13 +69,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(DAMAGES), choices=list(DAMAGES))
     arguments = parser.parse_args()
     write(arguments.data, arguments.size, arguments.num, arguments.out)
-    sys.stdout.write(f"| images | {' | '.join(KEYS)} | images/s | GB |\n|{'---|' * (len(KEYS) + 3)}\n")
+    sys.stdout.write(f"| images | {' | '.join(KEYS)} | images/s | CPU s | GB |\n|{'---|' * (len(KEYS) + 4)}\n")
     for name in arguments.only:
-        record, peak = evaluate(arguments.out, name, arguments.metrics)
+        record, cpu, peak = evaluate(arguments.out, name, arguments.metrics)
         values = {score["key"]: score["value"] for score in record["scores"]}
         cells = [f"{values[key]:.4g}" if key in values else "" for key in KEYS]
         speed = record["protocol"]["scored"] / record["seconds"]
-        sys.stdout.write(f"| {name} | {' | '.join(cells)} | {speed:.1f} | {peak:.1f} |\n")
+        sys.stdout.write(f"| {name} | {' | '.join(cells)} | {speed:.1f} | {cpu:.0f} | {peak:.1f} |\n")
         sys.stdout.flush()
 
 
@@ -89,8 +90,8 @@ def write(data: Path, size: int, num: int, out: Path) -> None:
         np.savez(out / f"{name}.npz", damaged, batch.labels.numpy())
 
 
-def evaluate(out: Path, name: str, metrics: list[str]) -> tuple[dict, float]:
-    """The record of an evaluation against the clean images, and the most memory that its process used, in GB."""
+def evaluate(out: Path, name: str, metrics: list[str]) -> tuple[dict, float, float]:
+    """The record of an evaluation against the clean images; CPU seconds and the most memory (GB) of its process."""
     record = out / f"{name}.json"
     words = [f"images={out / name}.npz", f"originals={out / 'clean.npz'}", f"metrics=[{','.join(metrics)}]"]
     command = [sys.executable, "-m", "imgtok", "evaluate", *words, f"out={record}"]
@@ -99,7 +100,8 @@ def evaluate(out: Path, name: str, metrics: list[str]) -> tuple[dict, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return json.loads(record.read_text(encoding="utf-8")), usage.ru_maxrss / 1024**2
+    seconds = usage.ru_utime + usage.ru_stime
+    return json.loads(record.read_text(encoding="utf-8")), seconds, usage.ru_maxrss / 1024**2
 
 
 if __name__ == "__main__":
