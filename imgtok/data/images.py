@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from imgtok.data.arrow import ArrowRecords, HubConfig
+from imgtok.data.blocks import Blocks
 from imgtok.data.parquet import ParquetConfig, ParquetRecords
 from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records
 from imgtok.data.tar import TarConfig, TarRecords
@@ -158,6 +159,9 @@ class ImageSource(Protocol):
     def views(self, indices: Sequence[int], views: Views) -> Batch:
         """All views of each image, image by image: a row each, with the image's label, name and index."""
 
+    def blocks(self) -> Blocks | None:
+        """Which images are best read together in training; None where the order is free."""
+
     def texts(self, indices: Sequence[int]) -> list[str | None]:
         """Captions alone, "" where there is none, None where the image cannot be read."""
 
@@ -293,6 +297,10 @@ class FileImages:
                 loaded += [(index, square, record) for square in squares]
         return _collate(loaded, unreadable, self.size)
 
+    def blocks(self) -> Blocks | None:
+        found = self._records.blocks() if isinstance(self._records, ParquetRecords) else None
+        return None if found is None else found.of(self._indices)
+
     def texts(self, indices: Sequence[int]) -> list[str | None]:
         return [self._text(index) for index in indices]
 
@@ -397,6 +405,9 @@ class ShapesImages:
         if views.count != 1 or views.crops != "center":
             raise ValueError("crops and mirror images are not possible with data.kind=shapes")
         return self.batch(indices)
+
+    def blocks(self) -> Blocks | None:
+        return None
 
     def texts(self, indices: Sequence[int]) -> list[str | None]:
         if self._shapes.config.mode != "text":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from imgtok.data.blocks import Blocks
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.images import (
     Batch,
@@ -56,11 +57,19 @@ class BatchSampler(Sampler[list[Position]]):
 
     Step k of all processes together takes the places k * B * world to (k + 1) * B * world of that order, of
     which process `rank` takes the rank-th part. No image is dropped at an epoch's end; a batch may hold
-    images of two epochs.
+    images of two epochs. Images that are stored in blocks come in the order that `blocks` says.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        blocks: Blocks | None = None,
     ) -> None:
         if length < 1 or batch_size < 1 or start_step < 0 or not 0 <= rank < world:
             given = f"{length} images, batch_size {batch_size}, start_step {start_step}, rank {rank} of {world}"
@@ -69,7 +78,8 @@ class BatchSampler(Sampler[list[Position]]):
         self._batch_size = batch_size
         self._start_step = start_step
         self._rank, self._world = rank, world
-        self._epoch_order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, length))
+        order = functools.partial(permutation, n=length) if blocks is None else blocks.order
+        self._epoch_order = functools.lru_cache(maxsize=2)(functools.partial(order, seed))
 
     def batch(self, step: int) -> list[Position]:
         """The images of one step."""
@@ -109,7 +119,10 @@ def train_loader(
     num_workers: int = 0,
 ) -> Iterator[Batch]:
     """Augmented batches of `batch_size` images for one process, without end, from `start_step` on."""
-    order = BatchSampler(len(source), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
+    blocks = source.blocks()
+    order = BatchSampler(
+        len(source), batch_size, seed=seed, start_step=start_step, rank=rank, world=world, blocks=blocks
+    )
     load = functools.partial(source.training_batch, seed=seed)
     yield from _checked(_load_batches(load, order, num_workers), UnreadableImages(len(source)))
 

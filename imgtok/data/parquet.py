@@ -6,9 +6,10 @@ columns, `parquet_pages.py` reads the values.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,14 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from imgtok.config import PositiveInt, check
+from imgtok.data.blocks import Blocks
 from imgtok.data.columns import Columns, Labels, find_columns, join_labels, read_beside, read_labels
-from imgtok.data.parquet_pages import Chunk, PageReader
+from imgtok.data.parquet_pages import CACHE_BYTES, Chunk, PageReader
 from imgtok.data.sources import DataError, Record, expand
 from imgtok.pictures import UnreadableImage
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
+logger = logging.getLogger(__name__)
+
+_CHEAP = 2 * 2**20  # bytes that are decoded in a fraction of an image's own decoding
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _SPLITS = re.compile(r"(?:^|[^a-z])(train|valid|val|dev|test|eval)(?:ing|ation|uation)?(?:[^a-z]|$)")
 
@@ -122,6 +127,35 @@ class ParquetRecords:
             return None if chunk is None else self._reader.value(chunk, row)
         except (OSError, ValueError) as error:  # pyarrow's errors are either
             raise UnreadableImage(name, f"the Parquet file cannot be read there ({first_line(error)})") from error
+
+    def blocks(self) -> Blocks | None:
+        """Where many images must be decoded for one, and all do not fit into memory: which images these are."""
+        chunks = [group.data for group in self._groups]
+        if None in chunks or sum(chunk.size_decoded for chunk in chunks if chunk) <= CACHE_BYTES:
+            return None
+        try:
+            return self._blocks([chunk for chunk in chunks if chunk])
+        except (OSError, ValueError):  # said where an image is read
+            return None
+
+    def _blocks(self, chunks: Sequence[Chunk]) -> Blocks | None:
+        pages, largest = self._reader.blocks(chunks[0])
+        if largest < _CHEAP:
+            return None
+        numbers, count = [], 0
+        for chunk in chunks:
+            small = chunk.size_decoded <= CACHE_BYTES // 4
+            pages, size = (np.zeros(chunk.rows, np.int64), chunk.size_decoded) if small else self._reader.blocks(chunk)
+            numbers.append(pages + count)
+            count, largest = count + int(pages.max(initial=-1)) + 1, max(largest, size)
+        together = max(1, CACHE_BYTES // largest - 1)
+        logger.info(
+            "%s: images lie in %d compressed blocks of up to %.0f MB, more than fit into memory; training reads the "
+            "blocks in random order and mixes the images of %d (of files whose column of images is not compressed, as "
+            "`datasets` writes them today, any image is read alone)",
+            *(chunks[0].path, count, largest / 1e6, together + 1),
+        )
+        return Blocks(np.concatenate(numbers), together)
 
 
 def parquet_files(path: str) -> list[str]:

@@ -107,12 +107,7 @@ class PageReader:
         Raises OSError for a file that cannot be read and ValueError (pyarrow's ArrowInvalid is one) for a damaged one.
         """
         key = (chunk.path, chunk.group, chunk.column)
-        if key not in self._tables:
-            try:
-                self._tables[key] = self._index(chunk)
-            except (_OtherLayout, ValueError, IndexError):
-                self._tables[key] = None
-        pages = self._tables[key]
+        pages = self._table(chunk, key)
         if pages is not None:
             try:
                 return self._in_place(chunk, key, pages, row)
@@ -122,7 +117,28 @@ class PageReader:
         value = column[row].as_py()
         return value.encode() if isinstance(value, str) else value
 
+    def blocks(self, chunk: Chunk) -> tuple[np.ndarray, int]:
+        """The block of each row, (rows,) from 0 on, and the bytes of the largest: what is decoded to read a row."""
+        pages = self._table(chunk, (chunk.path, chunk.group, chunk.column))
+        if pages is None:
+            return np.zeros(chunk.rows, np.int64), chunk.size_decoded
+        rows = np.diff(pages.ends, prepend=0)
+        sizes = [page.size if page.compressed else 0 for page in (_Page(*row) for row in pages.pages.tolist())]
+        dictionary = pages.dictionary
+        if dictionary is not None and dictionary.compressed:
+            sizes.append(dictionary.size)
+        return np.repeat(np.arange(len(rows)), rows), max(sizes, default=0)
+
     # In place
+
+    def _table(self, chunk: Chunk, key: Hashable) -> _Pages | None:
+        """The pages of a chunk, None for one that is left to pyarrow."""
+        if key not in self._tables:
+            try:
+                self._tables[key] = self._index(chunk)
+            except (_OtherLayout, ValueError, IndexError):
+                self._tables[key] = None
+        return self._tables[key]
 
     def _index(self, chunk: Chunk) -> _Pages:
         """The pages of a chunk."""

@@ -220,6 +220,9 @@ class Faulty:
     def __len__(self):
         return 4
 
+    def blocks(self):
+        return None
+
     def training_batch(self, positions, seed):
         return self.failure()
 

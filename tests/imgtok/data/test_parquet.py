@@ -135,6 +135,43 @@ def test_memory_is_bounded_by_the_cache(tmp_path):
     assert sum(held) > 100_000
 
 
+def big(path: Path, monkeypatch, **options) -> ParquetRecords:
+    """Records of 40 images in row groups of 10, where a process keeps less than 3 of the groups."""
+    monkeypatch.setattr("imgtok.data.parquet.CACHE_BYTES", 250_000)
+    monkeypatch.setattr("imgtok.data.parquet._CHEAP", 20_000)
+    data = [random.Random(i).randbytes(9_000) for i in range(40)]
+    return opened(write(path, {"image": data}, row_group_size=10, **options))
+
+
+def test_compressed_blocks_beyond_memory_are_read_one_after_the_other(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    records = big(tmp_path / "x.parquet", monkeypatch, compression="snappy")
+    blocks = records.blocks()
+    assert (blocks.numbers.tolist(), blocks.together) == ([i // 10 for i in range(40)], 1)
+    assert "lie in 4 compressed blocks of up to 0 MB, more than fit into memory" in caplog.text
+    records._reader = PageReader(cache_bytes=250_000)
+    decoded = []
+    real = records._reader._body
+    records._reader._body = lambda chunk, page: decoded.append(page) or real(chunk, page)
+    for i in blocks.order(0, 0):
+        records[int(i)]
+    assert len(decoded) == len(set(decoded))  # every page once
+
+
+def test_of_a_large_row_group_the_pages_are_blocks(tmp_path, monkeypatch):
+    options = {"use_dictionary": False, "data_page_size": 30_000, "write_batch_size": 5, "compression": "snappy"}
+    pages = big(tmp_path / "x.parquet", monkeypatch, **options)
+    assert np.bincount(pages.blocks().numbers).tolist() == [5] * 8
+
+
+def test_other_files_are_read_in_any_order(tmp_path, monkeypatch):
+    assert big(tmp_path / "a.parquet", monkeypatch, compression="none").blocks() is None
+    small_pages = {"use_dictionary": False, "data_page_size": 10_000, "write_batch_size": 1}
+    assert big(tmp_path / "b.parquet", monkeypatch, compression="snappy", **small_pages).blocks() is None
+    monkeypatch.undo()
+    assert opened(tmp_path / "a.parquet").blocks() is None
+
+
 def test_workers_get_records_without_open_files_or_pages(tmp_path):
     path = write(tmp_path / "x.parquet", {"image": [random.Random(i).randbytes(9000) for i in range(30)]})
     records = opened(path)
