@@ -44,7 +44,7 @@ class Recipe:
     """Images that it learns from, as many of each class as possible."""
     held_out_images: int = 1000
     """Images that its accuracy is measured on, likewise; all if there are fewer."""
-    penalty: float = 0.01
+    penalty: float = 0.1
     """Weight of half the sum of the squared weights beside the mean cross-entropy."""
     iterations: int = 500
     """Steps of L-BFGS, at most."""

@@ -166,7 +166,7 @@ def test_whatever_decides_a_probe_is_in_its_fingerprint(painted, tmp_path):
         print_of(painted, cache, extractor=other),
         print_of(painted, cache, size=40),
         print_of(painted, cache, recipe=Recipe(train_images=11, held_out_images=6)),
-        print_of(painted, cache, recipe=Recipe(train_images=12, held_out_images=6, penalty=0.1)),
+        print_of(painted, cache, recipe=Recipe(train_images=12, held_out_images=6, penalty=0.2)),
         print_of(paint(tmp_path / "content", seed=3), cache),  # other pixels under the same names
         print_of(paint(tmp_path / "more", each=11), cache),
         print_of(paint(tmp_path / "names", colours=renamed), cache),
