@@ -48,6 +48,8 @@ class Recipe:
     """Weight of half the sum of the squared weights beside the mean cross-entropy."""
     iterations: int = 500
     """Steps of L-BFGS, at most."""
+    tolerance: float = 1e-6
+    """Largest element of the gradient at which it ends."""
     block: int = 32
     """Images that the network looks at together; their number shows in the last bits of features."""
     compared: int = 16
@@ -124,7 +126,7 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, recipe: Recipe) -> d
         max_iter=recipe.iterations,
         max_eval=2 * recipe.iterations,
         history_size=20,
-        tolerance_grad=1e-7,
+        tolerance_grad=recipe.tolerance,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )

@@ -92,7 +92,7 @@ def test_the_reading_is_the_minimum_that_a_direct_computation_finds():
     labels = torch.arange(40) % 3
     features = torch.randn(40, 4, generator=generator) + F.one_hot(labels, 4)
     features = features * torch.tensor([1.0, 100.0, 0.01, 1.0]) + torch.tensor([0.0, 50.0, 0.0, -3.0])
-    recipe = Recipe(penalty=0.05)
+    recipe = Recipe(penalty=0.05, tolerance=1e-8)
     found = fit(features, labels, 3, recipe)
     rows = features.double().numpy()
     mean, deviation = rows.mean(axis=0), rows.std(axis=0)
