@@ -17,6 +17,8 @@ from torch import Tensor
 from imgtok.pictures import from_uint8
 from imgtok.vision import lite0
 
+MILITARY_UNIFORM = 652  # of ImageNet's classes
+
 
 @pytest.fixture(scope="module")
 def weights() -> Path:
@@ -39,6 +41,13 @@ def photograph() -> Tensor:
         pytest.skip(f"this matplotlib has no {path.name}")
     pixels = np.array(Image.open(path).convert("RGB"))
     return from_uint8(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+
+
+def test_a_photograph_is_read(net, photograph):
+    """Among the first five answers, after an academic gown: real weights in their places, classes in their order."""
+    with torch.no_grad():
+        answers = net.logits(net.pooled(photograph)).topk(5).indices
+    assert MILITARY_UNIFORM in answers
 
 
 def test_the_middle_of_an_image_is_looked_at():
