@@ -186,14 +186,17 @@ def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -
         source.check_classes("the oracle", NUM_CLASSES)
     if "top1_lite0" in metrics:
         source.check_classes("top1_lite0", lite0.NUM_CLASSES)
-    limits = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
-    for metric, smallest in [*limits.items(), *(pair for judge in judges for pair in judge.smallest.items())]:
-        if min(source.size) < smallest:
-            height, width = source.size
-            remedy = "" if config.metrics else f"; without it: metrics=[{','.join(m for m in metrics if m != metric)}]"
-            raise ValueError(
-                f"metrics: {metric} needs images of at least {smallest} pixels a side, got {width}x{height}{remedy}"
-            )
+    limits: dict[str, int] = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
+    for judge in judges:
+        limits |= judge.smallest
+    height, width = source.size
+    if small := {metric: smallest for metric, smallest in limits.items() if min(height, width) < smallest}:
+        metric, smallest = next(iter(small.items()))
+        others = ",".join(other for other in metrics if other not in small)
+        remedy = f"; without it: metrics=[{others}]" if others and not config.metrics else ""
+        raise ValueError(
+            f"metrics: {metric} needs images of at least {smallest} pixels a side, got {width}x{height}{remedy}"
+        )
     for metric in metrics:
         if source.num < FEWEST.get(metric, 1):
             raise ValueError(f"metrics: {metric} needs at least {FEWEST[metric]} images, and num is {source.num}")
@@ -207,7 +210,12 @@ def _open_lite0(config: Config, weights: dict[str, str]) -> Lite0 | None:
     needed = [metric for metric in config.chosen_metrics if metric in ON_LITE0]
     if not needed:
         return None
-    path = lite0.find_weights(", ".join(needed), config.lite0_weights, trust=config.trust_weights)
+    path = lite0.find_weights(
+        ", ".join(needed),
+        config.lite0_weights,
+        trust=config.trust_weights,
+        otherwise="; trust_weights=true uses it as it is, and the names of scores carry its hash",
+    )
     weights[LITE0.network] = file_sha256(path)
     if not config.metrics:
         logger.info(
