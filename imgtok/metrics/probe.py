@@ -99,10 +99,6 @@ class Probe:
         """(N, C) float64, on the CPU, of features (N, D)."""
         return _standardised(features, self.mean, self.deviation) @ self.weight + self.bias
 
-    def read(self, features: Tensor) -> Tensor:
-        """The class of each image, (N,) int64, on the CPU."""
-        return self.logits(features).argmax(dim=1)
-
 
 def _standardised(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return (features.cpu().double() - mean) / deviation

@@ -71,7 +71,7 @@ def test_colours_are_told_apart(painted, tmp_path):
     assert found.label == f"{name}, 3 classes; 100.0 % of 6 held-out real images"
     fresh = parts(paint(tmp_path / "fresh", each=2, seed=1))
     batch = fresh[0].batch(range(len(fresh[0])))
-    assert torch.equal(found.read(Means()(to_uint8(batch.images)).pool), batch.labels)
+    assert torch.equal(found.logits(Means()(to_uint8(batch.images)).pool).argmax(dim=1), batch.labels)
 
 
 def test_the_accuracy_counts_what_is_read_wrong(painted, tmp_path):

@@ -56,6 +56,7 @@ def test_a_single_count_makes_no_curve():
 def test_every_score_has_its_place_in_the_figure():
     scorers = {"rfid", "fid", "sfid", "is", "precision", "recall", "psnr", "ssim", "mae", "lpips", "dino"}
     scorers |= {"kid", "fd_lite0", "kd_lite0", "precision_lite0", "recall_lite0", "top1_lite0", "top5_lite0"}
+    scorers |= {"top1_probe", "top1_probe_originals"}
     scorers |= {
         "perceptual_lite0",
         "dino_patches",
