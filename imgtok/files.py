@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import stat
 from collections.abc import Iterator
@@ -47,3 +48,9 @@ def cache_folder() -> Path:
     if "IMGTOK_CACHE" in os.environ:
         return Path(os.environ["IMGTOK_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imgtok"
+
+
+def package_folders(name: str) -> list[Path]:
+    """The folders of an installed package, none where it is not installed; looked up without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in (spec.submodule_search_locations if spec is not None else None) or []]

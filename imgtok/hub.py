@@ -29,7 +29,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import imgtok
 from imgtok.config import ConfigError, from_dict, to_dict
-from imgtok.files import replacing
+from imgtok.files import file_sha256, replacing
 from imgtok.weights import (
     INDEX,
     LONE_FILES,
@@ -243,10 +243,7 @@ class Found:
 
     def weights_sha256(self) -> str:
         """The SHA-256 of its file of weights; where it is in shards, that of theirs and the index's."""
-        hashes = []
-        for path in files_of(self.weights_path):
-            with path.open("rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        hashes = [file_sha256(path) for path in files_of(self.weights_path)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 

@@ -11,7 +11,6 @@ divides by a square root whose gradient at a feature vector of zeros is NaN, whi
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from imgtok.files import package_folders
 from imgtok.weights import open_weights
 
 LPIPSNet = Literal["vgg", "alex"]
@@ -199,7 +199,5 @@ def find_lpips_weights(
 
 
 def _packaged_heads(net: LPIPSNet) -> list[Path]:
-    """Where an installed `lpips` package keeps its heads; looked up without importing it."""
-    spec = importlib.util.find_spec("lpips")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return [Path(folder) / "weights" / "v0.1" / f"{net}.pth" for folder in folders or []]
+    """Where an installed `lpips` package keeps its heads."""
+    return [folder / "weights" / "v0.1" / f"{net}.pth" for folder in package_folders("lpips")]

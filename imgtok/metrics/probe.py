@@ -97,7 +97,11 @@ class Probe:
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, C) float64, on the CPU, of features (N, D)."""
-        return _standardised(features, self.mean, self.deviation) @ self.weight + self.bias
+        return _logits(features, self.mean, self.deviation, self.weight, self.bias)
+
+
+def _logits(features: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _standardised(features, mean, deviation) @ weight + bias
 
 
 def _standardised(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -246,7 +250,7 @@ def _train(
     """The tensors of a probe by the names of its fields; `held_out` is how many are read right, and of how many."""
     found = fit(*training.features(extractor, recipe.block, progress), training.source.num_classes, recipe)
     features, labels = held_out.features(extractor, recipe.block, progress)
-    read = (_standardised(features, found["mean"], found["deviation"]) @ found["weight"] + found["bias"]).argmax(dim=1)
+    read = _logits(features, **found).argmax(dim=1)
     return {**found, "held_out": torch.tensor([int((read == labels).sum()), len(labels)])}
 
 

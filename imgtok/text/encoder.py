@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imgtok.files import file_sha256, package_folders
 from imgtok.hub import find_folder, read_json
 from imgtok.text.captions import Captions
 
@@ -174,8 +174,7 @@ class TextEncoder:
         """16 hexadecimal digits that change with weights, configuration or tokenizer; reads all of them."""
         digest = hashlib.sha256()
         for path in [*(self.folder / name for name in NEEDED), *sorted(self.folder.glob("*.safetensors"))]:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_sha256(path)))
         return digest.hexdigest()[:16]
 
     def check_same(self, empty_caption: Tensor) -> None:
@@ -226,10 +225,8 @@ def find_encoder(name: str) -> Located:
 
 
 def _packaged_minilm() -> Path:
-    """The folder inside the installed package, which is looked up without importing it."""
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    roots = (spec.submodule_search_locations if spec is not None else None) or []
-    folder = next((Path(root) / "model" for root in roots), None)
+    """The folder inside the installed package."""
+    folder = next((root / "model" for root in package_folders(MINILM_PACKAGE)), None)
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(
             f"{MINILM}: the package {MINILM_PACKAGE.replace('_', '-')}, which holds this text encoder (90 MB), is not "

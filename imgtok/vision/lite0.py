@@ -13,7 +13,6 @@ Shapes: B batch, D = 1280 pooled features, C = 1000 classes of ImageNet; stage i
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from imgtok.files import file_sha256
+from imgtok.files import file_sha256, package_folders
 from imgtok.pictures import from_uint8
 from imgtok.vision.features import Features, KeepsLast, full_precision
 from imgtok.weights import read_weights, skeleton
@@ -199,10 +198,8 @@ def load(path: Path, *, folded: bool = True) -> Lite0:
 
 
 def _packaged() -> Path | None:
-    """Where the installed package keeps the file, None without it; looked up without importing it."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = (spec.submodule_search_locations if spec is not None else None) or []
-    return next((Path(folder) / "models" / FILE for folder in folders), None)
+    """Where the installed package keeps the file, None without it."""
+    return next((folder / "models" / FILE for folder in package_folders(PACKAGE)), None)
 
 
 def _as_timm_names_them(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

