@@ -392,7 +392,9 @@ def _scalar(annotation: Any, value: Any) -> Any:
     if annotation in (str, Path):
         text = value.text() if isinstance(value, Raw) else value
         if annotation is Path:
-            return Path(text).expanduser() if isinstance(text, str | Path) and str(text) else _REFUSED
+            if isinstance(text, Path):  # made in Python: as it is, and who opens it expands a `~`
+                return text
+            return Path(text).expanduser() if isinstance(text, str) and text else _REFUSED
         return text if isinstance(text, str) else _REFUSED
     if typing.get_origin(annotation) is Literal:
         given = [value.text(), value.parsed()] if isinstance(value, Raw) else [value]

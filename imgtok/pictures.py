@@ -16,15 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from imgtok.files import replacing
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File name endings that count as images, compared in lower case."""
+_ALWAYS = (
+    ".apng .bmp .dib .gif .jfif .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff"  # Pillow alone
+)
+_WITH = {"avif": ".avif .avifs", "jpg_2000": ".j2k .jp2 .jpf .jpx", "webp": ".webp"}  # where it was built with these
+SUFFIXES = tuple(
+    sorted([*_ALWAYS.split(), *(s for name, more in _WITH.items() if features.check(name) for s in more.split())])
+)
+"""File name endings that count as images, compared in lower case; `imgtok.data.files` has the whole rule."""
 
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded, Pillow's own mark of suspicion; it takes 358 MB of memory. Beyond it a

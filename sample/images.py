@@ -24,6 +24,7 @@ from tqdm import tqdm
 from imgtok import pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
+from imgtok.data.files import numbered_images
 from imgtok.files import replacing
 from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.saved_images import RECORD, open_npz
@@ -117,7 +118,8 @@ def main(config: Config) -> None:
         unpack_npz(npz_path(config), folder)
     state.wait_for_everyone()
     mine = range(state.process_index, len(labels), state.num_processes)
-    missing = [i for i in mine if not image_path(folder, i).exists()]
+    there = numbered_images(folder)
+    missing = [i for i in mine if i not in there]
     logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
     draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
     state.wait_for_everyone()
@@ -190,7 +192,7 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
                 f"{config.out} holds images of another request (different: {', '.join(changed)}); "
                 "choose another folder with out=FOLDER, or delete it"
             )
-    elif foreign := [*config.out.glob("samples.npz"), *sorted(config.out.glob("[0-9]*.png"))]:
+    elif foreign := [*config.out.glob("samples.npz"), *numbered_images(config.out).values()]:
         raise ValueError(
             f"{config.out} holds {foreign[0].name} but no {RECORD}, so it is not known what was drawn there; "
             "choose another folder with out=FOLDER, or delete it"

@@ -23,14 +23,14 @@ from torch import nn
 from imgtok import hub, pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check
-from imgtok.data.images import DataConfig, ImageSource
+from imgtok.data.images import DataConfig, ImageSource, open_split
 from imgtok.data.loaders import eval_loader
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, open_split, to_train
+from imgtok.train.image_job import ImageJob, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, start_from
 from imgtok.train.loop import fit
 

@@ -9,12 +9,12 @@ the model brings itself (`for_training`). Such a module is called with images, `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.images import ImageSource
 from imgtok.data.loaders import Batch, train_loader
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
@@ -74,14 +74,6 @@ class ImageJob(Job):
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""
         return batch.names
-
-
-def open_split(
-    data: DataConfig, size: int, *, flip: bool, crop: Literal["center", "random"], held_out: float
-) -> tuple[ImageSource, ImageSource]:
-    """Images of `size` pixels a side to train on, and the share `held_out` to show; without one, training images."""
-    source = open_images(data, size, flip=flip, crop=crop, held_out_fraction=held_out)
-    return source, open_images(data, size, split="held_out" if held_out else "train", held_out_fraction=held_out)
 
 
 def to_train(model: Tokenizer | Autoencoder, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module:

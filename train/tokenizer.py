@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from imgtok import hub, pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
-from imgtok.data.images import DataConfig, ImageSource
+from imgtok.data.images import DataConfig, ImageSource, open_split
 from imgtok.data.loaders import Batch
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.losses.repa import Aligned, REPAConfig, Teacher, load_teacher
@@ -22,7 +22,7 @@ from imgtok.sections import ByKind, Section
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, open_split, to_train
+from imgtok.train.image_job import ImageJob, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, start_from
 from imgtok.train.loop import fit
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from imgtok.config import PositiveInt, check
 from imgtok.data.columns import find_columns, join_labels, read_beside, read_labels
-from imgtok.data.sources import DataError, Record
+from imgtok.data.files import LeftOut
+from imgtok.data.labels import DataError
+from imgtok.data.sources import Record, identity_of
 from imgtok.pictures import UnreadableImage
 
 
@@ -28,7 +28,13 @@ class HubConfig:
     subset: str | None = None
     """Configuration of a data set that has several."""
     split: str = "train"
-    """Split of the data set; imgtok's own held-out part is taken out of it."""
+    """Split of the data set."""
+    val_split: str | None = None
+    """Split of the held-out images, such as validation; null takes a share of `split`."""
+    labels: str = "auto"
+    """auto, none, or the name of a column, as label_column."""
+    num: PositiveInt | None = None
+    """Use so many images, from all over the set; null uses all."""
     revision: str | None = None
     """Branch, tag or commit; null takes the newest."""
     image_column: str | None = None
@@ -57,18 +63,17 @@ class ArrowRecords:
         self._rows = dataset.with_format("arrow")
         schema = dataset.features.arrow_schema
         self._columns = find_columns(schema, config, self._name, lambda column: self._rows[0][column][0].as_py())
-        self.class_names: tuple[str, ...] = ()
-        self.num_classes, self.labels = 0, np.zeros(len(dataset), np.int64)
+        values = []
         if self._columns.label:
-            values = self._rows.select_columns([self._columns.label])[:].column(0)
-            labels = read_labels(values, self._columns, self.name)
-            joined = join_labels([labels], self._columns, config, self.name)
-            self.labels, self.class_names, self.num_classes = joined
+            column = self._rows.select_columns([self._columns.label])[:].column(0)
+            values.append(read_labels(column, self._columns, self.name))
+        self.labels = join_labels(values, self._columns, config, len(dataset), self.name)
+        self.left_out = LeftOut()
         kept = [column for column in (self._columns.image, self._columns.text) if column]
         self._rows = self._rows.select_columns(kept)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels.values)
 
     def name(self, index: int) -> str:
         """`NAME[row]`."""
@@ -83,7 +88,11 @@ class ArrowRecords:
             if not path:
                 raise UnreadableImage(name, f"column {self._columns.image!r} is empty")
             data = read_beside(self._folder, path, name)
-        return Record(data, int(self.labels[index]), name, text)
+        return Record(data, int(self.labels.values[index]), name, text)
+
+    def identity(self) -> dict[str, Any]:
+        """Of rows, which have no names and sizes, the labels and the bytes of a few."""
+        return identity_of("rows", (), self.labels, (), lambda index: self[index].data)
 
 
 def _is_saved(folder: Path) -> bool:

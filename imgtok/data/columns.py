@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from imgtok.data.sources import DataError, check_labels, read_bytes
+from imgtok.data.labels import DataError, Labels, check_labels
+from imgtok.data.sources import read_bytes
 from imgtok.pictures import SUFFIXES, UnreadableImage
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _LABELS = "labels must be whole numbers or names"
 class Choice(Protocol):
     """What a configuration says about columns; None leaves it to `find_columns`."""
 
+    @property
+    def labels(self) -> str: ...
     @property
     def image_column(self) -> str | None: ...
     @property
@@ -54,7 +57,7 @@ class Columns:
     """Names of numbered classes, where the table notes them."""
 
 
-class Labels(NamedTuple):
+class Values(NamedTuple):
     """Labels of rows: numbers, or places in `names`."""
 
     values: np.ndarray
@@ -68,7 +71,8 @@ def find_columns(schema: pa.Schema, choice: Choice, table: str, first: Callable[
     there or hold something else, and where there are several to choose from.
     """
     known = ", ".join(schema.names)
-    for column in (choice.image_column, choice.label_column, choice.text_column):
+    given = choice.label_column if choice.labels in ("auto", "none") else choice.labels
+    for column in (choice.image_column, given, choice.text_column):
         if column is not None and column not in schema.names:
             raise DataError(f"{table}: no column {column!r}; it has {known}")
     image = choice.image_column or _image_column(schema, table, first)
@@ -76,7 +80,7 @@ def find_columns(schema: pa.Schema, choice: Choice, table: str, first: Callable[
     if not data and not path:
         kind = f"column {image!r} is {schema.field(image).type}"
         raise DataError(f"{table}: {kind}; images are bytes, a struct with `bytes`, or paths of files; it has {known}")
-    label = choice.label_column or _label_column(schema, table)
+    label = None if choice.labels == "none" else given or _label_column(schema, table)
     text = choice.text_column or next((name for name in ("text", "caption") if _is_text(schema, name)), None)
     if text and not _is_text(schema, text):
         raise DataError(f"{table}: column {text!r} is {schema.field(text).type}; captions are text")
@@ -181,7 +185,7 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 # Values
 
 
-def read_labels(column: pa.ChunkedArray, columns: Columns, name: Callable[[int], str]) -> Labels:
+def read_labels(column: pa.ChunkedArray, columns: Columns, name: Callable[[int], str]) -> Values:
     """The labels of a table; DataError, with the name of the row, for one that is neither a whole number nor a name."""
     import pyarrow as pa
 
@@ -193,19 +197,26 @@ def read_labels(column: pa.ChunkedArray, columns: Columns, name: Callable[[int],
         # An array of the one type whatever the chunks are, and also if there is none.
         names = pa.array([], pa.string()) if not len(column) else column.cast(pa.string()).combine_chunks()
         coded = names.dictionary_encode()
-        return Labels(coded.indices.to_numpy(), coded.dictionary.to_pylist())
+        return Values(coded.indices.to_numpy(), coded.dictionary.to_pylist())
     values = column.to_numpy()
     odd = np.flatnonzero(values != np.trunc(values))  # of a column of floats
     if len(odd):
         raise DataError(f"{name(int(odd[0]))}: {columns.label} is {values[odd[0]]}; {_LABELS}")
-    return Labels(values.astype(np.int64), [])
+    return Values(values.astype(np.int64), [])
 
 
 def join_labels(
-    parts: Iterable[Labels], columns: Columns, choice: Choice, name: Callable[[int], str]
-) -> tuple[np.ndarray, tuple[str, ...], int]:
-    """The labels of all rows, the names of the classes, and their number; names are numbered in sorted order."""
+    parts: Iterable[Values], columns: Columns, choice: Choice, count: int, name: Callable[[int], str]
+) -> Labels:
+    """The labels of all `count` rows; names are numbered in sorted order.
+
+    Raises DataError for a label outside the classes.
+    """
     parts = list(parts)
+    if columns.label is None:
+        asked = choice.labels != "none"
+        missing = f"{name(0).rpartition('[')[0]} has no column `label`, nor one of named classes" if asked else ""
+        return Labels(np.zeros(count, np.int64), missing=missing)
     names = tuple(sorted({word for part in parts for word in part.names})) if columns.named else columns.class_names
     places = {word: place for place, word in enumerate(names)}
     numbers = [
@@ -213,7 +224,8 @@ def join_labels(
         for part in parts
     ]
     labels = np.concatenate(numbers)
-    return labels, names, check_labels(labels, choice.num_classes or len(names) or None, None, name)
+    total = check_labels(labels, choice.num_classes or len(names) or None, None, name)
+    return Labels(labels, total, names, f"column {columns.label}")
 
 
 def read_beside(folder: Path, path: str, name: str) -> bytes:

@@ -8,6 +8,9 @@ decides.
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -17,10 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imgtok.config import to_dict
 from imgtok.data.arrow import ArrowRecords, HubConfig
 from imgtok.data.blocks import Blocks
+from imgtok.data.files import summary
+from imgtok.data.labels import WAYS, Labels
 from imgtok.data.parquet import ParquetConfig, ParquetRecords
-from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records
+from imgtok.data.parts import FileConfig, parts_of
+from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records, spread
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
 from imgtok.randomness import permutation, uniform
@@ -41,7 +48,11 @@ __all__ = [
     "TarConfig",
     "Views",
     "open_images",
+    "open_split",
+    "require_labels",
 ]
+
+logger = logging.getLogger(__name__)
 
 DataConfig = ImageFolderConfig | ParquetConfig | TarConfig | HubConfig | ShapesConfig
 """Every source of images; `kind` chooses one in a configuration."""
@@ -140,6 +151,15 @@ class ImageSource(Protocol):
     size: int
     num_classes: int
     class_names: tuple[str, ...]
+    labels_missing: str
+    """Why there are no labels, where some were asked for; "" otherwise."""
+
+    @property
+    def identity(self) -> str:
+        """The data set, told from others by its content and not by its place: JSON text for a cache or a run's record.
+
+        It is that of the whole, and so equal for the images that are trained on and those that are held out of them.
+        """
 
     def __len__(self) -> int: ...
 
@@ -194,41 +214,87 @@ class Augmentation:
             images[chosen] = horizontal_flip(images[chosen])
 
 
+Split = Literal["train", "held_out"]
+Crop = Literal["center", "random"]
+
+
 def open_images(
     config: DataConfig,
     size: int,
     *,
     flip: bool = False,
-    crop: Literal["center", "random"] = "center",
-    split: Literal["train", "held_out"] = "train",
+    crop: Crop = "center",
+    split: Split = "train",
     held_out_fraction: float = 0.1,
 ) -> ImageSource:
     """Open a data set at size x size pixels.
 
     flip and crop: augmentation of `training_batch`; "random" zooms by up to 1.25 and shifts.
-    split: every image belongs to one of "train" and "held_out", by an order that nothing but the data set's
-    length decides. Shapes are drawn instead: "held_out" is their split `val`, which shares no scene with
-    `train`.
+    split: every image belongs to one of "train" and "held_out". A data set may have a part of its own for the latter
+    (`imgtok.data.parts`); otherwise an order decides that knows nothing but the data set's length. Shapes are drawn
+    instead: "held_out" is their split `val`, which shares no scene with `train`.
     Raises DataError or FileNotFoundError for data that cannot be used, ValueError for augmented shapes.
     """
     if size < 1:
         raise ValueError(f"size is {size}; images need at least 1 pixel a side")
     if not 0 <= held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
-    if isinstance(config, ShapesConfig):
-        if flip or crop != "center":
-            wanted = "flip=true" if flip else f"crop={crop}"
-            raise ValueError(
-                f"{wanted} is not possible with data.kind=shapes: a mirrored crescent or a moved object is not what "
-                "its caption and the oracle say; leave it out, and raise data.num_images for more variety"
-            )
-        return ShapesImages(_shapes_split(config, split, held_out_fraction), size)
-    records = _open_records(config)
-    indices = split_indices(len(records), split, held_out_fraction)
-    return FileImages(records, indices, size, Augmentation(flip, crop))
+        raise ValueError(f"held_out is {held_out_fraction}; it must be at least 0 and below 1")
+    return _Opened(config).images(size, split, held_out_fraction, flip=flip, crop=crop)
 
 
-def _open_records(config: ImageFolderConfig | ParquetConfig | TarConfig | HubConfig) -> Records:
+def open_split(
+    config: DataConfig, size: int, *, flip: bool, crop: Crop, held_out: float
+) -> tuple[ImageSource, ImageSource]:
+    """Images to train on, and those that are held out, to show: a share of them, or a part of the data set's own.
+
+    Without a share (0) and a part of its own, training images are shown. Raises as `open_images`.
+    """
+    opened = _Opened(config)
+    source = opened.images(size, "train", held_out, flip=flip, crop=crop)
+    shown: Split = "held_out" if held_out or opened.has_held_out else "train"
+    return source, opened.images(size, shown, held_out)
+
+
+class _Opened:
+    """A data set whose files were looked through once, and is divided from there."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.has_held_out = False
+        if isinstance(config, ShapesConfig):
+            return
+        parts = parts_of(config)
+        self._parts = parts
+        self._train = _open_records(parts.train)
+        self._held_out: Records | None = None
+        self.has_held_out = parts.held_out is not None
+        _say_what_it_is(parts.train, self._train)
+        if parts.held_out is not None:
+            logger.info("held-out images: those of %s", _where(parts.held_out))
+
+    def images(
+        self, size: int, split: Split, held_out_fraction: float, *, flip: bool = False, crop: Crop = "center"
+    ) -> ImageSource:
+        """One part, at a size."""
+        config = self.config
+        if isinstance(config, ShapesConfig):
+            _refuse_augmentation(flip, crop)
+            return ShapesImages(_shapes_split(config, split, held_out_fraction), size, config)
+        records, labels = self._train, self._train.labels
+        own = self._parts.held_out
+        if own is not None and split == "held_out":
+            if self._held_out is None:
+                self._held_out = _open_records(own)
+                _say_what_it_is(own, self._held_out)
+            records = self._held_out
+            labels = _as_in_training(records.labels, labels, _where(own))
+        chosen = _choose(labels, config.num)
+        if own is None:
+            chosen = chosen[split_indices(len(chosen), split, held_out_fraction)]
+        return FileImages(records, chosen, size, Augmentation(flip, crop), labels=labels, num=config.num)
+
+
+def _open_records(config: FileConfig) -> Records:
     if isinstance(config, ImageFolderConfig):
         return FolderRecords(config)
     if isinstance(config, TarConfig):
@@ -238,34 +304,111 @@ def _open_records(config: ImageFolderConfig | ParquetConfig | TarConfig | HubCon
     return ArrowRecords(config)
 
 
-def split_indices(length: int, split: Literal["train", "held_out"], held_out_fraction: float) -> np.ndarray:
-    """Rows of one part of a data set, ascending; the parts are disjoint and cover it."""
+def _where(config: FileConfig) -> str:
+    return f"{config.name}, split {config.split}" if isinstance(config, HubConfig) else str(config.path)
+
+
+def _say_what_it_is(config: FileConfig, records: Records) -> None:
+    labels = records.labels.in_words
+    logger.info("%s: %s; %s", _where(config), summary(len(records), records.left_out), labels)
+
+
+def _choose(labels: Labels, num: int | None) -> np.ndarray:
+    """The images that are used, ascending: all, or `num` from all over the set."""
+    count = len(labels.values)
+    if num is None or num >= count:
+        if num is not None and num > count:
+            logger.warning("data.num: %d images are asked for, and there are %d: all are used", num, count)
+        return np.arange(count)
+    how = "from all classes alike" if labels.num_classes else f"one of each {num} equal stretches of its files"
+    logger.info("data.num: %d of %d images, %s", num, count, how)
+    return spread(count, num, labels.values if labels.num_classes else None)
+
+
+def _as_in_training(labels: Labels, training: Labels, where: str) -> Labels:
+    """The labels of held-out images with the numbers that the same classes have in training."""
+    if not labels.names or not training.names or labels.names == training.names:
+        total = max(labels.num_classes, training.num_classes) if labels.num_classes else 0
+        return replace(labels, num_classes=total, names=labels.names or training.names)
+    number = {name: index for index, name in enumerate(training.names)}
+    unknown = [name for name in labels.names if name not in number]
+    if unknown:
+        raise DataError(
+            f"{where}: class {unknown[0]!r} is none of the {len(number)} classes of the training images, such as "
+            f"{training.names[0]!r}; name the classes alike, or data.labels=none"
+        )
+    numbers = np.array([number[name] for name in labels.names])
+    values = numbers[labels.values] if len(labels.values) else labels.values
+    return replace(labels, values=values, num_classes=training.num_classes, names=training.names)
+
+
+def require_labels(source: ImageSource, what: str) -> None:
+    """Raises DataError for images without labels, unless none were asked for; `what` is in words what they are for."""
+    if source.labels_missing:
+        raise DataError(
+            f"{what} keeps labels, and there are none: {source.labels_missing}. Labels are read from: {WAYS}. "
+            "data.labels=none goes without them"
+        )
+
+
+def split_indices(length: int, split: Split, held_out_fraction: float) -> np.ndarray:
+    """Rows of one part of a data set, ascending; the parts are disjoint and cover it. A share above 0 is at least one
+    image, and leaves at least one to train on.
+    """
     held_out = round(length * held_out_fraction)
+    if held_out_fraction > 0:
+        held_out = min(max(1, held_out), length - 1)
     order = permutation(0, 0, length)
     indices = np.sort(order[:held_out] if split == "held_out" else order[held_out:])
     if not len(indices):
-        part = f"the {split} part of {length} images is empty at held_out_fraction {held_out_fraction}"
-        raise DataError(f"{part}; change the fraction or add images")
+        part = f"held_out: none of {length} image{'s'[: length != 1]} is held out at held_out={held_out_fraction}"
+        raise DataError(f"{part}; add images, or raise held_out; held_out=0 trains on all, and shows these")
     return indices
 
 
 class FileImages:
     """Images decoded from records."""
 
-    def __init__(self, records: Records, indices: np.ndarray, size: int, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        records: Records,
+        indices: np.ndarray,
+        size: int,
+        augmentation: Augmentation,
+        *,
+        labels: Labels | None = None,
+        num: int | None = None,
+    ) -> None:
+        """`indices` are the records that are used. `labels` stand in for those of the records, `num` is how many images
+        were chosen of them, before they were divided.
+        """
+        labels = records.labels if labels is None else labels
         self.size = size
-        self.num_classes = records.num_classes
-        self.class_names = records.class_names
+        self.num_classes = labels.num_classes
+        self.class_names = labels.names
+        self.labels_missing = labels.missing
+        self._labels = labels.values
         self._records = records
         self._indices = indices
         self._augmentation = augmentation
+        self._num = num
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """That of the records, with the number of images if it was limited."""
+        told = self._records.identity() | ({} if self._num is None else {"num": self._num})
+        return json.dumps(told, sort_keys=True)
+
+    def _record(self, index: int) -> Record:
+        place = int(self._indices[index])
+        return self._records[place]._replace(label=int(self._labels[place]))
 
     def __len__(self) -> int:
         return len(self._indices)
 
     @property
     def labels(self) -> np.ndarray:
-        return self._records.labels[self._indices]
+        return self._labels[self._indices]
 
     def name(self, index: int) -> str:
         return self._records.name(int(self._indices[index]))
@@ -289,7 +432,7 @@ class FileImages:
         unreadable: list[str] = []
         for index in indices:
             try:
-                record = self._records[int(self._indices[index])]
+                record = self._record(index)
                 squares = views.of(decode_image(record.data, record.name), self.size, index)
             except UnreadableImage as error:
                 unreadable.append(str(error))
@@ -306,7 +449,7 @@ class FileImages:
 
     def _text(self, index: int) -> str | None:
         try:
-            return self._records[int(self._indices[index])].text
+            return self._record(index).text
         except UnreadableImage:
             return None
 
@@ -331,7 +474,7 @@ class FileImages:
 
     def _load(self, index: int, draws: Sequence[float] | None = None) -> tuple[Tensor, Record]:
         """The image as uint8 (3, size, size), cropped at random if there are draws and it is wanted."""
-        record = self._records[int(self._indices[index])]
+        record = self._record(index)
         picture = decode_image(record.data, record.name)
         if draws is not None and self._augmentation.crop == "random":
             picture = random_crop(picture, self.size, draws[1:])
@@ -373,11 +516,19 @@ def too_many_unreadable(messages: Sequence[str], length: int) -> DataError:
 class ShapesImages:
     """The built-in shapes; drawn a batch at a time, which is much faster than one by one."""
 
-    def __init__(self, config: ShapesConfig, size: int) -> None:
+    labels_missing = ""
+
+    def __init__(self, config: ShapesConfig, size: int, whole: ShapesConfig | None = None) -> None:
+        """`whole` is the configuration that this split was made from."""
         self.size = size
+        self._identity = json.dumps(to_dict(whole or config), sort_keys=True)
         self._shapes = ShapesDataset(config, size)
         self.num_classes = self._shapes.num_classes
         self.class_names = self._shapes.class_names
+
+    @property
+    def identity(self) -> str:
+        return self._identity
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -416,6 +567,15 @@ class ShapesImages:
 
     def training_batch(self, positions: Sequence[Position], seed: int) -> Batch:
         return self.batch([position.index for position in positions])
+
+
+def _refuse_augmentation(flip: bool, crop: str) -> None:
+    if flip or crop != "center":
+        wanted = "flip=true" if flip else f"crop={crop}"
+        raise ValueError(
+            f"{wanted} is not possible with data.kind=shapes: a mirrored crescent or a moved object is not what "
+            "its caption and the oracle say; leave it out, and raise data.num_images for more variety"
+        )
 
 
 def _shapes_split(config: ShapesConfig, split: str, held_out_fraction: float) -> ShapesConfig:

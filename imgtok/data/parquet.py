@@ -18,9 +18,11 @@ import numpy as np
 
 from imgtok.config import PositiveInt, check
 from imgtok.data.blocks import Blocks
-from imgtok.data.columns import Columns, Labels, find_columns, join_labels, read_beside, read_labels
+from imgtok.data.columns import Columns, Values, find_columns, join_labels, read_beside, read_labels
+from imgtok.data.files import LeftOut
+from imgtok.data.labels import DataError
 from imgtok.data.parquet_pages import CACHE_BYTES, Chunk, PageReader
-from imgtok.data.sources import DataError, Record, expand
+from imgtok.data.sources import Record, expand, identity_of
 from imgtok.pictures import UnreadableImage
 
 if TYPE_CHECKING:
@@ -40,6 +42,13 @@ class ParquetConfig:
     kind: Literal["parquet"] = "parquet"
     path: str
     """A file, a folder of Parquet files, or a pattern such as `data/train-*.parquet`."""
+    val_path: str | None = None
+    """Files of the held-out images; null takes `validation-*.parquet` or such beside `train-*.parquet`, where the
+    folder `path` has both, else a share of `path`."""
+    labels: str = "auto"
+    """auto, none, or the name of a column, as label_column."""
+    num: PositiveInt | None = None
+    """Use so many images, from all over the set; null uses all."""
     image_column: str | None = None
     """Column of image bytes, or of paths of image files, which count from the Parquet file's folder; null finds it."""
     label_column: str | None = None
@@ -70,7 +79,7 @@ class _Shard(NamedTuple):
     path: str
     columns: Columns
     groups: list[_Group]
-    labels: Labels | None
+    labels: Values | None
 
 
 class ParquetRecords:
@@ -87,12 +96,9 @@ class ParquetRecords:
         if not len(self):
             raise DataError(f"{config.path}: no rows")
         self._reader = PageReader()
-        self.class_names: tuple[str, ...] = ()
-        self.num_classes, self.labels = 0, np.zeros(len(self), np.int64)
         labels = [shard.labels for shard in shards if shard.labels]
-        if labels:
-            joined = join_labels(labels, shards[0].columns, config, self.name)
-            self.labels, self.class_names, self.num_classes = joined
+        self.labels = join_labels(labels, shards[0].columns, config, len(self), self.name)
+        self.left_out = LeftOut()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -112,7 +118,12 @@ class ParquetRecords:
                 raise UnreadableImage(name, f"column {self._image!r} is empty")
             data = read_beside(Path(group.file).parent, path.decode(errors="replace"), name)
         text = self._value(group.text, row, name) or b""
-        return Record(data, int(self.labels[index]), name, text.decode(errors="replace"))
+        return Record(data, int(self.labels.values[index]), name, text.decode(errors="replace"))
+
+    def identity(self) -> dict[str, Any]:
+        """Of rows, which have no names, the sizes of the row groups tell most."""
+        sizes = [(group.rows, *(chunk.size if chunk else -1 for chunk in group[3:])) for group in self._groups]
+        return identity_of("parquet", (), self.labels, np.array(sizes), lambda index: self[index].data)
 
     def _place(self, index: int) -> tuple[_Group, int]:
         """The row group of a row, and its place there."""

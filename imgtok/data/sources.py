@@ -1,29 +1,45 @@
 """Tables of image files, what every source of images is; and the plainest of them, a folder tree.
 
 A table gives random access to records (the bytes of an image file, label, text, name) and decodes nothing,
-so that a damaged image can be named. arrow.py and tar.py hold the other sources; images.py turns records
-into tensors.
+so that a damaged image can be named. tar.py and the readers of Parquet and of the Hub hold the other sources; images.py
+turns records into tensors.
 """
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
 import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from imgtok.config import PositiveInt, check
+from imgtok.data.files import LeftOut, Listing, list_folder, suffix_of
+from imgtok.data.labels import DataError, Labels, Place, as_numbers, check_labels, find_labels
 from imgtok.pictures import SUFFIXES, UnreadableImage
+from imgtok.randomness import uniform
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file or row and says what was expected."""
+__all__ = [
+    "DataError",
+    "FolderRecords",
+    "ImageFolderConfig",
+    "Labels",
+    "Record",
+    "Records",
+    "as_numbers",
+    "check_labels",
+    "expand",
+    "identity_of",
+    "read_bytes",
+    "spread",
+]
 
 
 class Record(NamedTuple):
@@ -36,12 +52,12 @@ class Record(NamedTuple):
 
 
 class Records(Protocol):
-    """A table of image files. `num_classes` is 0 when the data has no labels; every label is then 0."""
+    """A table of image files."""
 
-    num_classes: int
-    class_names: tuple[str, ...]
-    labels: np.ndarray
-    """(N,) int64."""
+    labels: Labels
+    """Of all images, and where they come from."""
+    left_out: LeftOut
+    """What was found beside the images."""
 
     def __len__(self) -> int: ...
 
@@ -50,6 +66,9 @@ class Records(Protocol):
 
     def __getitem__(self, index: int) -> Record:
         """Raises UnreadableImage when the bytes cannot be had."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this data set from others, wherever it lies; see `identity_of`."""
 
 
 # Folders
@@ -61,98 +80,160 @@ class ImageFolderConfig:
 
     kind: Literal["folder"] = "folder"
     path: Path
-    """Folder with one sub-folder a class (classes in the order of sorted names), or with images only (one
-    class)."""
+    """Folder with one sub-folder a class (classes in the order of sorted names), with images only, or with `train/` and
+    `val/` in which there are these."""
+    val_path: Path | None = None
+    """Folder of the held-out images; null takes `val/` beside `train/` where there is one, else a share of `path`."""
+    labels: str = "auto"
+    """auto, none, folders, subfolders, cls, json.FIELD, or a file of all labels such as dataset.json or labels.csv."""
+    num: PositiveInt | None = None
+    """Use so many images, from all over the set; null uses all."""
     num_classes: PositiveInt | None = None
-    """Number of classes of the whole data set, if more than the folders present; null counts the folders."""
+    """Number of classes of the whole data set, if more than there are here; null counts them."""
 
     def __post_init__(self) -> None:
         check(self)
 
 
 class FolderRecords:
-    """The image files below a folder, class by class in sorted order."""
+    """The image files below a folder, class by class in sorted order. Captions are in `KEY.txt` beside them."""
 
     def __init__(self, config: ImageFolderConfig) -> None:
-        root = config.path
+        """Raises FileNotFoundError without such a folder, DataError for one without images, or for its labels."""
+        root = config.path.expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder of images")
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        _refuse_splits(root, folders)
-        files = [sorted(_files(root / folder)) for folder in folders]
-        loose = [entry.path for entry in os.scandir(root) if entry.is_file()]
-        groups = [[path for path in group if _is_image(path)] for group in files]
-        if not any(groups):
-            groups, folders = [sorted(filter(_is_image, loose))], [root.resolve().name]
-        elif any(map(_is_image, loose)):
-            raise DataError(f"{root}: images both in class folders and beside them ({next(filter(_is_image, loose))})")
-        _refuse_no_images(root, groups, [*itertools.chain.from_iterable(files), *loose])
-        for folder, group in zip(folders, groups, strict=True):
-            if not group:
-                raise DataError(f"{root / folder}: a class folder without images; remove it or fill it")
-        self._paths = list(itertools.chain.from_iterable(groups))
-        self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        self.class_names = tuple(folders)
-        self.num_classes = check_labels(self.labels, config.num_classes, len(folders), self.name)
+        listing = list_folder(root)
+        if config.labels == "auto":
+            _refuse_splits(root, listing.folders)
+        _refuse_no_images(root, listing)
+        self._root = str(root)
+        self._names = [entry.name for entry in listing.images]
+        self._sizes = np.array([entry.size for entry in listing.images])
+        place = Place(str(root), listing, lambda name: (root / name).read_bytes())
+        self.labels = find_labels([place], config.labels, config.num_classes, folders=True)
+        texts = {name: place.side(name, ".txt") for name in self._names} if listing.others else {}
+        self._texts = {name: side for name, side in texts.items() if side is not None}
+        self.left_out = listing.left_out([*itertools.chain(*self.labels.used), *self._texts.values()])
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._names)
 
     def name(self, index: int) -> str:
         """The path."""
-        return self._paths[index]
+        return os.path.join(self._root, self._names[index])  # noqa: PTH118 - a million Paths are slow
 
     def __getitem__(self, index: int) -> Record:
-        path = self._paths[index]
-        return Record(read_bytes(path), int(self.labels[index]), path, "")
+        name, path = self._names[index], self.name(index)
+        text = _read_text(os.path.join(self._root, self._texts[name])) if name in self._texts else ""  # noqa: PTH118
+        return Record(read_bytes(path), int(self.labels.values[index]), path, text)
+
+    def identity(self) -> dict[str, Any]:
+        return identity_of("folder", self._names, self.labels, self._sizes, lambda index: self[index].data)
 
 
-def _files(folder: Path) -> Iterable[str]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(parent, name) for name in names)  # noqa: PTH118 - a million Paths are slow
+def _read_text(path: str) -> str:
+    return read_bytes(path).decode(errors="replace").strip()
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and not os.path.basename(path).startswith(".")  # noqa: PTH119
+SPLITS = frozenset({"train", "training", "val", "validation", "valid", "dev", "test"})
+"""Names of folders that are parts of a data set, and not classes."""
 
 
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
-    if folders and set(folders) <= {"train", "training", "val", "validation", "test"}:
+    if folders and {folder.lower() for folder in folders} <= SPLITS:
         raise DataError(f"{root}: its folders {', '.join(folders)} are splits, not classes; give {root / folders[0]}")
 
 
-def _refuse_no_images(root: Path, groups: Iterable[Sequence[str]], found: Sequence[str]) -> None:
-    if any(groups):
+def _refuse_no_images(root: Path, listing: Listing) -> None:
+    if listing.images:
         return
-    suffixes = Counter(Path(path).suffix.lower() or "no suffix" for path in found)
+    others = [*listing.others, *listing.unreadable]
+    suffixes = Counter(suffix_of(name) or "no suffix" for name in others)
     listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
-    what = f"found {len(found)} other file{'s'[: len(found) != 1]} ({listed})" if found else "the folder is empty"
+    hidden = f" and {listing.hidden} hidden" if listing.hidden else ""
+    what = f"found {len(others)} other file{'s'[: len(others) != 1]} ({listed}){hidden}"
+    what = what if others or hidden else "the folder is empty"
     raise DataError(f"{root}: no images; {what}. Images are files that end in {', '.join(SUFFIXES)}")
 
 
 # Shared by the sources
 
+PROBES = 64
+"""Images whose bytes enter the identity of a data set; of all others, the sizes."""
 
-def check_labels(labels: np.ndarray, given: int | None, counted: int | None, name: Callable[[int], str]) -> int:
-    """The number of classes (given, or counted, or largest label + 1); DataError for the first label
-    outside.
+
+def identity_of(
+    kind: str,
+    names: Iterable[str],
+    labels: Labels,
+    sizes: Sequence[int] | np.ndarray,
+    read: Callable[[int], bytes] | None = None,
+) -> dict[str, Any]:
+    """What tells a data set from others, wherever it lies: the number of images, and digests of their names (relative
+    to the root), labels and sizes and of the bytes of a few, which `read` gives.
+
+    A changed file is noticed by its size, or if it is one of the `PROBES` (all, of a small set).
     """
-    num_classes = given or counted or int(labels.max()) + 1
-    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(outside):
-        allowed = f"allowed are 0 to {num_classes - 1}" if num_classes > 0 else "labels begin at 0"
-        more = f" ({len(outside)} such images)" if len(outside) > 1 else ""
-        first = int(outside[0])
-        raise DataError(f"{name(first)}: label {labels[first]} is outside the classes; {allowed}{more}")
-    return num_classes
+    count = len(labels.values)
+    content = hashlib.sha256(np.asarray(sizes, dtype=np.int64).tobytes())
+    if read is not None:
+        for index in spread(count, min(count, PROBES)).tolist():
+            try:
+                content.update(hashlib.sha256(read(index)).digest())
+            except UnreadableImage:
+                content.update(b"unreadable")
+    told = labels.values.astype(np.int64).tobytes() + "\n".join([str(labels.num_classes), *labels.names]).encode(
+        "utf-8", "surrogateescape"
+    )
+    return {
+        "kind": kind,
+        "images": count,
+        "names": _short(hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))),
+        "labels": _short(hashlib.sha256(told)),
+        "content": _short(content),
+    }
 
 
-def expand(pattern: str) -> list[str]:
-    """Files of a pattern with `*`, `?`, `[...]`, `{a,b}` or `{000..127}`, sorted; FileNotFoundError if one
-    is missing.
+def _short(digest: Any) -> str:
+    return str(digest.hexdigest()[:16])
+
+
+@functools.lru_cache(maxsize=8)
+def _stretches(length: int, num: int) -> np.ndarray:
+    starts = np.arange(num, dtype=np.int64) * length // num
+    widths = np.diff(np.append(starts, length))
+    return starts + np.floor(uniform(0, [num], (num,), "spread")[0].numpy() * widths).astype(np.int64)
+
+
+def spread(length: int, num: int, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """(num,) places among `length` images, ascending, all over the set: the first ones may all be of one class.
+
+    With labels, at equal steps over the images class by class, so that each class has its share. Without, one of each
+    of `num` equal stretches, at a place that is drawn: equal steps would meet few classes where these come in turn.
+    The draw has one seed: the same numbers always give the same places. Raises ValueError for more than there are.
+    """
+    if not 0 <= num <= length:
+        raise ValueError(f"num: {num} of {length} images; choose at most all of them")
+    if labels is None:
+        return _stretches(length, num).copy()
+    order = np.argsort(np.asarray(labels), kind="stable")
+    return np.sort(order[np.arange(num, dtype=np.int64) * length // max(1, num)])
+
+
+def expand(pattern: str, suffix: str = "") -> list[str]:
+    """Files of a pattern with `*`, `?`, `[...]`, `{a,b}` or `{000..127}`, sorted, or those below a folder that end in
+    `suffix`; `~` is the home. Raises FileNotFoundError if one is missing.
     """
     files = []
-    for part in _expand_braces(pattern):
+    for part in _expand_braces(os.path.expanduser(pattern)):  # noqa: PTH111 - a pattern is no path
+        if suffix and Path(part).is_dir():
+            found = [str(Path(part, name)) for name in list_folder(Path(part)).others if suffix_of(name) == suffix]
+            found.sort()
+            if not found:
+                raise FileNotFoundError(f"{part}: no files in this folder end in {suffix}")
+            files += found
+            continue
         found = [part] if Path(part).is_file() else sorted(glob.glob(part, recursive=True))  # noqa: PTH207
         if not found:
             raise FileNotFoundError(f"{part}: no such file" + (f" (from {pattern})" if part != pattern else ""))

@@ -1,28 +1,32 @@
-"""Images in WebDataset tar files: `KEY.jpg` beside `KEY.cls` (a whole number) and, if there are captions,
-`KEY.txt`.
+"""Images in WebDataset tar files: `KEY.jpg` beside `KEY.cls` (a whole number) or other labels, and, if there are
+captions, `KEY.txt`.
 
 The headers of each tar are read once, when it is opened; after that every image is one read at a known
-offset, so training has the same random access, order and resume as from any other source.
+offset, so training has the same random access, order and resume as from any other source. What is an image, and which
+files belong to it, is as in a folder (`imgtok.data.files`): a key may have dots.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
+import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from imgtok.config import PositiveInt, check
-from imgtok.data.sources import DataError, Record, check_labels, expand
-from imgtok.pictures import UnreadableImage
+from imgtok.data.files import FIRST_BYTES, Entry, LeftOut, Listing, is_hidden, sort_out
+from imgtok.data.labels import DataError, Place, find_labels
+from imgtok.data.sources import Record, expand, identity_of
+from imgtok.pictures import SUFFIXES, UnreadableImage
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_TEXTS = ("txt", "json")
 _MAX_OPEN = 64
 
 
@@ -32,9 +36,17 @@ class TarConfig:
 
     kind: Literal["webdataset"] = "webdataset"
     path: str
-    """A tar file or a pattern such as `data/train-{0000..0127}.tar` or `data/*.tar`; not compressed."""
+    """A tar file, a folder of tars, or a pattern such as `data/train-{0000..0127}.tar` or `data/*.tar`; not
+    compressed."""
+    val_path: str | None = None
+    """Tars of the held-out images; null takes `val-*.tar` beside `train-*.tar`, where the folder `path` has both, else
+    a share of `path`."""
+    labels: str = "auto"
+    """auto, none, cls, json.FIELD, folders, subfolders, or a file of all labels in each tar such as dataset.json."""
+    num: PositiveInt | None = None
+    """Use so many images, from all over the set; null uses all."""
     num_classes: PositiveInt | None = None
-    """Number of classes; null takes the largest label + 1, or no classes when there are no `.cls` members."""
+    """Number of classes; null takes the largest label + 1, or counts the names."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -46,30 +58,69 @@ class _Member(NamedTuple):
 
 
 class _Sample(NamedTuple):
+    """An image and its caption, by their members' names."""
+
     shard: int
-    key: str
-    suffix: str
-    image: _Member
-    label: int | None
-    text: _Member | None
-    text_suffix: str
+    name: str
+    text: str | None
 
 
 class TarRecords:
     """The images of tar files, in the order of the files and of the members."""
 
     def __init__(self, config: TarConfig) -> None:
-        self._shards = expand(config.path)
-        self._samples = [sample for number, path in enumerate(self._shards) for sample in _index_shard(number, path)]
-        if not self._samples:
-            raise DataError(f"{config.path}: no members that end in .{', .'.join(_IMAGES)}")
-        self.class_names: tuple[str, ...] = ()
-        self.labels, self.num_classes = np.zeros(len(self._samples), np.int64), 0
-        if any(sample.label is not None for sample in self._samples):
-            self.labels = np.array([self._label(i) for i in range(len(self))], dtype=np.int64)
-            self.num_classes = check_labels(self.labels, config.num_classes, None, self.name)
+        """Raises FileNotFoundError without such files, DataError for tars without images, or for their labels."""
+        self._shards = expand(config.path, ".tar")
+        self._members: list[dict[str, _Member]] = []
         self._open: dict[str, BinaryIO] = {}
         self._owner = os.getpid()
+        listings = [self._list(number) for number in range(len(self._shards))]
+        if not any(listing.images for listing in listings):
+            found = ", ".join(sorted(itertools.chain(*(listing.others for listing in listings)))[:5]) or "nothing"
+            raise DataError(f"{config.path}: no images; found {found}. Images end in {', '.join(SUFFIXES)}")
+        places = [
+            Place(path, listing, functools.partial(self.read, number))
+            for number, (path, listing) in enumerate(zip(self._shards, listings, strict=True))
+        ]
+        self._samples = [
+            _Sample(number, entry.name, place.side(entry.name, ".txt") or place.side(entry.name, ".json"))
+            for number, place in enumerate(places)
+            for entry in place.listing.images
+        ]
+        self.labels = find_labels(places, config.labels, config.num_classes, folders=False)
+        self.left_out = self._count_left_out(listings)
+        self._forget(listings)
+
+    def _list(self, number: int) -> Listing:
+        """The members of a tar, sorted out."""
+        path = self._shards[number]
+        members: dict[str, _Member] = {}
+        self._members.append(members)
+        members.update(_members(path))
+        entries = (Entry(name, member.size) for name, member in members.items())
+        listing = sort_out(entries, lambda entry: self.read(number, entry.name, FIRST_BYTES), keep_order=True)
+        listing.folders = sorted({e.name.partition("/")[0] for e in listing.images if "/" in e.name})
+        return listing
+
+    def _count_left_out(self, listings: Sequence[Listing]) -> LeftOut:
+        used: list[set[str]] = [set() for _ in listings]
+        for sample in self._samples:
+            used[sample.shard].update([sample.text] if sample.text else [])
+        for names, labels in zip(used, self.labels.used, strict=False):
+            names.update(labels)
+        total = LeftOut()
+        for listing, names in zip(listings, used, strict=True):
+            total.add(listing.left_out(names))
+        return total
+
+    def _forget(self, listings: Sequence[Listing]) -> None:
+        """Keep the places of what is read again."""
+        kept = [{entry.name for entry in listing.images} for listing in listings]
+        for sample in self._samples:
+            if sample.text is not None:
+                kept[sample.shard].add(sample.text)
+        for number, names in enumerate(kept):
+            self._members[number] = {name: self._members[number][name] for name in names}
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -77,28 +128,28 @@ class TarRecords:
     def name(self, index: int) -> str:
         """`shard.tar:KEY.jpg`."""
         sample = self._samples[index]
-        return f"{self._shards[sample.shard]}:{sample.key}.{sample.suffix}"
+        return f"{self._shards[sample.shard]}:{sample.name}"
 
     def __getitem__(self, index: int) -> Record:
         sample, name = self._samples[index], self.name(index)
         try:
-            data = self._read(sample.shard, sample.image)
-            text = _caption(self._read(sample.shard, sample.text), sample.text_suffix) if sample.text else ""
+            data = self.read(sample.shard, sample.name)
+            text = _caption(self.read(sample.shard, sample.text), sample.text) if sample.text else ""
         except OSError as error:
             raise UnreadableImage(name, f"cannot be opened ({error.strerror})") from error
-        return Record(data, int(self.labels[index]), name, text)
+        return Record(data, int(self.labels.values[index]), name, text)
 
-    def _label(self, index: int) -> int:
-        sample = self._samples[index]
-        if sample.label is None:
-            where = f"{self._shards[sample.shard]}: sample {sample.key!r}"
-            raise DataError(f"{where} has no .cls member, though others have; label all samples or none")
-        return sample.label
+    def identity(self) -> dict[str, Any]:
+        sizes = np.array([self._members[sample.shard][sample.name].size for sample in self._samples])
+        names = (sample.name for sample in self._samples)
+        return identity_of("webdataset", names, self.labels, sizes, lambda index: self[index].data)
 
-    def _read(self, shard: int, member: _Member) -> bytes:
+    def read(self, shard: int, name: str, most: int = -1) -> bytes:
+        """The content of a member, or its first bytes. Raises OSError, or KeyError for a member that is not there."""
+        member = self._members[shard][name]
         file = self._file(self._shards[shard])
         file.seek(member.offset)
-        return file.read(member.size)
+        return file.read(member.size if most < 0 else min(most, member.size))
 
     def _file(self, path: str) -> BinaryIO:
         if self._owner != os.getpid():  # a forked worker shares the position of its parent's files
@@ -113,42 +164,59 @@ class TarRecords:
         return {**self.__dict__, "_open": {}}
 
 
-def _index_shard(number: int, path: str) -> Iterator[_Sample]:
-    """The samples of one tar in the order of their first members."""
-    groups: dict[str, dict[str, _Member]] = {}
-    for name, member in _members(path):
-        folder, slash, file = name.rpartition("/")
-        stem, dot, suffix = file.partition(".")
-        if not stem or not dot:
-            continue  # hidden files, folders and files without an ending belong to no sample
-        group = groups.setdefault(folder + slash + stem, {})
-        if suffix.lower() in group:
-            raise DataError(f"{path}: {name!r} appears twice")
-        group[suffix.lower()] = member
-    with Path(path).open("rb") as binary:
-        for key, group in groups.items():
-            images = [suffix for suffix in group if suffix in _IMAGES]
-            if len(images) > 1:
-                raise DataError(f"{path}: sample {key!r} has several images (.{', .'.join(images)})")
-            if images:
-                text = next((suffix for suffix in _TEXTS if suffix in group), "")
-                label = _read_label(binary, group["cls"], f"{path}:{key}.cls") if "cls" in group else None
-                image = group[images[0]]
-                yield _Sample(number, key, images[0], image, label, group.get(text), text)
-
-
 def _members(path: str) -> Iterator[tuple[str, _Member]]:
+    """Files of a tar in order, where each begins and its size. A link is what it leads to in this tar: a file, or all
+    files of a folder; one that leads to nothing is an empty file.
+    """
     total = Path(path).stat().st_size
+    files: dict[str, _Member] = {}
+    order: list[tuple[str, str | None]] = []  # names, and what links lead to
     try:
         with tarfile.open(path, "r:") as tar:
             while (header := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
+                name = _relative(header.name)
                 if header.isfile():
                     if header.offset_data + header.size > total:
                         raise DataError(f"{path}: cut off within {header.name!r}; copy or download it again")
-                    yield header.name.removeprefix("./"), _Member(header.offset_data, header.size)
+                    if name in files and not is_hidden(name):
+                        raise DataError(f"{path}: {name!r} appears twice")
+                    files[name] = _Member(header.offset_data, header.size)
+                    order.append((name, None))
+                elif header.islnk():
+                    order.append((name, _relative(header.linkname)))
+                elif header.issym():
+                    order.append((name, _relative(posixpath.join(posixpath.dirname(name), header.linkname))))
     except tarfile.TarError as error:
         raise DataError(f"{path}: {_why_no_tar(path, error)}") from error
+    links = {name: target for name, target in order if target is not None}
+    ends = {name: _end(target, links) for name, target in links.items()}
+    files |= {name: files[end] for name, end in ends.items() if end in files}
+    for name, _ in order:
+        yield from [(name, files[name])] if name in files else _below(name, ends[name], files)
+
+
+def _relative(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _end(target: str, links: dict[str, str]) -> str:
+    """What a link to a link leads to; one in a circle leads to a link."""
+    for _ in range(len(links)):
+        if target not in links:
+            break
+        target = links[target]
+    return target
+
+
+def _below(name: str, folder: str, files: dict[str, _Member]) -> Iterator[tuple[str, _Member]]:
+    """The files of a folder, under the name of the link that leads there."""
+    if folder == "." or name.startswith(f"{folder}/"):  # a folder that the link is in
+        return
+    inside = [file for file in files if file.startswith(f"{folder}/")]
+    yield from ((name + file[len(folder) :], files[file]) for file in inside)
+    if not inside:
+        yield name, _Member(0, 0)
 
 
 def _why_no_tar(path: str, error: Exception) -> str:
@@ -165,18 +233,9 @@ def _why_no_tar(path: str, error: Exception) -> str:
     return f"not a readable tar file ({error})"
 
 
-def _read_label(file: BinaryIO, member: _Member, name: str) -> int:
-    file.seek(member.offset)
-    text = file.read(member.size).decode(errors="replace").strip()
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{name}: label is {text[:40]!r}; it must be a whole number") from None
-
-
-def _caption(data: bytes, suffix: str) -> str:
+def _caption(data: bytes, name: str) -> str:
     text = data.decode(errors="replace").strip()
-    if suffix != "json":
+    if not name.lower().endswith(".json"):
         return text
     try:
         values = json.loads(text)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imgtok.data.files import list_folder, numbered_images, stem_of, summary
 from imgtok.pictures import SUFFIXES, decode_image
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class SavedImages:
         """Raises FileNotFoundError or ValueError for a path that holds no images, or only a part of them."""
         self.path = path
         self._files: list[Path] = []
+        self._names: list[str] = []
         self._array: np.ndarray | None = None
         self.labels: Tensor | None = None
         if path.is_dir():
@@ -49,7 +51,7 @@ class SavedImages:
         """What a file is known by in another folder: its path in this one, without the ending; the index in an .npz."""
         if self._array is not None:
             return str(index)
-        return self._files[index].relative_to(self.path).with_suffix("").as_posix()
+        return stem_of(self._names[index])
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """uint8 (B, 3, H, W). Raises ValueError naming a file that cannot be read or has another size."""
@@ -71,19 +73,24 @@ class SavedImages:
     def _open_folder(self) -> None:
         record = self.path / RECORD
         if not record.exists():
-            self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            listing = list_folder(self.path)
+            self._names = [entry.name for entry in listing.images]
+            self._files = [self.path / name for name in self._names]
+            if self._files:
+                logger.info("%s: %s", self.path, summary(len(self._files), listing.left_out()))
             return
-        # Beside the numbered images the sampler leaves its overview grid, which is no sample.
-        self._files = sorted(p for p in self.path.glob("*.png") if p.stem.isdigit())
+        # Beside the numbered images older versions of the sampler left their overview grid, which is no sample.
+        numbered = numbered_images(self.path)
         recorded = json.loads(record.read_text(encoding="utf-8"))
         labels = recorded["labels"]
-        missing = sorted(set(range(len(labels))) - {int(p.stem) for p in self._files})
+        missing = [number for number in range(len(labels)) if number not in numbered]
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} of the {len(labels)} images of {RECORD} are missing, the first is "
                 f"{missing[0]:06d}.png; run the same `imgtok sample` again to finish them"
             )
-        self._files = self._files[: len(labels)]
+        self._files = [numbered[number] for number in range(len(labels))]
+        self._names = [path.name for path in self._files]
         from_classes = not recorded.get("request", {}).get("prompts") and min(labels, default=0) >= 0
         self.labels = torch.tensor(labels, dtype=torch.long) if from_classes else None
 

@@ -297,7 +297,7 @@ def test_files_without_rows_are_passed_over(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         opened(tmp_path)
     write(tmp_path / "1.parquet", {"image": [b"x"], "label": ["cat"]})
-    assert (read(opened(tmp_path)), opened(tmp_path).class_names) == ([b"x"], ("cat",))
+    assert (read(opened(tmp_path)), opened(tmp_path).labels.names) == ([b"x"], ("cat",))
 
 
 # Paths in files
@@ -335,14 +335,14 @@ def test_labels_that_are_names(tmp_path, labels):
     write(tmp_path / "a.parquet", {"image": rows(4), "label": labels})
     write(tmp_path / "b.parquet", {"image": rows(2), "label": labels[1:3]})
     records = opened(tmp_path)
-    assert records.class_names == ("cat", "dog", "eel")
+    assert records.labels.names == ("cat", "dog", "eel")
     assert [records[i].label for i in range(6)] == [1, 0, 2, 1, 0, 2]
 
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.uint16(), pa.int64(), pa.float64(), pa.bool_()])
 def test_labels_that_are_numbers(tmp_path, kind):
     records = opened(write(tmp_path / "a.parquet", {"image": rows(3), "label": pa.array([1, 0, 1]).cast(kind)}))
-    assert ([records[i].label for i in range(3)], records.num_classes) == ([1, 0, 1], 2)
+    assert ([records[i].label for i in range(3)], records.labels.num_classes) == ([1, 0, 1], 2)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_what_save_to_disk_wrote_is_read_where_it_lies(tmp_path):
 
     def labels(name: str, **options) -> list[int]:
         records = ArrowRecords(HubConfig(name=str(tmp_path / name), **options))
-        assert records.class_names == ("cat", "dog")
+        assert records.labels.names == ("cat", "dog")
         return [records[i].label for i in range(len(records))]
 
     assert labels("one") == labels("many", split="test") == [1, 0, 1, 0]

@@ -1,0 +1,90 @@
+"""Which files of a data set are to train on, and which it keeps apart itself.
+
+A field names the latter (`val_path`, or `val_split` on the Hub), or the layout does: folders `train/` and `val/`, or
+files `train-*` and `validation-*` in one folder. Without either, a share of the images is held out.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imgtok.data.arrow import HubConfig
+from imgtok.data.files import is_hidden, list_folder, suffix_of
+from imgtok.data.parquet import ParquetConfig
+from imgtok.data.sources import ImageFolderConfig
+from imgtok.data.tar import TarConfig
+
+FileConfig = ImageFolderConfig | ParquetConfig | TarConfig | HubConfig
+TRAIN = ("train", "training")
+HELD_OUT = ("val", "validation", "valid", "dev", "test")
+"""Names of parts, in lower case; of those for held-out images the first that is there counts."""
+SUFFIXES = {"parquet": (".parquet", ".parq", ".pq"), "webdataset": (".tar",)}
+
+
+class Parts(NamedTuple):
+    """A data set's parts, each a configuration of its own."""
+
+    train: FileConfig
+    held_out: FileConfig | None
+    """None where a share of the images is held out."""
+
+
+def parts_of(config: FileConfig) -> Parts:
+    """The parts of a data set, by what its configuration says and the folders and files that there are."""
+    if isinstance(config, HubConfig):
+        held_out = None if config.val_split is None else replace(config, split=config.val_split)
+        return Parts(config, held_out)
+    if config.val_path is not None:
+        own: Any = config  # each kind has a type of its own for paths
+        return Parts(config, replace(own, path=config.val_path))
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        return Parts(config, None)
+    folders = _by_part((entry.name for entry in os.scandir(root) if entry.is_dir()), _of_folder)
+    if "train" in folders:
+        found = {part: type(config.path)(root / names[0]) for part, names in folders.items()}
+        return _chosen(config, found)
+    if isinstance(config, ImageFolderConfig):
+        return Parts(config, None)
+    known = SUFFIXES[config.kind]
+    files = _by_part((name for name in list_folder(root).others if suffix_of(name) in known), _of_file)
+    if "train" not in files or len(files) == 1:
+        return Parts(config, None)
+    below = os.path.join(glob.escape(str(root)), "**")  # noqa: PTH118 - a pattern is no path
+    patterns = {part: f"{below}/{_word(names[0])}*{suffix_of(names[0])}" for part, names in files.items()}
+    return _chosen(config, patterns)
+
+
+def _chosen(config: Any, found: dict[str, Any]) -> Parts:
+    held_out = next((found[part] for part in HELD_OUT if part in found), None)
+    train = replace(config, path=found["train"])
+    return Parts(train, None if held_out is None else replace(config, path=held_out))
+
+
+def _by_part(names: Iterable[str], part_of: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        part = None if is_hidden(name) else part_of(name)
+        if part is not None:
+            found.setdefault("train" if part in TRAIN else part, []).append(name)
+    return found
+
+
+def _of_folder(name: str) -> str | None:
+    return name.lower() if name.lower() in (*TRAIN, *HELD_OUT) else None
+
+
+def _of_file(name: str) -> str | None:
+    return _word(name) if _word(name) in (*TRAIN, *HELD_OUT) else None
+
+
+def _word(name: str) -> str:
+    """`train` of `data/train-00000-of-00002.parquet`."""
+    match = re.match(r"[a-z]+(?=[-_.0-9])", name.rpartition("/")[2])
+    return match[0] if match is not None else ""

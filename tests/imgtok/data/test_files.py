@@ -1,0 +1,377 @@
+"""What counts as an image, in folders and tars, and where labels are found."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgtok.data import images as opening
+from imgtok.data.files import Entry, LeftOut, Listing, begins_like_an_image, list_folder, numbered_images, stem_of
+from imgtok.data.images import open_images, open_split, require_labels
+from imgtok.data.labels import DataError, as_numbers
+from imgtok.data.sources import FolderRecords, ImageFolderConfig, expand, spread
+from imgtok.data.tar import TarConfig, TarRecords
+from imgtok.metrics.saved_images import SavedImages
+
+
+def picture(value: int = 0, kind: str = "png", size: int = 8) -> bytes:
+    """An image of one grey value, by which a test recognises it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (value, value, value)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_tar(path: Path, members: dict[str, bytes | str]) -> Path:
+    """Text is what a link leads to."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                header.type, header.linkname = tarfile.SYMTYPE, data
+                tar.addfile(header)
+            else:
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def folder(path: Path, **options) -> FolderRecords:
+    return FolderRecords(ImageFolderConfig(path=path, **options))
+
+
+def tar(path: Path, **options) -> TarRecords:
+    return TarRecords(TarConfig(path=str(path), **options))
+
+
+def names(records) -> list[str]:
+    """Relative to the folder or the tar."""
+    root = getattr(records, "_root", None)
+    found = [records[index].name for index in range(len(records))]
+    return [os.path.relpath(name, root) if root else name.partition(":")[2] for name in found]
+
+
+# ---------------------------------------------------------------- what is an image
+
+
+def messy(root: Path) -> Path:
+    """Eight images in `cat`, four by a link in `dog`, and what is none."""
+    for i in range(4):
+        write(root / "set" / "cat" / f"{i}.png", picture(i))
+        write(root / "elsewhere" / f"{i}.png", picture(10 + i))
+    (root / "set" / "dog").symlink_to("../elsewhere")
+    (root / "set" / "cat" / "again").symlink_to("..")  # a loop
+    cat = root / "set" / "cat"
+    for name, kind in (("a.jfif", "jpeg"), ("b.avif", "avif"), ("bare", "png"), ("c.1", "bmp")):
+        write(cat / name, picture(20, kind))
+    write(cat / ".ipynb_checkpoints" / "0.png", picture())
+    write(cat / "._0.png", b"what macOS leaves")
+    write(root / "set" / "__MACOSX" / "cat" / "0.png", picture())
+    write(cat / "Thumbs.db", picture())
+    write(cat / "notes.txt", b"text")
+    write(cat / "word", b"BMP and P3 begin such words")
+    write(cat / "empty.png")
+    (cat / "gone.png").symlink_to("nowhere.png")
+    return root / "set"
+
+
+def test_the_same_files_are_images_to_training_and_scoring(tmp_path, caplog):
+    root = messy(tmp_path)
+    with caplog.at_level(logging.INFO):
+        records, saved = folder(root), SavedImages(root)
+    wanted = ["cat/" + n for n in ("0.png", "1.png", "2.png", "3.png", "a.jfif", "b.avif", "bare", "c.1")]
+    wanted += [f"dog/{i}.png" for i in range(4)]
+    assert names(records) == wanted
+    assert [saved.name(i) for i in range(len(saved))] == [stem_of(name) for name in wanted]
+    told = "4 hidden, 1 .txt, 1 without an ending, 2 unreadable (cat/empty.png, cat/gone.png)"
+    assert str(records.left_out) == told
+    assert f"kept 12 images; left out: {told}" in caplog.text
+
+
+def test_the_start_of_a_job_says_what_was_kept(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        open_images(ImageFolderConfig(path=messy(tmp_path)), 8, held_out_fraction=0.0)
+    assert "set: kept 12 images; left out: 4 hidden" in caplog.text
+    assert "; 2 classes (class folders: cat, dog)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "avif", "jpeg2000", "ppm", "qoi"])
+def test_first_bytes_of_what_is_read_here(kind):
+    assert begins_like_an_image(picture(3, kind)[:32])
+
+
+@pytest.mark.parametrize("text", [b"BMW sells cars in many", b"P3 is a test", b"RIFF....WAVEfmt", b"", b"MM", b"{}"])
+def test_first_bytes_of_other_files(text):
+    assert not begins_like_an_image(text)
+
+
+def test_folders_that_link_to_each_other_end(tmp_path):
+    write(tmp_path / "a" / "1.png", picture())
+    write(tmp_path / "b" / "2.png", picture())
+    (tmp_path / "a" / "x").symlink_to("../b")
+    (tmp_path / "b" / "y").symlink_to("../a")
+    found = [entry.name for entry in list_folder(tmp_path).images]
+    assert found == ["a/1.png", "a/x/2.png", "b/2.png", "b/y/1.png"]
+
+
+def test_counts_in_words():
+    left_out = Listing(others={"a.txt": Entry("a.txt", 1), "b.heic": Entry("b.heic", 1)}).left_out(["a.txt"])
+    left_out.add(LeftOut(unreadable=["1.png", "2.png", "3.png", "4.png"]))
+    assert str(left_out) == "1 .heic, 4 unreadable (1.png, 2.png, 3.png, ...)"
+
+
+def test_samples_are_numbered_images_that_are_not_empty(tmp_path):
+    for name in ("000000.png", "grid.png", "._000001.png", "000003.jpg"):
+        write(tmp_path / name, picture())
+    write(tmp_path / "000001.png")
+    assert list(numbered_images(tmp_path)) == [0]
+    assert numbered_images(tmp_path / "none") == {}
+
+
+# ---------------------------------------------------------------- tars
+
+
+def test_keys_with_dots_are_images_of_their_own(tmp_path):
+    members = {
+        "photo_v1.0.jpg": picture(0, "jpeg"),
+        "photo_v1.0.cls": b"4",
+        "photo_v1.1.jpg": picture(1, "jpeg"),
+        "photo_v1.1.cls": b"2",
+        "photo_v1.1.txt": b"a caption",
+        "22.01.bmp": picture(2, "bmp"),
+        "22.cls": b"1",
+        "._22.01.bmp": b"hidden",
+    }
+    records = tar(write_tar(tmp_path / "x.tar", members))
+    assert names(records) == ["photo_v1.0.jpg", "photo_v1.1.jpg", "22.01.bmp"]
+    assert records.labels.values.tolist() == [4, 2, 1]
+    assert [records[i].text for i in range(3)] == ["", "a caption", ""]
+    assert str(records.left_out) == "1 hidden"
+
+
+def test_images_of_one_key_share_its_label_unless_another_image_has_it(tmp_path):
+    members = {"a.left.png": picture(0), "a.right.png": picture(1), "a.cls": b"3"}
+    assert tar(write_tar(tmp_path / "x.tar", members)).labels.values.tolist() == [3, 3]
+    with pytest.raises(DataError, match=r"a\.left\.png: no label in KEY.cls"):
+        tar(write_tar(tmp_path / "y.tar", members | {"a.png": picture(2)}))
+
+
+def test_links_in_tars_lead_to_files_and_folders(tmp_path):
+    members = {
+        "a/1.png": picture(1),
+        "a/link.png": "1.png",
+        "b": "a",
+        "a/up": "..",
+        "a/gone.png": "nothing.png",
+        "c.png": "d.png",
+        "d.png": "c.png",
+    }
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path, "a") as archive:  # a second name of one file, as tar keeps it
+        header = tarfile.TarInfo("twice.png")
+        header.type, header.linkname = tarfile.LNKTYPE, "a/1.png"
+        archive.addfile(header)
+    records = tar(path)
+    assert names(records) == ["a/1.png", "a/link.png", "b/1.png", "b/link.png", "twice.png"]
+    assert {records[i].data for i in range(5)} == {picture(1)}
+    assert records.left_out.unreadable == ["a/gone.png", "c.png", "d.png"]
+
+
+def test_a_folder_of_tars_and_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for i in (1, 0):
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        write_tar(tmp_path / "tars" / f"{i}.tar", {"a.png": picture(i)})
+    records = TarRecords(TarConfig(path="~/tars"))
+    assert [records[i].data for i in range(2)] == [picture(0), picture(1)]
+    assert expand("~/tars/*.tar") == [str(tmp_path / "tars" / f"{i}.tar") for i in range(2)]
+    write(tmp_path / "c" / "1.png", picture())
+    assert len(folder(Path("~"), labels="none")) == 1
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_the_ways_of_labels(tmp_path):
+    for i in range(4):
+        write(tmp_path / "store" / f"{i}.png", picture(i))
+        write(tmp_path / "store" / f"{i}.json", json.dumps({"kind": {"of": "dog" if i % 2 else "cat"}}).encode())
+    assert folder(tmp_path).labels.names == ("store",)  # nothing else is there
+    by_field = folder(tmp_path, labels="json.kind.of")
+    assert (by_field.labels.values.tolist(), by_field.labels.names) == ([0, 1, 0, 1], ("cat", "dog"))
+    assert str(by_field.left_out) == ""
+    write(tmp_path / "labels.csv", b"file_name,label\n" + b"".join(b"store/%d.png,%d\n" % (i, 3 - i) for i in range(4)))
+    assert "labels.csv" in folder(tmp_path).labels.missing  # not the storage folder as class 0
+    assert folder(tmp_path, labels="labels.csv").labels.values.tolist() == [3, 2, 1, 0]
+    edm = {"labels": [[f"store/{i}.png", i % 3] for i in range(4)]}
+    write(tmp_path / "dataset.json", json.dumps(edm).encode())
+    assert folder(tmp_path).labels.values.tolist() == [0, 1, 2, 0]
+    for i in range(4):
+        write(tmp_path / "store" / f"{i}.cls", b"7")
+    assert folder(tmp_path, labels="cls").labels.values.tolist() == [7] * 4
+    assert folder(tmp_path, labels="none").labels.num_classes == 0
+    assert folder(tmp_path, labels="folders").labels.values.tolist() == [0] * 4
+
+
+def test_labels_that_are_not_understood_are_never_class_0(tmp_path):
+    for i in range(2):
+        write(tmp_path / "0" / f"{i}.png", picture(i))
+    write(tmp_path / "dataset.json", b'{"labels": null}')
+    assert folder(tmp_path).labels.num_classes == 0
+    for text in (b'{"classes": {}}', b"[", b'{"labels": [[1, 2, 3]]}'):
+        write(tmp_path / "dataset.json", text)
+        with pytest.raises(DataError, match=r"dataset\.json: labels that are not understood.*data\.labels=none"):
+            folder(tmp_path)
+    write(tmp_path / "dataset.json", b'{"labels": [["0/0.png", 1]]}')
+    with pytest.raises(DataError, match=r"0/1\.png: no label in dataset\.json, though others have"):
+        folder(tmp_path)
+    with pytest.raises(DataError, match=r"given 'klass'; it can be auto, none"):
+        folder(tmp_path, labels="klass")
+    with pytest.raises(DataError, match=r"no such file of labels"):
+        folder(tmp_path, labels="other.csv")
+
+
+def test_jobs_that_keep_labels_refuse_data_without(tmp_path):
+    write(tmp_path / "a.png", picture())
+    source = open_images(ImageFolderConfig(path=tmp_path), 8, held_out_fraction=0.0)
+    with pytest.raises(DataError, match=r"the cache keeps labels, .* lie in no class folders.*dataset\.json.*=none"):
+        require_labels(source, "the cache")
+    require_labels(open_images(ImageFolderConfig(path=tmp_path, labels="none"), 8, held_out_fraction=0.0), "the cache")
+
+
+def test_nested_folders_are_not_silently_classes(tmp_path):
+    for name in ("super0/a/1.png", "super0/b/1.png", "super1/c/1.png"):
+        write(tmp_path / name, picture())
+    found = folder(tmp_path).labels
+    assert found.num_classes == 0
+    assert "data.labels=folders takes the 2 upper folders" in found.missing
+    assert folder(tmp_path, labels="folders").labels.names == ("super0", "super1")
+    assert folder(tmp_path, labels="subfolders").labels.names == ("super0/a", "super0/b", "super1/c")
+
+
+def test_a_folder_of_images_in_each_class_is_no_class(tmp_path):
+    for name in ("ant/images/1.png", "bee/images/1.png"):
+        write(tmp_path / name, picture())
+    assert folder(tmp_path).labels.names == ("ant", "bee")
+
+
+def test_numeric_class_folders_are_in_the_order_of_text_and_say_so_once(tmp_path, caplog):
+    for name in ("0", "1", "2", "10"):
+        write(tmp_path / name / "1.png", picture())
+    with caplog.at_level(logging.INFO):
+        labels = folder(tmp_path).labels
+        assert folder(tmp_path).labels.names == labels.names
+    assert labels.names == ("0", "1", "10", "2")
+    assert caplog.text.count("folder 10 is class 2") == 1
+
+
+def test_text_labels_become_classes_and_a_mixture_is_named():
+    numbers, found = as_numbers(["dog", "cat", "dog"], str, "x")
+    assert (numbers.tolist(), found) == ([1, 0, 1], ("cat", "dog"))
+    assert as_numbers(["10", "2"], str, "x")[0].tolist() == [10, 2]
+    assert as_numbers([True, 2.0], str, "x")[0].tolist() == [1, 2]
+    for values in (["a", 1], [1, "a"], [0, [1]], [0.5], [None, 1]):
+        with pytest.raises(DataError, match="labels must be whole numbers or text"):
+            as_numbers(values, str, "x")
+
+
+def test_tars_take_folders_as_classes_when_asked(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"cat/1.png": picture(), "dog/1.png": picture()})
+    assert "data.labels=folders takes the 2 folders" in tar(path).labels.missing
+    assert tar(path, labels="folders").labels.names == ("cat", "dog")
+
+
+# ---------------------------------------------------------------- parts, and fewer images
+
+
+def test_train_and_val_folders_are_the_parts(tmp_path, caplog):
+    for i in range(4):
+        for kind in ("ant", "bee", "cow"):
+            write(tmp_path / "train" / kind / f"{i}.png", picture(i))
+    write(tmp_path / "val" / "cow" / "1.png", picture(9))
+    with caplog.at_level(logging.INFO):
+        train, shown = open_split(ImageFolderConfig(path=tmp_path), 8, flip=False, crop="center", held_out=0.1)
+    assert (len(train), len(shown)) == (12, 1)
+    assert shown.batch([0]).labels.tolist() == [2]  # a class has the number that it has in training
+    assert shown.class_names == train.class_names == ("ant", "bee", "cow")
+    assert f"held-out images: those of {tmp_path / 'val'}" in caplog.text
+    write(tmp_path / "val" / "dodo" / "1.png", picture(9))
+    with pytest.raises(DataError, match="class 'dodo' is none of the 3 classes"):
+        open_images(ImageFolderConfig(path=tmp_path), 8, split="held_out")
+    elsewhere = ImageFolderConfig(path=tmp_path / "train", val_path=tmp_path / "train" / "ant", labels="none")
+    assert len(open_images(elsewhere, 8, split="held_out")) == 4
+    assert len(open_images(elsewhere, 8)) == 12
+
+
+def test_files_of_a_folder_are_parts_by_their_names(tmp_path):
+    for name, count in (("train-000", 2), ("train-001", 2), ("val-000", 1)):
+        write_tar(tmp_path / f"{name}.tar", {f"{i}.png": picture(i) for i in range(count)})
+    config = TarConfig(path=str(tmp_path))
+    assert len(open_images(config, 8)) == 4
+    assert len(open_images(config, 8, split="held_out")) == 1
+
+
+def test_few_images_have_one_that_is_held_out(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.png", picture(i))
+    config = ImageFolderConfig(path=tmp_path)
+    assert [len(open_images(config, 8, split=part)) for part in ("train", "held_out")] == [2, 1]
+
+
+def test_num_takes_images_from_all_over_the_set(tmp_path, caplog):
+    for kind in "abcd":
+        for i in range(5):
+            write(tmp_path / kind / f"{i}.png", picture(i))
+    with caplog.at_level(logging.INFO):
+        source = open_images(ImageFolderConfig(path=tmp_path, num=8), 8, held_out_fraction=0.0)
+    assert source.batch(range(8)).labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert "8 of 20 images, from all classes alike" in caplog.text
+    flat = open_images(ImageFolderConfig(path=tmp_path, num=8, labels="none"), 8, held_out_fraction=0.0)
+    assert len(flat) == 8
+    assert len(open_images(ImageFolderConfig(path=tmp_path, num=99), 8, held_out_fraction=0.0)) == 20
+
+
+@pytest.mark.parametrize("labels", [np.arange(256) // 4, np.arange(256) % 64])
+def test_spread_meets_all_classes_in_any_order(labels):
+    chosen = spread(256, 64, labels)
+    assert sorted(labels[chosen]) == list(range(64))
+    assert len(set(labels[spread(256, 64)])) > 32  # it knows no labels
+    assert np.array_equal(spread(7, 7), np.arange(7))
+    with pytest.raises(ValueError, match="at most all"):
+        spread(3, 4)
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_identity_knows_content_and_not_the_place(tmp_path):
+    def made(root: Path, last: bytes = b"") -> dict:
+        for i in range(3):
+            write(root / "ant" / f"{i}.png", picture(i))
+        write(root / "bee" / "1.png", last or picture(7))
+        return folder(root).identity()
+
+    first = made(tmp_path / "a")
+    assert first == made(tmp_path / "b")
+    changed = {key for key, value in made(tmp_path / "c", picture(8)).items() if value != first[key]}
+    assert changed == {"content"}
+    (tmp_path / "b" / "bee").rename(tmp_path / "b" / "cow")
+    changed = {key for key, value in folder(tmp_path / "b").identity().items() if value != first[key]}
+    assert changed == {"names", "labels"}
+    packed = {f"{kind}/{i}.png": picture(i) for kind in "ab" for i in range(2)}
+    one, two = (tar(write_tar(tmp_path / f"{name}.tar", packed)) for name in "xy")
+    assert one.identity() == two.identity()
+    assert json.loads(opening.open_images(TarConfig(path=str(tmp_path / "x.tar"), num=2), 8).identity)["num"] == 2
