@@ -41,6 +41,8 @@ class FromClass:
     kind: str
     num_classes: Annotated[PositiveInt, FROM_DATA] = 1000
     """Classes; training fills it in from the cache of tokens or latents."""
+    classes: Annotated[tuple[str, ...], FROM_DATA] = ()
+    """Names of the classes in order, where they have any; training fills them in from the cache."""
     drop: Fraction = 0.1
     """Share of training samples whose class is replaced by none."""
 
@@ -50,6 +52,11 @@ class FromClass:
 
     def __post_init__(self) -> None:
         check(self)
+        if len(self.classes) > self.num_classes:
+            raise ValueError(
+                f"classes: {len(self.classes)} names, such as {self.classes[0]!r}, for num_classes = "
+                f"{self.num_classes}; give as many, or none with classes=[]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,11 @@ class ConditionConfig:
     def num_classes(self) -> int:
         """Classes that it draws for; 0 where captions are the condition."""
         return self.condition.num_classes if isinstance(self.condition, FromClass) else 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of its classes in order; () where they have none."""
+        return self.condition.classes if isinstance(self.condition, FromClass) else ()
 
     def with_condition(self, **fields: Any) -> Self:
         """The same with other values in fields of `condition`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
+
+logger = logging.getLogger(__name__)
 
 ROWS = 16
 """Images that a CPU computes at once."""
@@ -82,7 +85,7 @@ Drawn = Tokens | Tensor
 """What a generator draws: tokens, or latents (B, C, G, G)."""
 Subject = int | str
 """What one image is drawn for: a class, -1 for none, or a prompt."""
-Asked = Subject | Sequence[int] | Sequence[str] | None
+Asked = Subject | Sequence[int | str] | None
 """What images are asked for in the first place of a call: classes, or words in place of `prompts`."""
 
 
@@ -230,6 +233,18 @@ class Pipeline:
         return self.generator.config.num_classes
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in order, as the training data had them; () where they had none."""
+        return self.generator.config.class_names
+
+    def class_numbers(self, classes: Sequence[int | str]) -> list[int]:
+        """Classes by number (-1 for none) or by name -> by number.
+
+        Raises ValueError for a name or a number that the model does not have.
+        """
+        return class_numbers(classes, self.num_classes, self.class_names)
+
+    @property
     def image_size(self) -> int:
         """Pixels a side."""
         config: Any = self.generator.config
@@ -265,8 +280,8 @@ class Pipeline:
         control: Control | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Images of classes (-1 for none) or, from a generator that reads text, of prompts ("" for none), which may
-        also stand in the first place: `pipe("a red circle")`.
+        """Images of classes, by number (-1 for none) or by name (`pipe.class_names`), or, from a generator that reads
+        text, of prompts ("" for none), which may also stand in the first place: `pipe("a red circle")`.
 
         num_per_condition: images of each, which follow one another.
         seed, indices: image k has the noise and draws of (seed, indices[k]); indices count from 0 unless given.
@@ -511,7 +526,7 @@ class Pipeline:
         indices: Sequence[int] | None,
     ) -> tuple[list[Subject], Sequence[int]]:
         """What each image is drawn for, and its index."""
-        if prompts is None and are_words(classes):
+        if self.reads_text and prompts is None and are_words(classes):
             classes, prompts = None, cast(str | Sequence[str], classes)
         given, other, wanted = (prompts, classes, "prompts") if self.reads_text else (classes, prompts, "classes")
         if given is None or other is not None:
@@ -519,8 +534,7 @@ class Pipeline:
             raise ValueError(f"this generator draws {kind}: give {wanted}=..., and nothing else to draw for")
         listed: list[Subject] = [given] if isinstance(given, int | str) else list(given)
         if not self.reads_text:
-            listed = [int(label) for label in listed]
-            check_classes(cast(Sequence[int], listed), self.num_classes)
+            listed = list(self.class_numbers([label if isinstance(label, str) else int(label) for label in listed]))
         if not listed or num_per_condition < 1:
             raise ValueError(f"nothing to draw: {len(listed)} {wanted}, num_per_condition={num_per_condition}")
         subjects = [subject for subject in listed for _ in range(num_per_condition)]
@@ -689,6 +703,32 @@ def check_indices(indices: Sequence[int] | None, count: int) -> Sequence[int]:
     if indices is not None and len(indices) != count:
         raise ValueError(f"indices: {len(indices)} numbers for {count} images")
     return range(count) if indices is None else list(indices)
+
+
+def class_numbers(classes: Sequence[int | str], num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Classes by number (-1 for none) or by name -> by number. Raises ValueError for one that the model has not."""
+    index = {name: number for number, name in enumerate(names)}
+    for label in classes:
+        if isinstance(label, str) and label not in index:
+            close = difflib.get_close_matches(label, names, n=3)
+            hint = f"did you mean {', '.join(map(repr, close))}?" if close else "it has " + some_of(names)
+            hint = hint if names else "its training data had none; give numbers"
+            raise ValueError(f"classes: no class of this model is called {label!r}; {hint}")
+        if not isinstance(label, str) and index.get(str(label), label) != label:
+            logger.warning(
+                "classes: %d is the class of that number; that which is called '%d' is number %d",
+                label,
+                label,
+                index[str(label)],
+            )
+    numbers = [index[label] if isinstance(label, str) else label for label in classes]
+    check_classes(numbers, num_classes)
+    return numbers
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, in words."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def check_classes(classes: Sequence[int], num_classes: int, *, unlabelled: bool = True) -> None:

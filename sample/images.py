@@ -54,8 +54,8 @@ class Config:
     num: PositiveInt = 64
     """Images to draw; image i is of class classes[i % number of classes], or of prompt i % number of prompts, unless
     `order` says otherwise."""
-    classes: tuple[int, ...] = ()
-    """Classes to draw, -1 for no class; empty draws all in turn."""
+    classes: tuple[int | str, ...] = ()
+    """Classes to draw, by number or by name, -1 for no class; empty draws all in turn."""
     prompts: str | None = None
     """For a generator that reads text: a text file (.txt) with a prompt a line, or one prompt."""
     text_encoder: str | None = None
@@ -137,6 +137,8 @@ class Plan:
     """Empty for a generator that draws classes."""
     sampling: Any
     decoding: Any
+    classes: tuple[int, ...] = ()
+    """Those that were asked for, by number."""
 
     @classmethod
     def make(cls, config: Config, pipe: Pipeline) -> Plan:
@@ -147,23 +149,24 @@ class Plan:
         prompts = [] if config.prompts is None else read_prompts(config.prompts)
         if prompts:
             pipe.encoder()  # which says so if this generator does not read text
-        labels = plan_labels(config, len(prompts) or num_labels(pipe))
-        return cls(labels, prompts, sampling, decoding)
+        numbers = tuple(pipe.class_numbers(config.classes)) if not pipe.reads_text else ()
+        labels = plan_labels(config, len(prompts) or num_labels(pipe), numbers)
+        return cls(labels, prompts, sampling, decoding, numbers)
 
     def subjects(self, indices: Sequence[int]) -> list[Subject]:
         """Classes or prompts of some of the images."""
         return [self.prompts[self.labels[index]] if self.prompts else self.labels[index] for index in indices]
 
 
-def plan_labels(config: Config, num_classes: int) -> list[int]:
+def plan_labels(config: Config, num_classes: int, classes: Sequence[int]) -> list[int]:
     """The label of every index, in the order that is asked for. Raises ValueError for a class outside the model's."""
     if config.prompts is not None and config.classes:
         raise ValueError("classes: a generator that reads text has none; leave classes out, or prompts")
     if config.order == "by_class":
         assert config.per_class is not None, "see Config"
-        return labels_by_class(config.classes, config.per_class, num_classes, unlabelled=True)
-    count = config.per_class * (len(config.classes) or num_classes) if config.per_class else config.num
-    return labels_in_turn(config.classes, count, num_classes, unlabelled=True)
+        return labels_by_class(classes, config.per_class, num_classes, unlabelled=True)
+    count = config.per_class * (len(classes) or num_classes) if config.per_class else config.num
+    return labels_in_turn(classes, count, num_classes, unlabelled=True)
 
 
 def read_prompts(prompts: str) -> list[str]:
@@ -211,6 +214,7 @@ def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, An
     if config.order == "by_class":
         request["per_class"] = config.per_class
     return request | {
+        "classes": list(plan.classes),
         "prompts": plan.prompts,
         "sampling": to_dict(plan.sampling),
         "decoding": to_dict(plan.decoding),

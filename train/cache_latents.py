@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -16,14 +15,15 @@ from tqdm import tqdm
 
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check, to_dict
-from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.images import DataConfig, ImageSource, open_images, require_labels
 from imgtok.data.latents import LatentCacheInfo, LatentShardWriter
 from imgtok.data.loaders import UnreadableImages, eval_loader
+from imgtok.data.shards import as_begun
 from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
-from imgtok.train.shards import write_missing
+from imgtok.train.shards import say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,10 @@ def main(config: Config) -> None:
             f"vae={config.vae}"
         )
     source = open_images(config.data, config.image_size, split=config.split, held_out_fraction=config.held_out)
+    require_labels(source, "a cache of latents")
     info = LatentCacheInfo(
         fingerprint=vae.fingerprint(),
-        dataset=json.dumps(to_dict(config.data), sort_keys=True),
+        dataset=source.identity,
         split=config.split,
         num_images=len(source),
         shard_size=config.shard_size,
@@ -97,15 +98,17 @@ def main(config: Config) -> None:
         grid=config.image_size // vae.config.factor,
         scaling_factor=vae.config.scaling_factor,
         num_classes=source.num_classes,
+        class_names=source.class_names,
         mirrored=config.mirrored,
         dtype=config.dtype,
     )
     vae.to(state.device)
+    info = as_begun(config.out, info, to_dict(config.data))
     writer = LatentShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     unreadable = UnreadableImages(len(source))
     write = functools.partial(write_shard, config, vae, source, writer, unreadable)
     write_missing(writer, state, write, command="cache latents")
-    logger.info("latents of %d images in %s", len(source), config.out)
+    say_what_is_there(config.out, info, state)
 
 
 @torch.no_grad()

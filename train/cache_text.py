@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 from dataclasses import dataclass, replace
@@ -17,12 +16,13 @@ from imgtok.cli import run_job
 from imgtok.config import PositiveInt, Range, check, to_dict
 from imgtok.data.captions import DTYPES, CaptionCacheInfo, CaptionShardWriter
 from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.shards import as_begun
 from imgtok.data.sources import DataError
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder, find_encoder
-from imgtok.train.shards import write_missing
+from imgtok.train.shards import say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     encoder = TextEncoder.load(config.encoder, max_length=config.max_length, device=state.device)
     info = CaptionCacheInfo(
         fingerprint=encoder.fingerprint(),
-        dataset=json.dumps(to_dict(config.data), sort_keys=True),
+        dataset=source.identity,
         split=config.split,
         num_images=len(source),
         shard_size=config.shard_size,
@@ -83,10 +83,11 @@ def main(config: Config) -> None:
         dtype=config.dtype,
     )
     empty = encoder.encode([""])[0].features[0].cpu()
+    info = as_begun(config.out, info, to_dict(config.data))
     writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)
     write = functools.partial(write_shard, config, encoder, source, writer)
     write_missing(writer, state, write, command="cache text", unit="caption")
-    logger.info("text features of %d images in %s", len(source), config.out)
+    say_what_is_there(config.out, info, state)
 
 
 def write_shard(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -16,15 +15,16 @@ from tqdm import tqdm
 
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
-from imgtok.data.images import DataConfig, ImageSource, Views, open_images
+from imgtok.data.images import DataConfig, ImageSource, Views, open_images, require_labels
 from imgtok.data.loaders import UnreadableImages, eval_loader
+from imgtok.data.shards import as_begun
 from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter
 from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
-from imgtok.train.shards import write_missing
+from imgtok.train.shards import say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +103,14 @@ def main(config: Config) -> None:
     found = resolve(config.tokenizer, expect=Tokenizer)
     tokenizer = load(found).to(state.device)
     source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
+    require_labels(source, "a cache of tokens")
     views = config.views
     rate = None if config.rate is None else Rate.parse(config.rate)
     if rate is not None:
         tokenizer.check_rate(rate)
     info = TokenCacheInfo(
         fingerprint=found.fingerprint(),
-        dataset=json.dumps(to_dict(config.data), sort_keys=True),
+        dataset=source.identity,
         split=config.split,
         image_size=tokenizer.image_size,
         vocab_size=tokenizer.vocab_size,
@@ -118,6 +119,7 @@ def main(config: Config) -> None:
         num_slots=tokenizer.num_slots,
         rate=None if rate is None else str(rate),
         num_classes=source.num_classes,
+        class_names=source.class_names,
         num_images=len(source),
         shard_size=config.shard_size,
         crops=views.crops,
@@ -126,11 +128,12 @@ def main(config: Config) -> None:
         mirrored=views.mirrored,
         crop_seed=views.seed,
     )
+    info = as_begun(config.out, info, to_dict(config.data))
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     unreadable = UnreadableImages(len(source))
     write = functools.partial(write_shard, config, tokenizer, rate, source, writer, unreadable)
     write_missing(writer, state, write, command="cache")
-    logger.info("tokens of %d images, %d crop(s) each, in %s", len(source), views.count, config.out)
+    say_what_is_there(config.out, info, state, f"{views.count} crop(s) each")
 
 
 def write_shard(

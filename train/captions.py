@@ -38,10 +38,13 @@ def digest_with(digest: str, captions: CaptionDataset | None) -> str:
     return digest if captions is None else f"{digest}-{captions.info.digest}"
 
 
-def condition_facts(num_classes: int, captions: CaptionDataset | None) -> dict[str, Any]:
+def condition_facts(
+    num_classes: int, captions: CaptionDataset | None, class_names: Sequence[str] = ()
+) -> dict[str, Any]:
     """What classes or captions decide of a generator's configuration, for `imgtok.sections.Section.over`."""
     if captions is None:
-        return {"condition.num_classes": max(num_classes, 1)}
+        names = {"condition.classes": tuple(class_names)} if class_names else {}
+        return {"condition.num_classes": max(num_classes, 1)} | names
     return {
         "condition.text_width": captions.info.width,
         "condition.text_length": captions.info.max_length,

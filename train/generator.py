@@ -138,7 +138,7 @@ def facts_of(
     config: Config, content: Content, captions: CaptionDataset | None, model_class: type[ConditionalGenerator]
 ) -> dict[str, Any]:
     """What content and captions decide of the model's configuration."""
-    facts = content.facts | condition_facts(content.num_classes, captions)
+    facts = content.facts | condition_facts(content.num_classes, captions, content.class_names)
     fields, kind = model_class.config_class.__dataclass_fields__, model_class.config_class.kind
     for name in sorted(content.needed):
         if name.partition(".")[0] not in fields:

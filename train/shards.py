@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
-from imgtok.data.shards import CacheInfo
+from imgtok.data.shards import CacheInfo, images_in
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -40,3 +41,13 @@ def write_missing(
         for shard in shards:
             write(shard, progress)
     state.wait_for_everyone()
+
+
+def say_what_is_there(folder: Path, info: CacheInfo, state: PartialState, what: str = "") -> None:
+    """One line in the log: of how many images the cache is, and how many could not be read."""
+    if not state.is_main_process:
+        return
+    count = images_in(folder, info)
+    lost = info.num_images - count
+    skipped = f" ({lost} of {info.num_images} could not be read)" if lost else ""
+    logger.info("%ss of %d images%s%s, in %s", info.PREFIX, count, skipped, f", {what}" if what else "", folder)

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from imgtok.data.latents import LatentDataset
-from imgtok.data.shards import CacheInfo, PendingShards, open_cache
+from imgtok.data.shards import CacheInfo, PendingShards, open_cache, same_images
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
 from imgtok.files import replacing
@@ -147,6 +147,7 @@ class CaptionDataset:
             f"{name} {getattr(self.info, name)!r}, not {getattr(info, name)!r}"
             for name in ("dataset", "split", "num_images")
             if getattr(self.info, name) != getattr(info, name)
+            and not (name == "dataset" and same_images(self.info.dataset, info.dataset))
         ]
         if different:
             remedy = f"run `imgtok cache text` with the data, split and held_out of `{info.COMMAND}`"

@@ -66,6 +66,11 @@ class Content(ABC):
         """Labels lie in [0, num_classes); 0 for data without labels."""
         return self.cache.num_classes
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the classes in order; () where they have none."""
+        return self.cache.class_names
+
 
 class TokenContent(Content):
     """Tokens of a tokenizer. Raises DataError for those of another one, else as `TokenDataset` and `load`."""

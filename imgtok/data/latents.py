@@ -55,6 +55,8 @@ class LatentCacheInfo(CacheInfo):
     """The factor of the autoencoder; the stored moments are not multiplied by it."""
     num_classes: int
     """Labels lie in [0, num_classes); 0 for data without labels."""
+    class_names: tuple[str, ...] = ()
+    """Of the classes in order, where they have names."""
     mirrored: bool
     """Whether the moments of the mirrored images are there too."""
     dtype: str
@@ -150,6 +152,8 @@ class Latents(ABC):
     latent_channels: int
     grid: int
     num_classes: int
+    class_names: tuple[str, ...]
+    """Of the classes in order, where they have names."""
     scaling_factor: float
     mirrored: bool
     labels: Tensor
@@ -205,6 +209,7 @@ class LatentDataset(Latents):
         info: LatentCacheInfo = self.info
         self.latent_channels, self.grid, self.mirrored = info.latent_channels, info.grid, info.mirrored
         self.num_classes, self.scaling_factor, self.digest = info.num_classes, info.scaling_factor, info.digest
+        self.class_names = info.class_names
         columns = [_read_columns(path, info) for path in self._paths]
         labels, indices = (torch.cat([column[part] for column in columns]) for part in (0, 1))
         self.labels, self.indices = labels.long(), indices
@@ -272,7 +277,7 @@ class MARLatents(Latents):
         empty = [name for name, group in zip(classes, files, strict=True) if not group]
         if empty:
             raise DataError(f"{folder / empty[0]}: a class folder without .npz files; remove it or fill it")
-        self.num_classes = len(classes)
+        self.num_classes, self.class_names = len(classes), tuple(classes)
         self.labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(g) for g in files]))
         self.indices = torch.arange(len(self._paths))
         self._shape: tuple[int, ...] = ()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -33,7 +33,7 @@ class CacheInfo:
     fingerprint: str
     """The fingerprint of the model that made it."""
     dataset: str
-    """The data set in words or as configuration text."""
+    """The data set, as `ImageSource.identity` has it; in older caches its configuration as text."""
     split: str
     """Part of the data set."""
     num_images: int
@@ -44,7 +44,10 @@ class CacheInfo:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with the model, the data set or any other field."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        told = asdict(self)
+        if not told.get("class_names", True):
+            del told["class_names"]  # as the digest of caches was that knew of none
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def num_shards(self) -> int:
@@ -71,15 +74,21 @@ class CacheInfo:
                 data = json.loads((file.metadata() or {})["imgtok"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise cls.damaged(path, error) from error
-        if data.get("format") != cls.FORMAT or set(data) != {field.name for field in fields(cls)}:
+        known = {field.name for field in fields(cls)}
+        if data.get("format") != cls.FORMAT or set(data) - known or known - set(data) - {"class_names"}:
             version = f"{cls.PREFIX} cache of format {data.get('format')}, this version reads format {cls.FORMAT}"
             raise DataError(f"{path}: {version}")
+        if "class_names" in data:
+            data["class_names"] = tuple(data["class_names"])
         return cls(**data)
 
     @classmethod
     def damaged(cls, path: Path, error: Exception) -> DataError:
         what = f"not a whole {cls.PREFIX} shard ({error})"
         return DataError(f"{path}: {what}; delete it and run `{cls.COMMAND}` again")
+
+
+Info = TypeVar("Info", bound=CacheInfo)
 
 
 def open_cache(folder: Path, kind: type[CacheInfo]) -> tuple[Any, list[Path]]:
@@ -103,6 +112,55 @@ def open_cache(folder: Path, kind: type[CacheInfo]) -> tuple[Any, list[Path]]:
     return info, paths
 
 
+def as_begun(folder: Path, info: Info, config: Mapping[str, Any]) -> Info:
+    """The description that a cache of this data is continued with: an older one has the text of the data's
+    configuration, `config`, and no names of classes.
+    """
+    first = next(iter(sorted(folder.glob(f"{info.PREFIX}s-*.safetensors"))), None)
+    if first is None:
+        return info
+    begun = info.read(first)
+    try:
+        told = json.loads(begun.dataset)
+    except ValueError:
+        return info
+    # an older text lacks the fields that were added since, which then have to be at their defaults
+    if not isinstance(told, dict) or {**told, **{n: v for n, v in config.items() if n not in told}} != dict(config):
+        return info
+    if any(config[name] not in (None, "auto") for name in config.keys() - told.keys()):
+        return info
+    names = {"class_names": begun.class_names} if hasattr(begun, "class_names") else {}
+    return replace(info, dataset=begun.dataset, **names)
+
+
+def same_images(first: str, second: str) -> bool:
+    """Whether two caches' `dataset` are of the same images; labels may differ, and an older text tells too little."""
+    if first == second:
+        return True
+    try:
+        one, two = json.loads(first), json.loads(second)
+    except ValueError:
+        return False
+    if not isinstance(one, dict) or not isinstance(two, dict):
+        return False
+    if ("images" in one) != ("images" in two):
+        return one.get("kind") == two.get("kind")
+    return "images" in one and {**one, "labels": ""} == {**two, "labels": ""}
+
+
+def images_in(folder: Path, info: CacheInfo) -> int:
+    """Of how many images a cache is: those that could not be read are not in it. Reads the shards' indices alone."""
+    count = 0
+    for shard in range(info.num_shards):
+        path = info.shard_path(folder, shard)
+        try:
+            with safe_open(path, framework="np") as file:
+                count += len(set(file.get_tensor("indices").tolist()))
+        except SafetensorError as error:
+            raise info.damaged(path, error) from error
+    return count
+
+
 class PendingShards:
     """The shards of a cache that one process writes: rank, rank + world, and so on.
 
@@ -124,10 +182,15 @@ class PendingShards:
 
 def _refuse_other(path: Path, found: CacheInfo, expected: CacheInfo) -> None:
     differences = [
-        f"{name} {value!r} instead of {getattr(expected, name)!r}"
-        for name, value in asdict(found).items()
+        f"{name} {_short(value)} instead of {_short(getattr(expected, name))}"
+        for name, value in vars(found).items()
         if value != getattr(expected, name)
     ]
     if differences:
         remedy = "choose another folder, or delete the old shards"
         raise DataError(f"{path}: of another {found.PREFIX} cache ({'; '.join(differences)}); {remedy}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 240 else f"{text[:240]}..."

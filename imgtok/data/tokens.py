@@ -47,6 +47,8 @@ class TokenCacheInfo(CacheInfo):
     """The rate that was encoded at; null for the tokenizer's default."""
     num_classes: int
     """Labels lie in [0, num_classes); 0 for data without labels."""
+    class_names: tuple[str, ...] = ()
+    """Of the classes in order, where they have names."""
     crops: str = "center"
     """Which squares of an image are there; this and the next three are the fields of `imgtok.data.images.Views`."""
     num_crops: int = 1
@@ -177,6 +179,10 @@ class TokenDataset:
     @property
     def num_classes(self) -> int:
         return self.info.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.info.class_names
 
     def __len__(self) -> int:
         return len(self._lengths)
