@@ -346,8 +346,8 @@ def require_labels(source: ImageSource, what: str) -> None:
     """Raises DataError for images without labels, unless none were asked for; `what` is in words what they are for."""
     if source.labels_missing:
         raise DataError(
-            f"{what} keeps labels, and there are none: {source.labels_missing}. Labels are read from: {WAYS}. "
-            "data.labels=none goes without them"
+            f"{what} keeps labels, and there are none: {source.labels_missing}. data.labels=none goes without; else "
+            f"say where they are: {WAYS}"
         )
 
 

@@ -25,9 +25,9 @@ from imgtok.data.files import Listing, side_file, stem_of, suffix_of
 logger = logging.getLogger(__name__)
 
 WAYS = (
-    "class folders (data.labels=folders, or subfolders for those that hold the images), KEY.cls or a field of KEY.json "
-    "beside each image (cls, json.FIELD), one file for all (dataset.json or another .json, .jsonl or .csv file by its "
-    "name), a column of a Parquet file (its name)"
+    "in class folders (data.labels=folders, or subfolders), in KEY.cls or a field of KEY.json beside each image "
+    "(data.labels=cls, json.FIELD), in one file for all (data.labels=dataset.json, labels.csv), or in a column of a "
+    "Parquet file (its name)"
 )
 """Where labels are read from, for messages."""
 FIELDS = ("label", "class", "cls")

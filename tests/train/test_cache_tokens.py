@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import imgtok
 from imgtok.data.images import ImageFolderConfig, Views, open_images
@@ -43,7 +49,7 @@ def folder(tmp_path) -> Path:
 
 
 def cache(tokenizer: Path, folder: Path, out: Path, **fields) -> TokenDataset:
-    data = ImageFolderConfig(path=folder)
+    data = ImageFolderConfig(path=folder, labels="none")
     main(Config(**{"tokenizer": str(tokenizer), "out": out, "data": data, "held_out": 0.0, "shard_size": 1} | fields))
     return TokenDataset(out)
 
@@ -52,7 +58,7 @@ def test_each_shard_is_written_by_one_process(tokenizer, folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [str(tokenizer), f"out={tmp_path / 'two'}", "data.kind=folder", f"data.path={folder}"]
+    words = [str(tokenizer), f"out={tmp_path / 'two'}", "data.kind=folder", f"data.path={folder}", "data.labels=none"]
     done = subprocess.run(
         [*launch, "-m", "imgtok.train.cache_tokens", *words, "held_out=0", "shard_size=1"],
         env=environment,
@@ -153,3 +159,58 @@ def test_a_shard_of_other_crops_is_refused(tokenizer, noise, tmp_path):
 def test_crops_that_cannot_be(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         Config(**{"tokenizer": "t", "out": tmp_path, "data": ImageFolderConfig(path=tmp_path)} | fields)
+
+
+# ---------------------------------------------------------------- labels, names and what the data is
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """Two classes of two images."""
+    for name in ("ant/0", "ant/1", "bee/0", "bee/1"):
+        save_png(torch.full((3, 8, 8), len(name) * 9 + int(name[-1]), dtype=torch.uint8), tmp_path / f"a/{name}.png")
+    return tmp_path / "a"
+
+
+def test_names_of_classes_are_kept_and_labels_required(tokenizer, folder, classes, tmp_path):
+    tokens = cache(tokenizer, folder, tmp_path / "out", data=ImageFolderConfig(path=classes))
+    assert (tokens.class_names, tokens.labels.tolist()) == (("ant", "bee"), [0, 0, 1, 1])
+    with pytest.raises(DataError, match=r"a cache of tokens keeps labels.*no class folders.*data\.labels=none"):
+        cache(tokenizer, folder, tmp_path / "other", data=ImageFolderConfig(path=folder))
+
+
+def test_a_cache_knows_its_images_wherever_they_lie(tokenizer, classes, tmp_path):
+    first = cache(tokenizer, classes, tmp_path / "out", data=ImageFolderConfig(path=classes))
+    moved = classes.rename(tmp_path / "b")
+    assert cache(tokenizer, moved, tmp_path / "out", data=ImageFolderConfig(path=moved)).info == first.info
+    save_png(torch.full((3, 8, 8), 255, dtype=torch.uint8), moved / "ant" / "0.png")
+    with pytest.raises(DataError, match=r"another token cache \(dataset .*content"):
+        cache(tokenizer, moved, tmp_path / "out", data=ImageFolderConfig(path=moved))
+
+
+def test_an_older_cache_is_read_and_continued(tokenizer, classes, tmp_path):
+    """One that has the text of the data's configuration, and no names of classes."""
+    config = ImageFolderConfig(path=classes)
+    cache(tokenizer, classes, tmp_path / "out", data=config)
+    text = {"kind": "folder", "path": str(classes), "num_classes": None}
+    shards = sorted((tmp_path / "out").iterdir())
+    for path in shards:
+        with safe_open(path, "np") as file:
+            told, arrays = json.loads(file.metadata()["imgtok"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        del told["class_names"]
+        told["dataset"] = json.dumps(text, sort_keys=True)
+        save_file(arrays, path, {"imgtok": json.dumps(told, sort_keys=True)})
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    shards[1].unlink()
+    tokens = cache(tokenizer, classes, tmp_path / "out", data=config)
+    assert (len(tokens), tokens.class_names, tokens.info.digest) == (4, (), digest)
+    shards[1].unlink()
+    with pytest.raises(DataError, match="another token cache"):
+        cache(tokenizer, classes, tmp_path / "out", data=replace(config, num=3))
+
+
+def test_what_was_written_is_counted(tokenizer, folder, tmp_path, caplog):
+    (folder / "2.png").write_bytes(b"broken")
+    with caplog.at_level(logging.INFO):
+        cache(tokenizer, folder, tmp_path / "out")
+    assert "tokens of 5 images (1 of 6 could not be read), 1 crop(s) each" in caplog.text

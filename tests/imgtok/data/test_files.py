@@ -247,7 +247,7 @@ def test_labels_that_are_not_understood_are_never_class_0(tmp_path):
 def test_jobs_that_keep_labels_refuse_data_without(tmp_path):
     write(tmp_path / "a.png", picture())
     source = open_images(ImageFolderConfig(path=tmp_path), 8, held_out_fraction=0.0)
-    with pytest.raises(DataError, match=r"the cache keeps labels, .* lie in no class folders.*dataset\.json.*=none"):
+    with pytest.raises(DataError, match=r"the cache keeps labels, .* lie in no class folders. data.labels=none .*dataset\.json"):
         require_labels(source, "the cache")
     require_labels(open_images(ImageFolderConfig(path=tmp_path, labels="none"), 8, held_out_fraction=0.0), "the cache")
 
