@@ -27,7 +27,7 @@ from imgtok.data.files import summary
 from imgtok.data.labels import WAYS, Labels
 from imgtok.data.parquet import ParquetConfig, ParquetRecords
 from imgtok.data.parts import FileConfig, parts_of
-from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records, spread
+from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records, places_all_over
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
 from imgtok.randomness import permutation, uniform
@@ -322,7 +322,7 @@ def _choose(labels: Labels, num: int | None) -> np.ndarray:
         return np.arange(count)
     how = "from all classes alike" if labels.num_classes else f"one of each {num} equal stretches of its files"
     logger.info("data.num: %d of %d images, %s", num, count, how)
-    return spread(count, num, labels.values if labels.num_classes else None)
+    return places_all_over(count, num, labels.values if labels.num_classes else None)
 
 
 def _as_in_training(labels: Labels, training: Labels, where: str) -> Labels:

@@ -37,8 +37,8 @@ __all__ = [
     "check_labels",
     "expand",
     "identity_of",
+    "places_all_over",
     "read_bytes",
-    "spread",
 ]
 
 
@@ -178,7 +178,7 @@ def identity_of(
     count = len(labels.values)
     content = hashlib.sha256(np.asarray(sizes, dtype=np.int64).tobytes())
     if read is not None:
-        for index in spread(count, min(count, PROBES)).tolist():
+        for index in places_all_over(count, min(count, PROBES)).tolist():
             try:
                 content.update(hashlib.sha256(read(index)).digest())
             except UnreadableImage:
@@ -203,10 +203,10 @@ def _short(digest: Any) -> str:
 def _stretches(length: int, num: int) -> np.ndarray:
     starts = np.arange(num, dtype=np.int64) * length // num
     widths = np.diff(np.append(starts, length))
-    return starts + np.floor(uniform(0, [num], (num,), "spread")[0].numpy() * widths).astype(np.int64)
+    return starts + np.floor(uniform(0, [num], (num,), "all over")[0].numpy() * widths).astype(np.int64)
 
 
-def spread(length: int, num: int, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+def places_all_over(length: int, num: int, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """(num,) places among `length` images, ascending, all over the set: the first ones may all be of one class.
 
     With labels, at equal steps over the images class by class, so that each class has its share. Without, one of each

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from imgtok.data.files import list_folder, numbered_images, stem_of, summary
-from imgtok.pictures import SUFFIXES, decode_image
+from imgtok.data.sources import read_bytes
+from imgtok.pictures import SUFFIXES, UnreadableImage, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,27 @@ class SavedImages:
             images.append(torch.from_numpy(image))
         return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
+    def readable(self, indices: Sequence[int]) -> tuple[list[int], Tensor, list[str]]:
+        """Which of the images can be read, as places in `indices`; these, uint8 (B, 3, H, W); and what ails the others.
+
+        Raises ValueError naming a file of another size.
+        """
+        places: list[int] = []
+        images = [torch.empty(0, 3, *self.size, dtype=torch.uint8)]
+        problems: list[str] = []
+        for place, index in enumerate(indices):
+            try:
+                images.append(self.batch([index]))
+                places.append(place)
+            except UnreadableImage as error:
+                problems.append(str(error))
+        return places, torch.cat(images), problems
+
     def _raw(self, index: int) -> np.ndarray:
         if self._array is not None:
             return self._array[index]
         path = self._files[index]
-        return np.array(decode_image(path.read_bytes(), str(path)))
+        return np.array(decode_image(read_bytes(str(path)), str(path)))
 
     def _open_folder(self) -> None:
         record = self.path / RECORD
@@ -110,8 +127,8 @@ class SavedImages:
             self.labels = torch.from_numpy(labels.astype(np.int64)) if labels.min(initial=0) >= 0 else None
 
 
-def partners(images: SavedImages, originals: SavedImages, num: int) -> list[int]:
-    """The original of each of the first `num` images, by name; an .npz goes with another one by index.
+def partners(images: SavedImages, originals: SavedImages, chosen: Sequence[int]) -> list[int]:
+    """The original of each of the chosen images, by name; an .npz goes with another one by index.
 
     Raises ValueError for an image without an original, a name that two originals have, an .npz beside a folder, or
     images of another size.
@@ -133,15 +150,17 @@ def partners(images: SavedImages, originals: SavedImages, num: int) -> list[int]
         if name in places:
             raise ValueError(f"{originals.path}: two originals are called {name}; keep one of them")
         places[name] = index
-    lonely = [images.name(index) for index in range(num) if images.name(index) not in places]
+    lonely = [images.name(index) for index in chosen if images.name(index) not in places]
     if lonely:
         raise ValueError(
-            f"{images.path}: {len(lonely)} of {num} images have no original of their name in {originals.path}; the "
-            f"first is {lonely[0]}, and originals are called {originals.name(0)} and so on"
+            f"{images.path}: {len(lonely)} of {len(chosen)} images have no original of their name in {originals.path}; "
+            f"the first is {lonely[0]}, and originals are called {originals.name(0)} and so on"
         )
-    if len(places) > num:
-        logger.warning("%d of the %d originals in %s are left out", len(places) - num, len(places), originals.path)
-    return [places[images.name(index)] for index in range(num)]
+    if len(places) > len(chosen):
+        logger.warning(
+            "%d of the %d originals in %s are left out", len(places) - len(chosen), len(places), originals.path
+        )
+    return [places[images.name(index)] for index in chosen]
 
 
 def open_npz(path: Path) -> np.lib.npyio.NpzFile:

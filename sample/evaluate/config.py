@@ -66,13 +66,13 @@ class Config:
     """Real images that samples are compared with; null takes all. Fewer are from all over `data` or the folder, and
     their number stands in the names of the scores."""
     num: PositiveInt | None = None
-    """Images scored; null takes all files, all held-out images, or 5000 samples of a model. Fewer reconstructions than
-    there are images are drawn from all over `data`."""
+    """Images scored; null takes all files, all held-out images, or 5000 samples of a model. Fewer files or
+    reconstructions than there are images are taken from all over them."""
     labels: Literal["recorded", "balanced"] = "recorded"
     """Classes of `images` for the scores that compare with them: as saved beside them, or index modulo their number (64
     for the oracle, 1000 for top1_lite0, those of the data for top1_probe)."""
-    classes: tuple[int, ...] = ()
-    """Classes that `model` draws in turn; empty takes all."""
+    classes: tuple[int | str, ...] = ()
+    """Classes that `model` draws in turn, by number or by name; empty takes all."""
     seed: NonNegativeInt = 0
     """Seed of samples and of the decoder's noise."""
     batch_size: PositiveInt = 64

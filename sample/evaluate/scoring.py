@@ -364,7 +364,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
         return GeneratorSource(
             pipe,
             config.num or SAMPLES_OF_A_MODEL,
-            config.classes,
+            pipe.class_numbers(config.classes) if config.classes else (),
             config.chosen_rates,
             seed=config.seed,
             sampling=config.sampling.over(pipe.sampling, "sampling"),

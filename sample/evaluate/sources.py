@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
+from imgtok.data.sources import places_all_over
 from imgtok.generators.pipeline import Pipeline, batches_of
 from imgtok.metrics.saved_images import SavedImages, partners
 from imgtok.metrics.scorers import ScoredBatch, no_labels
@@ -77,7 +78,11 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Images of a folder or an .npz, the first `num` of them; with their originals, if a second path holds them."""
+    """Images of a folder or an .npz; with their originals, if a second path holds them.
+
+    Fewer images than there are (`num`) are taken from all over them, from all classes alike where their labels are
+    known. `balanced` says that the classes come in turn: then the first ones are of all classes.
+    """
 
     rates: tuple[Rate | None, ...] = (None,)
     tokenizer: Tokenizer | None = None
@@ -93,26 +98,45 @@ class FileSource:
         self.num, self.size = check_num(num, len(self._images), str(path)), self._images.size
         self._balanced = labels == "balanced"
         self._labels = None if self._balanced else self._images.labels
+        self._places, how = self._choose()
         self._originals = SavedImages(originals) if originals is not None else None
-        self._partners = partners(self._images, self._originals, self.num) if self._originals else []
+        self._partners = partners(self._images, self._originals, self._places) if self._originals else []
         beside = f"the files of the same names in {originals}" if originals is not None else None
-        self.procedure = Procedure(images=f"files of {path}", originals=beside)
+        self.procedure = Procedure(images=f"files of {path}{how}", originals=beside)
+
+    def _choose(self) -> tuple[Sequence[int], str]:
+        """The places of the images that are scored, and in words which they are."""
+        count = len(self._images)
+        if self.num == count:
+            return range(count), ""
+        part = f", {self.num} of {count}"
+        if self._balanced:
+            return range(self.num), f"{part}: the first"
+        labels = None if self._labels is None else self._labels.numpy()
+        how = "one of each of as many equal stretches" if labels is None else "from all classes alike"
+        return places_all_over(count, self.num, labels).tolist(), f"{part}: {how}"
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
+        unreadable = UnreadableImages(self.num)
         for chunk in batches_of(indices, batch_size):
-            labels = None if self._labels is None else self._labels[list(chunk)]
+            rows, images, problems = self._images.readable([self._places[index] for index in chunk])
+            unreadable.add(problems)
+            chunk = [chunk[row] for row in rows]
             originals = None
             if self._originals is not None:
-                originals = self._originals.batch([self._partners[index] for index in chunk])
-            images = self._images.batch(chunk)
-            yield {None: ScoredBatch(chunk, images, labels, originals, balanced=self._balanced)}
+                rows, originals, problems = self._originals.readable([self._partners[index] for index in chunk])
+                unreadable.add(problems)
+                chunk, images = [chunk[row] for row in rows], images[rows]
+            labels = None if self._labels is None else self._labels[[self._places[index] for index in chunk]]
+            if chunk:
+                yield {None: ScoredBatch(chunk, images, labels, originals, balanced=self._balanced)}
 
     def check_classes(self, score: str, number: int) -> None:
         if self._balanced:
             return
         if self._labels is None:
             raise ValueError(no_labels(score, number))
-        highest = int(self._labels[: self.num].max())
+        highest = int(self._labels[list(self._places)].max())
         if highest >= number:
             raise ValueError(
                 f"{score} knows the classes 0 to {number - 1}, and {self._images.path} has label {highest}"
@@ -248,7 +272,12 @@ def image_batches(
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Indices and uint8 images of a reference."""
     if isinstance(images, SavedImages):
-        yield from ((chunk, images.batch(chunk)) for chunk in batches_of(indices, batch_size))
+        unreadable = UnreadableImages(len(images))
+        for chunk in batches_of(indices, batch_size):
+            rows, pixels, problems = images.readable(chunk)
+            unreadable.add(problems)
+            if rows:
+                yield [chunk[row] for row in rows], pixels
         return
     for batch in eval_loader(images, batch_size, indices=indices, unreadable=UnreadableImages(len(images))):
         yield batch.indices, to_uint8(batch.images)

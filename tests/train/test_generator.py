@@ -22,7 +22,7 @@ from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.sample.images import Config as SampleConfig
 from imgtok.sample.images import main as sample
 from imgtok.sections import Settings
-from imgtok.shapes.world import ShapesConfig
+from imgtok.shapes.world import CLASS_NAMES, ShapesConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_latents
 from imgtok.train.config import TrainingConfig
@@ -65,7 +65,7 @@ def job(made: Path, out: Path, **fields) -> Config:
 def test_what_the_latents_decide_is_filled_in(made, tmp_path):
     main(job(made, tmp_path))
     model = imgtok.load(tmp_path / "final", expect=XAR)
-    assert model.config == replace(MODEL, latent_channels=2).with_condition(num_classes=64)
+    assert model.config == replace(MODEL, latent_channels=2).with_condition(num_classes=64, classes=CLASS_NAMES)
     vae = imgtok.load(tmp_path / "final/tokenizer", expect=VAE)
     assert vae.fingerprint() == imgtok.load(made / "vae").fingerprint()
     assert (tmp_path / "samples/step_0000002.png").is_file()

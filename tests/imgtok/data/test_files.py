@@ -17,7 +17,7 @@ from imgtok.data import images as opening
 from imgtok.data.files import Entry, LeftOut, Listing, begins_like_an_image, list_folder, numbered_images, stem_of
 from imgtok.data.images import open_images, open_split, require_labels
 from imgtok.data.labels import DataError, as_numbers
-from imgtok.data.sources import FolderRecords, ImageFolderConfig, expand, spread
+from imgtok.data.sources import FolderRecords, ImageFolderConfig, expand, places_all_over
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.metrics.saved_images import SavedImages
 
@@ -247,7 +247,9 @@ def test_labels_that_are_not_understood_are_never_class_0(tmp_path):
 def test_jobs_that_keep_labels_refuse_data_without(tmp_path):
     write(tmp_path / "a.png", picture())
     source = open_images(ImageFolderConfig(path=tmp_path), 8, held_out_fraction=0.0)
-    with pytest.raises(DataError, match=r"the cache keeps labels, .* lie in no class folders. data.labels=none .*dataset\.json"):
+    with pytest.raises(
+        DataError, match=r"the cache keeps labels, .* lie in no class folders. data.labels=none .*dataset\.json"
+    ):
         require_labels(source, "the cache")
     require_labels(open_images(ImageFolderConfig(path=tmp_path, labels="none"), 8, held_out_fraction=0.0), "the cache")
 
@@ -346,12 +348,12 @@ def test_num_takes_images_from_all_over_the_set(tmp_path, caplog):
 
 @pytest.mark.parametrize("labels", [np.arange(256) // 4, np.arange(256) % 64])
 def test_spread_meets_all_classes_in_any_order(labels):
-    chosen = spread(256, 64, labels)
+    chosen = places_all_over(256, 64, labels)
     assert sorted(labels[chosen]) == list(range(64))
-    assert len(set(labels[spread(256, 64)])) > 32  # it knows no labels
-    assert np.array_equal(spread(7, 7), np.arange(7))
+    assert len(set(labels[places_all_over(256, 64)])) > 32  # it knows no labels
+    assert np.array_equal(places_all_over(7, 7), np.arange(7))
     with pytest.raises(ValueError, match="at most all"):
-        spread(3, 4)
+        places_all_over(3, 4)
 
 
 # ---------------------------------------------------------------- identity
