@@ -242,6 +242,8 @@ class Pipeline:
 
         Raises ValueError for a name or a number that the model does not have.
         """
+        if self.reads_text and classes:
+            raise ValueError("classes: this generator draws from text and has none; leave classes out, or say prompts")
         return class_numbers(classes, self.num_classes, self.class_names)
 
     @property

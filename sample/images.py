@@ -119,7 +119,7 @@ def main(config: Config) -> None:
     state.wait_for_everyone()
     mine = range(state.process_index, len(labels), state.num_processes)
     there = numbered_images(folder)
-    missing = [i for i in mine if i not in there]
+    missing = [i for i in mine if there.get(i) != image_path(folder, i)]
     logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
     draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
     state.wait_for_everyone()
@@ -149,7 +149,7 @@ class Plan:
         prompts = [] if config.prompts is None else read_prompts(config.prompts)
         if prompts:
             pipe.encoder()  # which says so if this generator does not read text
-        numbers = tuple(pipe.class_numbers(config.classes)) if not pipe.reads_text else ()
+        numbers = tuple(pipe.class_numbers(config.classes))
         labels = plan_labels(config, len(prompts) or num_labels(pipe), numbers)
         return cls(labels, prompts, sampling, decoding, numbers)
 

@@ -176,7 +176,7 @@ def numbered_images(folder: Path) -> dict[int, Path]:
     paths: dict[int, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix == ".png" and path.stem.isascii() and path.stem.isdecimal():
-            paths[int(path.stem)] = path
+            paths.setdefault(int(path.stem), path)  # 000007.png before 7.png
     return {number: path for number, path in sorted(paths.items()) if _size(path)}
 
 

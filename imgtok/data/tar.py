@@ -213,7 +213,7 @@ def _below(name: str, folder: str, files: dict[str, _Member]) -> Iterator[tuple[
     """The files of a folder, under the name of the link that leads there."""
     if folder == "." or name.startswith(f"{folder}/"):  # a folder that the link is in
         return
-    inside = [file for file in files if file.startswith(f"{folder}/")]
+    inside = sorted(file for file in files if file.startswith(f"{folder}/"))
     yield from ((name + file[len(folder) :], files[file]) for file in inside)
     if not inside:
         yield name, _Member(0, 0)

@@ -18,7 +18,7 @@ from imgtok.cli import main
 from imgtok.generators.conditioning import TextPrefix
 from imgtok.generators.entities import Cells, Scales
 from imgtok.generators.gpt import GPT, GPTConfig
-from imgtok.generators.pipeline import Pipeline, write_cards
+from imgtok.generators.pipeline import Pipeline, class_numbers, write_cards
 from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.xar import XAR, XARConfig
 from imgtok.sample.evaluate.sources import GeneratorSource
@@ -331,3 +331,36 @@ def test_the_help_of_a_job_lists_the_settings_of_its_model(pipeline, tmp_path, c
     assert "job.yaml names a model that is not there yet" in capsys.readouterr().out
     assert main(["sample", "--help"]) == 0
     assert "decoding.solver" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- classes by name
+
+
+def test_classes_have_numbers_and_names(caplog):
+    names = ("cat", "dog", "10")
+    assert class_numbers([1, "cat", -1, "10"], 3, names) == [1, 0, -1, 2]
+    with pytest.raises(ValueError, match="no class of this model is called 'dogs'; did you mean 'dog'"):
+        class_numbers(["dogs"], 3, names)
+    with pytest.raises(ValueError, match="called 'xyz'; it has cat, dog, 10"):
+        class_numbers(["xyz"], 3, names)
+    with pytest.raises(ValueError, match="training data had none; give numbers"):
+        class_numbers(["cat"], 3)
+    assert class_numbers([10], 11, [*names, *"abcdefgh"]) == [10]
+    assert "that which is called '10' is number 2" in caplog.text
+
+
+def test_a_pipeline_draws_a_class_by_its_name(pipeline):
+    known = pipeline.generator.config
+    pipeline.generator.config = known.with_condition(classes=("ant", "bee", "cow", "dog", "eel"))
+    try:
+        assert torch.equal(pipeline.tokens("cow", seed=3).ids, pipeline.tokens(2, seed=3).ids)
+        assert pipeline.class_names[1] == "bee"
+    finally:
+        pipeline.generator.config = known
+
+
+def test_names_of_classes_are_as_many_as_there_are_at_most():
+    config = GPTConfig().with_condition(num_classes=2, classes=("ant",))
+    assert config.class_names == ("ant",)
+    with pytest.raises(ValueError, match="classes: 3 names, such as 'a', for num_classes = 2"):
+        config.with_condition(classes=("a", "b", "c"))

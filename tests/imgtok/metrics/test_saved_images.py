@@ -96,6 +96,16 @@ def test_a_file_of_another_size_or_damage_is_named(images, tmp_path):
         saved.batch([2])
 
 
+def test_those_that_can_be_read_are_told_from_the_others(images, tmp_path):
+    save_png(images[0], tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"text")
+    save_png(images[1], tmp_path / "c.png")
+    places, pixels, problems = SavedImages(tmp_path).readable([2, 1, 0])
+    assert places == [0, 2]
+    assert torch.equal(pixels, images[[1, 0]])
+    assert problems == [f"{tmp_path / 'b.png'}: not an image (it begins with b'text')"]
+
+
 # Pairs
 
 
