@@ -528,7 +528,7 @@ class Pipeline:
         indices: Sequence[int] | None,
     ) -> tuple[list[Subject], Sequence[int]]:
         """What each image is drawn for, and its index."""
-        if self.reads_text and prompts is None and are_words(classes):
+        if prompts is None and are_words(classes) and not self.class_names:
             classes, prompts = None, cast(str | Sequence[str], classes)
         given, other, wanted = (prompts, classes, "prompts") if self.reads_text else (classes, prompts, "classes")
         if given is None or other is not None:

@@ -327,8 +327,10 @@ def _choose(labels: Labels, num: int | None) -> np.ndarray:
 
 def _as_in_training(labels: Labels, training: Labels, where: str) -> Labels:
     """The labels of held-out images with the numbers that the same classes have in training."""
+    if not labels.num_classes:
+        return labels
     if not labels.names or not training.names or labels.names == training.names:
-        total = max(labels.num_classes, training.num_classes) if labels.num_classes else 0
+        total = max(labels.num_classes, training.num_classes)
         return replace(labels, num_classes=total, names=labels.names or training.names)
     number = {name: index for index, name in enumerate(training.names)}
     unknown = [name for name in labels.names if name not in number]

@@ -80,7 +80,8 @@ class Place:
     stems: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.stems.update(stem_of(entry.name) for entry in self.listing.images)
+        if self.listing.others:
+            self.stems.update(stem_of(entry.name) for entry in self.listing.images)
 
     def side(self, name: str, suffix: str) -> str | None:
         """The file beside an image with this ending."""

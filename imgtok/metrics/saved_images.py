@@ -43,7 +43,7 @@ class SavedImages:
             raise FileNotFoundError(f"{path}: expected a folder of images or an .npz file")
         if len(self) == 0:
             raise ValueError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
-        self.size: tuple[int, int] = self._raw(0).shape[:2]
+        self.size: tuple[int, int] = self._first_size()
 
     def __len__(self) -> int:
         return len(self._files) if self._array is None else len(self._array)
@@ -80,6 +80,19 @@ class SavedImages:
             except UnreadableImage as error:
                 problems.append(str(error))
         return places, torch.cat(images), problems
+
+    def _first_size(self) -> tuple[int, int]:
+        """That of the first image that can be read, where few cannot. Raises UnreadableImage otherwise."""
+        last = max(1, len(self) // 100)  # as many as may be unreadable
+        for index in range(min(len(self), last + 1)):
+            try:
+                height, width, _ = self._raw(index).shape
+            except UnreadableImage:
+                if index in (last, len(self) - 1):
+                    raise
+            else:
+                return height, width
+        raise AssertionError("there is an image")
 
     def _raw(self, index: int) -> np.ndarray:
         if self._array is not None:

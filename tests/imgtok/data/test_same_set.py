@@ -60,7 +60,8 @@ class Tree:
         for hidden in (".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a.png", ".hidden.png"):
             if self.random.random() < 0.5:
                 self.picture(f"{name}/{hidden}")
-        for other, data in (("notes.txt", b"x"), ("empty.png", b""), ("Thumbs.db", b"x"), ("bare", b"GIF?"), ("e", b"")):
+        others = {"notes.txt": b"x", "empty.png": b"", "Thumbs.db": b"x", "bare": b"GIF?", "e": b""}
+        for other, data in others.items():
             if self.random.random() < 0.5:
                 self.put(f"{name}/{other}", data)
         if self.random.random() < 0.5:
