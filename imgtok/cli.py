@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import imgtok
+from imgtok import places
 from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
 from imgtok.sections import completed
 
@@ -54,6 +55,22 @@ JOBS: Mapping[str, tuple[str, str]] = {
     ),
 }
 """Command -> (module, what it does). With a dash for the space, also the values of `job:` in YAML."""
+
+MODELS: Mapping[str, tuple[str, ...]] = {
+    "train tokenizer": ("vae", "init"),
+    "train autoencoder": ("init",),
+    "train generator": ("tokenizer", "init"),
+    "cache": ("tokenizer",),
+    "cache latents": ("vae",),
+    "sample": ("model", "tokenizer"),
+    "reconstruct": ("model",),
+    "evaluate": ("model", "tokenizer"),
+    "export": ("model", "vae"),
+    "info": ("model",),
+}
+"""Command -> its fields that name models, which `refuse_absent_models` looks for."""
+LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "export", "info")
+"""Commands that take the first of these as a lone word."""
 
 TOOLS = {
     "config": "CONFIG.yaml [JOB] [key=value ...]: check a configuration and print it with all its defaults",
@@ -145,10 +162,13 @@ def settings_help(models: Sequence[Any], sections: Sequence[str] = SETTINGS) -> 
     from imgtok import hub
 
     found = [hub.resolve(model) for model in models]
-    if len(found) == 1 and (found[0].path / "tokenizer").is_dir():  # a generator, with its decoder inside
-        found.append(found[0].part())
-    width = min(110, shutil.get_terminal_size().columns)
     lines = []
+    if len(found) == 1 and found[0].kind in hub.GENERATORS:  # with its decoder, where that is known
+        try:
+            found.append(found[0].part())
+        except (OSError, ValueError) as error:
+            lines = ["", f"The settings of its decoder are not listed: {error}"]
+    width = min(110, shutil.get_terminal_size().columns)
     for model in found:
         configuration = hub.configuration(model)
         for section in sections:
@@ -157,6 +177,32 @@ def settings_help(models: Sequence[Any], sections: Sequence[str] = SETTINGS) -> 
                 lines += ["", f"Settings of {model.path} ({model.kind}): what each must be [its value]", ""]
                 lines += fields or [f"  {section} has none"]
     return "\n".join([*lines, ""])
+
+
+def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
+    """Raise FileNotFoundError for a model that the arguments of a command or its YAML file name and that is not there:
+    before the command is imported, which takes seconds. What else is wrong with the arguments is left for later.
+    """
+    fields = MODELS.get(command, ())
+    if not fields or {"--help", "-h"} & {*argv}:
+        return
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not equals and words and not words[0].startswith("--"):
+            given[name] = words.pop(0)
+        elif equals and re.fullmatch(r"[\w.-]+", name):
+            given[name] = value
+        elif word.endswith((".yaml", ".yml")) and Path(word).is_file():
+            given = {**read_yaml(Path(word)), **given}
+        elif command in LONE_MODEL and not word.startswith("-"):
+            given.setdefault(fields[0], word)
+    for name in fields:
+        value = given.get(name)
+        if isinstance(value, str) and value not in ("", "null") and value[0] not in "{[":
+            places.check(value)
 
 
 def check_launch_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -193,9 +239,11 @@ def _dispatch(argv: list[str]) -> None:
     if argv[0] == "config":
         _print_config(argv[1:])
     elif argv[0] == "info":
+        refuse_absent_models("info", argv[1:])
         _print_info(argv[1:])
     else:
         command, rest = _find_job(argv)
+        refuse_absent_models(command, rest)
         _run(importlib.import_module(JOBS[command][0]), rest, f"imgtok {command}")
 
 
@@ -254,7 +302,9 @@ def _print_info(argv: list[str]) -> None:
     model = hub.load(found)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     counts["(direct)"] = sum(p.numel() for p in model.parameters(recurse=False))
-    print(f"kind: {model.config.kind} ({type(model).__name__})\nparameters: {_total(model):,}")
+    steps = "" if found.step is None else f", after {found.step} steps of training"
+    print(f"kind: {model.config.kind} ({type(model).__name__})\nplace: {found.path}{steps}")
+    print(f"parameters: {_total(model):,}")
     print("\n".join(f"  {name}: {count:,}" for name, count in counts.items() if count))
     print("config:\n" + textwrap.indent(to_yaml(model.config), "  "), end="")
     print(settings_help([found]), end="")

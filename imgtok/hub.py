@@ -1,8 +1,9 @@
 """Names of models: what one leads to, and the model there; and folders of ours, on disk and on the Hugging Face Hub.
 
-`resolve` follows a name once, at the door of a program: a folder, a Hub repository, an autoencoder that ships with
-imgtok, a folder of diffusers, a published folder or a lone published file. What it gives, a `Found`, knows the kind of
-the model and its files, and is passed on in place of the name. `load` takes either.
+`resolve` follows a name once, at the door of a program: a folder, a training run or a checkpoint in it, a Hub
+repository, an autoencoder that ships with imgtok, a folder of diffusers, a published folder or a lone published file.
+What it gives, a `Found`, knows the kind of the model and its files, and is passed on in place of the name. `load` takes
+either.
 
 A model mixes in `Pretrained`, is built by `Class(config)` and keeps that frozen dataclass as `config`; this
 gives it `save_pretrained`, `from_pretrained` and `push_to_hub`. Loading is strict (every tensor, every field), runs no
@@ -15,11 +16,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,11 +27,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import imgtok
+from imgtok import runs
 from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import file_sha256, replacing
+from imgtok.places import SAFETENSORS, Repository, find, is_weights, no_repository, unreachable
 from imgtok.weights import (
-    INDEX,
-    LONE_FILES,
     Weights,
     check_tensors,
     files_of,
@@ -65,7 +64,8 @@ READERS: dict[str, str] = {
 - `load(found, *, raw, map_location, dtype)`, the model of ours;
 - where models can be written for the code that they were published with, `save(model, path)`."""
 
-OURS = "imgtok"
+OURS, RUN = "imgtok", "run"
+"""The layouts of our own: a finished model, and a checkpoint of a run, whose reader is `imgtok.checkpoints`."""
 FORMAT = 2
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -180,15 +180,15 @@ class Found:
     """A model that a name led to: where it is and what it is, without its weights. See `resolve`."""
 
     name: str
-    """As it was given, for messages."""
+    """As it was given; of a run the folder in it that was taken, which goes on to mean this model."""
     path: Path
     """Its folder, or a lone file of weights."""
     layout: str
-    """How it is written: "imgtok", or a name in `READERS`."""
+    """How it is written: "imgtok", "run", or a name in `READERS`."""
     kind: str
     """Key of `KINDS`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What its config.json says, less our header; empty for a lone file."""
+    """What its config.json says, less our header, or its run's config.yaml of the model; empty for a lone file."""
 
     @property
     def model_class(self) -> type[Any]:
@@ -196,13 +196,22 @@ class Found:
         try:
             return model_class(self.kind)
         except ValueError as error:
-            raise ConfigError(f"{self.path / CONFIG_NAME}: {error}") from error
+            raise ConfigError(f"{self.path / (runs.CONFIG if self.layout == RUN else CONFIG_NAME)}: {error}") from error
+
+    @property
+    def step(self) -> int | None:
+        """The training steps behind it, where it stands in the folder of a run; None where that is not known."""
+        try:
+            return runs.read_progress(self.path).step
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def check(self, expect: type[Any]) -> None:
         """Raises ValueError unless its class is `expect` or derived from it."""
         found = self.model_class
         if not issubclass(found, expect):
-            what = f"{found.__name__} (kind {self.kind!r})" if self.layout == OURS else f"published {found.__name__}"
+            ours = self.layout in (OURS, RUN)
+            what = f"{found.__name__} (kind {self.kind!r})" if ours else f"published {found.__name__}"
             name = f"{'an' if expect.__name__[0] in 'AEIOU' else 'a'} {expect.__name__}"
             needed = vars(expect).get("in_words", name)
             raise ValueError(f"{self.path} holds a {what}, but {needed} is needed here")
@@ -216,10 +225,14 @@ class Found:
         return self if factor is None else self.with_config(scaling_factor=factor)
 
     def part(self, name: str = "tokenizer") -> Found:
-        """A model that is kept inside this one's folder, as a generator keeps its tokenizer or autoencoder.
+        """A model that is kept inside this one's folder, as a generator keeps its tokenizer or autoencoder; of a
+        checkpoint that which its run names.
 
-        Raises FileNotFoundError where there is none.
+        Raises FileNotFoundError where there is none, ValueError where another one is now.
         """
+        if self.layout == RUN:
+            inside: Found = reader(RUN).part(self, name)
+            return inside
         if not (self.path / name).is_dir():
             raise FileNotFoundError(f"{self.path} has no {name}/ folder: say which one with {name}=FOLDER")
         return resolve(self.path / name)
@@ -236,23 +249,30 @@ class Found:
         """Its tensors by the names in its file; see `open_weights`."""
         return open_weights(self.weights_path, raw=raw)
 
+    @property
+    def files(self) -> list[Path]:
+        """All files of its weights, an index among them. Raises FileNotFoundError where it has none."""
+        return reader(RUN).files(self) if self.layout == RUN else files_of(self.weights_path)
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with its weights or its configuration."""
         text = json.dumps(self.config, sort_keys=True) + self.weights_sha256()
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def weights_sha256(self) -> str:
-        """The SHA-256 of its file of weights; where it is in shards, that of theirs and the index's."""
-        hashes = [file_sha256(path) for path in files_of(self.weights_path)]
+        """The SHA-256 of its file of weights; where there are several, such as shards, that of all of theirs."""
+        hashes = [file_sha256(path) for path in self.files]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def resolve(name: str | Path | Found, *, revision: str | None = None, expect: type[Any] | None = None) -> Found:
     """What a name of a model leads to. Follow a name once, and pass on what this gives; a `Found` is given back.
 
-    A name is the path of a folder or of a file of weights, a Hub repository "owner/name" (downloaded, at `revision`),
-    or that of an autoencoder that ships with imgtok, such as "shapes32". Its layout is ours, or one of those in
-    `READERS`: a folder of diffusers, a published FlexTok, `kl16.ckpt`, `xAR-B.pth`. `expect` is the class (or base
+    A name is the path of a folder or of a file of weights, a Hub repository "owner/name" (downloaded, at `revision`) or
+    a folder or file in one, "owner/name/vae", or that of an autoencoder that ships with imgtok, such as "shapes32". Its
+    layout is ours, or one of those in `READERS`: a folder of diffusers, a published FlexTok, `kl16.ckpt`, `xAR-B.pth`.
+    The folder of a training run means its finished model or, before that, its newest checkpoint; `RUN/checkpoints` and
+    `RUN/checkpoints/step_0001000` mean what they say, with averaged weights. `expect` is the class (or base
     class) that the caller can use. Raises FileNotFoundError, ConfigError (config.json), or ValueError for another class
     than expected and for a file that no reader knows.
     """
@@ -273,14 +293,17 @@ def load(
 ) -> Any:
     """The model that a name leads to (see `resolve`), of the class that its kind names, in evaluation mode.
 
-    Of a training checkpoint of published code the averaged weights are taken, or with `raw` the trained ones. Weights
-    become float32, or `dtype`. Damaged or unsuitable ones raise ValueError, a missing file FileNotFoundError.
+    Of a training checkpoint, ours or of published code, the averaged weights are taken, or with `raw` the trained ones.
+    Weights become float32, or `dtype`. Damaged or unsuitable ones raise ValueError, a missing file FileNotFoundError.
     """
     found = resolve(name, revision=revision, expect=expect)
     if found.layout != OURS:
         return reader(found.layout).load(found, raw=raw, map_location=map_location, dtype=dtype)
     if raw:
-        raise ValueError(f"raw: {found.path} holds one set of weights; only training checkpoints of published code do")
+        raise ValueError(
+            f"raw: {found.path} holds one set of weights; trained ones beside averaged ones are in the checkpoints of "
+            "its run, RUN/checkpoints/step_0001000"
+        )
     return _load_ours(found, found.model_class, map_location, dtype)
 
 
@@ -292,8 +315,8 @@ def configuration(found: Found) -> Any:
 
 
 def reader(layout: str) -> Any:
-    """The module that knows a layout; see `READERS`."""
-    return importlib.import_module(READERS[layout])
+    """The module that knows a layout which is not that of our finished models; see `READERS`."""
+    return importlib.import_module({RUN: "imgtok.checkpoints", **READERS}[layout])
 
 
 def writers(kind: str) -> dict[str, Any]:
@@ -303,28 +326,18 @@ def writers(kind: str) -> dict[str, Any]:
 
 
 MODEL_FILES = ("*.json", "*.safetensors", "README.md")
+"""What is downloaded of a repository, in the folder that is asked for and those inside it."""
+ONLY_PICKLES = ("*.bin",)
+"""What is downloaded besides where there is no safetensors file."""
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None, *, files: Sequence[str] = MODEL_FILES) -> Path:
     """A local folder: the path itself, or the downloaded `files` of a Hub repository. Raises FileNotFoundError."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
-    name = str(name_or_path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(
-            f"there is no model folder {name!r} (a Hub name looks like 'owner/name', and imgtok ships "
-            f"{', '.join(packaged_models())})"
-        )
-    return _download(name, revision, files)
-
-
-def packaged_models() -> dict[str, Path]:
-    """Name -> folder of what ships with imgtok, such as "shapes32"."""
-    root = Path(str(resources.files("imgtok"))) / "assets"
-    return {path.name.removeprefix("vae-"): path for path in sorted(root.glob("vae-*"))}
+    place = find(name_or_path)
+    path = place if isinstance(place, Path) else _download(place, revision, files)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds it")
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -347,19 +360,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _place(name: str | Path, revision: str | None) -> Path:
     """The local folder of a model, or a lone file of weights."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.name.endswith((*LONE_FILES, INDEX)):
-        if path.is_file():
-            return path
-        raise FileNotFoundError(f"{path}: no such file of weights")  # or it might be taken for a Hub repository
-    return packaged_models().get(str(name)) or find_folder(name, revision)
+    place = find(name)
+    return place if isinstance(place, Path) else _download(place, revision)
 
 
 def _describe(name: str, path: Path) -> Found:
     if path.is_dir():
-        return _describe_folder(name, path)
+        followed = Path(name).expanduser().is_dir() and Path(name).expanduser() != path
+        return _describe_folder(str(path) if followed else name, path)
     stored = open_weights(path)
     layout = _recognised(path, {}, stored.blank.keys())
     if layout is not None:
@@ -372,6 +380,9 @@ def _describe(name: str, path: Path) -> Found:
 
 
 def _describe_folder(name: str, folder: Path) -> Found:
+    if runs.is_checkpoint(folder):
+        checkpoint: Found = reader(RUN).describe(name, folder)
+        return checkpoint
     path = folder / CONFIG_NAME
     data = read_json(path)
     if "kind" in data and "format" in data:
@@ -415,32 +426,63 @@ def _load_ours(
     config = from_dict(model_class.config_class, found.config, str(found.path / CONFIG_NAME))
     stored = found.weights()
     model = skeleton(lambda: model_class(config))
-    check_tensors(stored.blank, model.state_dict(), stored.path, f"{model_class.__name__} that {CONFIG_NAME}")
+    wanted = model.state_dict()
+    if stored.keys() != wanted.keys():  # unless the model itself has a part that is called as wrappers are
+        exact = open_weights(stored.path, as_stored=True)
+        stored = exact if exact.keys() == wanted.keys() else stored
+    check_tensors(stored.blank, wanted, stored.path, f"{model_class.__name__} that {CONFIG_NAME}")
     return fill(model, stored.items(), map_location=map_location, dtype=dtype)
 
 
-def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    """A snapshot of the Hub repository `name`; from the local cache when the Hub cannot be reached."""
+def _download(place: Repository, revision: str | None, files: Sequence[str] | None = None) -> Path:
+    """A place of the Hub on this machine: a snapshot of what is needed of its repository, with `files` where given.
+
+    From the local cache when the Hub cannot be reached.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [*files]
+    name = place.name
     try:  # one short question first: without a network, a download retries for most of a minute
-        commit = HfApi().model_info(name, revision=revision, timeout=10).sha
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+        info = HfApi().model_info(name, revision=revision, timeout=10)
+        patterns = [*files] if files is not None else _needed(place, _names_in(info))
+        root = Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no model folder {name!r} here, and no such repository on the Hugging Face Hub "
-            "(for a private one, log in with `hf auth login`)"
-        ) from error
+        raise FileNotFoundError(no_repository(place)) from error
     except Exception as error:  # no network, in the words of whichever HTTP library is installed
         try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+            root = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
-            raise FileNotFoundError(
-                f"there is no model folder {name!r} here, it is not in the local Hugging Face cache, "
-                f"and the Hub cannot be reached: {_brief(error)}"
-            ) from error
+            raise FileNotFoundError(unreachable(place, error)) from error
+    try:
+        return _path_in(root / place.inside)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the repository {name!r} on the Hugging Face Hub: {error}") from error
+
+
+def _path_in(path: Path) -> Path:
+    found = find(path)
+    assert isinstance(found, Path), "an absolute path is no name on the Hub"
+    return found
+
+
+def _names_in(info: Any) -> list[str]:
+    """The files of a repository; empty where the Hub does not say."""
+    return [entry.rfilename for entry in getattr(info, "siblings", None) or ()]
+
+
+def _needed(place: Repository, names: Sequence[str]) -> list[str]:
+    """Patterns of the files to download, of a repository that has the files `names`."""
+    if is_weights(Path(place.inside)):
+        return [place.inside]
+    folder = f"{place.inside}/" if place.inside else ""
+    index = []
+    if f"{folder}model_index.json" in names and f"{folder}config.json" not in names:
+        index = [f"{folder}model_index.json"]
+        folder = f"{folder}vae/"  # of a pipeline of diffusers: its other models are of no use here, and large
+    inside = [name for name in names if name.startswith(folder)]
+    pickles = ONLY_PICKLES if inside and not any(name.endswith(SAFETENSORS) for name in inside) else ()
+    return [*index, *(folder + pattern for pattern in (*MODEL_FILES, *pickles))]
 
 
 def _brief(error: Exception) -> str:

@@ -34,22 +34,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from imgtok.places import INDEX, SAFETENSORS
+
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
-SAFETENSORS = ".safetensors"
-INDEX = ".safetensors.index.json"
-"""How the name of the index of a file in shards ends; what stands before it is the name of the whole file."""
-PICKLES = (".ckpt", ".pth", ".pt", ".bin")
-LONE_FILES = (SAFETENSORS, *PICKLES)
-"""How the name of a file of weights can end."""
-
-AVERAGED = ("model_ema", "ema")
+AVERAGED = ("model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema_state_dict", "params_ema")
 """Entries of a training checkpoint that hold averaged weights."""
-PLAIN = ("model", "module", "state_dict")
+PLAIN = ("model", "module", "state_dict", "model_state_dict", "params", "weights")
 """Entries that hold the weights that were trained."""
-PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name."""
+PREFIXES = ("module.", "model.")
+"""What DistributedDataParallel and other wrappers put before every name."""
+WRAPPERS = ("_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, Lightning and FSDP put into names, wherever a part is wrapped."""
 
 
 # ---------------------------------------------------------------- reading
@@ -81,22 +78,28 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.blank)
 
+    def replaced(self, others: Weights) -> Weights:
+        """The same with some tensors replaced by those of `others` that have their names."""
+        blank = {name: others.blank.get(name, mine) for name, mine in self.blank.items()}
+        return Weights(self.path, blank, {**self._read, **{n: others._read[n] for n in others.blank}}, self.metadata)
+
     def select(self, names: Mapping[str, str]) -> Weights:
         """Other names for some of these tensors: new name -> the one here. Those that are not named are left out."""
         blank = {new: self.blank[old] for new, old in names.items()}
         return Weights(self.path, blank, {new: self._read[old] for new, old in names.items()}, self.metadata)
 
 
-def open_weights(path: Path, *, raw: bool = False) -> Weights:
+def open_weights(path: Path, *, raw: bool = False, as_stored: bool = False) -> Weights:
     """The tensors in a file of weights, or in the shards that an index names.
 
-    Of a training checkpoint the averaged weights are taken where it has them, or with `raw` the trained ones. What
-    DistributedDataParallel and torch.compile put before every name is left out, and so are numbers among the tensors.
-    Raises FileNotFoundError, and ValueError for a file that would run code, is damaged, holds no tensors by name, or
-    has averaged weights in a form that is not known here.
+    Of a training checkpoint the averaged weights are taken where it has them, or with `raw` the trained ones, with a
+    line in the log. What DistributedDataParallel, torch.compile and other wrappers put into names is left out, unless
+    they are asked for `as_stored`, and so are numbers among the tensors. Raises FileNotFoundError, and ValueError for a
+    file that would run code, is damaged, holds no tensors by name, or has averaged weights in a form that is not known
+    here.
     """
     found = _open(path, raw=raw)
-    return found.select(_without_prefixes(found))
+    return found if as_stored else found.select(_without_wrappers(_one_set(found, raw=raw)))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -105,16 +108,34 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(folder: Path, name: str) -> Path:
-    """The safetensors file `name` in a folder, or its index where it is in shards. Raises FileNotFoundError."""
-    whole, index = folder / name, folder / f"{name.removesuffix(SAFETENSORS)}{INDEX}"
-    if not whole.is_file() and not index.is_file():
-        raise FileNotFoundError(f"{folder} has a config.json but no {name}; copy or download it")
-    return whole if whole.is_file() else index
+    """The file of weights `name`, as "model.safetensors", in a folder, or the index of its shards.
+
+    Where there is none the file of a variant will do ("model.fp16.safetensors", read as any other), or one of
+    torch.save of that name (.bin), which is read without running anything; a line in the log says so. Raises
+    FileNotFoundError for none, ValueError for several variants.
+    """
+    stem = name.removesuffix(SAFETENSORS)
+    for ending in (SAFETENSORS, ".bin"):
+        for exact in (f"{stem}{ending}", f"{stem}{ending}.index.json"):
+            if (folder / exact).is_file():
+                if ending != SAFETENSORS:
+                    logger.info("%s: has no %s: took %s", folder, name, exact)
+                return folder / exact
+        pattern = rf"{re.escape(stem)}(\.\w+{re.escape(ending)}|{re.escape(ending)}\.index\.\w+\.json)"
+        variants = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
+        if len(variants) > 1:
+            names = ", ".join(path.name for path in variants)
+            raise ValueError(f"{folder} has no {name}, but the variants {names}: keep the one that is meant")
+        if variants:
+            logger.info("%s: has no %s: took the variant %s", folder, name, variants[0].name)
+            return variants[0]
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+    raise FileNotFoundError(f"{folder} has a config.json but no {name}; copy or download it (found: {found})")
 
 
 def files_of(path: Path) -> list[Path]:
     """The files that weights are in: `path`, or after an index the shards that it names."""
-    if not path.name.endswith(INDEX):
+    if INDEX.search(path.name) is None:
         return [path]
     return [path, *(path.parent / name for name in sorted(set(_weight_map(path).values())))]
 
@@ -122,17 +143,38 @@ def files_of(path: Path) -> list[Path]:
 def _open(path: Path, *, raw: bool) -> Weights:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    if path.name.endswith(INDEX):
+    if INDEX.search(path.name) is not None:
         return _open_shards(path)
     return _open_safetensors(path) if path.suffix == SAFETENSORS else _open_pickle(path, raw=raw)
 
 
-def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Name without the prefixes that all names have -> name."""
+def _one_set(found: Weights, *, raw: bool) -> Weights:
+    """One of the two sets of weights in a file whose names all begin with those of entries, "ema.a" and "model.a"."""
+    heads = {name: name.partition(".")[0] for name in found}
+    averaged, plain = ([entry for entry in group if entry in heads.values()] for group in (AVERAGED, PLAIN))
+    if not averaged or not plain or not set(heads.values()) <= {*averaged, *plain}:
+        return found
+    entry = plain[0] if raw else averaged[0]
+    others = ", ".join(f"{name}.*" for name in (*averaged, *plain) if name != entry)
+    logger.info("%s: took its tensors %s.*, and left %s", found.path, entry, others)
+    return found.select({name.removeprefix(f"{entry}."): name for name, head in heads.items() if head == entry})
+
+
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Name without the names of wrappers in it, and without the prefixes that all names have -> name."""
     found = {name: name for name in names}
+    bare = {_unwrapped(name): old for name, old in found.items()}
+    found = bare if len(bare) == len(found) else found  # else two names would become one
     while found and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), None)):
         found = {name.removeprefix(prefix): old for name, old in found.items()}
     return found
+
+
+def _unwrapped(name: str) -> str:
+    """A name without the parts that wrappers add."""
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
+    return name
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -178,14 +220,15 @@ def _read_slice(path: Path, version: tuple[int, ...], start: int, blank: Tensor)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
+    endings = SAFETENSORS if f"{SAFETENSORS}.index" in path.name else ".bin"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in found.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of shards, which has tensors and their files in weight_map") from error
     for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(SAFETENSORS):
-            raise ValueError(f"{path}: weight_map: {file!r} is not the name of a {SAFETENSORS} file beside it")
+        if Path(file).name != file or not file.endswith(endings):
+            raise ValueError(f"{path}: weight_map: {file!r} is not the name of a {endings} file beside it")
         if not (path.parent / file).is_file():
             raise ValueError(f"{path}: weight_map: the shard {file} is missing; copy or download it")
     return files
@@ -193,7 +236,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _open_shards(path: Path) -> Weights:
     shard_of = _weight_map(path)
-    shards = {file: _open_safetensors(path.parent / file) for file in sorted(set(shard_of.values()))}
+    shards = {file: _open(path.parent / file, raw=False) for file in sorted(set(shard_of.values()))}
     absent = [name for name, file in shard_of.items() if name not in shards[file]]
     if absent:
         raise ValueError(f"{path}: {', '.join(absent)}: not in the shards where the index has them")
@@ -215,7 +258,7 @@ def _copied(value: Tensor) -> Tensor:
     return value.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _named_tensors(stored: Any, path: Path, *, raw: bool) -> Mapping[str, Tensor]:
+def _named_tensors(stored: Any, path: Path | str, *, raw: bool) -> Mapping[str, Tensor]:
     if (found := _tensors_of(stored)) is not None:
         return _without_numbers(found, stored, str(path))
     entries = PLAIN if raw else (*AVERAGED, *PLAIN)
@@ -226,6 +269,9 @@ def _named_tensors(stored: Any, path: Path, *, raw: bool) -> Mapping[str, Tensor
             others = ", ".join(str(name) for name in stored if name != entry) or "nothing"
             logger.info("%s: took its entry %s, and left %s", path, entry, others)
             return _without_numbers(found, held, f"{path}: {entry}")
+        if isinstance(held, Mapping) and _entries_in(held):
+            logger.info("%s: looked into its entry %s", path, entry)
+            return _named_tensors(held, f"{path}: {entry}", raw=raw)
         empty = isinstance(held, Mapping) and not held
         if entry in AVERAGED and not empty and any(_tensors_of(stored.get(name)) is not None for name in PLAIN):
             raise ValueError(
@@ -239,12 +285,18 @@ def _named_tensors(stored: Any, path: Path, *, raw: bool) -> Mapping[str, Tensor
     )
 
 
+def _entries_in(held: Mapping[Any, Any]) -> list[str]:
+    """The entries that hold tensors by name, or such entries in turn."""
+    inner = {name: held[name] for name in (*AVERAGED, *PLAIN) if isinstance(held.get(name), Mapping)}
+    return [name for name, each in inner.items() if _tensors_of(each) is not None or _entries_in(each)]
+
+
 def _shadow(stored: Mapping[str, Any], entry: str) -> Any:
     """An averaged entry, or its `shadow` where that has the very names of the trained weights."""
     held = stored[entry]
     shadow = _tensors_of(held.get("shadow")) if isinstance(held, Mapping) else None
     trained = (found for name in PLAIN if (found := _tensors_of(stored.get(name))) is not None)
-    if shadow is not None and any(set(_without_prefixes(shadow)) == set(_without_prefixes(own)) for own in trained):
+    if shadow is not None and any(set(_without_wrappers(shadow)) == set(_without_wrappers(own)) for own in trained):
         return shadow
     return held
 
@@ -360,7 +412,7 @@ def fill(
     for name, value in tensors:
         kind = dtype if dtype is not None and wanted[name].is_floating_point() else wanted[name].dtype
         state[name] = value.to(device=map_location, dtype=kind).contiguous()
-    tied = _tied_names(model)
+    tied = tied_names(model)
     model.load_state_dict(state, strict=True, assign=True)
     for first, *others in tied:
         for name in others:
@@ -371,7 +423,7 @@ def fill(
     return model.to(map_location).eval()
 
 
-def _tied_names(model: nn.Module) -> list[list[str]]:
+def tied_names(model: nn.Module) -> list[list[str]]:
     """The names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -109,6 +109,7 @@ def main(config: Config) -> None:
     kind = config.model.kind if config.model is not None else None
     model_class = hub.model_class(kind) if kind is not None else find_class(config, init)
     found = hub.resolve(config.tokenizer).scaled(config.vae_scaling_factor)
+    config = replace(config, tokenizer=found.name)  # of a run: the folder that is taken today
     folder: Path = getattr(config, model_class.learns_from)
     content = CONTENTS[model_class.learns_from](folder, found)
     captions = open_captions(config.text, content.cache)
@@ -188,6 +189,7 @@ class GeneratorJob(Job):
         self.model: nn.Module = model
         self.content = content
         self.decoder = decoder
+        self.made_with = {"tokenizer": decoder.fingerprint()}
         self.captions = captions
         own: Any = model.config
         self.sampling = config.sampling.over(own.sampling, "sampling")
@@ -211,6 +213,9 @@ class GeneratorJob(Job):
 
     def names(self, batch: TokenBatch | LatentBatch) -> Sequence[str]:
         return batch.names
+
+    def parts(self) -> dict[str, str]:
+        return self.made_with
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:

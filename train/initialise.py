@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from imgtok.config import from_dict, read_yaml
 from imgtok.hub import Found, configuration, load, model_class, resolve
+from imgtok.runs import complete_steps
 from imgtok.sections import Section
-from imgtok.train.state import complete_steps
 
 
 class Init(NamedTuple):

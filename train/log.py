@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import imgtok
 from imgtok.config import to_dict
 from imgtok.files import replacing
+from imgtok.runs import Progress
 from imgtok.runtime import peak_rss_mib
 from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
-from imgtok.train.state import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

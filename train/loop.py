@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.randomness import step_generator
+from imgtok.runs import Progress
 from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
@@ -28,7 +29,7 @@ from imgtok.train.failure import NonFiniteLoss, explain, save_failure
 from imgtok.train.log import Log, describe_run
 from imgtok.train.optim import ParameterGroup, make_optimizer, rate_at, set_rate, whole_model
 from imgtok.train.start import finished_steps, make_accelerator, prepare_folder
-from imgtok.train.state import Checkpoints, Progress, publish, writing
+from imgtok.train.state import Checkpoints, publish, writing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,6 +64,10 @@ class Job(Protocol):
 
     def names(self, batch: Any) -> Sequence[str]:
         """Names of the images in a batch, for error messages."""
+
+    def parts(self) -> Mapping[str, str]:
+        """Models that the trained one is used with and that the configuration names: field -> fingerprint."""
+        return {}
 
 
 def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
@@ -252,7 +257,8 @@ class Trainer:
 
     def progress(self, done: int) -> Progress:
         """What `state.json` says after `done` steps."""
-        return Progress(step=done, seconds=self.log.seconds, processes=self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        return Progress(step=done, seconds=self.log.seconds, processes=processes, parts=self.job.parts())
 
     def finish(self) -> Path:
         """Write final/: the model folder with averaged weights, the configuration, the state."""

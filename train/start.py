@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from imgtok import config as configuration
+from imgtok.runs import complete_steps, read_progress
 from imgtok.runtime import on_cpu
 from imgtok.train.config import TrainingConfig
 from imgtok.train.log import check_trackers
-from imgtok.train.state import complete_steps, read_progress, remove_leftovers
+from imgtok.train.state import remove_leftovers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

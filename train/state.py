@@ -23,24 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from imgtok import config as configuration
+from imgtok.runs import AVERAGED, CONFIG, STATE, Progress, checkpoint_path, complete_steps, read_progress
 from imgtok.train.ema import EMA
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a run had come when a folder was written."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    seconds: float = 0.0
-    """Training time so far, over all restarts."""
-    processes: int = 1
-    """Number of processes that trained."""
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -65,13 +54,13 @@ class Checkpoints:
     def save(self, progress: Progress, resolved: Any) -> None:
         """Write a checkpoint, then delete those beyond `keep`. A full disk leaves the earlier ones intact."""
         temporary = self.folder / f".tmp-step_{progress.step:07d}"
-        target = self.folder / f"step_{progress.step:07d}"
+        target = checkpoint_path(self.folder, progress.step)
         with writing(temporary, self.accelerator):
             self.accelerator.save_state(str(temporary))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 if self.ema.live:
-                    self.ema.save(temporary / "ema.safetensors")
+                    self.ema.save(temporary / AVERAGED)
                 publish(temporary, target, progress, resolved)
                 self._delete_old(progress.step)
         self.accelerator.wait_for_everyone()
@@ -80,7 +69,7 @@ class Checkpoints:
         steps = [step for step in complete_steps(self.folder) if step <= newest]
         for step in steps[self.keep :]:
             doomed = self.folder / f".tmp-old-step_{step:07d}"  # a half-deleted one must not look complete
-            (self.folder / f"step_{step:07d}").rename(doomed)
+            checkpoint_path(self.folder, step).rename(doomed)
             shutil.rmtree(doomed)
 
     def load(self) -> Progress:
@@ -91,7 +80,7 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for step in complete_steps(self.folder):
-            path = self.folder / f"step_{step:07d}"
+            path = checkpoint_path(self.folder, step)
             progress, reason = self._try(path)
             if progress is not None:
                 self._set_aside(damaged, step)
@@ -123,7 +112,7 @@ class Checkpoints:
         if self.accelerator.step == 0 and progress.processes == self.accelerator.num_processes:
             raise ValueError("the random states cannot be read")
         if self.ema.live:
-            self.ema.load(path / "ema.safetensors")
+            self.ema.load(path / AVERAGED)
         return progress
 
     def _set_aside(self, damaged: list[str], good: int) -> None:
@@ -134,26 +123,9 @@ class Checkpoints:
             logger.warning("damaged checkpoint passed over, continuing from step %d: %s", good, reason)
         for step in complete_steps(self.folder):
             if step > good:
-                path = self.folder / f"step_{step:07d}"
+                path = checkpoint_path(self.folder, step)
                 shutil.rmtree(f"{path}.damaged", ignore_errors=True)
                 path.rename(f"{path}.damaged")
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, newest first."""
-    paths = folder.glob("step_*") if folder.is_dir() else []
-    return sorted((int(path.name[5:]) for path in paths if path.name[5:].isdigit()), reverse=True)
-
-
-def read_progress(folder: Path) -> Progress:
-    """`state.json` of a checkpoint or of `final/`; raises ValueError if a file there has lost bytes."""
-    state = json.loads((folder / "state.json").read_text())
-    for name, size in state.pop("files").items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ValueError(f"{name} should have {size} bytes and has {'none' if found is None else found}")
-    return Progress(**state)
 
 
 # ---------------------------------------------------------------------------------- whole folders, safely
@@ -161,10 +133,10 @@ def read_progress(folder: Path) -> Progress:
 
 def publish(temporary: Path, target: Path, progress: Progress, resolved: Any) -> None:
     """Add config.yaml and state.json to `temporary`, flush it to the disk and rename it to `target`."""
-    configuration.save(resolved, temporary / "config.yaml")
+    configuration.save(resolved, temporary / CONFIG)
     files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-    state = temporary / "state.json"
+    state = temporary / STATE
     state.write_text(json.dumps({**dataclasses.asdict(progress), "files": sizes}, indent=1))
     for path in [*files, state, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _flush(path)

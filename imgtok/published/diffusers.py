@@ -109,13 +109,10 @@ def load(
     """The `AutoencoderKL` in a folder that diffusers wrote, as a `VAE` in evaluation mode.
 
     The scaling factor has to be given (`Found.with_config`) where there is none. Raises ConfigError for an autoencoder
-    of another kind, FileNotFoundError without safetensors, ValueError for weights that do not fit.
+    of another kind, FileNotFoundError without weights, ValueError for weights that do not fit.
     """
     config = configuration(found)
-    try:
-        stored = found.weights(raw=raw)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{found.path} has no {WEIGHTS_NAME}; its other formats are not read") from error
+    stored = found.weights(raw=raw)
     tensors = stored.select(todays_names(stored))
     vae = skeleton(lambda: VAE(config))
     check_tensors(tensors.blank, vae.autoencoder.state_dict(), stored.path, f"autoencoder that {CONFIG_NAME}")

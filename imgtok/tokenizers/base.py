@@ -254,6 +254,8 @@ class Autoencoder(ImageModel):
     in_words: ClassVar[str] = "an autoencoder"
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)
     """Fields of the configuration that change the latents by their scale at most."""
+    measured_at_end: ClassVar[tuple[str, ...]] = ()
+    """Fields of the configuration that `calibrate` measures: a checkpoint has them as they were when its run began."""
     reconstructs: ClassVar[bool] = True
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:

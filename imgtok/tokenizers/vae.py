@@ -67,6 +67,7 @@ class VAE(Autoencoder):
 
     config_class: ClassVar[type] = VAEConfig
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor", "kl_weight")
+    measured_at_end: ClassVar[tuple[str, ...]] = ("scaling_factor",)
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

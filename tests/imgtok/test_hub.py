@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import imgtok
-from imgtok import hub, weights
+from imgtok import hub, places, weights
 from imgtok.config import ConfigError, PositiveInt
 from imgtok.hub import Pretrained
 
@@ -414,7 +414,7 @@ def test_every_form_of_our_weights_is_the_same_model(folder: Path, form: str) ->
 def test_a_name_that_ships_with_imgtok() -> None:
     found = hub.resolve("shapes32")
     assert (found.kind, found.layout, found.name) == ("vae", "imgtok", "shapes32")
-    assert found.path == hub.packaged_models()["shapes32"]
+    assert found.path == places.packaged_models()["shapes32"]
     assert imgtok.load("shapes32").config.kind == "vae"
     with pytest.raises(ValueError, match="holds a VAE .kind 'vae'., but a GPT is needed here"):
         imgtok.load("shapes32", expect=hub.model_class("gpt"))

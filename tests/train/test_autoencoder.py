@@ -18,10 +18,10 @@ from torchvision import models
 import imgtok
 from imgtok.config import ConfigError, load, read_yaml
 from imgtok.data.images import open_images
-from imgtok.hub import packaged_models
 from imgtok.losses.adversarial import adversarial_loss, discriminator_loss
 from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS
+from imgtok.places import packaged_models
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.vae import VAE
 from imgtok.train import autoencoder

@@ -1,0 +1,148 @@
+"""Where a name of a model leads: to a folder or a file on this machine, or to a repository of the Hugging Face Hub.
+
+Nothing here needs torch or opens weights, so that a program can refuse a mistyped name before it has imported anything.
+`imgtok.hub` tells what stands at the place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from imgtok import runs
+
+SAFETENSORS = ".safetensors"
+INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json")
+"""How the name of the index of weights in shards ends; diffusers puts the name of a variant into it."""
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+LONE_FILES = (SAFETENSORS, *PICKLES)
+"""How the name of a file of weights can end."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A place on the Hub."""
+
+    name: str
+    """"owner/name"."""
+    inside: str = ""
+    """A folder or a file of weights in it, such as "vae"; empty for its root."""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.inside}".rstrip("/")
+
+
+def find(name: str | Path) -> Path | Repository:
+    """The folder of the one model, or the file of weights, that a name means; or the place on the Hub that it may mean.
+
+    A training run means its finished model or its newest checkpoint (`runs.follow`); a folder of a diffusers pipeline
+    means its autoencoder. Raises FileNotFoundError, with what is there, for a name that can mean nothing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _autoencoder_inside(runs.follow(path))
+    if is_weights(path) and path.is_file():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds config.json and model.safetensors")
+    return packaged_models().get(str(name)) or _elsewhere(str(name), path)
+
+
+def check(name: str | Path) -> None:
+    """Raise FileNotFoundError for a name that leads nowhere: no place here, and no repository of the Hub or its cache.
+
+    Where the Hub cannot be reached and the cache has nothing, the message says so.
+    """
+    place = find(name)
+    if isinstance(place, Path):
+        return
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        snapshot_download(place.name, local_files_only=True)
+    except Exception:  # not in the cache, in the words of whichever release is installed
+        try:
+            HfApi().model_info(place.name, timeout=10)
+        except RepositoryNotFoundError as error:
+            raise FileNotFoundError(no_repository(place)) from error
+        except Exception as error:
+            raise FileNotFoundError(unreachable(place, error)) from error
+
+
+def no_repository(place: Repository) -> str:
+    """What to say of a name that is none of the Hub's."""
+    return (
+        f"there is no model folder {str(place)!r} here, and no such repository on the Hugging Face Hub (for a private "
+        "one, log in with `hf auth login`)"
+    )
+
+
+def unreachable(place: Repository, error: Exception) -> str:
+    """What to say of a name that cannot be looked up."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"there is no model folder {str(place)!r} here, it is not in the local Hugging Face cache, and the Hub cannot "
+        f"be reached: {reason}"
+    )
+
+
+def is_weights(path: Path) -> bool:
+    """Whether the name of a file is one of weights, or of the index of their shards."""
+    return path.name.endswith(LONE_FILES) or INDEX.search(path.name) is not None
+
+
+def packaged_models() -> dict[str, Path]:
+    """Name -> folder of what ships with imgtok, such as "shapes32"."""
+    root = Path(str(resources.files("imgtok"))) / "assets"
+    return {path.name.removeprefix("vae-"): path for path in sorted(root.glob("vae-*"))}
+
+
+def _autoencoder_inside(folder: Path) -> Path:
+    """`folder`, or its `vae/` where it is that of a whole pipeline of diffusers, of which nothing else is used here."""
+    inside = folder / "vae"
+    pipeline = (folder / "model_index.json").is_file() and not (folder / "config.json").exists()
+    return inside if pipeline and (inside / "config.json").is_file() else folder
+
+
+def _elsewhere(name: str, path: Path) -> Repository:
+    """The repository that a name without a place here may mean. Raises FileNotFoundError for one that cannot be."""
+    kind = "file of weights" if is_weights(path) else "model folder"
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w./-]+?))?/?", name)
+    if match is None or ".." in path.parts:
+        raise FileNotFoundError(
+            f"there is no {kind} {name!r}{_beside(path)} (a Hub name looks like 'owner/name', and imgtok ships "
+            f"{', '.join(packaged_models())})"
+        )
+    first = path.parts[0]
+    if Path(first).is_dir():
+        raise FileNotFoundError(
+            f"there is no {kind} {name!r}{_beside(path)} (not looked for on the Hub, since a folder {first}/ lies here)"
+        )
+    if meant := [near for near in _near(Path(first), Path()) if Path(near, *path.parts[1:]).exists()]:
+        raise FileNotFoundError(
+            f"there is no {kind} {name!r}; did you mean {Path(meant[0], *path.parts[1:])}? (not looked for on the Hub)"
+        )
+    return Repository(match[1], match[2] or "")
+
+
+def _beside(path: Path) -> str:
+    """What lies where `path` should be, for a message, with the names that are most like it first."""
+    folder = path.parent
+    while not folder.is_dir():
+        path, folder = folder, folder.parent
+    if folder == Path() and len(path.parts) < 2 and not path.is_absolute() and not _near(path, folder):
+        return ""  # what else lies in the working folder tells nothing
+    near = _near(path, folder)
+    if near:
+        return f"; did you mean {folder / near[0]}?"
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return f"; {folder} has {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
+
+
+def _near(path: Path, folder: Path) -> list[str]:
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return difflib.get_close_matches(path.name, names, n=1)
