@@ -187,7 +187,7 @@ def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
     if not fields or {"--help", "-h"} & {*argv}:
         return
     given: dict[str, Any] = {}
-    words = list(argv)
+    words, lone = list(argv), command in LONE_MODEL
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
@@ -197,12 +197,11 @@ def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
             given[name] = value
         elif word.endswith((".yaml", ".yml")) and Path(word).is_file():
             given = {**read_yaml(Path(word)), **given}
-        elif command in LONE_MODEL and not word.startswith("-"):
-            given.setdefault(fields[0], word)
-    for name in fields:
-        value = given.get(name)
-        if isinstance(value, str) and value not in ("", "null") and value[0] not in "{[":
-            places.check(value)
+        elif lone and not word.startswith("-"):
+            given[fields[0]], lone = word, False
+    for model in (given.get(name) for name in fields):
+        if isinstance(model, str) and model not in ("", "null") and model[0] not in "{[":
+            places.check(model)
 
 
 def check_launch_environment(environment: Mapping[str, str] = os.environ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 from collections import ChainMap
 from collections.abc import Mapping, Sequence, Set
@@ -30,7 +31,7 @@ import imgtok
 from imgtok import runs
 from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import file_sha256, replacing
-from imgtok.places import SAFETENSORS, Repository, find, is_weights, no_repository, unreachable
+from imgtok.places import SAFETENSORS, Repository, find, is_weights, no_repository, repository, unreachable
 from imgtok.weights import (
     Weights,
     check_tensors,
@@ -80,9 +81,10 @@ MODEL_CARD = """---
 import imgtok
 
 model = imgtok.load("{{ repo_id }}")
-```
+{{ example }}```
 
 Its configuration is in `config.json`.
+
 """
 
 
@@ -93,10 +95,22 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
     and `__init__(self, config: VAEConfig)` that sets `self.config`.
     """
 
+    card_example: ClassVar[str] = ""
+    """Lines of Python for its model card, that go on from `model`."""
     in_words: ClassVar[str] = "a model"
     """What a class that others derive from calls itself in messages, such as "a tokenizer"."""
     config_class: ClassVar[Any]
     config: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return _any_tensor(self).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The kind of number of its weights, in which it computes unless it is told otherwise."""
+        return _any_tensor(self).dtype
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -118,7 +132,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
             header_file.write_text(text, encoding="utf-8")
             write_tensors(state_of(self), weights, {"format": "pt"})
         if not (folder / "README.md").exists():
-            names = {"kind": self.config.kind, "repo_id": repo_id or folder.name, **(model_card_kwargs or {})}
+            names = {"kind": self.config.kind, "repo_id": repo_id or str(folder), **(model_card_kwargs or {})}
+            names["example"] = self.card_example
             page = str(self.generate_model_card(**names))
             with replacing(folder / "README.md") as readme:
                 readme.write_text(page, encoding="utf-8")
@@ -205,6 +220,11 @@ class Found:
             return runs.read_progress(self.path).step
         except (OSError, ValueError, LookupError, TypeError):
             return None
+
+    def about(self) -> dict[str, Any]:
+        """What a record says of it: where it was found, and what tells it from any other."""
+        found = {"path": str(self.path), "kind": self.kind, "step": self.step, "fingerprint": self.fingerprint()}
+        return {"name": self.name, **found}
 
     def check(self, expect: type[Any]) -> None:
         """Raises ValueError unless its class is `expect` or derived from it."""
@@ -333,11 +353,12 @@ ONLY_PICKLES = ("*.bin",)
 
 def find_folder(name_or_path: str | Path, revision: str | None = None, *, files: Sequence[str] = MODEL_FILES) -> Path:
     """A local folder: the path itself, or the downloaded `files` of a Hub repository. Raises FileNotFoundError."""
-    place = find(name_or_path)
-    path = place if isinstance(place, Path) else _download(place, revision, files)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is a file; give the folder that holds it")
-    return path
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    return _download(repository(str(name_or_path)), revision, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -356,6 +377,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- internals
+
+
+def _any_tensor(model: Any) -> torch.Tensor:
+    """A floating-point parameter, or else a buffer; of a model without any, a number on the CPU."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    found: torch.Tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
+    return found
 
 
 def _place(name: str | Path, revision: str | None) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from imgtok import runs
 
 SAFETENSORS = ".safetensors"
-INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json")
+INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json$")
 """How the name of the index of weights in shards ends; diffusers puts the name of a variant into it."""
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 LONE_FILES = (SAFETENSORS, *PICKLES)
@@ -108,25 +108,36 @@ def _autoencoder_inside(folder: Path) -> Path:
     return inside if pipeline and (inside / "config.json").is_file() else folder
 
 
-def _elsewhere(name: str, path: Path) -> Repository:
-    """The repository that a name without a place here may mean. Raises FileNotFoundError for one that cannot be."""
-    kind = "file of weights" if is_weights(path) else "model folder"
+def repository(name: str) -> Repository:
+    """The place on the Hub that a name means if it means none here. Raises FileNotFoundError for one that cannot be."""
+    path = Path(name).expanduser()
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w./-]+?))?/?", name)
-    if match is None or ".." in path.parts:
+    if match is None or ".." in path.parts or (is_weights(path) and not match[2]):
         raise FileNotFoundError(
-            f"there is no {kind} {name!r}{_beside(path)} (a Hub name looks like 'owner/name', and imgtok ships "
+            f"{_absent(name)}{_beside(path)} (a Hub name looks like 'owner/name', and imgtok ships "
             f"{', '.join(packaged_models())})"
         )
-    first = path.parts[0]
+    return Repository(match[1], match[2] or "")
+
+
+def _absent(name: str) -> str:
+    return f"{name}: no such file of weights" if is_weights(Path(name)) else f"there is no model folder {name!r}"
+
+
+def _elsewhere(name: str, path: Path) -> Repository:
+    """The place on the Hub that a name means which leads nowhere here. Raises FileNotFoundError for one that was meant
+    to lead to a place here: what lies beside it says so.
+    """
+    found, first = repository(name), path.parts[0]
     if Path(first).is_dir():
         raise FileNotFoundError(
-            f"there is no {kind} {name!r}{_beside(path)} (not looked for on the Hub, since a folder {first}/ lies here)"
+            f"{_absent(name)}{_beside(path)} (not looked for on the Hub, since a folder {first}/ lies here)"
         )
     if meant := [near for near in _near(Path(first), Path()) if Path(near, *path.parts[1:]).exists()]:
         raise FileNotFoundError(
-            f"there is no {kind} {name!r}; did you mean {Path(meant[0], *path.parts[1:])}? (not looked for on the Hub)"
+            f"{_absent(name)}; did you mean {Path(meant[0], *path.parts[1:])}? (not looked for on the Hub)"
         )
-    return Repository(match[1], match[2] or "")
+    return found
 
 
 def _beside(path: Path) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from imgtok import pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, check
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig, open_images
 from imgtok.data.loaders import eval_loader
 from imgtok.files import replacing
@@ -51,7 +51,7 @@ class Config:
     model: str
     """Folder or any other name of a tokenizer or an autoencoder, such as shapes32."""
     out: Path = Path("outputs/reconstructions")
-    """Folder of `grid.png` and `rates.json`."""
+    """Folder of `grid.png` and `rates.json`, which says what the model and the data were."""
     data: DataConfig = ShapesConfig()
     """Images; only those held out from training are used."""
     image_size: PositiveInt | None = None
@@ -87,7 +87,8 @@ def main(config: Config) -> None:
     state = process_state()
     if not state.is_main_process:
         return  # a picture is too little work to share
-    model = open_model(resolve(config.model)).to(state.device)
+    named = resolve(config.model)
+    model = open_model(named).to(state.device)
     source = open_images(
         config.data, size_for(model, config.image_size), split="held_out", held_out_fraction=config.held_out
     )
@@ -115,7 +116,9 @@ def main(config: Config) -> None:
             progress.update(len(batch.images))
     shown = {rate: torch.cat([part[rate] for part in rows])[:SHOWN] for rate in rates}
     scores = {rate: read_scores(family) for rate, family in scorers.items()}
-    write_results(config.out, torch.cat(originals)[:SHOWN], shown, scores)
+    data = {**to_dict(config.data), "held_out": config.held_out, "image_size": source.size, "num": len(places)}
+    made_of = {"model": named.about(), "data": data, "seed": config.seed, "decoding": to_dict(decoding)}
+    write_results(config.out, torch.cat(originals)[:SHOWN], shown, scores, made_of)
 
 
 # ---------------------------------------------------------------- models and rates
@@ -245,8 +248,9 @@ def write_results(
     originals: Tensor,
     rows: Mapping[Rate | None, Tensor],
     scores: Mapping[Rate | None, Mapping[str, float]],
+    made_of: Mapping[str, Any],
 ) -> None:
-    """The picture and, by rate ("latents" for those of an autoencoder), the scores."""
+    """The picture, and what it was made of with the scores by rate ("latents" for those of an autoencoder)."""
     grid = pictures.grid_with_titles(
         torch.cat([originals, *rows.values()]),
         columns=len(originals),
@@ -256,7 +260,7 @@ def write_results(
     pictures.save_png(grid, out / "grid.png")
     record = {"latents" if rate is None else str(rate): dict(found) for rate, found in scores.items()}
     with replacing(out / "rates.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({**made_of, "rates": record}, indent=2) + "\n", encoding="utf-8")
     for name, found in record.items():
         cost = f"{found['tokens']:.1f} tokens, {found['bits']:.0f} bits, " if "tokens" in found else ""
         logger.info("%8s: %s%.2f dB", name, cost, found["psnr"])

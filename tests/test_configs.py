@@ -187,7 +187,7 @@ def test_a_tokenizer_is_shown_and_scored(finished, model):
     data = ("data.kind=shapes", "data.num_images=64")
     run("reconstruct", model / "final", f"out={out}", *data)
     run("evaluate", f"tokenizer={model}/final", "metrics=[psnr]", f"out={out}/scores.json", *data)
-    shown = json.loads((out / "rates.json").read_text())
+    shown = json.loads((out / "rates.json").read_text())["rates"]
     scored: dict[str, dict[str, float]] = {}
     for row in json.loads((out / "scores.json").read_text())["scores"]:
         scored.setdefault(row["rate"], {})[row["key"]] = row["value"]

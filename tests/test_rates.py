@@ -121,7 +121,7 @@ def test_every_rate_of_a_tokenizer_is_encoded_and_scored(model, tokenizer, tmp_p
 
 def test_reconstructions_at_chosen_rates(tokenizer, tmp_path):
     run("reconstruct", tokenizer, f"out={tmp_path}", "rates=[16@0.4,4@0.05]", "num=4", *DATA)
-    found = json.loads((tmp_path / "rates.json").read_text())
+    found = json.loads((tmp_path / "rates.json").read_text())["rates"]
     assert list(found) == ["16@0.4", "4@0.05"]
     assert set(found["4@0.05"]) == {"tokens", "bits", "codebook_use", "codebook_perplexity", "psnr"}
     assert (tmp_path / "grid.png").is_file()
@@ -147,7 +147,7 @@ def test_an_autoencoder_alone_is_shown_and_scored(tmp_path, capsys):
         record = json.loads((out / "s.json").read_text())
         assert {row["key"]: row["rate"] for row in record["scores"]} == {"psnr": rate, "mae": rate}
         assert set(record["weights"]) == {"autoencoder"}
-        assert list(json.loads((out / "rates.json").read_text())) == ["latents"]
+        assert list(json.loads((out / "rates.json").read_text())["rates"]) == ["latents"]
         assert (out / "grid.png").is_file()
     held_out = open_images(ShapesConfig(num_images=80), 32, split="held_out").batch(range(8)).images
     expected = psnr(to_uint8(load_vae("shapes32").reconstruct(held_out)), to_uint8(held_out)).mean().item()

@@ -242,7 +242,8 @@ class GeneratorJob(Job):
         write_cards(folder, str(self.config.out / "final"), model.config, self.content.decoder.config)
         model.save_pretrained(folder)
         if self.decoder.layout == hub.OURS and self.config.vae_scaling_factor is None:
-            shutil.copytree(self.decoder.path, folder / "tokenizer", dirs_exist_ok=True)
+            own = shutil.ignore_patterns("README.md")  # which tells of the place that it is copied from
+            shutil.copytree(self.decoder.path, folder / "tokenizer", ignore=own, dirs_exist_ok=True)
         else:
             self.content.decoder.save_pretrained(folder / "tokenizer")
 

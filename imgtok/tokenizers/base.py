@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from imgtok.config import check
 from imgtok.flow import OnStep
 from imgtok.hub import Pretrained
+from imgtok.tokenizers.checks import check_images
 from imgtok.tokenizers.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ class Tokenizer(ImageModel):
     """
 
     in_words: ClassVar[str] = "a tokenizer"
+    card_example = """images = imgtok.preprocess(["photo.jpg"], model.image_size)  # (1, 3, H, W) in [-1, 1]
+tokens = model.encode(images)
+pictures = imgtok.to_pil(model.decode(tokens, seed=0))
+"""
     stands_on: ClassVar[str | None] = None
     """The name of a frozen autoencoder's configuration in `config`, and of that autoencoder in the model; None for a
     tokenizer that has none."""
@@ -252,6 +257,10 @@ class Autoencoder(ImageModel):
     """
 
     in_words: ClassVar[str] = "an autoencoder"
+    card_example = """images = imgtok.preprocess(["photo.jpg"], 4 * model.config.factor)  # (1, 3, H, W) in [-1, 1]
+latents = model.encode(images)
+pictures = imgtok.to_pil(model.decode(latents))
+"""
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)
     """Fields of the configuration that change the latents by their scale at most."""
     measured_at_end: ClassVar[tuple[str, ...]] = ()
@@ -269,7 +278,10 @@ class Autoencoder(ImageModel):
         raise NotImplementedError
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents: the mean of the distribution, or with standard-normal `noise` of their shape a sample."""
+        """Scaled latents of images in [-1, 1]: the mean of the distribution, or with standard-normal `noise` of their
+        shape a sample. Raises ValueError for images of another range or shape.
+        """
+        check_images(images, f"a multiple of {self.config.factor}")
         return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
     def decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,58 @@ def check_tokens(tokens: Tokens, indices: Sequence[int] | None, most: int) -> No
         raise ValueError(
             f"decode takes 1 to {most} tokens an image, got lengths {fewest} to {longest} in {columns} columns"
         )
+
+
+OVERSHOOT = 1.5
+"""Pixels up to here, and down to its negative, are taken: resizing and decoders overshoot the ends of [-1, 1]."""
+
+
+def check_images(images: object, size: int | str = "SIZE", rows: Sequence[int] | None = None) -> None:
+    """Raises ValueError, with the remedy, unless `images` are float images (B, 3, H, W) in [-1, 1].
+
+    `size` is the pixels a side that the model wants, for the message; `rows` are their numbers, by default 0, 1, ...
+    A batch without any dark pixel may be one in [0, 1]: with a pixel of nearly 0, which no picture of 8 bits has in
+    [-1, 1], that is certain and refused, else a warning says so.
+    """
+    wanted = "encode takes float images (B, 3, H, W) in [-1, 1]"
+    ready = f"imgtok.preprocess(pictures, {size})"
+    if not isinstance(images, Tensor):
+        first = next(iter(images), None) if isinstance(images, Sequence) else None
+        given = f"a {type(images).__name__}" + (f" of {type(first).__name__}" if first is not None else "")
+        raise ValueError(f"{wanted}, not {given}; {ready} makes them of Pillow images, uint8 arrays and paths")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"{wanted}, not {tuple(images.shape)}{_remedy_of_shape(images)}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"{wanted}, not {images.dtype}; of pixels in 0..255 that is images / 127.5 - 1, or use {ready}"
+        )
+    if not images.numel():
+        raise ValueError(f"{wanted}, and at least one")
+    low, high = torch.stack(images.detach().float().aminmax()).tolist()
+    if not low > -float("inf") or not high < float("inf"):
+        check_finite(images, rows or range(len(images)))
+    if low >= 0 and high > 200:
+        raise ValueError(f"{wanted}; these lie in [{low:g}, {high:g}], as in 0..255: give images / 127.5 - 1")
+    if max(-low, high) > OVERSHOOT:
+        raise ValueError(f"{wanted}; these lie in [{low:.3g}, {high:.3g}]: scale them, or use {ready}")
+    if low >= 0 and high > 0:
+        told = f"these lie in [{low:.3g}, {high:.3g}]"
+        if low < 0.5 / 255:
+            raise ValueError(f"{wanted}; {told}, as in [0, 1]: give images * 2 - 1, or use {ready}")
+        warnings.warn(f"{wanted}; {told}: if they are meant in [0, 1], give images * 2 - 1", stacklevel=3)
+
+
+def _remedy_of_shape(images: Tensor) -> str:
+    """What makes images of a tensor of another shape."""
+    if images.ndim == 3 and images.shape[0] == 3:
+        return "; one image is a batch of one, images[None]"
+    if images.ndim == 4 and images.shape[1] == 1:
+        return "; grey images are images.expand(-1, 3, -1, -1)"
+    if images.ndim == 4 and images.shape[-1] == 3:
+        return "; channels come first, images.permute(0, 3, 1, 2)"
+    if images.ndim == 4 and images.shape[1] == 4:
+        return "; there is no transparency, images[:, :3]"
+    return ""
 
 
 def check_finite(images: Tensor, rows: Sequence[int]) -> None:

@@ -32,8 +32,8 @@ from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.layers.recompute import call_block
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok_fast, flextok_start
-from imgtok.tokenizers.base import Losses, OnBlock, Rate, Taps, Tokenizer, powers_of_two
-from imgtok.tokenizers.checks import check_finite, check_tokens, token_counts
+from imgtok.tokenizers.base import Losses, OnBlock, Rate, Taps, Tokenizer, latents_of_moments, powers_of_two
+from imgtok.tokenizers.checks import check_finite, check_images, check_tokens, token_counts
 from imgtok.tokenizers.flextok_blocks import DecoderBlock, EncoderBlock
 from imgtok.tokenizers.flextok_config import FlexTokConfig, FlexTokDecoding, ShortRuns, TrunkConfig
 from imgtok.tokenizers.tokens import Tokens
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
 
     def sequence(self, latents: Tensor, num_registers: int) -> Tensor:
         """What the blocks read: [patches | the first registers], (B, N + k, D)."""
-        patches = self.patch_proj(patchify(latents, self.patch_size))
+        patches = self.patch_proj(patchify(latents.to(self.patch_proj.weight.dtype), self.patch_size))
         patches = patches + crop_positions(self.positions, latents, self.patch_size)
         registers = self.registers[:num_registers].expand(len(latents), -1, -1)
         return torch.cat([patches, registers.to(patches.dtype)], dim=1)
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         carry none; where `null_B` is True all of them become the null vector.
         """
         count = self.register_positions.shape[0]
-        codes = F.pad(codes, (0, 0, 0, count - codes.shape[1]))
+        codes = F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, count - codes.shape[1]))
         registers = self.code_proj(codes) + self.register_positions
         hidden = torch.arange(count, device=codes.device) >= keep_B[:, None]
         registers = torch.where(hidden[..., None], self.mask_vector.to(registers.dtype), registers)
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
 
     def patches(self, x_BCHW: Tensor) -> Tensor:
         """The patches as the blocks read them, (B, N, D)."""
-        patches = self.patch_proj(patchify(x_BCHW, self.patch_size))
+        patches = self.patch_proj(patchify(x_BCHW.to(self.patch_proj.weight.dtype), self.patch_size))
         return patches + crop_positions(self.positions, x_BCHW, self.patch_size)
 
     def network(
@@ -373,7 +373,7 @@ class FlexTok(Tokenizer):
         if self.vae is None:
             return images
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images.float(), noise)
+            return latents_of_moments(self.vae.moments(images.float()), noise, self.vae.config.scaling_factor)
 
     def to_images(self, latents: Tensor) -> Tensor:
         """Images clamped to [-1, 1]."""
@@ -434,6 +434,8 @@ class FlexTok(Tokenizer):
         if rate is not None:
             self.check_rate(rate)
             num_tokens = rate.num_tokens
+        if not isinstance(images, Tensor | Sequence) or not all(isinstance(image, Tensor) for image in images):
+            check_images(images, self.image_size)  # which says what it is
         counts = token_counts(num_tokens, len(images), self.num_tokens)
         if isinstance(images, Tensor):
             latents = self._latents(images, range(len(images)), posterior_seed)
@@ -454,7 +456,7 @@ class FlexTok(Tokenizer):
 
     def _latents(self, images: Tensor, rows: Sequence[int], seed: int | None) -> Tensor:
         """`to_latents` of the images `rows` of a batch, with the posterior's noise of `seed` unless that is None."""
-        check_finite(images, rows)
+        check_images(images, self.image_size, rows)
         if self.config.vae is None or seed is None:
             return self.to_latents(images)
         sides = (side // self.config.factor for side in images.shape[-2:])

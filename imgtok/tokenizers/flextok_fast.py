@@ -120,7 +120,9 @@ def collapsed_condition(decoder: Decoder, codes: Tensor, keep_B: Tensor) -> Cond
     total, most = decoder.register_positions.shape[0], int(keep_B.max())
     if int(keep_B.min()) == total:
         return Condition(decoder.condition(codes, keep_B))
-    registers = decoder.code_proj(codes[:, :most]) + decoder.register_positions[:most]
+    registers = (
+        decoder.code_proj(codes[:, :most].to(decoder.code_proj.weight.dtype)) + decoder.register_positions[:most]
+    )
     hidden = torch.arange(most, device=codes.device) >= keep_B[:, None]
     mask = decoder.mask_vector.to(registers.dtype).expand(len(codes), 1, -1)
     log_counts = torch.zeros_like(hidden, dtype=registers.dtype).masked_fill(hidden, -torch.inf)

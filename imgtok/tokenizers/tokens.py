@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -55,10 +56,18 @@ class Tokens:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Tokens:
-        """Some of the rows, in the given order."""
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Tokens:
+        """Some of the rows, in the given order; a number gives that row, as a batch of one."""
+        if isinstance(rows, SupportsIndex) and not (isinstance(rows, Tensor) and rows.ndim):
+            row = range(len(self))[rows]  # which raises IndexError, where a loop over the rows ends
+            return self[row : row + 1]
         chosen = rows if isinstance(rows, slice | Tensor) else list(rows)
         return Tokens(self.ids[chosen], self.lengths[chosen], None if self.slots is None else self.slots[chosen])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids are."""
+        return self.ids.device
 
     def to(self, device: torch.device | str) -> Tokens:
         """The same on another device."""

@@ -114,7 +114,7 @@ class VAE(Autoencoder):
 
     def moments(self, images: Tensor) -> Tensor:
         """The posteriors, not scaled: means, then log-variances from -30 to 20, (B, 2 C, H / f, W / f)."""
-        posterior = self.autoencoder.encode(images).latent_dist
+        posterior = self.autoencoder.encode(images.to(self.last_layer.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def decode(
@@ -127,7 +127,7 @@ class VAE(Autoencoder):
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Images in about [-1, 1], not clamped. The decoder draws nothing and has no settings: only `latents` count."""
-        return self.autoencoder.decode(latents / self.config.scaling_factor).sample
+        return self.autoencoder.decode((latents / self.config.scaling_factor).to(self.last_layer.dtype)).sample
 
 
 def encoder_blocks(levels: int, attention: bool) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Each test runs for each line of `tests/kinds.py`; a kind in the hub's tables wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,50 @@ def test_it_is_built_on_meta_without_memory(line):
     assert {name: tensor.shape for name, tensor in shapes.items()} == {
         name: tensor.shape for name, tensor in kinds.build(line).state_dict().items()
     }
+
+
+def test_it_computes_in_the_kind_of_number_that_it_is_brought_to(line):
+    model = kinds.build(line).to(torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
+    if line.config.kind not in hub.GENERATORS:
+        encoded = kinds.encode(model, range(2))  # of images in float32
+        assert encoded.dtype in (torch.int64, torch.bfloat16)
+    decoded = kinds.decode(model, range(2), **line.short)
+    assert not decoded.dtype.is_floating_point or bool(decoded.isfinite().all())
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "uint8": (lambda x: ((x + 1) * 127.5).to(torch.uint8), r"not torch.uint8; .* images / 127.5 - 1"),
+    "0..255": (lambda x: (x + 1) * 127.5, r"as in 0..255: give images / 127.5 - 1"),
+    "[0, 1]": (lambda x: (x + 1) / 2, r"as in \[0, 1\]: give images \* 2 - 1, or use imgtok.preprocess\(pictures, "),
+    "standardised": (lambda x: x * 2.3, r"these lie in \[-2.3, 2.3\]"),
+    "infinite": (lambda x: torch.where(x > 0.9, torch.inf, x), r"image 0 has pixels that are not finite"),
+    "one image": (lambda x: x[0], r"not \(3, 16, 16\); one image is a batch of one, images\[None\]"),
+    "grey": (lambda x: x[:, :1], r"grey images are images.expand\(-1, 3, -1, -1\)"),
+    "channels last": (lambda x: x.permute(0, 2, 3, 1), r"channels come first, images.permute\(0, 3, 1, 2\)"),
+    "transparent": (lambda x: x[:, [0, 1, 2, 0]], r"there is no transparency, images\[:, :3\]"),
+    "none": (lambda x: x[:0], r"at least one|0 numbers|nothing|empty"),
+    "arrays": (lambda x: x.numpy(), r"not a ndarray.*imgtok.preprocess\(pictures, .*Pillow images, uint8 arrays and"),
+    "pictures": (lambda x: imgtok.to_pil(x), r"not a list of Image; imgtok.preprocess"),
+    "a picture": (lambda x: imgtok.to_pil(x)[0], r"not a Image; imgtok.preprocess"),
+}
+
+
+@pytest.mark.parametrize("line", ENCODING.values(), ids=ENCODING)
+def test_images_that_are_none_of_its_kind_are_refused(line):
+    model = kinds.build(line)
+    images = kinds.images(model, 2)
+    images[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+    for spoil, message in WRONG.values():
+        given = spoil(images)
+        with pytest.raises(ValueError, match=message):
+            model.encode(given)
+    with pytest.warns(UserWarning, match=r"these lie in \[0.2, 1\]: if they are meant in \[0, 1\], give images \* 2"):
+        model.encode(images * 0.4 + 0.6)
+    model.encode(torch.zeros_like(images))  # one grey
+    model.encode((images * 1.3).half())  # resizing overshoots
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -290,13 +290,15 @@ def test_info_counts_the_parameters(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             self.bias = nn.Parameter(nn.Linear(5, 1).weight)
 
     model = Toy()
-    monkeypatch.setattr("imgtok.hub.resolve", lambda name: {"runs/a": 7}[name])
-    monkeypatch.setattr("imgtok.hub.load", {7: model}.__getitem__)
-    monkeypatch.setattr(cli, "settings_help", lambda models: f"settings of {models}")
+    monkeypatch.setattr("imgtok.places.check", lambda name: None)
+    monkeypatch.setattr("imgtok.hub.resolve", lambda name: types.SimpleNamespace(path=f"{name}/final", step=7))
+    monkeypatch.setattr("imgtok.hub.load", lambda found: {"runs/a/final": model}[found.path])
+    monkeypatch.setattr(cli, "settings_help", lambda models: f"settings of {models[0].path}")
     monkeypatch.setattr(cli, "to_yaml", lambda config: f"kind: {config.kind}\n")
     assert cli.main(["info", "runs/a"]) == 0
     assert capsys.readouterr().out == (
-        "kind: toy (Toy)\nparameters: 1,245\n  body: 1,240\n  (direct): 5\nconfig:\n  kind: toy\nsettings of [7]"
+        "kind: toy (Toy)\nplace: runs/a/final, after 7 steps of training\nparameters: 1,245\n  body: 1,240\n"
+        "  (direct): 5\nconfig:\n  kind: toy\nsettings of runs/a/final"
     )
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out.startswith("usage: imgtok info MODEL")

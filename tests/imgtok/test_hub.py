@@ -1,21 +1,31 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
+import importlib
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import imgtok
-from imgtok import hub, places, weights
+from imgtok import cli, hub, places, weights
 from imgtok.config import ConfigError, PositiveInt
 from imgtok.hub import Pretrained
+from imgtok.published import diffusers
+from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +116,7 @@ def test_the_folder_is_readable_by_others(folder: Path) -> None:
         "head.weight",
         "scale",
     }
-    assert 'imgtok.load("model")' in (folder / "README.md").read_text()
+    assert f'imgtok.load("{folder}")' in (folder / "README.md").read_text()
 
 
 def test_saving_keeps_the_other_files_of_the_folder(folder: Path) -> None:
@@ -429,3 +439,149 @@ def test_a_description_of_something_else(folder: Path) -> None:
 def test_a_lone_file_of_ours_is_shown_its_folder(folder: Path) -> None:
     with pytest.raises(ValueError, match=rf"of no model that imgtok reads.*; or give its folder, {folder} "):
         hub.resolve(folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------- places
+
+
+@pytest.fixture
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: it has `model` alone."""
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("huggingface_hub.HfApi", NoNetwork)
+    return folder.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("modle", "there is no model folder 'modle'; did you mean model?"),
+        ("model/fnal", "there is no model folder 'model/fnal'; model has README.md, config.json, model.safetensors"),
+        (
+            "model/model.pt",
+            "model/model.pt: no such file of weights; model has README.md, config.json, model.safetensors",
+        ),
+        ("modle/config.json", "did you mean model/config.json? (not looked for on the Hub)"),
+        ("/no/such/run", "there is no model folder '/no/such/run'; / has "),
+        ("../elsewhere/run", "there is no model folder '../elsewhere/run'"),
+        (
+            "me/absent",
+            "'me/absent' here, it is not in the local Hugging Face cache, and the Hub cannot be reached: name",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("inside")
+def test_a_mistyped_name(name: str, message: str) -> None:
+    for check in (places.check, hub.resolve):
+        with pytest.raises(FileNotFoundError) as caught:
+            check(name)
+        assert message in str(caught.value)
+
+
+def test_a_mistyped_name_costs_no_import(inside: Path) -> None:
+    code = (
+        "import sys; from imgtok.cli import main; status = [main(words.split()) for words in sys.argv[1:]]; "
+        "print(status, *({'torch', 'numpy', 'PIL', 'imgtok.hub'} & {*sys.modules}))"
+    )
+    (inside / "job.yaml").write_text("tokenizer: model/fnal\n")
+    commands = ["sample model/fnal", "info modle", "reconstruct out=x model/fnal", "evaluate tokenizer=model/fnal"]
+    commands += ["cache --tokenizer model/fnal", "cache job.yaml out=x", "train generator job.yaml", "sample /no"]
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, check=True)
+    assert done.stdout.split("]") == [str([2] * len(commands))[:-1], "\n"]
+    assert done.stderr.count("there is no model folder") == len(commands)
+
+
+def test_the_table_of_fields_that_name_models_is_that_of_the_jobs() -> None:
+    for command, fields in cli.MODELS.items():
+        if command == "info":
+            continue
+        module = importlib.import_module(cli.JOBS[command][0])
+        assert set(fields) <= {field.name for field in dataclasses.fields(module.Config)}
+        lone = getattr(module, "POSITIONAL", None)
+        assert (lone == fields[0]) == (command in cli.LONE_MODEL)
+
+
+def test_the_autoencoder_of_a_pipeline_of_diffusers(inside: Path) -> None:
+    small = VAEConfig(block_channels=(8, 8), layers_per_block=1, norm_groups=4)
+    vae = VAE(small).eval()
+    diffusers.save(vae, inside / "sd/vae")
+    (inside / "sd/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    for name in ("sd", "sd/vae", "sd/vae/"):
+        assert hub.resolve(name, expect=VAE).path == Path("sd/vae")
+        assert states_equal(imgtok.load(name), vae)
+    with pytest.raises(ValueError, match="sd/vae holds a published VAE, but a GPT is needed here"):
+        imgtok.load("sd", expect=hub.model_class("gpt"))
+    whole = inside / "sd/vae/diffusion_pytorch_model.safetensors"
+    state = load_file(whole)
+    forms: dict[str, Callable[[Path], None]] = {
+        "diffusion_pytorch_model.fp16.safetensors": lambda path: save_file(
+            {name: value.half() for name, value in state.items()}, path
+        ),
+        "diffusion_pytorch_model.bin": lambda path: torch.save(state, path),
+        "diffusion_pytorch_model.fp16.bin": lambda path: torch.save({"state_dict": state}, path),
+    }
+    whole.unlink()
+    for name, write in forms.items():
+        write(whole.parent / name)
+        loaded = imgtok.load("sd", expect=VAE).state_dict()
+        assert all(torch.equal(value, loaded[f"autoencoder.{key}"]) or "fp16" in name for key, value in state.items())
+        (whole.parent / name).unlink()
+    (whole.parent / "diffusion_flax_model.msgpack").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors; .*found: .*msgpack"):
+        imgtok.load("sd")
+
+
+class Listing:
+    """Stands for huggingface_hub.HfApi: repositories with these files."""
+
+    files: ClassVar[dict[str, list[str]]] = {}
+
+    def model_info(self, name: str, revision: str | None, timeout: float) -> Any:
+        siblings = [SimpleNamespace(rfilename=file) for file in self.files[name]]
+        return SimpleNamespace(sha="abc", siblings=siblings)
+
+
+def test_folders_and_files_inside_a_repository(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VAE(VAEConfig(block_channels=(8, 8), layers_per_block=1, norm_groups=4)).eval()
+    diffusers.save(vae, inside / "cache/sd/vae")
+    (inside / "cache/sd/model_index.json").write_text("{}")
+    torch.save({"x": torch.zeros(1)}, inside / "cache/sd/other.pth")
+    asked: list[list[str]] = []
+
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(inside / "cache/sd")
+
+    files = ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"]
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    monkeypatch.setattr(Listing, "files", {"o/sd": [*files, weights], "o/old": [*files, weights[:-12] + ".bin"]})
+    monkeypatch.setattr("huggingface_hub.HfApi", Listing)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("o/sd", "o/sd/vae", "o/old"):
+        assert states_equal(imgtok.load(name, expect=VAE), vae)
+    inside_vae = ["vae/*.json", "vae/*.safetensors", "vae/README.md"]
+    assert asked == [["model_index.json", *inside_vae], inside_vae, ["model_index.json", *inside_vae, "vae/*.bin"]]
+    with pytest.raises(ValueError, match="other.pth: weights of no model that imgtok reads a lone file of"):
+        imgtok.load("o/sd/other.pth")
+    assert asked[-1] == ["other.pth"]
+    with pytest.raises(
+        FileNotFoundError, match=r"repository 'o/sd' on the Hugging Face Hub: .*no model folder .*/gone"
+    ):
+        imgtok.load("o/sd/gone")
+
+
+# ---------------------------------------------------------------- model cards
+
+
+@pytest.mark.parametrize("kind", ["vae", "flextok"])
+def test_the_lines_of_a_model_card_run(kind: str, inside: Path) -> None:
+    trunk = TrunkConfig(width=16, depth=1, head_dim=8)
+    config = FlexTokConfig(image_size=16, num_registers=2, levels=(3, 3), encoder=trunk, decoder=trunk)
+    small = VAEConfig(block_channels=(8, 8), layers_per_block=1, norm_groups=4)
+    (VAE(small) if kind == "vae" else FlexTok(config)).save_pretrained("new")
+    Image.new("RGB", (20, 16), "red").save("photo.jpg")
+    text = Path("new/README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["model"].config.kind == kind
+    assert [type(picture).__name__ for picture in names["pictures"]] == ["Image"]

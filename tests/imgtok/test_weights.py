@@ -82,7 +82,9 @@ def test_shards_with_an_index(tmp_path):
         find_weights(tmp_path, "other.safetensors")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "_forward_module.model."]
+)
 def test_prefixes_that_all_names_have_are_left_out(tmp_path, prefix):
     save_file({prefix + name: value for name, value in TENSORS.items()}, tmp_path / "x.safetensors")
     assert same(open_weights(tmp_path / "x.safetensors"))
@@ -114,6 +116,77 @@ def test_entries_of_a_training_checkpoint(tmp_path, caplog, stored, averaged, ra
         assert same(open_weights(tmp_path / "x.pt", raw=asked), stored[entry])
         others = ", ".join(name for name in stored if name != entry) or "nothing"
         assert f"x.pt: took its entry {entry}, and left {others}" in caplog.text
+
+
+def test_wrappers_inside_names_are_left_out(tmp_path):
+    wrapped = {
+        "_fsdp_wrapped_module.a._fsdp_wrapped_module.weight": TENSORS["a.weight"],
+        "_fsdp_wrapped_module.a._checkpoint_wrapped_module._orig_mod.bias": TENSORS["a.bias"],
+    }
+    save_file(wrapped, tmp_path / "x.safetensors")
+    assert same(open_weights(tmp_path / "x.safetensors"), {name: TENSORS[name] for name in ("a.weight", "a.bias")})
+    assert same(open_weights(tmp_path / "x.safetensors", as_stored=True), wrapped)
+    both = {"a._orig_mod.b": torch.zeros(2), "a.b": torch.ones(2)}  # of which neither may be lost
+    save_file(both, tmp_path / "x.safetensors")
+    assert same(open_weights(tmp_path / "x.safetensors"), both)
+
+
+@pytest.mark.parametrize(
+    ("stored", "averaged", "raw"),
+    [
+        ({"state_dict": {"model": OTHER, "ema": TENSORS}}, TENSORS, OTHER),
+        ({"model": {"state_dict": TENSORS}, "epoch": 3}, TENSORS, TENSORS),
+        ({"ema": {"module": TENSORS, "decay": 0.9}, "model": OTHER}, TENSORS, OTHER),
+        ({"state_dict_ema": TENSORS, "state_dict": OTHER}, TENSORS, OTHER),
+        ({"model_state_dict": OTHER, "ema_state_dict": TENSORS}, TENSORS, OTHER),
+    ],
+    ids=["both inside", "a state_dict", "a module of an average", "timm", "state_dicts"],
+)
+def test_entries_inside_entries(tmp_path, stored, averaged, raw):
+    torch.save(stored, tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt"), averaged)
+    assert same(open_weights(tmp_path / "x.pt", raw=True), raw)
+
+
+def test_two_sets_in_one_flat_file(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "imgtok.weights")
+    flat = {f"ema.{name}": value for name, value in TENSORS.items()} | {f"model.{n}": v for n, v in OTHER.items()}
+    save_file(flat, tmp_path / "x.safetensors")
+    assert same(open_weights(tmp_path / "x.safetensors"))
+    assert "took its tensors ema.*, and left model.*" in caplog.text
+    assert same(open_weights(tmp_path / "x.safetensors", raw=True), OTHER)
+
+
+def test_the_file_of_a_variant(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "imgtok.weights")
+    for name in ("model.fp16.safetensors", "model.safetensors.index.fp16.json", "model.bin", "model.bf16.bin"):
+        (tmp_path / name).touch()
+        assert find_weights(tmp_path, "model.safetensors") == tmp_path / name
+        assert f"has no model.safetensors: took {'the variant ' if '16' in name else ''}{name}" in caplog.text
+        (tmp_path / name).unlink()
+    for name in ("model.fp16.safetensors", "model.bf16.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        ValueError, match=r"but the variants model\.bf16\.safetensors, model\.fp16\.safetensors: keep the"
+    ):
+        find_weights(tmp_path, "model.safetensors")
+
+
+def test_shards_of_pickles_and_of_a_variant(tmp_path):
+    index = in_shards(tmp_path)
+    where = json.loads(index.read_text())["weight_map"]
+    variant = tmp_path / "model.safetensors.index.fp16.json"
+    index.rename(variant)
+    assert find_weights(tmp_path, "model.safetensors") == variant
+    assert same(open_weights(variant))
+    variant.unlink()
+    for file in set(where.values()):
+        torch.save({name: TENSORS[name] for name in where if where[name] == file}, tmp_path / f"{file[:-12]}.bin")
+    pickles = tmp_path / "model.bin.index.json"
+    pickles.write_text(json.dumps({"weight_map": {name: f"{file[:-12]}.bin" for name, file in where.items()}}))
+    assert find_weights(tmp_path, "model.safetensors") == pickles
+    assert same(open_weights(pickles))
+    assert len(weights.files_of(pickles)) == 3
 
 
 def test_an_average_that_stands_in_a_shadow(tmp_path):

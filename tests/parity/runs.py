@@ -209,10 +209,10 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def image(model: FlexTok, case: Case) -> Outputs:
-    """Image -> latents -> tokens -> image, through `encode` and `decode`."""
+    """Image -> latents -> tokens -> image, through `encode_latents` and `decode`."""
     (run,) = case.runs
     images = case.input(run["image"])
-    ids = model.encode(images).ids
+    ids = model.encode_latents(model.to_latents(images)).ids  # recorded pixels go beyond [-1, 1]: encode refuses them
     latents, decoded = decode(model, ids, case.input(run["noise"]), run)
     with torch.no_grad():
         unclamped = model.vae.decode(latents)

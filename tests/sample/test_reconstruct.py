@@ -51,11 +51,17 @@ def tokenizer(tmp_path_factory) -> Path:
 
 def reconstruct(tokenizer: Path, out: Path, **fields) -> dict[str, dict[str, float]]:
     main(Config(**{"model": str(tokenizer), "out": out, "data": DATA, "exact": True} | fields))
-    return json.loads((out / "rates.json").read_text())
+    return json.loads((out / "rates.json").read_text())["rates"]
 
 
 def test_the_powers_of_two_are_shown_and_measured(tokenizer, tmp_path):
     scores = reconstruct(tokenizer, tmp_path, num=5)
+    record = json.loads((tmp_path / "rates.json").read_text())
+    assert record["model"]["path"] == str(tokenizer)
+    assert len(record["model"]["fingerprint"]) == 16
+    assert {name: record["data"][name] for name in ("kind", "num_images", "held_out", "num", "image_size")} == {
+        "kind": "shapes", "num_images": 400, "held_out": 0.1, "num": 5, "image_size": 16,
+    }  # fmt: skip
     assert list(scores) == ["1", "2", "4", "6"]
     model = FlexTok.from_pretrained(tokenizer)
     chosen = range(0, 40, 8)  # of the 40 held-out images, evenly

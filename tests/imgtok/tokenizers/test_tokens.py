@@ -98,3 +98,15 @@ def test_batches_of_different_widths_become_one():
     assert joined.padded().ids.tolist() == [[5, 70000, 1], [3, 0, 0], [3, 0, 0]]
     with pytest.raises(ValueError, match="cat: 1 of 2 batches of tokens have slots"):
         Tokens.cat([one, Tokens.full(torch.zeros(1, 2, dtype=torch.long))])
+
+
+def test_a_number_gives_a_row_and_a_loop_all_of_them():
+    tokens = Tokens(torch.arange(6).view(3, 2), torch.tensor([1, 2, 2]), torch.arange(6).view(3, 2))
+    last = tokens[-1]
+    assert (len(last), last.ids.tolist(), last.lengths.tolist(), last.slots.tolist()) == (1, [[4, 5]], [2], [[4, 5]])
+    assert tokens[torch.tensor(1)].ids.tolist() == [[2, 3]]
+    assert [row.ids.tolist() for row in tokens] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert tokens[torch.tensor([True, False, True])].lengths.tolist() == [1, 2]
+    assert tokens.device == torch.device("cpu")
+    with pytest.raises(IndexError):
+        tokens[3]
