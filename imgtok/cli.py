@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import imgtok
-from imgtok import places
+from imgtok import places, signals
 from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
 from imgtok.sections import completed
 
@@ -81,7 +81,9 @@ USAGE = "[CONFIG.yaml] [key=value ...] [--key value ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `imgtok` command; returns the exit status (0, 2 for a user's mistake, 130 for Ctrl-C)."""
+    """The `imgtok` command; returns the exit status: 0; 2 for a user's mistake; 130 for Ctrl-C, 143 for SIGTERM and
+    138 for SIGUSR1 (docs/training.md).
+    """
     return _report_errors(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -269,7 +271,8 @@ def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:
     _show_log()
     config = parse(module.Config, argv, getattr(module, "POSITIONAL", None))
     try:
-        module.main(config)
+        with signals.raised():
+            module.main(config)
     except BrokenPipeError as error:  # fine while help is printed; a job has lost something
         raise OSError("broken pipe: a process that this job was writing to has ended") from error
 
@@ -401,6 +404,10 @@ def _report_errors(action: Callable[[], None]) -> int:
     except BrokenPipeError:  # `imgtok ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except signals.Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # the processes of a launch stop together
+            print(f"imgtok: {stop}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print("imgtok: interrupted", file=sys.stderr)
         return 130

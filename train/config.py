@@ -31,7 +31,8 @@ class TrainingConfig:
     """Largest norm of the gradient, measured for each group of parameters by itself (a discriminator is a group of its
     own); 0 never clips."""
     warmup: NonNegativeInt = 0
-    """Steps below the peak at the start: step s < warmup has (s + 1) / (warmup + 1) of the peak."""
+    """Steps below the peak at the start: step s < warmup has (s + 1) / (warmup + 1) of the peak. A run that would end
+    before them warms up for a tenth of its steps."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     """How the rate falls after the warm-up."""
     final_rate: Fraction = 0.0
@@ -58,7 +59,9 @@ class TrainingConfig:
     preview_every: NonNegativeInt = 1000
     """Steps between pictures in samples/; 0 draws them only before the first and after the last step."""
     save_every: PositiveInt = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved, and so is the one at which a signal ends the run."""
+    save_minutes: PositiveFloat | None = None
+    """Minutes after which a checkpoint is written whatever `save_every` says; null leaves it at that."""
     keep: PositiveInt = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     resume: bool = True
@@ -68,9 +71,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.steps and self.warmup >= self.steps:
-            raise ValueError(f"warmup must be below steps, given {self.warmup} with {self.steps} steps")
         if max(self.betas) >= 1:
             raise ValueError(f"betas must be below 1, given {list(self.betas)}")
         if self.ema >= 1:
             raise ValueError(f"ema must be below 1 (such as 0.999; 0 switches it off), given {self.ema}")
+
+    @property
+    def warmup_steps(self) -> int:
+        """`warmup`, or a tenth of the steps where it does not end before them: a short trial of a long recipe."""
+        return self.warmup if self.warmup < self.steps else self.steps // 10

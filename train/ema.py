@@ -63,6 +63,12 @@ class EMA:
         for name, tensor in self.live.items():
             tensor.data, self.average[name].data = self.average[name].data, tensor.data
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin again at the weights as they are."""
+        for name, tensor in self.live.items():
+            self.average[name].copy_(tensor)
+
     def save(self, path: Path) -> None:
         """Write the averages as safetensors."""
         write_tensors({name: tensor.contiguous() for name, tensor in self.average.items()}, path, {})

@@ -191,6 +191,7 @@ class GeneratorJob(Job):
         self.decoder = decoder
         self.made_with = {"tokenizer": decoder.fingerprint()}
         self.captions = captions
+        self.identity = {"made_from": config.made_from}
         own: Any = model.config
         self.sampling = config.sampling.over(own.sampling, "sampling")
         self.decoding = config.decoding.over(content.decoder.config.decoding, "decoding")

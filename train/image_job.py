@@ -8,6 +8,7 @@ the model brings itself (`for_training`). Such a module is called with images, `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class ImageJob(Job):
         self.source = source
         self.shown = shown
         self.training = training
+        self.identity: dict[str, Any] = {"data": json.loads(source.identity)}
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Batch]:
         """Micro-batches of one process, without end, from optimizer step `start_step` on."""
@@ -70,6 +72,11 @@ class ImageJob(Job):
         judge = {"perceptual": self.perceptual} if self.judges else {}
         losses: Losses = model(batch.images, generator=generator, **judge)
         return losses
+
+    def resumed(self, step: int) -> None:
+        """Let the adversarial term count its micro-batches in steps of the size that they have now."""
+        if isinstance(self.model, Judged) and self.model.judge.discriminator is not None:
+            self.model.judge.seen.fill_(step * self.training.accumulate)
 
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""

@@ -7,6 +7,7 @@ the GPU at every step.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.util
 import json
 import logging
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import imgtok
@@ -106,7 +109,9 @@ class Log:
         self.mark, self.mark_step, self.speed = time.perf_counter(), start.step, 0.0
         main = accelerator.is_main_process
         # disable=None: no line where nobody watches (a file, CI); the log lines are then written in full
-        self.bar = tqdm(total=config.steps, initial=start.step, disable=None if main else True, unit="step")
+        self.bar = tqdm(
+            total=config.steps, initial=start.step, disable=None if main else True, unit="step", dynamic_ncols=True
+        )
         if main:
             drop_lines_after(self.path, start.step)
             start_trackers(accelerator, out, resolved, start.step)
@@ -139,10 +144,27 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
-        speed = f"{record['images_per_second']:.0f}"
-        self.bar.set_postfix({"loss": f"{record['loss']:.4g}", "img/s": speed}, refresh=False)
+        shown = {"loss": f"{record['loss']:.4g}", "lr": f"{rate:.3g}", "norm": f"{record['grad_norm']:.3g}"}
+        shown["img/s"] = f"{self.speed:.0f}"
+        self.bar.set_postfix(shown, refresh=False)  # the bar itself has the time that is left
         if self.bar.disable:
-            logger.info("step %d/%d  loss %.4g  %s images/s", step, self.config.steps, record["loss"], speed)
+            values = "  ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info("step %d/%d  %s  %s left", step, self.config.steps, values, self.time_left(done))
+
+    def time_left(self, done: int) -> str:
+        """How long the steps after the first `done` will take at the speed of the last ones, such as 1:02:03."""
+        seconds = (self.config.steps - done) * self.images_per_step / self.speed if self.speed else 0.0
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a preview in the trackers that can; `path` is not there if the job draws none."""
+        if not (path.is_file() and self.accelerator.trackers):
+            return
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"preview": pixels}, step=step, **layout)
 
     def close(self) -> None:
         """End the progress line and the trackers."""
@@ -215,3 +237,8 @@ def describe_run(accelerator: Accelerator, config: TrainingConfig, model: nn.Mod
         config.batch_size * config.accumulate * processes,
         config.batch_size, config.accumulate, processes, config.steps, out,
     )  # fmt: skip
+    if config.steps and config.warmup_steps != config.warmup:
+        logger.warning(
+            "training.warmup: %d steps do not end within the %d of this run: it warms up for %d",
+            config.warmup, config.steps, config.warmup_steps,
+        )  # fmt: skip

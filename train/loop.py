@@ -13,23 +13,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from imgtok import signals
 from imgtok.randomness import step_generator
 from imgtok.runs import Progress
+from imgtok.signals import Requests
 from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
 from imgtok.train.failure import NonFiniteLoss, explain, save_failure
 from imgtok.train.log import Log, describe_run
-from imgtok.train.optim import ParameterGroup, make_optimizer, rate_at, set_rate, whole_model
-from imgtok.train.start import finished_steps, make_accelerator, prepare_folder
+from imgtok.train.optim import ParameterGroup, make_optimizer, rate_at, restore_settings, set_rate, whole_model
+from imgtok.train.start import make_accelerator, prepare_folder
 from imgtok.train.state import Checkpoints, publish, writing
+from imgtok.train.stopping import Agreement
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +50,9 @@ class Job(Protocol):
 
     model: nn.Module
     """All that is trained."""
+    identity: Mapping[str, Any] = MappingProxyType({})
+    """What tells data and frozen models from others, by the names in `imgtok.train.resume.CONTENTS`, as JSON takes it:
+    a run goes on only with the same."""
 
     def groups(self) -> Sequence[ParameterGroup]:
         """The trainable parameters in groups that have their own rate, clip, rhythm; one group by default."""
@@ -62,6 +70,10 @@ class Job(Protocol):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the bare model with averaged weights as a model folder; `folder` exists and is empty."""
 
+    def resumed(self, step: int) -> None:
+        """Called when a checkpoint after `step` steps has been loaded; `training` may have been another so far."""
+        return
+
     def names(self, batch: Any) -> Sequence[str]:
         """Names of the images in a batch, for error messages."""
 
@@ -75,21 +87,25 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
 
     `resolved` is the job's whole configuration, of which `config` is the section `training`. Continues from
     the newest checkpoint in `out`; returns at once if the run is complete. Raises ValueError if `out` holds
-    a run, finished or not, with another configuration, NonFiniteLoss, and OSError when the disk is full.
+    a run that may not be continued in this way (imgtok.train.resume), NonFiniteLoss, and OSError when the disk is full.
+    SIGINT, SIGTERM and SIGUSR1 end the run after the step at work, with a checkpoint, by `imgtok.signals.Stopped`.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = make_accelerator(config, out)
-    prepare_folder(accelerator, config, out, resolved)
-    if finished_steps(out / "final") == config.steps:
+    if prepare_folder(accelerator, config, out, resolved, job.identity):
         logger.info("the run in %s is complete (%d steps): nothing to do", out, config.steps)
         return out / "final"
     trainer = Trainer(accelerator, job, config, out, resolved)
-    try:
-        trainer.run()
-    finally:
-        trainer.log.close()
-    return trainer.finish()
+    with signals.deferred() as requests:
+        try:
+            trainer.run(requests)
+        finally:
+            trainer.log.close()
+        final = trainer.finish()
+        if requests.number:
+            raise signals.Stopped(requests.number, f"{signals.name_of(requests.number)}: the run is complete: {final}")
+    return final
 
 
 def compile_forward(model: nn.Module, **options: Any) -> None:
@@ -125,12 +141,19 @@ class Trainer:
         describe_run(accelerator, config, job.model, out)
         self.start = self.resume()
         self.log = Log(accelerator, config, out, resolved, self.start)
+        self.agreement = Agreement(accelerator)
+        self.saved_at = time.monotonic()
         self.on_cpu = accelerator.device.type == "cpu"
         self.skips_broken = self.adamw.defaults["fused"] is True
 
     def resume(self) -> Progress:
         """Load the newest checkpoint, if any."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.adamw.param_groups
+        ]
         start = self.checkpoints.load()
+        restore_settings(self.adamw, settings)  # torch has put those of the checkpoint there, which may differ
+        self.accelerator.step = start.step * self.config.accumulate  # by which Accelerate finds the end of a step
         if start.step > self.config.steps:
             raise ValueError(
                 f"{self.out} already has {start.step} steps, training.steps asks for {self.config.steps}: "
@@ -138,6 +161,7 @@ class Trainer:
             )
         if start.step:
             logger.info("continuing from step %d of %s", start.step, self.out)
+            self.job.resumed(start.step)
         if start.processes != self.accelerator.num_processes:
             logger.warning(
                 "trained by %d process(es) so far, now by %d: the batches differ from an uninterrupted run's",
@@ -145,30 +169,64 @@ class Trainer:
             )  # fmt: skip
         return start
 
-    def run(self) -> None:
-        """Train from where the run stands to the last step."""
+    def run(self, requests: Requests) -> None:
+        """Train from where the run stands to the last step, or until a signal; raises `Stopped` then."""
         config, begin = self.config, self.start.step
         self.job.model.train()
-        if begin == 0:
-            self.preview(0)
+        if begin == 0 or self.shows(begin):
+            self.preview(begin, requests, again=begin == 0)
+            self.stop(self.agreement.now(requests.number), begin)
         batches = self.stream(begin)
         for step in range(begin, config.steps):
             self.step(step, batches)
             done = step + 1
             last = done == config.steps
-            logs, saves = last or done % config.log_every == 0, last or done % config.save_every == 0
+            stop, due = self.agreement.after(done, requests.number, self.save_is_due())
+            logs = bool(last or stop or done % config.log_every == 0)
+            saves = bool(last or stop or due or done % config.save_every == 0)
             if self.on_cpu or logs or saves or step == 0:
                 self.stop_if_broken()
             if step == 0:
                 self.log.write(0, 1, rate_at(0, config))
             if logs:
-                self.log.write(done, done, rate_at(step, config))
-                self.log.window.reset()
+                self.write_log(done)
             self.log.bar.update()
             if saves:  # before the picture, whose failure then costs no step
                 self.save(done)
-            if last or (config.preview_every and done % config.preview_every == 0):
-                self.preview(done)
+            self.stop(stop, done)  # and if a signal has come, before the picture, which can take minutes
+            if self.shows(done):
+                self.preview(done, requests)
+                if stop := self.agreement.now(requests.number):
+                    if not logs:
+                        self.write_log(done)
+                    if not saves:
+                        self.save(done)
+                    self.stop(stop, done)
+
+    def shows(self, done: int) -> bool:
+        """Whether a picture is drawn after so many steps."""
+        every = self.config.preview_every
+        return done == self.config.steps or bool(every and done % every == 0)
+
+    def save_is_due(self) -> bool:
+        """Whether `save_minutes` have passed; by the main process's clock."""
+        minutes = self.config.save_minutes
+        if minutes is None or not self.accelerator.is_main_process:
+            return False
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+    def write_log(self, done: int) -> None:
+        """The log line after so many steps; the next one begins a new mean."""
+        self.log.write(done, done, rate_at(done - 1, self.config))
+        self.log.window.reset()
+
+    def stop(self, signal: int, done: int) -> None:
+        """Raise `Stopped` if there is a signal; what is to be saved is saved."""
+        if not signal:
+            return
+        where = f"{signals.name_of(signal)}: stopped after step {done} of {self.config.steps}"
+        kept = f"the checkpoint is {self.out / 'checkpoints' / f'step_{done:07d}'}" if done else "nothing is lost"
+        raise signals.Stopped(signal, f"{where}; {kept}; start the same command again to go on")
 
     def stream(self, step: int) -> Iterator[Any]:
         """The micro-batches of this process from optimizer step `step` on."""
@@ -241,19 +299,22 @@ class Trainer:
             yield self.job.model
         self.job.model.train()
 
-    def preview(self, done: int) -> None:
-        """Draw samples/step_*.png."""
-        if self.accelerator.is_main_process:
-            path = self.out / "samples" / f"step_{done:07d}.png"
+    def preview(self, done: int, requests: Requests, *, again: bool = True) -> None:
+        """Draw samples/step_*.png; a signal ends that. Unless `again`, one that is there already stays."""
+        path = self.out / "samples" / f"step_{done:07d}.png"
+        if self.accelerator.is_main_process and (again or not path.exists()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.paused(), self.averaged() as model:
-                self.job.preview(model, path)
+            with self.log.paused(), self.averaged() as model, contextlib.suppress(signals.Stopped):
+                with requests.interrupting():
+                    self.job.preview(model, path)
+                self.log.picture(path, done)
         self.accelerator.wait_for_everyone()
 
     def save(self, done: int) -> None:
         """Write a checkpoint."""
         with self.log.paused():
             self.checkpoints.save(self.progress(done), self.resolved)
+        self.saved_at = time.monotonic()
 
     def progress(self, done: int) -> Progress:
         """What `state.json` says after `done` steps."""

@@ -134,17 +134,31 @@ def make_optimizer(
 def rate_at(step: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step`, counted from 0 to config.steps - 1.
 
-    Below `warmup` the rate climbs linearly, at `warmup` it is the peak, at the last step exactly
-    final_rate x peak (cosine and linear).
+    Below `warmup_steps` the rate climbs linearly, there it is the peak, at the last step exactly final_rate x peak
+    (cosine and linear).
     """
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / (config.warmup + 1)
-    start = max(config.warmup, round(config.decay_from * config.steps))
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    start = max(warmup, round(config.decay_from * config.steps))
     if config.schedule == "constant" or step <= start:
         return config.learning_rate
     progress = min(1.0, (step - start) / (config.steps - 1 - start))
     remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * (config.final_rate + (1 - config.final_rate) * remaining)
+
+
+def restore_settings(optimizer: torch.optim.Optimizer, settings: Sequence[dict[str, Any]]) -> None:
+    """Give every parameter group its decay, betas and so on back, after a checkpoint with others was loaded.
+
+    AdamW's step counts go where the fused or the plain form looks for them.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                state = optimizer.state[parameter]
+                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

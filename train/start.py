@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from imgtok import config as configuration
 from imgtok.runs import complete_steps, read_progress
 from imgtok.runtime import on_cpu
+from imgtok.train import resume
 from imgtok.train.config import TrainingConfig
 from imgtok.train.log import check_trackers
 from imgtok.train.state import remove_leftovers
@@ -20,21 +18,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-MAY_CHANGE = {"out", "checkpoint_activations"} | {
-    "training." + name
-    for name in (
-        "steps",
-        "log_every",
-        "preview_every",
-        "save_every",
-        "keep",
-        "resume",
-        "trackers",
-        "threads",
-        "num_workers",
-    )
-}
-"""Fields in which a run may be continued although it was started with others."""
 
 
 def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
@@ -57,48 +40,54 @@ def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
     )
 
 
-def prepare_folder(accelerator: Accelerator, config: TrainingConfig, out: Path, resolved: Any) -> None:
-    """Check that a run in `out` is this one; clear what a killed process left; write config.yaml."""
+def prepare_folder(
+    accelerator: Accelerator, config: TrainingConfig, out: Path, resolved: Any, identity: Mapping[str, Any]
+) -> bool:
+    """Check that a run in `out` is this one; clear what a killed process left; write config.yaml.
+
+    Returns whether the run is complete, with nothing left to do. Raises ValueError for a run that may not be continued
+    in this way, by imgtok.train.resume.
+    """
     checkpoints, final = out / "checkpoints", out / "final"
-    if complete_steps(checkpoints) or final.exists():
+    steps, finished = complete_steps(checkpoints), finished_steps(final)
+    recorded, previous = list[resume.Change](), None
+    if steps or final.exists():
         if not config.resume:
-            found = "checkpoints" if complete_steps(checkpoints) else "the finished model"
+            found = "checkpoints" if steps else "the finished model"
             raise ValueError(
                 f"{out} holds {found} of an earlier run and training.resume is false: choose "
                 "another `out`, continue it with training.resume=true, or delete that folder yourself"
             )
-        refuse_other_run(out / "config.yaml", resolved)
+        previous = resume.Previous.read(out, resolved)
+        recorded = [] if previous is None else resume.check(out, previous, resolved, identity)
+        check_end(out, config, finished, recorded)
+        if not steps and finished and (finished < config.steps or resume.is_stale(final, resolved)):
+            raise ValueError(
+                f"{final} was trained for {finished} steps, and there is no checkpoint in {checkpoints} to go on from: "
+                f"choose another `out`; init={final} starts from its weights"
+            )
+    done = finished == config.steps and not resume.is_stale(final, resolved)
     accelerator.wait_for_everyone()  # no process may read config.yaml after the main process wrote it
     if accelerator.is_main_process:
         checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         remove_leftovers(checkpoints)
-        configuration.save(resolved, out / "config.yaml")
+        if recorded and previous is not None:
+            resume.record(out, recorded, steps[0] if steps else 0, previous, config)
+        resume.write(out, resolved, identity)
     accelerator.wait_for_everyone()
+    return done
 
 
-def refuse_other_run(path: Path, resolved: Any) -> None:
-    """Raise ValueError naming the first field in which the run's configuration differs from `resolved`."""
-    if not path.is_file():
+def check_end(out: Path, config: TrainingConfig, finished: int | None, recorded: Sequence[resume.Change]) -> None:
+    """Raise ValueError for changes that come too late: the run is complete."""
+    if finished != config.steps or not recorded:
         return
-    before = dict(flatten(configuration.read_yaml(path)))
-    now = dict(flatten(yaml.safe_load(configuration.to_yaml(resolved))))
-    for name in [*now, *(name for name in before if name not in now)]:
-        old, new = before.get(name, "absent"), now.get(name, "absent")
-        if old != new and name not in MAY_CHANGE:
-            raise ValueError(
-                f"{path}: this run was started with {name} = {old}, and {name} = {new} is asked for now: "
-                "choose another `out` for the new configuration, or continue with the old value"
-            )
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested mappings."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    name, before, now = recorded[0]
+    raise ValueError(
+        f"{out}: this run is complete ({finished} steps) with {name} = {before}; {name} = {now} would change nothing: "
+        "choose another `out` for a new run, or a larger training.steps to go on with this one"
+    )
 
 
 def finished_steps(final: Path) -> int | None:

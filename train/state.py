@@ -107,12 +107,21 @@ class Checkpoints:
     def _read(self, path: Path) -> Progress:
         progress = read_progress(path)
         self.accelerator.step = 0
-        self.accelerator.load_state(str(path))
+        scaler = self.accelerator.scaler
+        if not (path / "scaler.pt").exists():  # so far in another precision than fp16
+            self.accelerator.scaler = None
+        try:
+            self.accelerator.load_state(str(path))
+        finally:
+            self.accelerator.scaler = scaler
         # Accelerate only notes that it could not read the random states, then its own counter stays at 0
         if self.accelerator.step == 0 and progress.processes == self.accelerator.num_processes:
             raise ValueError("the random states cannot be read")
-        if self.ema.live:
-            self.ema.load(path / AVERAGED)
+        average = path / AVERAGED
+        if not average.exists():  # none was kept so far; that no file is missing, `read_progress` has seen
+            self.ema.restart()
+        elif self.ema.live:
+            self.ema.load(average)
         return progress
 
     def _set_aside(self, damaged: list[str], good: int) -> None:
@@ -166,8 +175,8 @@ def writing(temporary: Path, accelerator: Accelerator) -> Iterator[None]:
     accelerator.wait_for_everyone()
     try:
         yield
-    except Exception as error:
-        full = _disk_full(error, temporary)
+    except BaseException as error:
+        full = isinstance(error, Exception) and _disk_full(error, temporary)
         shutil.rmtree(temporary, ignore_errors=True)
         if full:
             target = temporary.with_name(temporary.name.removeprefix(".tmp-"))

@@ -107,6 +107,9 @@ def main(config: Config) -> None:
         job = AlignedJob(config, model, teacher, source, shown)
     else:
         job = TokenizerJob(config, model, trained, source, shown, perceptual)
+    if config.vae is not None:
+        found = hub.resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor)
+        job.identity["vae"] = found.fingerprint()
     fit(job, config.training, config.out, config)
 
 

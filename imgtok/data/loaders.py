@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from imgtok import signals
 from imgtok.data.blocks import Blocks
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.images import (
@@ -234,8 +235,11 @@ def _load_batches(load: Callable[[T], B], order: Sequence[T] | Sampler[T], num_w
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),  # without it Batch.to waits for each copy
         generator=torch.Generator(),  # otherwise starting the workers draws from the global one
+        worker_init_fn=signals.leave_to_parent,
     )
-    for batch in loader:
+    with signals.held_back():
+        loaded = iter(loader)
+    for batch in loaded:
         if isinstance(batch, DataError):
             raise batch
         yield batch

@@ -65,6 +65,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     read.Reload()
     expected = [(line["step"], pytest.approx(line["loss"])) for line in log_of(tmp_path)]
     assert [(event.step, event.value) for event in read.Scalars("loss")] == expected
+    assert [event.step for event in read.Images("preview")] == [0, 3, 6]
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):

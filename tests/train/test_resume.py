@@ -94,10 +94,14 @@ def test_two_processes_resume_exactly_and_stop_together(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     facts = [json.loads((tmp_path / f"facts_{rank}.json").read_text()) for rank in range(2)]
     assert same(final(tmp_path / "resumed"), final(tmp_path / "whole"))
+    assert same(final(tmp_path / "stopped"), final(tmp_path / "whole"))
+    assert complete_steps(tmp_path / "minutes/checkpoints") == [6, 5, 4, 3, 2, 1]
     config = toy_config().training
     for rank in range(2):
         assert facts[rank]["rates"] == [rate_at(step, config) for step in range(6)]
         assert facts[rank]["seen_after_resume"] == 2
+        assert facts[rank]["stopped"].startswith("SIGTERM: stopped after step 4 of 6; the checkpoint is")
+        assert facts[rank]["seen_after_stop"] == 2
         assert "step 3: the loss or its gradient is not finite" in facts[rank]["error"]
     assert "image_1_3_0.png" in facts[1]["error"]
     assert (tmp_path / "broken/failure/step_0000003_process_1/batch_0.safetensors").is_file()
@@ -202,14 +206,6 @@ def test_other_errors_while_saving_are_not_called_a_full_disk(tmp_path, monkeypa
 
 
 # ---------------------------------------------------------------------------------- may this run go on?
-
-
-def test_another_configuration_is_refused_by_the_name_of_its_first_field(tmp_path):
-    train(tmp_path)
-    with pytest.raises(ValueError, match=r"training.learning_rate = 0.01, and training.learning_rate = 0.02"):
-        train(tmp_path, learning_rate=0.02, seed=3)
-    with pytest.raises(ValueError, match=r"width = 8, and width = 4"):
-        train(tmp_path, width=4)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, caplog):

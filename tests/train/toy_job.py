@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from imgtok.signals import Stopped
 from imgtok.tokenizers.base import Losses
 from imgtok.train.ema import EMA
 from imgtok.train.loop import Job, NonFiniteLoss, TrainingConfig, fit
@@ -39,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
 class ToyConfig:
     training: TrainingConfig
     width: int = 8
+    data: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,15 @@ class ToyJob(Job):
         assert not model.training
         assert not torch.is_grad_enabled()
         self.previews.append(path.name)
-        path.write_bytes(b"png")
+        Image.new("RGB", (4, 4)).save(path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
 
 
 def toy_config(**changes: Any) -> ToyConfig:
-    width = changes.pop("width", 8)
-    return ToyConfig(training=TrainingConfig(**{**DEFAULTS, **changes}), width=width)
+    own = {name: changes.pop(name) for name in ("width", "data") if name in changes}
+    return ToyConfig(training=TrainingConfig(**{**DEFAULTS, **changes}), **own)
 
 
 def train(out: Path, *, bad: tuple[int, int] | None = None, **changes: Any) -> ToyJob:
@@ -177,6 +180,23 @@ def two_processes(out: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         fit(InterruptedJob(config), config.training, out / "resumed", config)
     facts["seen_after_resume"] = len(train(out / "resumed").seen)
+
+    class SignalledJob(ToyJob):
+        """SIGTERM to the second process alone, in the fourth step."""
+
+        def loss(self, model: nn.Module, batch: ToyBatch, generator: torch.Generator) -> Losses:
+            losses = super().loss(model, batch, generator)
+            if rank == 1 and len(self.seen) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return losses
+
+    config = toy_config(save_every=100)
+    try:
+        fit(SignalledJob(config), config.training, out / "stopped", config)
+    except Stopped as stop:
+        facts["stopped"] = str(stop)
+    facts["seen_after_stop"] = len(train(out / "stopped").seen)
+    train(out / "minutes", save_every=100, save_minutes=1e-9, keep=9)
     try:
         train(out / "broken", bad=(3, 1))
     except NonFiniteLoss as error:
