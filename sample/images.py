@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok import pictures
+from imgtok import pictures, signals
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
 from imgtok.data.files import numbered_images
@@ -121,7 +121,11 @@ def main(config: Config) -> None:
     there = numbered_images(folder)
     missing = [i for i in mine if there.get(i) != image_path(folder, i)]
     logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
-    draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
+    try:
+        draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
+    except signals.Stopped as stop:
+        where = f"what is finished is in {folder}; start the same command again to go on"
+        raise signals.Stopped(stop.number, f"{signals.name_of(stop.number)}: stopped; {where}") from None
     state.wait_for_everyone()
     if state.is_main_process:
         finish(config, labels, folder)
@@ -182,11 +186,14 @@ def read_prompts(prompts: str) -> list[str]:
 def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any]) -> None:
     """Records the request in the folder; refuses one that holds images of another request or of unknown origin.
 
-    A larger or smaller number of images is the same request: what is there already is kept. With order=by_class it is
+    A request of which no image was finished, because a setting or a file was wrong, does not count. A larger or
+    smaller number of images is the same request: what is there already is kept. With order=by_class it is
     another one, since the classes of the images then depend on it.
     """
     path = config.out / RECORD
-    if path.exists():
+    drawn = (path for folder in (config.out, config.out / ".parts") for path in numbered_images(folder).values())
+    images = [*config.out.glob("samples.npz"), *drawn]
+    if images and path.exists():
         previous = json.loads(path.read_text(encoding="utf-8")).get("request")
         if previous != request:
             known = previous if isinstance(previous, dict) else {}
@@ -195,9 +202,9 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
                 f"{config.out} holds images of another request (different: {', '.join(changed)}); "
                 "choose another folder with out=FOLDER, or delete it"
             )
-    elif foreign := [*config.out.glob("samples.npz"), *numbered_images(config.out).values()]:
+    elif images:
         raise ValueError(
-            f"{config.out} holds {foreign[0].name} but no {RECORD}, so it is not known what was drawn there; "
+            f"{config.out} holds {images[0].name} but no {RECORD}, so it is not known what was drawn there; "
             "choose another folder with out=FOLDER, or delete it"
         )
     with replacing(path) as temporary:
@@ -235,9 +242,12 @@ def draw_images(
     """Draws the images of the missing indices and writes each to its own file."""
     with tqdm(total=len(missing), unit="image", desc="sample", disable=not show_progress) as progress:
         for indices, images in generate(config, pipe, plan, missing):
-            for index, image in zip(indices, images, strict=True):
-                pictures.save_png(image, image_path(folder, index))
+            with signals.deferred() as requests:  # what is drawn is kept
+                for index, image in zip(indices, images, strict=True):
+                    pictures.save_png(image, image_path(folder, index))
             progress.update(len(indices))
+            if requests.number:
+                raise signals.Stopped(requests.number)
 
 
 def generate(

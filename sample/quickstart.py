@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from imgtok import signals
 from imgtok.cli import main as main_of_imgtok
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
@@ -189,7 +190,12 @@ def run_stage(title: str, arguments: Sequence[str], times: Path) -> tuple[float,
     process = context.Process(target=_stage, args=(list(arguments), sender), name=title)
     process.start()
     sender.close()
-    process.join()
+    try:
+        process.join()
+    except signals.Stopped as stop:  # that of Ctrl-C has reached the stage, too
+        os.kill(int(process.pid or 0), stop.number)
+        process.join()
+        raise
     if process.exitcode:
         raise ValueError(f"the stage {title!r} failed with exit status {process.exitcode}; its message stands above")
     known[title] = max(time.perf_counter() - started, known.get(title, 0.0))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check, to_dict
@@ -23,7 +22,7 @@ from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
-from imgtok.train.shards import say_what_is_there, write_missing
+from imgtok.train.shards import Rows, say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ POSITIONAL = "vae"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes the moments of every image as safetensors shards; an interrupted run goes on at the next shard."""
+    """Writes the moments of every image as safetensors shards; an interrupted run goes on where it stopped."""
 
     job: Literal["cache-latents"] = "cache-latents"
     """Which program this file is for."""
@@ -105,41 +104,31 @@ def main(config: Config) -> None:
     vae.to(state.device)
     info = as_begun(config.out, info, to_dict(config.data))
     writer = LatentShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
-    unreadable = UnreadableImages(len(source))
-    write = functools.partial(write_shard, config, vae, source, writer, unreadable)
-    write_missing(writer, state, write, command="cache latents")
+    encode = functools.partial(encode_rows, config, vae, source, UnreadableImages(len(source)))
+    write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache latents")
     say_what_is_there(config.out, info, state)
 
 
 @torch.no_grad()
-def write_shard(
-    config: Config,
-    vae: Autoencoder,
-    source: ImageSource,
-    writer: LatentShardWriter,
-    unreadable: UnreadableImages,
-    shard: int,
-    progress: tqdm,
-) -> None:
-    """Encodes one shard's images, and their mirror images where wanted, and writes it, if need be without any."""
-    nothing = torch.empty(0, *writer.info.shape)
-    moments: list[Tensor] = [nothing]
-    moments_flip: list[Tensor] = [nothing]
-    labels: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-    indices: list[int] = []
-    wanted = writer.info.shard_indices(shard)
+def encode_rows(
+    config: Config, vae: Autoencoder, source: ImageSource, unreadable: UnreadableImages, wanted: Sequence[int]
+) -> Iterator[Rows]:
+    """Encodes the wanted images, and their mirror images where these are kept too, `batch_size` at once."""
     for batch in eval_loader(
         source, config.batch_size, indices=wanted, num_workers=config.num_workers, unreadable=unreadable
     ):
         images = batch.images.to(next(vae.parameters()).device)
-        moments.append(vae.moments(images).cpu())
+        rows = {"moments": vae.moments(images).cpu()}
         if config.mirrored:
-            moments_flip.append(vae.moments(images.flip(-1)).cpu())
-        labels.append(batch.labels)
-        indices.extend(batch.indices)
-        progress.update(len(images))
-    flipped = torch.cat(moments_flip) if config.mirrored else None
-    writer.write(shard, torch.cat(moments), flipped, torch.cat(labels), indices)
+            rows["moments_flip"] = vae.moments(images.flip(-1)).cpu()
+        yield rows | {"labels": batch.labels, "indices": torch.tensor(batch.indices)}
+
+
+def write_shard(writer: LatentShardWriter, shard: int, rows: Rows) -> None:
+    """Writes one shard, if need be without any rows."""
+    moments = {name: rows.get(name, torch.empty(0, *writer.info.shape)) for name in writer.info.arrays}
+    labels, indices = (rows.get(name, torch.empty(0, dtype=torch.int64)) for name in ("labels", "indices"))
+    writer.write(shard, moments["moments"], moments.get("moments_flip"), labels, indices.tolist())
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from tqdm import tqdm
 
 from imgtok.cli import run_job
 from imgtok.config import PositiveInt, Range, check, to_dict
@@ -22,7 +22,7 @@ from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder, find_encoder
-from imgtok.train.shards import say_what_is_there, write_missing
+from imgtok.train.shards import Rows, say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ NO_SIZE = 32  # of images, of which none is drawn or decoded here
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes the text features of every caption as safetensors shards; an interrupted run goes on at the next shard."""
+    """Writes the text features of every caption as safetensors shards; an interrupted run goes on where it stopped."""
 
     job: Literal["cache-text"] = "cache-text"
     """Which program this file is for."""
@@ -85,29 +85,40 @@ def main(config: Config) -> None:
     empty = encoder.encode([""])[0].features[0].cpu()
     info = as_begun(config.out, info, to_dict(config.data))
     writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)
-    write = functools.partial(write_shard, config, encoder, source, writer)
-    write_missing(writer, state, write, command="cache text", unit="caption")
+    encode = functools.partial(encode_rows, config, encoder, source)
+    finish = functools.partial(write_shard, writer)
+    write_missing(writer, state, encode, finish, command="cache text", unit="caption")
     say_what_is_there(config.out, info, state)
 
 
-def write_shard(
-    config: Config, encoder: TextEncoder, source: ImageSource, writer: CaptionShardWriter, shard: int, progress: tqdm
-) -> None:
-    """Encodes the captions of one shard's images and writes it; images that cannot be read have none."""
-    wanted = writer.info.shard_indices(shard)
+def encode_rows(config: Config, encoder: TextEncoder, source: ImageSource, wanted: Sequence[int]) -> Iterator[Rows]:
+    """Encodes the captions of the wanted images, `batch_size` at once; images that cannot be read have none."""
     texts = {index: text for index, text in zip(wanted, source.texts(wanted), strict=True) if text is not None}
-    if texts and not any(texts.values()):
+    starts = bool(texts) and wanted[0] % config.shard_size == 0  # a shard, not the rest of one
+    if starts and not any(texts.values()):
         what = f"images {wanted[0]} to {wanted[-1]} of {config.data.kind} data have no captions"
         remedy = "data.text_column names a column of them, KEY.txt holds one in a tar, data.mode=text makes shapes' own"
         raise DataError(f"{what}; {remedy}")
-    captions: list[Captions] = []
     indices = list(texts)
     for start in range(0, len(indices), config.batch_size):
         chunk = indices[start : start + config.batch_size]
-        found = encoder.encode([texts[i] for i in chunk])
-        captions += [replace(one, features=one.features.to(DTYPES[config.dtype])).to("cpu") for one in found]
-        progress.update(len(chunk))
-    writer.write(shard, captions, indices)
+        found = [one.to("cpu") for one in encoder.encode([texts[i] for i in chunk])]
+        yield {
+            "features": torch.cat([one.features[0].to(DTYPES[config.dtype]) for one in found]),
+            "spans": torch.cat([one.spans[0] for one in found if one.spans is not None]),
+            "lengths": torch.tensor([one.features.shape[1] for one in found]),
+            "indices": torch.tensor(chunk),
+        }
+
+
+def write_shard(writer: CaptionShardWriter, shard: int, rows: Rows) -> None:
+    """Writes one shard, if need be without any rows."""
+    if not rows:
+        writer.write(shard, [], [])
+        return
+    lengths = rows["lengths"].tolist()
+    parts = zip(rows["features"].split(lengths), rows["spans"].split(lengths), strict=True)
+    writer.write(shard, [Captions.pad([features], [spans]) for features, spans in parts], rows["indices"].tolist())
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
@@ -24,7 +24,7 @@ from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
-from imgtok.train.shards import say_what_is_there, write_missing
+from imgtok.train.shards import Rows, say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ POSITIONAL = "tokenizer"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes the tokens of every training image as safetensors shards; an interrupted run goes on at the next shard."""
+    """Writes the tokens of every training image as safetensors shards; an interrupted run goes on where it stopped."""
 
     job: Literal["cache"] = "cache"
     """Which program this file is for."""
@@ -130,39 +130,44 @@ def main(config: Config) -> None:
     )
     info = as_begun(config.out, info, to_dict(config.data))
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
-    unreadable = UnreadableImages(len(source))
-    write = functools.partial(write_shard, config, tokenizer, rate, source, writer, unreadable)
-    write_missing(writer, state, write, command="cache")
+    encode = functools.partial(encode_rows, config, tokenizer, rate, source, UnreadableImages(len(source)))
+    write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache")
     say_what_is_there(config.out, info, state, f"{views.count} crop(s) each")
 
 
-def write_shard(
+def encode_rows(
     config: Config,
     tokenizer: Tokenizer,
     rate: Rate | None,
     source: ImageSource,
-    writer: TokenShardWriter,
     unreadable: UnreadableImages,
-    shard: int,
-    progress: tqdm,
-) -> None:
-    """Encodes one shard's images, every view of each, and writes it, if need be without any."""
-    slots = None if tokenizer.num_slots is None else torch.empty(0, 1, dtype=torch.int64)
-    tokens = [Tokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), slots)]
-    labels: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-    indices: list[int] = []
-    wanted, views = writer.info.shard_indices(shard), config.views
+    wanted: Sequence[int],
+) -> Iterator[Rows]:
+    """Encodes every view of the wanted images, `batch_size` at once."""
+    views = config.views
     images_at_once = max(1, config.batch_size // views.count)
     for batch in eval_loader(
         source, images_at_once, indices=wanted, num_workers=config.num_workers, unreadable=unreadable, views=views
     ):
         images = batch.images.to(next(tokenizer.parameters()).device)
-        tokens += [tokenizer.encode(part, rate=rate).to("cpu") for part in images.split(config.batch_size)]
-        labels.append(batch.labels)
-        indices.extend(batch.indices)
-        progress.update(len(images) // views.count)
-    numbers = [*range(views.count)] * (len(indices) // views.count)
-    writer.write(shard, Tokens.cat(tokens), torch.cat(labels), indices, numbers)
+        parts = [tokenizer.encode(part, rate=rate).to("cpu") for part in images.split(config.batch_size)]
+        tokens = Tokens.cat(parts)
+        packed = {name: torch.from_numpy(array.astype(np.int64)) for name, array in tokens.packed().items()}
+        yield packed | {
+            "lengths": tokens.lengths,
+            "labels": batch.labels,
+            "indices": torch.tensor(batch.indices),
+            "views": torch.arange(views.count).repeat(len(images) // views.count),
+        }
+
+
+def write_shard(writer: TokenShardWriter, shard: int, rows: Rows) -> None:
+    """Writes one shard, if need be without any rows."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    arrays = {name: rows.get(name, nothing) for name in ("ids", "lengths", "labels", "indices", "views")}
+    slots = None if writer.info.num_slots is None else rows.get("slots", nothing).numpy()
+    tokens = Tokens.unpacked(arrays["ids"].numpy(), arrays["lengths"].numpy(), slots)
+    writer.write(shard, tokens, arrays["labels"], arrays["indices"].tolist(), arrays["views"].tolist())
 
 
 if __name__ == "__main__":

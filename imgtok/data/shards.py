@@ -2,7 +2,7 @@
 
 A folder of `PREFIX-00000-of-00008.safetensors`, each with a JSON description of the whole cache in its header. Shard s
 holds images s * shard_size to (s + 1) * shard_size; a shard is there whole or not at all, so an interrupted run
-continues with the missing ones, and several processes write different ones.
+continues with the missing ones (and what it has of the next, in `.parts/`), and several processes write different ones.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def open_cache(folder: Path, kind: type[CacheInfo]) -> tuple[Any, list[Path]]:
         raise FileNotFoundError(f"{folder}: {what}; `{kind.COMMAND}` writes one")
     info = kind.read(paths[0])
     for path in paths[1:]:
-        _refuse_other(path, kind.read(path), info)
+        refuse_other(path, kind.read(path), info)
     expected = [info.shard_path(folder, shard) for shard in range(info.num_shards)]
     missing = [path.name for path in expected if not path.exists()]
     if missing:
@@ -172,7 +172,7 @@ class PendingShards:
             raise ValueError(f"rank is {rank}; it must lie in 0 to {world - 1}")
         self._folder, self._info, self._rank, self._world = folder, info, rank, world
         for path in sorted(folder.glob(f"{info.PREFIX}s-*.safetensors")):
-            _refuse_other(path, info.read(path), info)
+            refuse_other(path, info.read(path), info)
 
     def __iter__(self) -> Iterator[int]:
         for shard in range(self._rank, self._info.num_shards, self._world):
@@ -180,7 +180,8 @@ class PendingShards:
                 yield shard
 
 
-def _refuse_other(path: Path, found: CacheInfo, expected: CacheInfo) -> None:
+def refuse_other(path: Path, found: CacheInfo, expected: CacheInfo) -> None:
+    """Raises DataError, with what differs, for a file of another cache."""
     differences = [
         f"{name} {_short(value)} instead of {_short(getattr(expected, name))}"
         for name, value in vars(found).items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from imgtok.config import ConfigError
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.pipeline import ROWS, Pipeline, pipeline
 from imgtok.metrics.saved_images import SavedImages
+from imgtok.sample import images
 from imgtok.sample.images import Config, main
 from imgtok.sections import Settings
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
@@ -200,6 +202,53 @@ def test_an_interrupted_job_draws_only_what_is_missing(generator, samples, tmp_p
     sample(generator, tmp_path)
     assert contents(tmp_path) == contents(samples)
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times
+
+
+@pytest.mark.parametrize("moment", ["while drawing", "while saving"])
+def test_a_signal_leaves_whole_images_and_the_next_start_draws_the_rest(
+    generator, samples, tmp_path, monkeypatch, capfd, moment
+):
+    """While the third batch is drawn, or when the fourth image of the second one is saved: then the batch is kept."""
+    draw, save, calls = Pipeline.images, images.pictures.save_png, []
+    here = (1, 16 + 4) if moment == "while saving" else (3, 0)
+
+    def count(kind: int) -> None:
+        calls.append(kind)
+        if kind == (1 if here[1] == 0 else 2) and calls.count(kind) == (here[1] or here[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def watched_draw(self, *arguments, **options):
+        count(1)
+        return draw(self, *arguments, **options)
+
+    def watched_save(*arguments):
+        count(2)
+        save(*arguments)
+
+    words = [f"model={generator}", f"out={tmp_path}", f"num={NUM}", "batch_size=16", "sampling.guidance=1.5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "images", watched_draw)
+        patch.setattr(images.pictures, "save_png", watched_save)
+        assert command_line(["sample", *words, "exact=true"]) == 143
+    assert f"SIGTERM: stopped; what is finished is in {tmp_path}; start" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"{i:06d}.png" for i in range(32)), "samples.json"]
+    assert command_line(["sample", *words, "exact=true"]) == 0
+    assert contents(tmp_path) == contents(samples)
+
+
+def test_a_request_that_failed_does_not_keep_the_folder(generator, tmp_path, monkeypatch):
+    """Point 10, whatever it was that was wrong: found out before the folder is taken, or while the first batch is
+    drawn.
+    """
+    with pytest.raises(ValueError, match="num_tokens: the generator draws 1 to 8 tokens"):
+        sample(generator, tmp_path, num=2, num_tokens=99)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "images", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample(generator, tmp_path, num=2, seed=7)
+    sample(generator, tmp_path, num=2, seed=3)
+    with pytest.raises(ValueError, match=r"another request \(different: seed\)"):
+        sample(generator, tmp_path, num=2, seed=7)
 
 
 def test_a_finished_job_can_be_made_larger(generator, samples, tmp_path):

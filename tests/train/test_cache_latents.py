@@ -87,10 +87,10 @@ def test_an_interrupted_run_goes_on_at_the_next_shard(vae, folder, tmp_path, mon
     cache(vae, folder, tmp_path / "whole")
     write = cache_latents.write_shard
 
-    def interrupted(config, model, source, writer, unreadable, shard, progress):
+    def interrupted(writer, shard, rows):
         if shard == 1:
             raise KeyboardInterrupt
-        write(config, model, source, writer, unreadable, shard, progress)
+        write(writer, shard, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_latents, "write_shard", interrupted)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from imgtok.metrics.saved_images import SavedImages
 from imgtok.shapes.captions import VOCABULARY
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
+from imgtok.signals import Stopped
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import MINILM_PACKAGE, TextEncoder
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
@@ -460,3 +463,23 @@ def test_an_xar_draws_for_prompts(trained_on_latents, tmp_path):
     assert len(set(pictures)) == 3
     run("sample", model, f"prompts={prompts}", "num=2", "batch_size=1", *how, f"out={tmp_path / 'two'}")
     assert [(tmp_path / f"two/{i:06d}.png").read_bytes() for i in range(2)] == pictures[:2]
+
+
+def test_a_signal_keeps_the_captions_that_are_encoded(t5, text, tmp_path, monkeypatch):
+    """Within the second of three shards; they end as those that were written in one go."""
+    encode, seen = TextEncoder.encode, list[int]()
+
+    def watched(self, texts):
+        seen.append(len(texts))
+        if len(seen) == 4:  # the first is the empty caption
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "encode", watched)
+        with pytest.raises(Stopped, match="SIGTERM: stopped; what is encoded is in"):
+            cache(t5, tmp_path)
+        cache(t5, tmp_path)
+    whole = {path.name: path.read_bytes() for path in text.folder.iterdir()}
+    assert seen == [1, 8, 8, 8, 1, 8, 8]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
