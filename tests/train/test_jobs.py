@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import imgtok
@@ -85,6 +86,34 @@ def test_a_gpt_with_dropout_that_was_killed_ends_with_the_same_weights(tmp_path,
     assert same(tmp_path / "killed/final", whole)
     without = train(generator, "gpt", tmp_path / "without", *inputs, "model.dropout=0.0")
     assert not same(without, whole), "dropout had no part in this test"
+
+
+# ------------------------------------------------------------------------------------------- the same images
+
+
+def test_a_run_goes_on_with_its_images_elsewhere_but_not_with_others(tmp_path):
+    for index in range(4):
+        path = tmp_path / f"here/{'ab'[index % 2]}/{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(path)
+
+    def run(where: str, steps: int) -> Path:
+        file = tmp_path / "folder.yaml"
+        text = (
+            (TINY / "flextok.yaml").read_text().replace("{kind: shapes, num_images: 64}", "{kind: folder, path: here}")
+        )
+        file.write_text(text)
+        overrides = [f"data.path={tmp_path / where}", "held_out=0.25", "training.schedule=constant"]
+        overrides += [f"out={tmp_path / 'run'}", f"training.steps={steps}", *QUIET]
+        tokenizer.main(load(tokenizer.Config, file, overrides))
+        return tmp_path / "run"
+
+    run("here", 2)
+    (tmp_path / "here").rename(tmp_path / "there")
+    run("there", 3)
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "there/a/0.png")
+    with pytest.raises(ValueError, match=r"^data.path = .*there: not what the run in .*: content: \w+ then, \w+ now"):
+        run("there", 4)
 
 
 # --------------------------------------------------------------------------------------------- no steps at all

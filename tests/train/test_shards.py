@@ -83,7 +83,7 @@ def test_a_signal_keeps_what_is_encoded(models, tmp_path, monkeypatch, capfd, ca
     with monkeypatch.context() as patch:
         whole = watched(patch, command)
         assert run(command, models, tmp_path / "whole") == 0
-    assert "of 198 of 200 images" in caplog.text  # point 6: what was written
+    assert "of 198 images (2 of 200 could not be read)" in caplog.text  # point 6: what was written
     with monkeypatch.context() as patch:
         first = watched(patch, command, lambda count: os.kill(os.getpid(), number) if count == 4 else None)
         assert run(command, models, tmp_path / "out") == 128 + number
