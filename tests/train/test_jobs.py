@@ -259,7 +259,7 @@ def test_mirrored_tokens(flextok, tmp_path):
     pictures = torch.randint(0, 256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for index, picture in enumerate(pictures):
         save_png(picture, tmp_path / f"images/{index}.png")
-    data = (f"data={{kind: folder, path: {tmp_path / 'images'}}}", "held_out=0", "batch_size=10")
+    data = (f"data={{kind: folder, path: {tmp_path / 'images'}, labels: none}}", "held_out=0", "batch_size=10")
     cached = TokenDataset(cache(tmp_path / "tokens", flextok, "mirrored=true", *data))
     both = torch.stack([from_uint8(pictures), from_uint8(pictures).flip(-1)], dim=1).flatten(0, 1)
     assert torch.equal(cached.tokens(range(len(cached))).ids, imgtok.load(flextok).encode(both).ids)
