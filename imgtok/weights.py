@@ -99,7 +99,10 @@ def open_weights(path: Path, *, raw: bool = False, as_stored: bool = False) -> W
     here.
     """
     found = _open(path, raw=raw)
-    return found if as_stored else found.select(_without_wrappers(_one_set(found, raw=raw)))
+    if as_stored:
+        return found
+    chosen = _one_set(found, raw=raw)
+    return chosen.select(_without_wrappers(chosen))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -164,8 +164,6 @@ class Plan:
 
 def plan_labels(config: Config, num_classes: int, classes: Sequence[int]) -> list[int]:
     """The label of every index, in the order that is asked for. Raises ValueError for a class outside the model's."""
-    if config.prompts is not None and config.classes:
-        raise ValueError("classes: a generator that reads text has none; leave classes out, or prompts")
     if config.order == "by_class":
         assert config.per_class is not None, "see Config"
         return labels_by_class(classes, config.per_class, num_classes, unlabelled=True)

@@ -361,7 +361,7 @@ def test_ids_follow_the_prompt_through_the_pipeline(trained, t5):
     ("words", "message"),
     [
         ([], "this generator draws from text"),
-        (["prompts=a red circle", "classes=[1]"], "classes: a generator that reads text has none"),
+        (["prompts=a red circle", "classes=[1]"], "classes: this generator draws from text and has none"),
         (["prompts=nowhere.txt"], "nowhere.txt: No such file"),
         (["prompts=a red circle", "text_encoder=nowhere"], "say where the text encoder is with text_encoder=FOLDER"),
     ],
