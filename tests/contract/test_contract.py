@@ -21,7 +21,7 @@ import imgtok
 from imgtok import hub
 from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
-from imgtok.train.loop import compile_forward, fit
+from imgtok.train.loop import Job, compile_forward, fit
 from imgtok.train.optim import ParameterGroup, whole_model
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -193,7 +193,7 @@ class Batch:
         return Batch(tuple(argument.to(device) for argument in self.arguments))
 
 
-class LineJob:
+class LineJob(Job):
     """A line's model on one batch again and again; `stop_after` steps it dies."""
 
     def __init__(self, line: Line, stop_after: int | None = None) -> None:
@@ -224,10 +224,17 @@ class LineJob:
         model.save_pretrained(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A job's whole configuration."""
+
+    training: TrainingConfig
+
+
 def fitted(job: LineJob, out: Path, **training: Any) -> dict[str, Tensor]:
     quiet = {"trackers": (), "preview_every": 0, "log_every": 1, "save_every": 1, "warmup": 0, "batch_size": 2}
     config = TrainingConfig(steps=2, learning_rate=1e-3, **quiet | training)
-    return load_file(fit(job, config, out, config) / "model.safetensors")
+    return load_file(fit(job, config, out, Whole(training=config)) / "model.safetensors")
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_weights(line, tmp_path):
