@@ -40,6 +40,9 @@ def usual_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
+    begun = tmp_path_factory.mktemp("begun")
+    for steps in (1, 2):  # resuming once loads all modules; here, unlike elsewhere, a process lives on after a signal
+        train(begun, steps=steps, save_every=1)
     out = tmp_path_factory.mktemp("whole")
     train(out)
     return final(out)

@@ -22,6 +22,7 @@ import imgtok
 from imgtok import hub
 from imgtok.cli import main
 from imgtok.config import ConfigError
+from imgtok.places import Repository
 from imgtok.published import flextok as published
 from imgtok.published.diffusers import OLD_ATTENTION
 from imgtok.published.flextok_config import our_config, write_config
@@ -564,8 +565,8 @@ AUTOENCODER = {
 def test_a_named_autoencoder_gives_its_shape_and_factor(tmp_path, monkeypatch):
     asked: list[Any] = []
 
-    def download(name: str, revision: str | None, files: Any) -> Path:
-        asked.append((name, tuple(files)))
+    def download(place: Repository, revision: str | None, files: Any) -> Path:
+        asked.append((place.name, tuple(files)))
         return tmp_path / "downloaded"
 
     monkeypatch.setattr(hub, "_download", download)
@@ -607,9 +608,8 @@ def test_a_named_autoencoder_gives_its_shape_and_factor(tmp_path, monkeypatch):
 
 
 def test_a_name_on_the_hub(model, saved, monkeypatch):
-    def download(name: str, revision: str | None, files: Any) -> Path:
-        assert (name, revision) == ("EPFL-VILAB/flextok_d18_d28_in1k", "fe24b97")
-        assert {"*.json", "*.safetensors"} <= set(files)
+    def download(place: Repository, revision: str | None) -> Path:
+        assert (place.name, revision) == ("EPFL-VILAB/flextok_d18_d28_in1k", "fe24b97")
         return saved
 
     monkeypatch.setattr(hub, "_download", download)

@@ -134,7 +134,7 @@ def test_a_generator_with_other_classes_is_refused_before_anything_is_learned_or
     with pytest.raises(ValueError, match="top1_probe knows 2 classes, and the generator draws 3"):
         run(tmp_path, model=str(generator), data=two, num=2)
     one = ImageFolderConfig(path=data.path / "red")
-    with pytest.raises(DataError, match="top1_probe reads classes, and its data has only one class"):
+    with pytest.raises(DataError, match="top1_probe reads classes, and its data has no labels"):
         run(tmp_path, model=str(generator), data=one, num=2)
 
 
