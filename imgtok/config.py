@@ -88,6 +88,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
+def defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a dataclass as plain data, of the fields that have one."""
+    found = {field.name: default_of(field) for field in dataclasses.fields(kind)}
+    return {name: plain(value) for name, value in found.items() if value is not dataclasses.MISSING}
+
+
 def to_yaml(config: Any) -> str:
     """`config` as YAML text, in the order of its fields."""
     return str(yaml.safe_dump(to_dict(config), sort_keys=False, width=100, allow_unicode=True))

@@ -33,8 +33,8 @@ class Progress:
     processes: int = 1
     """Number of processes that trained."""
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Models that the trained one is used with, such as a generator's tokenizer: the field of the configuration that
-    names one -> its fingerprint."""
+    """What the run stands on, such as a generator's tokenizer: the field of the configuration that names it -> its
+    fingerprint."""
 
 
 def complete_steps(folder: Path) -> list[int]:

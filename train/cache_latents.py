@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check, to_dict
+from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, open_images, require_labels
 from imgtok.data.latents import LatentCacheInfo, LatentShardWriter
 from imgtok.data.loaders import UnreadableImages, eval_loader
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         dtype=config.dtype,
     )
     vae.to(state.device)
-    info = as_begun(config.out, info, to_dict(config.data))
+    info = as_begun(config.out, info, config.data)
     writer = LatentShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     encode = functools.partial(encode_rows, config, vae, source, UnreadableImages(len(source)))
     write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache latents")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 
 from imgtok.cli import run_job
-from imgtok.config import PositiveInt, Range, check, to_dict
+from imgtok.config import PositiveInt, Range, check
 from imgtok.data.captions import DTYPES, CaptionCacheInfo, CaptionShardWriter
 from imgtok.data.images import DataConfig, ImageSource, open_images
 from imgtok.data.shards import as_begun
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
         dtype=config.dtype,
     )
     empty = encoder.encode([""])[0].features[0].cpu()
-    info = as_begun(config.out, info, to_dict(config.data))
+    info = as_begun(config.out, info, config.data)
     writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)
     encode = functools.partial(encode_rows, config, encoder, source)
     finish = functools.partial(write_shard, writer)

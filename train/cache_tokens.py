@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
+from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, Views, open_images, require_labels
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shards import as_begun
@@ -128,7 +128,7 @@ def main(config: Config) -> None:
         mirrored=views.mirrored,
         crop_seed=views.seed,
     )
-    info = as_begun(config.out, info, to_dict(config.data))
+    info = as_begun(config.out, info, config.data)
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     encode = functools.partial(encode_rows, config, tokenizer, rate, source, UnreadableImages(len(source)))
     write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache")

@@ -189,9 +189,8 @@ class GeneratorJob(Job):
         self.model: nn.Module = model
         self.content = content
         self.decoder = decoder
-        self.made_with = {"tokenizer": decoder.fingerprint()}
         self.captions = captions
-        self.identity = {"made_from": config.made_from}
+        self.identity = {"tokenizer": decoder.fingerprint(), "made_from": config.made_from}
         own: Any = model.config
         self.sampling = config.sampling.over(own.sampling, "sampling")
         self.decoding = config.decoding.over(content.decoder.config.decoding, "decoding")
@@ -214,9 +213,6 @@ class GeneratorJob(Job):
 
     def names(self, batch: TokenBatch | LatentBatch) -> Sequence[str]:
         return batch.names
-
-    def parts(self) -> dict[str, str]:
-        return self.made_with
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:

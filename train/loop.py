@@ -32,6 +32,7 @@ from imgtok.train.ema import EMA
 from imgtok.train.failure import NonFiniteLoss, explain, save_failure
 from imgtok.train.log import Log, describe_run
 from imgtok.train.optim import ParameterGroup, make_optimizer, rate_at, restore_settings, set_rate, whole_model
+from imgtok.train.resume import spelled_out
 from imgtok.train.start import make_accelerator, prepare_folder
 from imgtok.train.state import Checkpoints, publish, writing
 from imgtok.train.stopping import Agreement
@@ -52,7 +53,8 @@ class Job(Protocol):
     """All that is trained."""
     identity: Mapping[str, Any] = MappingProxyType({})
     """What tells data and frozen models from others, by the names in `imgtok.train.resume.CONTENTS`, as JSON takes it:
-    a run goes on only with the same."""
+    a run goes on only with the same. Fingerprints stand in `state.json`, too, so that a checkpoint is used with the
+    models that it was trained with."""
 
     def groups(self) -> Sequence[ParameterGroup]:
         """The trainable parameters in groups that have their own rate, clip, rhythm; one group by default."""
@@ -77,10 +79,6 @@ class Job(Protocol):
     def names(self, batch: Any) -> Sequence[str]:
         """Names of the images in a batch, for error messages."""
 
-    def parts(self) -> Mapping[str, str]:
-        """Models that the trained one is used with and that the configuration names: field -> fingerprint."""
-        return {}
-
 
 def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
     """Train `job.model` and return the folder of the finished model, `out/final`.
@@ -92,6 +90,7 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    resolved = spelled_out(resolved)
     accelerator = make_accelerator(config, out)
     if prepare_folder(accelerator, config, out, resolved, job.identity):
         logger.info("the run in %s is complete (%d steps): nothing to do", out, config.steps)
@@ -319,7 +318,8 @@ class Trainer:
     def progress(self, done: int) -> Progress:
         """What `state.json` says after `done` steps."""
         processes = self.accelerator.num_processes
-        return Progress(step=done, seconds=self.log.seconds, processes=processes, parts=self.job.parts())
+        parts = {name: told for name, told in self.job.identity.items() if isinstance(told, str)}
+        return Progress(step=done, seconds=self.log.seconds, processes=processes, parts=parts)
 
     def finish(self) -> Path:
         """Write final/: the model folder with averaged weights, the configuration, the state."""

@@ -6,6 +6,7 @@ Beside config.yaml a run keeps `identity.json`, what tells the data and models i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from imgtok import config as configuration
+from imgtok.cli import JOBS
 from imgtok.config import ConfigError
+from imgtok.data.sources import differing
 from imgtok.files import replacing
-from imgtok.sections import Section
+from imgtok.runs import checkpoint_path, complete_steps, read_progress
+from imgtok.sections import completed
 from imgtok.train.config import TrainingConfig
 from imgtok.train.optim import rate_at
 
@@ -101,11 +105,12 @@ POLICIES: dict[Policy, tuple[str, ...]] = {
 - same content: they name data or models, which may lie elsewhere, but must be the same;
 - refused: they make another model, or train it on other data.
 """
-PARTS = frozenset({"loss.l1", "loss.mse", "loss.lpips", "loss.adversarial", "repa.weight"})
+PARTS = frozenset({"loss.l1", "loss.mse", "loss.adversarial", "repa.weight"})
 """Weights of losses. To or from 0 they take a loss away or bring one, which is refused."""
 AT_THE_END = ("half", "model.sampling", "model.decoding")
 """What the finished model is written with: it is written again if they change."""
-CONTENTS = {"data": "data", "vae": "vae"} | dict.fromkeys(("tokens", "latents", "text", "tokenizer"), "made_from")
+CONTENTS = {name: name for name in ("data", "vae", "tokenizer")}
+CONTENTS |= dict.fromkeys(("tokens", "latents", "text"), "made_from")
 """Field or section -> the part of a run's identity that says whether its content is the same."""
 
 
@@ -136,6 +141,8 @@ class Previous(NamedTuple):
     training: TrainingConfig | None
     identity: dict[str, Any]
     """Part -> what tells it from others; a run of an earlier version has none."""
+    unread: str = ""
+    """Why this version cannot read its configuration."""
 
     @classmethod
     def read(cls, out: Path, resolved: Any) -> Previous | None:
@@ -143,77 +150,135 @@ class Previous(NamedTuple):
         path = out / "config.yaml"
         if not path.is_file():
             return None
-        data: Any = configuration.read_yaml(path)
-        defaults, training = dict[str, Any](), None
-        try:
-            defaults, training = _completed(type(resolved), data)
-        except ConfigError:  # written by an earlier version
-            logger.debug("%s cannot be completed", path, exc_info=True)
+        data: Any = _as_now(configuration.read_yaml(path), resolved)
         known = out / "identity.json"
-        identity = {name: data[name] for name in ("made_from",) if data.get(name)}
+        identity = _fingerprints(out) | {name: data[name] for name in ("made_from",) if data.get(name)}
         identity |= json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        return cls(dict(flatten(defaults)) | dict(flatten(data)), training, identity)
+        try:
+            earlier = configuration.from_dict(type(resolved), data, str(path))
+        except ConfigError as error:  # of another job, or of an earlier version in a way that nothing here knows of
+            return cls(dict(flatten(data)), None, identity, str(error))
+        values = configuration.to_dict(spelled_out(completed(earlier)))
+        return cls(dict(flatten(values)), earlier.training, identity)
 
 
-def _completed(kind: Any, data: dict[str, Any]) -> tuple[dict[str, Any], TrainingConfig]:
-    """A configuration with all its defaults, in plain data."""
-    config = configuration.from_dict(kind, data)
+def _fingerprints(out: Path) -> dict[str, Any]:
+    """The fingerprints in the run's newest `state.json`: all that runs had before there was identity.json."""
+    checkpoints = out / "checkpoints"
+    for folder in [*(checkpoint_path(checkpoints, step) for step in complete_steps(checkpoints)), out / "final"]:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return dict(read_progress(folder).parts)
+    return {}
+
+
+def spelled_out(config: Any) -> Any:
+    """A job's configuration with those sections spelled out that can say the same in several ways: what their
+    `spelled_out` gives.
+    """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    sections = {name: value.complete() for name, value in values.items() if isinstance(value, Section)}
-    return configuration.to_dict(dataclasses.replace(config, **sections)), config.training
+    ways = {name: value.spelled_out() for name, value in values.items() if hasattr(value, "spelled_out")}
+    return dataclasses.replace(config, **ways) if ways else config
+
+
+def _as_now(data: dict[str, Any], resolved: Any) -> dict[str, Any]:
+    """The configuration of a run with the fields of its model where they are in this version: see `FORMER` there."""
+    former: Mapping[str, str] = getattr(getattr(resolved, "model", None), "FORMER", {})
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return data
+    moved: dict[str, Any] = {}
+    for name, value in model.items():
+        *sections, last = former.get(name, name).split(".")
+        place = moved
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return data | {"model": moved}
 
 
 def check(out: Path, previous: Previous, resolved: Any, identity: Mapping[str, Any]) -> list[Change]:
     """The recorded changes. Raises ValueError that names the first field in which `resolved` may not differ."""
     now = dict(flatten(configuration.to_dict(resolved)))
     identity = json.loads(json.dumps(dict(identity)))  # tuples have become lists
-    _check_content(out, previous, now, identity)
+    data = getattr(resolved, "data", None)
+    usual = configuration.defaults(data) if dataclasses.is_dataclass(data) else {}
+    _check_content(out, previous, now, identity, usual)
     recorded = []
     for change in _changes(previous.values, now):
         policy = policy_of(change.name)
-        part = CONTENTS.get(change.name.split(".")[0])
+        part = CONTENTS.get(change.name.split(".")[0], "")
         switched = change.name in PARTS and (not change.before or not change.now)
         if policy == "same content" and part in identity and part in previous.identity:
-            logger.info("%s: %s, so far %s: the same content", *_shown(change))
+            logger.info("%s: %s, so far %s: the same content", change.name, shown(change.now), shown(change.before))
         elif policy in ("refused", "same content") or switched:
-            raise ValueError(
-                f"{out / 'config.yaml'}: this run was started with {change.name} = {change.before}, and {change.name} "
-                f"= {change.now} is asked for now: choose another `out` for the new configuration, or continue with "
-                "the old value"
-            )
+            raise ValueError(_refusal(out / "config.yaml", change, previous.unread))
         elif policy == "recorded":
             recorded.append(change)
     return recorded
 
 
-def _check_content(out: Path, previous: Previous, now: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def _refusal(path: Path, change: Change, unread: str) -> str:
+    command = str(change.before).replace("-", " ") if change.name == "job" else ""
+    if (command and command not in JOBS) or (unread and not command):
+        unread = f"{path}: job = {change.before} is none of this version's" if command else unread
+        return f"{unread}. Another version of imgtok started this run: go on with that one, or choose another `out`"
+    remedy = f"go on by `imgtok {command}`" if command else "continue with the old value"
+    return (
+        f"{path}: this run was started with {change.name} = {shown(change.before)}, and {change.name} = "
+        f"{shown(change.now)} is asked for now: choose another `out` for the new configuration, or {remedy}"
+    )
+
+
+def _check_content(
+    out: Path, previous: Previous, now: Mapping[str, Any], identity: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     for part, mine in identity.items():
-        if (known := previous.identity.get(part, mine)) != mine:
+        difference = part in previous.identity and _difference(previous.identity[part], mine, defaults)
+        if difference:
             fields = [name for name in now if CONTENTS.get(name.split(".")[0]) == part and now[name] is not None]
             places = [f"{name} = {now[name]}" for name in fields if "." not in name or name.endswith("path")]
-            difference = _difference(known, mine)
             raise ValueError(
                 f"{', '.join(places) or part}: not what the run in {out} was started with: {difference}. "
                 "Choose another `out` for the new content, or give it the old one, wherever that lies now"
             )
 
 
-def _difference(before: Any, now: Any) -> str:
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return f"{before} then, {now} now"
-    names = [name for name in before | now if before.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {before.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in names)
+def _difference(before: Any, now: Any, defaults: Mapping[str, Any]) -> str:
+    """How two identities of the same part differ; "" if they do not."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = [f"{name}: {shown(old)} then, {shown(new)} now" for name, old, new in differing(before, now, defaults)]
+        return "; ".join(lines)
+    return "" if before == now else f"{before} then, {now} now"
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    """The fields that differ; a section that the other side does not have, as null, is one."""
+    seen = set()
     for name in [*now, *(name for name in before if name not in now)]:
-        change = Change(name, before.get(name, "absent"), now.get(name, "absent"))
-        if change.before != change.now:
+        parts = name.split(".")
+        heads = (".".join(parts[:length]) for length in range(1, len(parts)))
+        whole = next((head for head in heads if head in before or head in now), name)
+        change = Change(whole, _at(before, whole), _at(now, whole))
+        if whole not in seen and change.before != change.now:
             yield change
+        seen.add(whole)
 
 
-def _shown(change: Change) -> tuple[Any, Any, Any]:
-    return change.name, change.now, change.before
+ABSENT = "absent"
+
+
+def _at(values: Mapping[str, Any], name: str) -> Any:
+    """A field, or the fields of a section; ABSENT if there is no such field."""
+    if name in values:
+        return values[name]
+    return {key.removeprefix(f"{name}."): values[key] for key in values if key.startswith(f"{name}.")} or ABSENT
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {shown(item)}" for name, item in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

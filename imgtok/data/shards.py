@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from imgtok.data.sources import DataError
+from imgtok.config import defaults, to_dict
+from imgtok.data.sources import DataError, differing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +113,9 @@ def open_cache(folder: Path, kind: type[CacheInfo]) -> tuple[Any, list[Path]]:
     return info, paths
 
 
-def as_begun(folder: Path, info: Info, config: Mapping[str, Any]) -> Info:
+def as_begun(folder: Path, info: Info, config: Any) -> Info:
     """The description that a cache of this data is continued with: an older one has the text of the data's
-    configuration, `config`, and no names of classes.
+    configuration, `config`, and no names of classes; or that text lacks fields that were added since.
     """
     first = next(iter(sorted(folder.glob(f"{info.PREFIX}s-*.safetensors"))), None)
     if first is None:
@@ -124,10 +125,8 @@ def as_begun(folder: Path, info: Info, config: Mapping[str, Any]) -> Info:
         told = json.loads(begun.dataset)
     except ValueError:
         return info
-    # an older text lacks the fields that were added since, which then have to be at their defaults
-    if not isinstance(told, dict) or {**told, **{n: v for n, v in config.items() if n not in told}} != dict(config):
-        return info
-    if any(config[name] not in (None, "auto") for name in config.keys() - told.keys()):
+    now, usual = to_dict(config), defaults(config)
+    if not isinstance(told, dict) or not told.keys() <= now.keys() or any(differing(told, now, usual)):
         return info
     names = {"class_names": begun.class_names} if hasattr(begun, "class_names") else {}
     return replace(info, dataset=begun.dataset, **names)

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -35,6 +35,7 @@ __all__ = [
     "Records",
     "as_numbers",
     "check_labels",
+    "differing",
     "expand",
     "identity_of",
     "places_all_over",
@@ -193,6 +194,21 @@ def identity_of(
         "labels": _short(hashlib.sha256(told)),
         "content": _short(content),
     }
+
+
+def differing(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """The names by which two identities of data differ, with both values.
+
+    What only one of them tells, since the other is of an earlier version, is at its default there (fields of the
+    data's configuration have `defaults`), or the same.
+    """
+    for name in [*before, *(name for name in now if name not in before)]:
+        old = before.get(name, defaults.get(name, now.get(name)))
+        new = now.get(name, defaults.get(name, old))
+        if old != new:
+            yield name, old, new
 
 
 def _short(digest: Any) -> str:

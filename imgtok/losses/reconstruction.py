@@ -9,7 +9,7 @@ See `imgtok.losses.adversarial` for how one backward pass serves both players.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -112,6 +112,13 @@ class ReconstructionLossConfig:
         if self.perceptual is not None:
             return self.perceptual, self.perceptual_weight
         return ("lpips", self.lpips) if self.lpips else None
+
+    def spelled_out(self) -> ReconstructionLossConfig:
+        """The same in one way, as a run keeps it: the perceptual distance by its name and weight, without `lpips`."""
+        if self.perceptual_term is None:
+            return self
+        name, weight = self.perceptual_term
+        return replace(self, perceptual=name, perceptual_weight=weight, lpips=0.0)
 
     def check_size(self, image_size: int) -> None:
         """Raise ValueError if images of `image_size` pixels a side are too small for the discriminator."""

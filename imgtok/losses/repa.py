@@ -14,6 +14,7 @@ Shapes: B batch, N patches, D width of the tapped block, C teacher width, H W th
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class REPAConfig:
     def size(self) -> int:
         """`image_size`, or what the teacher takes by default."""
         return self.image_size or (LITE0_SIZE if self.encoder == LITE0 else PUBLISHED_SIZE)
+
+    def spelled_out(self) -> REPAConfig:
+        """The same with its size, which is another by default for each teacher: as a run keeps it."""
+        return dataclasses.replace(self, image_size=self.size)
 
     @property
     def grid(self) -> Literal["teacher", "block"]:

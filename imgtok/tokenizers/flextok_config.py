@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
 from imgtok.tokenizers.vae import VAEConfig
@@ -75,6 +76,16 @@ class ShortRuns:
 @dataclass(frozen=True, kw_only=True)
 class FlexTokConfig:
     """A FlexTok; the defaults are the published d12-d12, as far as it is known (docs/flextok.md, Training)."""
+
+    FORMER: ClassVar[Mapping[str, str]] = {
+        **{f"decode_{name}": f"decoding.{name}" for name in ("steps", "guidance", "solver")},
+        "projected_guidance": "decoding.projected_guidance",
+        **{
+            name: f"short_runs.{name}"
+            for name in ("keep_all", "noise_fraction", "prediction", "spread_weight", "positions", "initialisation")
+        },
+    }
+    """Where fields are now that runs of earlier versions have elsewhere."""
 
     kind: Literal["flextok"] = "flextok"
     image_size: PositiveInt = 256

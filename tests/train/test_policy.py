@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,9 +16,12 @@ import torch
 import yaml
 from toy_job import ToyJob, final, same, toy_config, train
 
-from imgtok.config import field_types
+from imgtok.config import field_types, load, to_dict
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.flextok_config import FlexTokConfig
 from imgtok.train import autoencoder, generator, resume, tokenizer
 from imgtok.train.config import TrainingConfig
+from imgtok.train.initialise import configure
 from imgtok.train.loop import NonFiniteLoss, fit
 from imgtok.train.optim import rate_at
 
@@ -194,6 +198,118 @@ def test_other_data_under_the_same_path_are_noticed(tmp_path):
         of(tmp_path, {"data": IMAGES | {"content": "ef"}}, steps=4, data=Path("here"))
     of(tmp_path / "new", {"data": IMAGES | {"images": 13}}, data=Path("here"))  # the advice
     of(tmp_path, {"data": IMAGES}, data=Path("there"))
+
+
+# ------------------------------------------------------------------------------------------- earlier versions
+
+RUN_OF_55E4D35 = """
+job: train-tokenizer
+out: outputs/tiny/flextok
+data: {kind: shapes, split: train, num_images: 64, mode: class, textures: [solid, striped, dotted, checkered],
+  sizes: [small, medium, large], scale: 1.0, max_objects: 4, held_out_pairs: split}
+flip: false
+crop: center
+held_out: 0.1
+model: {kind: flextok, image_size: 16, vae: null, patch_size: 4, num_registers: 4, levels: [4, 4],
+  encoder: {width: 16, depth: 1, head_dim: 8}, decoder: {width: 16, depth: 1, head_dim: 8}, max_timestep: 1000.0,
+  nested_dropout: pow2, keep_all: 0.0, null_dropout: 0.1, times: mode, mode_scale: 0.25, posterior: mean,
+  noise_fraction: 0.0, prediction: velocity, spread_weight: 0.0, positions: sincos, initialisation: published,
+  decode_steps: 2, decode_guidance: 1.0, decode_solver: euler, projected_guidance: true}
+vae: null
+vae_scaling_factor: null
+repa: {encoder: vit_large_patch14_dinov2.lvd142m, weights: null, image_size: 518, tap: 1, hidden_multiple: 4, layers: 3,
+  weight: 1.0}
+checkpoint_activations: false
+num_preview: 4
+half: false
+training: {steps: 4, batch_size: 4, learning_rate: 0.001, accumulate: 1, betas: [0.9, 0.95], weight_decay: 0.05,
+  mup_base_width: 0, clip: 1.0, warmup: 0, schedule: cosine, final_rate: 0.0, decay_from: 0.0, precision: fp32,
+  ema: 0.5, compile: false, seed: 0, threads: null, num_workers: 0, log_every: 1, preview_every: 1000, save_every: 2,
+  keep: 2, resume: true, trackers: [tensorboard]}
+"""
+"""What that commit wrote, but for the line breaks."""
+
+
+def compared(out: Path, stored: str, job: Any, file: str, *given: str, identity: Any = None) -> list[resume.Change]:
+    """The recorded changes of a command over what a run folder says."""
+    (out / "config.yaml").write_text(stored)
+    config = load(job.Config, ROOT / f"configs/tiny/{file}.yaml", [f"out={out}", *given])
+    config = resume.spelled_out(dataclasses.replace(config, model=configure(config.model, None)))
+    previous = resume.Previous.read(out, config)
+    assert previous is not None
+    return resume.check(out, previous, config, identity or {})
+
+
+def test_a_run_of_55e4d35_goes_on(tmp_path):
+    """Fields of the model lay elsewhere, and others were not there; the teacher's size stood where null stands now."""
+    command = RUN_OF_55E4D35, tokenizer, "flextok", "repa={}"
+    assert compared(tmp_path, *command) == []
+    (change,) = compared(tmp_path, *command, "training.steps=8")
+    assert change == ("training.steps", 4, 8)
+    for field, value in (("short_runs.keep_all", 0.5), ("decoding.steps", 3)):
+        refused = pytest.raises(ValueError, match=rf"with model.{field} = .*, and model.{field} = {value} is asked")
+        with refused if field.startswith("short") else contextlib.nullcontext():
+            compared(tmp_path, *command, f"model.{field}={value}")
+    with pytest.raises(ValueError, match=r"with repa.image_size = 518, and repa.image_size = 224 is asked"):
+        compared(tmp_path, *command, "repa.image_size=224")
+    with pytest.raises(ValueError, match=r"with repa = \{encoder: vit_\w+.lvd142m, weights: null, .* and repa = null"):
+        compared(tmp_path, *command, "repa=null")
+
+
+def test_every_former_field_has_a_place():
+    known = dict(resume.flatten(to_dict(FlexTokConfig())))
+    assert set(FlexTokConfig.FORMER.values()) <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given"),
+    [
+        ("loss: {lpips: 0.5}", ["loss.perceptual=lpips", "loss.perceptual_weight=0.5"]),
+        ("loss: {perceptual: lpips, perceptual_weight: 0.5}", ["loss.lpips=0.5"]),
+    ],
+)
+def test_the_same_in_other_words_is_no_change(tmp_path, stored, given):
+    text = (ROOT / "configs/tiny/vae.yaml").read_text() + stored
+    assert compared(tmp_path, text, autoencoder, "vae", *given) == []
+    (change,) = compared(tmp_path, text, autoencoder, "vae", "loss.lpips=2")
+    assert change == ("loss.perceptual_weight", 0.5, 2.0)
+    with pytest.raises(ValueError, match="loss.perceptual = lpips, and loss.perceptual = null"):
+        compared(tmp_path, text, autoencoder, "vae")
+
+
+def test_what_this_version_does_not_know_is_said(tmp_path):
+    text = (ROOT / "configs/tiny/vae.yaml").read_text()
+    with pytest.raises(
+        ValueError, match=r"job = train-vae is none of this version's. Another version .*: go on with that one"
+    ):
+        compared(tmp_path, text.replace("train-autoencoder", "train-vae"), autoencoder, "vae")
+    with pytest.raises(
+        ValueError, match=r"^.*config.yaml: model has no field 'unheard'.* Another version of imgtok started"
+    ):
+        compared(tmp_path, text.replace("{kind: vae,", "{kind: vae, unheard: 3,"), autoencoder, "vae")
+    with pytest.raises(ValueError, match="job = train-tokenizer, .* or go on by `imgtok train tokenizer`"):
+        compared(tmp_path, text.replace("train-autoencoder", "train-tokenizer"), autoencoder, "vae")
+
+
+def test_an_identity_of_an_earlier_version_lacks_parts(tmp_path):
+    """What is told of the data later is at its default there; what is told no longer is not compared."""
+    text = (ROOT / "configs/tiny/vae.yaml").read_text()
+    now = to_dict(ShapesConfig(num_images=64))
+    then = {name: value for name, value in now.items() if name != "scale"} | {"unheard": 1}
+    (tmp_path / "identity.json").write_text(json.dumps({"data": then}))
+    assert compared(tmp_path, text, autoencoder, "vae", identity={"data": now}) == []
+    with pytest.raises(ValueError, match=r"^data: not what .*: scale: 1.0 then, 0.5 now. Choose"):
+        compared(tmp_path, text, autoencoder, "vae", "data.scale=0.5", identity={"data": now | {"scale": 0.5}})
+    with pytest.raises(ValueError, match="num_images: 64 then, 65 now"):
+        compared(tmp_path, text, autoencoder, "vae", identity={"data": now | {"num_images": 65}})
+
+
+def test_fingerprints_of_earlier_checkpoints_are_an_identity(tmp_path):
+    """Before identity.json only state.json had the tokenizer's."""
+    of(tmp_path, {"tokenizer": "ab"}, steps=2)
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(ValueError, match="^tokenizer: not what .*: ab then, cd now"):
+        of(tmp_path, {"tokenizer": "cd"}, steps=2)
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):

@@ -281,6 +281,6 @@ def test_a_generator_is_only_used_with_the_decoder_it_was_trained_with(copy, cap
 def test_progress_of_runs_before_parts_were_kept(copy):
     path = step(copy / "gen", 4) / "state.json"
     state = json.loads(path.read_text())
-    assert state.pop("parts") == {"tokenizer": hub.resolve(copy / "tok").fingerprint()}
+    assert state.pop("parts")["tokenizer"] == hub.resolve(copy / "tok").fingerprint()
     path.write_text(json.dumps(state))
     assert runs.read_progress(path.parent).parts == {}
