@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import imgtok
 from imgtok import places, shipped, signals
@@ -373,7 +373,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_name(model: Any) -> bool:
+def _is_name(model: Any) -> TypeGuard[str]:
     """Whether what is given for a field is the name of a model, and not null or a section."""
     return isinstance(model, str) and model not in ("", "null") and model[0] not in "{["
 
