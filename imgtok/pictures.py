@@ -7,9 +7,12 @@ RGB.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -283,6 +286,35 @@ def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
     return grid
 
 
+SEEN = 96
+"""Pixels a side from which a picture in a grid is large enough to see; a smaller one is enlarged."""
+FONT_SIZE = 13
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows Latin, Greek, Cyrillic and more; Pillow's own knows ASCII."""
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None, "a dependency"
+    assert spec.origin is not None
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
+
+
+def can_write(text: str) -> bool:
+    """Whether titles can have all letters of a text; they have no Chinese, for example."""
+    font = _font()
+    missing = bytes(font.getmask("\uffff"))
+    return all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in {*text})
+
+
+def enlarged(images: Tensor, factor: int | None = None) -> Tensor:
+    """Images (N, 3, H, W) with every pixel repeated `factor` times in both directions; by default by the smallest whole
+    number that makes their shorter side at least SEEN.
+    """
+    factor = max(1, -(-SEEN // min(images.shape[-2:]))) if factor is None else factor
+    return images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
 def grid_with_titles(
     images: Tensor,
     columns: int,
@@ -290,31 +322,66 @@ def grid_with_titles(
     row_titles: Sequence[str] = (),
     column_titles: Sequence[str] = (),
     padding: int = 2,
-    enlarge: int = 1,
-    font_size: int = 13,
+    enlarge: int | None = None,
 ) -> Tensor:
-    """`make_grid` with titles left of the rows and above the columns, for documents -> uint8 (3, height,
-    width).
+    """`make_grid` with titles left of the rows and above the columns -> uint8 (3, height, width).
 
-    enlarge: whole number by which every pixel is repeated, so that small images can be read.
+    enlarge: whole number by which every pixel is repeated; None makes small images large enough to see.
     """
     _check_titles("row", row_titles, -(-len(images) // columns))
     _check_titles("column", column_titles, columns)
-    pixels = images.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    pixels = enlarged(images, enlarge)
     grid = make_grid(pixels, columns, padding)
-    font = ImageFont.load_default(font_size)
-    margin = max((int(font.getlength(title)) + 8 for title in row_titles), default=0)
-    top = max((_lines(title) for title in column_titles), default=0) * (font_size + 3)
+    font = _font()
+    lines = [line for title in row_titles for line in title.splitlines()]
+    margin = max((int(font.getlength(line)) + 8 for line in lines), default=0)
+    top = max((_lines(title) for title in column_titles), default=0) * (FONT_SIZE + 3)
     page = Image.new("RGB", (margin + grid.shape[2], top + grid.shape[1]), "white")
     page.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, top))
     draw = ImageDraw.Draw(page)
     height, width = pixels.shape[2] + padding, pixels.shape[3] + padding
     for i, title in enumerate(row_titles):
-        draw.text((margin - 5, top + i * height + height // 2), title, fill="black", font=font, anchor="rm")
+        place = (margin - 5, top + i * height + height // 2)
+        draw.multiline_text(place, title, fill="black", font=font, anchor="rm", align="right")
     for i, title in enumerate(column_titles):
         place = (margin + i * width + width // 2, 1)
         draw.multiline_text(place, title, fill="black", font=font, anchor="ma", align="center")
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
+def labelled_grid(groups: Sequence[tuple[str, Tensor]], columns: int = 8) -> Tensor:
+    """Labels, each with its images (n, 3, H, W), float in [-1, 1] or uint8 -> one uint8 picture (3, height, width).
+
+    A label has a row, or several of `columns` images, and stands beside the first. Where no label has more than one
+    image, `columns` of them share a row, each under its label. Small images are enlarged; long labels are shortened.
+    """
+    if max((len(images) for _, images in groups), default=0) == 1:
+        cells = [_under(label, enlarged(images)) for label, images in groups]
+        tallest = max(cell.shape[1] for cell in cells)  # titles of one line or of two
+        level = [torch.nn.functional.pad(cell, (0, 0, tallest - cell.shape[1], 0), value=255) for cell in cells]
+        return make_grid(torch.stack(level), min(columns, len(level)), padding=4)
+    longest = min(columns, max((len(images) for _, images in groups), default=0))
+    rows, titles = [], []
+    for label, images in groups:
+        pixels = images.cpu() if images.dtype == torch.uint8 else to_uint8(images.cpu())
+        for start in range(0, len(pixels), longest):
+            row = pixels[start : start + longest]
+            blank = row.new_full((longest - len(row), *row.shape[1:]), 255)
+            rows.append(torch.cat([row, blank]))
+            titles.append("\n".join(textwrap.wrap(label, 24, max_lines=4, placeholder=" ...")) if not start else "")
+    return grid_with_titles(torch.cat(rows or [torch.empty(0, 3, 1, 1)]), max(longest, 1), row_titles=titles)
+
+
+def _under(label: str, image: Tensor) -> Tensor:
+    """One image (1, 3, H, W) under its label, in at most two lines -> uint8 (3, more than H, W)."""
+    pixels = image[0].cpu() if image.dtype == torch.uint8 else to_uint8(image[0].cpu())
+    font = _font()
+    letters = max(4, int(pixels.shape[2] * len(label) / max(font.getlength(label), 1)))  # that fit, on average
+    title = "\n".join(textwrap.wrap(label, letters, max_lines=2, placeholder=" ..."))
+    strip = Image.new("RGB", (pixels.shape[2], _lines(title) * (FONT_SIZE + 3) + 2), "white")
+    place = (pixels.shape[2] // 2, 0)
+    ImageDraw.Draw(strip).multiline_text(place, title, fill="black", font=font, anchor="ma", align="center", spacing=1)
+    return torch.cat([torch.from_numpy(np.array(strip)).permute(2, 0, 1), pixels], dim=1)
 
 
 def _lines(title: str) -> int:

@@ -29,7 +29,7 @@ from imgtok.files import replacing
 from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.saved_images import RECORD, open_npz
 from imgtok.runtime import process_state
-from imgtok.sample.labels import labels_by_class, labels_in_turn, num_labels
+from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Config:
     num_tokens: PositiveInt | None = None
     """Tokens drawn for each image; null draws all that the generator knows."""
     grid: NonNegativeInt = 64
-    """Images in `grid.png`; 0 writes none."""
+    """Most images in `grid.png`, a row a class or prompt, of as many as fit; 0 writes none."""
     precision: Precision = "fp32"
     """Arithmetic of generator and decoder; bf16 is faster where the hardware has it, and changes images a little."""
     exact: bool = False
@@ -128,7 +128,7 @@ def main(config: Config) -> None:
         raise signals.Stopped(stop.number, f"{signals.name_of(stop.number)}: stopped; {where}") from None
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(config, labels, folder)
+        finish(config, plan, folder, pipe.class_names)
 
 
 @dataclass(frozen=True)
@@ -273,14 +273,24 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
-def finish(config: Config, labels: Sequence[int], folder: Path) -> None:
-    """Writes the grid, and packs the .npz."""
+def finish(config: Config, plan: Plan, folder: Path, names: Sequence[str]) -> None:
+    """Writes the grid, and packs the .npz. `names` are those of the model's classes, where they have any."""
+    labels = plan.labels
     if config.grid:
-        shown = [read_image(image_path(folder, i)) for i in range(min(config.grid, len(labels)))]
-        pictures.save_png(pictures.make_grid(torch.stack(shown), columns=8), config.out / "grid.png")
+        pictures.save_png(draw_grid(plan, names, folder, config.grid), config.out / "grid.png")
     if config.format == "npz":
         pack_npz(folder, labels, npz_path(config), labels_name(config))
     logger.info("%d images in %s", len(labels), config.out)
+
+
+def draw_grid(plan: Plan, names: Sequence[str], folder: Path, most: int) -> Tensor:
+    """A picture of at most `most` of the images in a folder, uint8 (3, height, width): a row a class or prompt."""
+    groups = []
+    what = "prompt" if plan.prompts else "class"
+    for label, indices in shown_by_label(plan.labels, most).items():
+        images = torch.stack([read_image(image_path(folder, index)) for index in indices])
+        groups.append((in_words(label, plan.prompts or names, what), images))
+    return pictures.labelled_grid(groups)
 
 
 def npz_path(config: Config) -> Path:

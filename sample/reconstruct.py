@@ -254,7 +254,7 @@ def write_results(
     grid = pictures.grid_with_titles(
         torch.cat([originals, *rows.values()]),
         columns=len(originals),
-        enlarge=max(1, 64 // originals.shape[-1]),
+        enlarge=max(1, -(-64 // originals.shape[-1])),  # less than elsewhere: the rows are long
         row_titles=["original", *(row_title(rate, scores[rate]) for rate in rows)],
     )
     pictures.save_png(grid, out / "grid.png")

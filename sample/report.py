@@ -31,10 +31,10 @@ h1{margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #ddd} p.lea
 table{border-collapse:collapse;margin:1rem 0} td,th{border:1px solid #ddd;padding:.3rem .8rem;text-align:right}
 td:first-child,th:first-child,td.left{text-align:left} th{background:#f6f6f6}
 code,pre{background:#f6f6f6;padding:.1rem .3rem}
-pre{padding:.8rem;overflow:auto} img{max-width:100%;image-rendering:pixelated}
+pre{padding:.8rem;overflow:auto} img{max-width:100%}
 svg{max-width:100%;height:auto} td.left code{overflow-wrap:anywhere}
 .samples{display:grid;grid-template-columns:repeat(8,1fr);gap:.5rem;font-size:.72rem;text-align:center;line-height:1.2}
-.samples img{width:100%} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
+.samples img{width:100%;image-rendering:pixelated} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
 """.strip()
 
 
@@ -167,8 +167,10 @@ def write_overview(out: Path) -> Path:
     """`overview.png`: the reconstructions above the first 64 samples."""
     count = len(json.loads((out / "samples" / RECORD).read_text(encoding="utf-8"))["labels"])
     samples = torch.stack([read_image(image_path(out / "samples", i)) for i in range(min(64, count))])
-    samples = samples.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    parts = [read_image(out / "reconstructions/grid.png"), pictures.make_grid(samples, columns=16)]
+    parts = [
+        read_image(out / "reconstructions/grid.png"),
+        pictures.make_grid(pictures.enlarged(samples, 2), columns=16),
+    ]
     width = max(part.shape[2] for part in parts)
     gap = torch.full((3, 8, width), 255, dtype=torch.uint8)
     rows = [torch.nn.functional.pad(part, (width - part.shape[2], 0), value=255) for part in parts]

@@ -13,6 +13,7 @@ from imgtok.data.captions import CaptionDataset
 from imgtok.data.latents import LatentDataset, Latents
 from imgtok.data.tokens import TokenDataset
 from imgtok.generators.conditioning import Condition
+from imgtok.pictures import can_write
 
 
 def open_captions(folder: Path | None, images: TokenDataset | Latents) -> CaptionDataset | None:
@@ -59,5 +60,21 @@ def preview_condition(
     """What `count` images are drawn for: the classes in turn, or the captions of the first of `images` (N,)."""
     if captions is None:
         return torch.tensor([i % num_classes for i in range(count)], device=device)
+    return captions.batch(_first(images, count)).to(device)
+
+
+def preview_titles(count: int, model: Any, images: Tensor, captions: CaptionDataset | None) -> list[str]:
+    """What a preview says of each of its images: the class, by name where the configuration of the `model` has names,
+    or the image whose caption it was drawn for (a cache of captions holds no text).
+    """
+    if captions is not None:
+        return [f"caption of image {index}" for index in _first(images, count)]
+    names = [name if can_write(name) else "" for name in model.class_names]
+    labels = [i % model.num_classes for i in range(count)]
+    return [(names[label] if label < len(names) else "") or f"class {label}" for label in labels]
+
+
+def _first(images: Tensor, count: int) -> list[int]:
+    """`count` of the first images' indices, in turn."""
     first: Sequence[int] = images.unique()[:count].tolist()
-    return captions.batch([first[i % len(first)] for i in range(count)]).to(device)
+    return [first[i % len(first)] for i in range(count)]

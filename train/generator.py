@@ -28,7 +28,7 @@ from imgtok.generators.pipeline import ROWS, write_cards
 from imgtok.hub import Found
 from imgtok.sections import ByKind, Section, Settings
 from imgtok.tokenizers.base import Losses
-from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition
+from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition, preview_titles
 from imgtok.train.config import TrainingConfig
 from imgtok.train.initialise import Init, check_kind, configure, find_init, start_from
 from imgtok.train.loop import Job, fit
@@ -231,7 +231,10 @@ class GeneratorJob(Job):
             decode(drawn[rows.start : rows.stop], seed=0, indices=rows, decoding=self.decoding)
             for rows in (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))
         ]
-        pictures.save_png(pictures.make_grid(torch.cat(blocks).clamp(-1, 1), columns=8), path)
+        images, groups = torch.cat(blocks).clamp(-1, 1), dict[str, list[int]]()
+        for index, title in enumerate(preview_titles(len(indices), model.config, self.content.indices, self.captions)):
+            groups.setdefault(title, []).append(index)
+        pictures.save_png(pictures.labelled_grid([(title, images[own]) for title, own in groups.items()]), path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the decoder inside: all that sampling needs."""

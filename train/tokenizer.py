@@ -179,7 +179,10 @@ class TokenizerJob(ImageJob):
         originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
         rates = self.tokenizer.rates()
         tokens = dict(zip(map(str, rates), self.tokenizer.encode_at(originals, rates), strict=True))
-        rows = {"original": originals} | {rate: self.tokenizer.decode(each) for rate, each in tokens.items()}
+        rows = {"original": originals}
+        rows |= {
+            f"{rate} token{'s' if rate != '1' else ''}": self.tokenizer.decode(each) for rate, each in tokens.items()
+        }
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))
         pictures.save_png(grid, path)
 

@@ -10,10 +10,13 @@ from PIL import Image
 
 from imgtok.pictures import (
     UnreadableImage,
+    can_write,
     center_crop_adm,
     decode_image,
+    enlarged,
     from_uint8,
     grid_with_titles,
+    labelled_grid,
     make_grid,
     preprocess,
     random_crop,
@@ -240,9 +243,47 @@ def test_titles_are_beside_the_images_and_leave_them_alone():
     assert torch.equal(page[:, -height:, -width:], plain)
     assert page[:, -height:, :-width].min() < 100  # ink left of the rows
     assert page[:, :-height, -width:].min() < 100  # ink above the columns
-    assert torch.equal(grid_with_titles(images, 2), make_grid(images, 2))
+    assert torch.equal(grid_with_titles(images, 2, enlarge=1), make_grid(images, 2))
     with pytest.raises(ValueError, match="1 row titles for 2 rows"):
         grid_with_titles(images, 2, row_titles=["one"])
+
+
+@pytest.mark.parametrize(("side", "seen"), [(8, 96), (32, 96), (64, 128), (95, 190), (96, 96), (256, 256)])
+def test_small_images_are_enlarged_by_whole_factors_and_keep_their_pixels(side, seen):
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    factor = seen // side
+    large = enlarged(images)
+    assert large.shape == (2, 3, seen, seen)
+    assert all(torch.equal(large[:, :, i::factor, i::factor], images) for i in range(factor))
+
+
+def test_a_label_has_a_row_and_its_name_beside_it():
+    images = torch.randint(0, 200, (5, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    page = labelled_grid([("a cat", images[:3]), ("a dog", images[3:])], columns=2)
+    assert page.shape[1] == 3 * 96 + 2 * 2  # three rows: the cats have two
+    margin = page.shape[2] - (2 * 96 + 2)
+    assert margin > 30
+    assert torch.equal(page[:, :96, margin : margin + 96], images[0])
+    assert torch.equal(page[:, 98:194, margin : margin + 96], images[2])
+    assert torch.equal(page[:, 196:, -96:], images[4])
+    assert page[:, 98:194, -96:].min() == 255  # blank
+    assert [bool(page[:, top : top + 96, :margin].min() < 100) for top in (0, 98, 196)] == [True, False, True]
+
+
+def test_labels_of_one_image_each_stand_above_them():
+    images = torch.randint(0, 200, (3, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    page = labelled_grid([("a", images[:1]), ("a long caption " * 9, images[1:2]), ("c", images[2:])], columns=2)
+    height = (page.shape[1] - 4) // 2
+    assert torch.equal(page[:, height - 96 : height, :96], images[0])
+    assert torch.equal(page[:, height - 96 : height, 100:196], images[1])
+    assert torch.equal(page[:, -96:, :96], images[2])
+    assert page[:, : height - 96, 100:196].min() < 100
+    assert height < 96 + 40, "two lines at most"
+
+
+def test_titles_are_written_in_many_scripts_and_not_in_all():
+    assert can_write("größter Käfer, кошка, γάτα 1")
+    assert not can_write("猫")
 
 
 # For users

@@ -99,7 +99,8 @@ def test_the_folder_of_a_job(samples):
     assert len(np.unique(images.reshape(NUM, -1), axis=0)) == NUM
     assert images.std() > 10
     with Image.open(samples / "grid.png") as grid:
-        assert grid.width > 8 * 32 > grid.height
+        assert grid.height == 10 * 96 + 9 * 2, "a row a class, enlarged three times"
+        assert grid.width > 4 * 96 + 3 * 2 + 30, "four images and the number of the class"
 
 
 def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, samples, tmp_path):

@@ -154,6 +154,9 @@ def test_previews_are_decoded_in_blocks_by_the_jobs_settings(tmp_path, flextok, 
     inputs = [f"tokens={tokens}", f"tokenizer={flextok}", "training.steps=0", "num_preview=20"]
     train(generator, "gpt", tmp_path, *inputs, "decoding.steps=3")
     assert seen == [(list(range(16)), 3), (list(range(16, 20)), 3)]
+    with Image.open(tmp_path / "samples/step_0000000.png") as picture:
+        assert picture.width == 8 * 96 + 7 * 4, "enlarged six times"
+        assert picture.height > 3 * (96 + 16), "each under its class"
     with pytest.raises(ValueError, match="decoding.steps: given 0"):
         train(generator, "gpt", tmp_path / "other", *inputs, "decoding.steps=0")
 
