@@ -31,7 +31,16 @@ import imgtok
 from imgtok import runs
 from imgtok.config import ConfigError, from_dict, to_dict
 from imgtok.files import file_sha256, replacing
-from imgtok.places import SAFETENSORS, Repository, find, is_weights, no_repository, repository, unreachable
+from imgtok.places import (
+    SAFETENSORS,
+    Repository,
+    find,
+    is_weights,
+    no_repository,
+    not_a_model,
+    repository,
+    unreachable,
+)
 from imgtok.weights import (
     Weights,
     check_tensors,
@@ -364,6 +373,8 @@ def find_folder(name_or_path: str | Path, revision: str | None = None, *, files:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError for anything else, FileNotFoundError with what is there instead."""
     folder = path.parent
+    if not path.is_file() and path.name == CONFIG_NAME:
+        raise FileNotFoundError(not_a_model(folder))
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {path.name} (found: {found})")

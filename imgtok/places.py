@@ -52,12 +52,15 @@ def find(name: str | Path) -> Path | Repository:
 
 
 def check(name: str | Path) -> None:
-    """Raise FileNotFoundError for a name that leads nowhere: no place here, and no repository of the Hub or its cache.
+    """Raise FileNotFoundError for a name that leads to no model: no place here, and no repository of the Hub or its
+    cache, or a folder without one.
 
     Where the Hub cannot be reached and the cache has nothing, the message says so.
     """
     place = find(name)
     if isinstance(place, Path):
+        if place.is_dir() and not (place / "config.json").is_file() and not runs.is_checkpoint(place):
+            raise FileNotFoundError(not_a_model(place))
         return
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -133,25 +136,56 @@ def _elsewhere(name: str, path: Path) -> Repository:
         raise FileNotFoundError(
             f"{_absent(name)}{_beside(path)} (not looked for on the Hub, since a folder {first}/ lies here)"
         )
-    if meant := [near for near in _near(Path(first), Path()) if Path(near, *path.parts[1:]).exists()]:
-        raise FileNotFoundError(
-            f"{_absent(name)}; did you mean {Path(meant[0], *path.parts[1:])}? (not looked for on the Hub)"
-        )
+    meant, whole = _corrected(path)
+    if whole:
+        raise FileNotFoundError(f"{_absent(name)}; did you mean {meant}? (not looked for on the Hub)")
     return found
 
 
+def not_a_model(folder: Path) -> str:
+    """What to say of a folder that is there and holds no model: what it has, and the models that lie in it."""
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    inside = _models_in(folder)
+    hint = f"; did you mean {' or '.join(map(str, inside[:3]))}?" if inside else ""
+    return f"{folder} is not a model folder: it has no config.json (found: {found}){hint}"
+
+
 def _beside(path: Path) -> str:
-    """What lies where `path` should be, for a message, with the names that are most like it first."""
-    folder = path.parent
-    while not folder.is_dir():
-        path, folder = folder, folder.parent
-    if folder == Path() and len(path.parts) < 2 and not path.is_absolute() and not _near(path, folder):
-        return ""  # what else lies in the working folder tells nothing
-    near = _near(path, folder)
-    if near:
-        return f"; did you mean {folder / near[0]}?"
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    return f"; {folder} has {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
+    """What lies where `path` should be, for a message: the path that it is most like, or else what there is."""
+    meant, whole = _corrected(path)
+    if whole:
+        inside = [] if not meant.is_dir() or _is_model(meant) else _models_in(meant)
+        return f"; did you mean {inside[0] if len(inside) == 1 else meant}?"
+    if meant == Path() and len(path.parts) < 2:
+        near = difflib.get_close_matches(path.name, packaged_models(), n=1)
+        return f"; did you mean {near[0]}?" if near else ""  # what else lies in the working folder tells nothing
+    names = sorted(entry.name for entry in meant.iterdir() if not entry.name.startswith("."))
+    return f"; {meant} has {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
+
+
+def _corrected(path: Path) -> tuple[Path, bool]:
+    """The folder or file to which the parts of a path lead, or else the names that are most like them; and whether all
+    parts lead on. If not, it is the last folder.
+    """
+    found = Path(path.anchor)
+    for part in path.relative_to(found).parts:
+        near = [part] if (found / part).exists() else _near(Path(part), found)
+        if not near:
+            return found, False
+        if not (found / near[0]).is_dir() and part != path.name:
+            return found, False
+        found = found / near[0]
+    return found, True
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or runs.is_checkpoint(folder) or (folder / runs.FINAL).is_dir()
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """Models and runs in a folder and in the folders in it."""
+    levels = (folder.glob(pattern) for pattern in ("*", "*/*"))
+    return next((models for level in levels if (models := sorted(filter(_is_model, level)))), [])
 
 
 def _near(path: Path, folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -478,14 +479,41 @@ def test_a_mistyped_name(name: str, message: str) -> None:
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("runs/a/tokeniser/final", "runs/a/tokenizer/final"),
+        ("run/a/tokenizr/fnal", "runs/a/tokenizer/final"),
+        ("runs/a/tokeniser", "runs/a/tokenizer"),
+        ("runs/a", "runs/a/tokenizer"),  # there, and no model: the one in it
+        ("runs", "runs/a/tokenizer"),
+        ("runs/aa", "runs/a/tokenizer"),
+        ("shpes32", "shapes32"),
+    ],
+)
+def test_what_is_meant_by_a_mistyped_name_is_a_model(folder, name, meant, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", NoNetwork)
+    shutil.copytree(folder, tmp_path / "runs/a/tokenizer/final")
+    (tmp_path / "runs/a/tokenizer/checkpoints").mkdir()
+    (tmp_path / "runs/a/.hidden").mkdir()
+    for check in (places.check, hub.resolve):
+        with pytest.raises(FileNotFoundError) as caught:
+            check(name)
+        assert f"did you mean {meant}?" in str(caught.value)
+        places.check(meant)
+
+
 def test_a_mistyped_name_costs_no_import(inside: Path) -> None:
     code = (
-        "import sys; from imgtok.cli import main; status = [main(words.split()) for words in sys.argv[1:]]; "
-        "print(status, *({'torch', 'numpy', 'PIL', 'imgtok.hub'} & {*sys.modules}))"
+        "import resource, sys; from imgtok.cli import main; status = [main(words.split()) for words in sys.argv[1:]]; "
+        "print(status, *({'torch', 'numpy', 'PIL', 'imgtok.hub'} & {*sys.modules})); "
+        "usage = resource.getrusage(resource.RUSAGE_SELF); assert usage.ru_utime + usage.ru_stime < 1.5, usage"
     )
     (inside / "job.yaml").write_text("tokenizer: model/fnal\n")
     commands = ["sample model/fnal", "info modle", "reconstruct out=x model/fnal", "evaluate tokenizer=model/fnal"]
     commands += ["cache --tokenizer model/fnal", "cache job.yaml out=x", "train generator job.yaml", "sample /no"]
+    commands += ["export modle", "cache latents modle out=x", "evaluate model=modle", "train tokenizer init=modle"]
     done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, check=True)
     assert done.stdout.split("]") == [str([2] * len(commands))[:-1], "\n"]
     assert done.stderr.count("there is no model folder") == len(commands)
