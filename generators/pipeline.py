@@ -188,8 +188,12 @@ class Pipeline:
         self.dtype = torch.float32
         self.to(default_device() if device is None else device, dtype)
 
-    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
-        """Moves both models to a device, and sets the arithmetic, where given."""
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> Self:
+        """Moves both models to a device, and sets the arithmetic, where given; `to(torch.bfloat16)` sets that alone."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         if dtype is not None:
             self.dtype = find_dtype(dtype)
         if device is not None:

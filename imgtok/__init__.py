@@ -41,4 +41,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    parts = (name for name, value in globals().items() if getattr(value, "__name__", "") == f"imgtok.{name}")
+    return sorted({*__all__, *parts, *(name for name in globals() if name.startswith("__"))})

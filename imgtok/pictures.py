@@ -14,7 +14,7 @@ import logging
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +74,19 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor | Sequence[Tensor]) -> list[Image.Image]:
     """Images (N, 3, H, W) or one (3, H, W), float in [-1, 1] or uint8, on any device -> as many Pillow pictures.
 
-    Raises ValueError for another shape.
+    A list of such tensors gives the pictures of all. Raises ValueError for anything else.
     """
+    if isinstance(images, list | tuple):
+        return [picture for each in images for picture in to_pil(each)]
+    if not isinstance(images, Tensor):
+        raise ValueError(f"to_pil takes tensors (N, 3, H, W) or (3, H, W), not {type(images).__name__}")
     if images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"to_pil takes images (N, 3, H, W) or (3, H, W), not {tuple(images.shape)}")
+    if images.is_floating_point() and images.numel() and images.min() >= 0 and images.max() > 200:
+        raise ValueError("to_pil takes float images in [-1, 1]; these are as in 0..255: give images.byte()")
     pixels = images.detach() if images.dtype == torch.uint8 else to_uint8(images.detach())
     pixels = pixels.reshape(-1, *pixels.shape[-3:]).permute(0, 2, 3, 1).cpu().contiguous()
     return [Image.fromarray(picture) for picture in pixels.numpy()]
@@ -91,6 +97,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 Picture = Image.Image | np.ndarray | str | Path
 """One picture: Pillow's, a uint8 array (H, W) or (H, W, 1 to 4 channels), or the path of a file."""
+_IN_WORDS = "Pillow images, uint8 arrays and paths"
 
 
 def preprocess(pictures: Picture | Sequence[Picture], size: int) -> Tensor:
@@ -98,11 +105,21 @@ def preprocess(pictures: Picture | Sequence[Picture], size: int) -> Tensor:
 
     The shorter side is scaled to `size` pixels and the central square kept, as everywhere in the suite
     (`center_crop_adm`). Pictures are turned upright as their EXIF data says, grey becomes RGB, transparent parts white.
-    Raises ValueError for an array of another type or shape, FileNotFoundError or UnreadableImage for a file.
+    An array (N, H, W, C) is a list of N. Raises ValueError for what is no picture and for an array of another type or
+    shape, FileNotFoundError or UnreadableImage for a file.
     """
-    listed = [pictures] if isinstance(pictures, Image.Image | np.ndarray | str | Path) else list(pictures)
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 4:
+        listed: list[Picture] = list(pictures)
+    elif isinstance(pictures, Image.Image | np.ndarray | str | Path):
+        listed = [pictures]
+    elif isinstance(pictures, Iterable) and not isinstance(pictures, bytes | Mapping | Tensor | io.IOBase):
+        listed = list(pictures)
+    else:
+        raise ValueError(f"preprocess takes {_IN_WORDS}, one or a list of them, not a {type(pictures).__name__}")
     if not listed:
         raise ValueError("preprocess: there are no pictures in the list")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size: given {size!r}, must be a whole number of pixels a side, at least 1")
     squares = [np.array(center_crop_adm(_as_rgb(picture), size)) for picture in listed]
     return from_uint8(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous())
 
@@ -113,10 +130,14 @@ def _as_rgb(picture: Picture) -> Image.Image:
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] > (4,) or not picture.size:
             given = f"{picture.dtype} {picture.shape}"
-            raise ValueError(f"preprocess takes arrays (H, W) or (H, W, 1 to 4 channels) of uint8, not {given}")
+            scaled = "; of numbers in [0, 1] that is (array * 255).round().astype('uint8')"
+            raise ValueError(
+                f"preprocess takes arrays (H, W) or (H, W, 1 to 4 channels) of uint8, not {given}"
+                f"{scaled if picture.dtype.kind == 'f' else ''}"
+            )
         picture = Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
     elif not isinstance(picture, Image.Image):
-        raise ValueError(f"preprocess takes Pillow images, uint8 arrays and paths, not a {type(picture).__name__}")
+        raise ValueError(f"preprocess takes {_IN_WORDS}, not a {type(picture).__name__}")
     return _to_rgb(_upright(picture.copy()))
 
 
@@ -130,7 +151,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(data), formats=_formats())
         if picture.width * picture.height > MAX_PIXELS:
             raise UnreadableImage(name, _too_large(f"{picture.width} x {picture.height}"))
         picture.load()
@@ -143,6 +164,13 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise UnreadableImage(name, _too_large("".join(re.findall(r"\d+(?= pixels\) exceeds)", str(error))))) from error
     except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
         raise UnreadableImage(name, _reason(data, error)) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """All that Pillow reads itself: for EPS it starts Ghostscript, which runs the file as a program."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def _too_large(size: str) -> str:
@@ -178,7 +206,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def _to_8_bit(picture: Image.Image) -> Image.Image:
     # Pillow's own conversion clips 16-bit values at 255, which turns nearly every such image white.
     values = np.asarray(picture)
-    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+    bits = getattr(picture, "tag_v2", {}).get(258, ())  # BitsPerSample of a TIFF: with 32, 255 may be white
+    if picture.mode == "F" or 32 in bits or values.min() < 0 or values.max() > 65535:
         raise UnreadableImage("", "pixels of more than 16 bits have no agreed range; save it with 8 or 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 

@@ -31,19 +31,6 @@ class Losses(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
-    codes: Tensor | None = None
-    """What `count_codes` gives for the tokens of this batch, of which the log tells how much of the codebook is used;
-    None without a codebook."""
-
-
-def count_codes(ids: Tensor, size: int) -> Tensor | None:
-    """How often each of the `size` codes of a codebook is among the token ids (...): int64 (size,), on their device and
-    without waiting for it. None for a codebook of more than 2^24 codes, of which no batches use a share worth knowing.
-    """
-    if size > 1 << 24:
-        return None
-    flat = ids.detach().flatten().clamp(0, size - 1)  # a NaN has no id: the loop, which finds it, has to come that far
-    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 class Reconstruction(NamedTuple):
@@ -294,7 +281,7 @@ pictures = imgtok.to_pil(model.decode(latents))
         """Scaled latents of images in [-1, 1]: the mean of the distribution, or with standard-normal `noise` of their
         shape a sample. Raises ValueError for images of another range or shape.
         """
-        check_images(images, f"a multiple of {self.config.factor}")
+        check_images(images, f"{8 * self.config.factor}")
         return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
     def decode(

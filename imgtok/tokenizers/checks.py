@@ -17,7 +17,9 @@ def token_counts(num_tokens: int | Sequence[int] | None, batch: int, most: int) 
         counts = [most if num_tokens is None else num_tokens] * batch
     else:
         counts = list(num_tokens)
-    if len(counts) != batch or not counts:
+    if not batch:
+        raise ValueError("there are no images to encode: the batch is empty")
+    if len(counts) != batch:
         raise ValueError(f"num_tokens: {len(counts)} numbers for {batch} images")
     for count in counts:
         if not 1 <= count <= most:

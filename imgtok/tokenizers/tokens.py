@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -56,12 +56,21 @@ class Tokens:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Tokens:
-        """Some of the rows, in the given order; a number gives that row, as a batch of one."""
-        if isinstance(rows, SupportsIndex) and not (isinstance(rows, Tensor) and rows.ndim):
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tokens:
+        """Some of the rows, in the given order; a number gives that row, as a batch of one. Truth values choose rows.
+
+        Raises IndexError for a row that is not there, TypeError for what is neither of these.
+        """
+        if isinstance(rows, SupportsIndex) and not getattr(rows, "ndim", 0):
             row = range(len(self))[rows]  # which raises IndexError, where a loop over the rows ends
             return self[row : row + 1]
-        chosen = rows if isinstance(rows, slice | Tensor) else list(rows)
+        chosen: Any = rows
+        if isinstance(chosen, slice) and (chosen.step or 1) < 0:
+            chosen = range(len(self))[chosen]
+        if isinstance(chosen, str) or not isinstance(chosen, slice | Sequence | np.ndarray | Tensor):
+            raise TypeError(f"rows of tokens are chosen by numbers, slices or truth values, not {type(rows).__name__}")
+        if not isinstance(chosen, slice | Tensor):
+            chosen = torch.from_numpy(_as_rows(chosen))
         return Tokens(self.ids[chosen], self.lengths[chosen], None if self.slots is None else self.slots[chosen])
 
     @property
@@ -140,6 +149,12 @@ def _spread(packed: np.ndarray, lengths: np.ndarray, columns: int) -> Tensor:
     rows = np.zeros((lengths.size, columns), dtype=np.int64)
     rows[np.arange(columns) < lengths[:, None]] = packed
     return torch.from_numpy(rows)
+
+
+def _as_rows(rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Numbers or truth values as torch takes them."""
+    array = np.asarray(rows)
+    return array if array.dtype == np.bool_ else array.astype(np.int64, casting="same_kind" if array.size else "unsafe")
 
 
 def _widen(rows: Tensor, columns: int) -> Tensor:

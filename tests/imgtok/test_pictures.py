@@ -331,11 +331,23 @@ def test_grey_transparent_and_turned_pictures_are_what_one_sees(tmp_path):
         (np.zeros((0, 8, 3), np.uint8), r"not uint8 \(0, 8, 3\)"),
         ([7], "Pillow images, uint8 arrays and paths, not a int"),
         ([], "no pictures in the list"),
+        (None, "one or a list of them, not a NoneType"),
+        ({"image": 1}, "one or a list of them, not a dict"),
+        (b"bytes", "one or a list of them, not a bytes"),
+        (torch.zeros(3, 8, 8), "one or a list of them, not a Tensor"),
     ],
 )
 def test_what_is_no_picture_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         preprocess(given, 8)
+
+
+def test_arrays_of_several_pictures_and_sizes_that_are_none():
+    batch = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    assert torch.equal(preprocess(batch, 8), preprocess([*batch], 8))
+    for size in (0, 8.0, "8", (8, 8), None):
+        with pytest.raises(ValueError, match="size: given .*, must be a whole number of pixels a side"):
+            preprocess(batch, size)
 
 
 def test_a_file_that_is_not_there_or_no_picture_is_named(tmp_path):
@@ -344,6 +356,28 @@ def test_a_file_that_is_not_there_or_no_picture_is_named(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UnreadableImage, match="text.png"):
         preprocess(tmp_path / "text.png", 8)
+
+
+def test_a_program_for_ghostscript_is_no_picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "eps")
+    with pytest.raises(UnreadableImage, match=r"x\.png: not an image \(it begins with b'%!PS-Adobe"):
+        decode_image(buffer.getvalue(), "x.png")
+
+
+def test_whole_numbers_of_32_bits_have_no_agreed_range():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 255, np.int32)).save(buffer, "tiff")
+    with pytest.raises(UnreadableImage, match="more than 16 bits"):
+        decode_image(buffer.getvalue(), "x.tif")
+
+
+def test_lists_of_tensors_become_pictures_and_other_ranges_do_not():
+    images = torch.rand(2, 3, 4, 4) * 2 - 1
+    assert [p.tobytes() for p in to_pil([*images])] == [p.tobytes() for p in to_pil(images)]
+    for given, message in ((images.numpy(), "not ndarray"), ((images + 1) * 127.5, r"as in 0\.\.255")):
+        with pytest.raises(ValueError, match=message):
+            to_pil(given)
 
 
 def test_tensors_become_pictures():

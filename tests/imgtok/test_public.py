@@ -15,6 +15,7 @@ import imgtok
 def test_every_public_name_is_there_and_listed():
     assert set(imgtok.PUBLIC) | {"__version__"} == set(imgtok.__all__)
     assert set(imgtok.__all__) <= set(dir(imgtok))
+    assert not {"Any", "Path", "TYPE_CHECKING", "annotations", "importlib"} & set(dir(imgtok))
     for name in imgtok.__all__:
         assert getattr(imgtok, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -107,6 +108,13 @@ def test_a_number_gives_a_row_and_a_loop_all_of_them():
     assert tokens[torch.tensor(1)].ids.tolist() == [[2, 3]]
     assert [row.ids.tolist() for row in tokens] == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert tokens[torch.tensor([True, False, True])].lengths.tolist() == [1, 2]
+    for chosen in ([True, False, True], np.array([True, False, True]), np.array([0, 2]), (0, 2)):
+        assert tokens[chosen].lengths.tolist() == [1, 2]
+    assert tokens[::-1].ids.tolist() == [[4, 5], [2, 3], [0, 1]]
+    assert len(tokens[[]]) == len(tokens[np.array([], float)]) == 0
     assert tokens.device == torch.device("cpu")
     with pytest.raises(IndexError):
         tokens[3]
+    for wrong in ("a", None, 1.0, ...):
+        with pytest.raises(TypeError, match="chosen by numbers, slices or truth values"):
+            tokens[wrong]
