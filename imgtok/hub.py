@@ -50,6 +50,7 @@ from imgtok.weights import (
     open_weights,
     skeleton,
     state_of,
+    under_prefix,
     write_tensors,
 )
 
@@ -305,6 +306,8 @@ def resolve(name: str | Path | Found, *, revision: str | None = None, expect: ty
     class) that the caller can use. Raises FileNotFoundError, ConfigError (config.json), or ValueError for another class
     than expected and for a file that no reader knows.
     """
+    if not isinstance(name, str | Path | Found):
+        raise ValueError(f"a model is named by a path or a Hub name 'owner/name', not by a {type(name).__name__}")
     found = name if isinstance(name, Found) else _describe(str(name), _place(name, revision))
     if expect is not None:
         found.check(expect)
@@ -431,6 +434,8 @@ def _describe_folder(name: str, folder: Path) -> Found:
                 f"{path}: format {version!r}, written by imgtok {written_by}; imgtok {imgtok.__version__} reads "
                 f"format {FORMAT}. Install a matching release"
             )
+        if not isinstance(data["kind"], str):
+            raise ConfigError(f"{path}: kind: given {data['kind']!r}, must be one of {', '.join(KINDS)}")
         return Found(name, folder, OURS, data["kind"], data)
     layout = _recognised(path, data, set())
     if layout is None:
@@ -468,7 +473,7 @@ def _load_ours(
     wanted = model.state_dict()
     if stored.keys() != wanted.keys():  # unless the model itself has a part that is called as wrappers are
         exact = open_weights(stored.path, as_stored=True)
-        stored = exact if exact.keys() == wanted.keys() else stored
+        stored = exact if exact.keys() == wanted.keys() else under_prefix(stored, wanted.keys()) or stored
     check_tensors(stored.blank, wanted, stored.path, f"{model_class.__name__} that {CONFIG_NAME}")
     return fill(model, stored.items(), map_location=map_location, dtype=dtype)
 

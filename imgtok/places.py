@@ -17,6 +17,7 @@ from imgtok import runs
 SAFETENSORS = ".safetensors"
 INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json$")
 """How the name of the index of weights in shards ends; diffusers puts the name of a variant into it."""
+_ADDRESS = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)([\w.-]+/[\w.-]+)")
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 LONE_FILES = (SAFETENSORS, *PICKLES)
 """How the name of a file of weights can end."""
@@ -41,6 +42,8 @@ def find(name: str | Path) -> Path | Repository:
     A training run means its finished model or its newest checkpoint (`runs.follow`); a folder of a diffusers pipeline
     means its autoencoder. Raises FileNotFoundError, with what is there, for a name that can mean nothing.
     """
+    if not str(name).strip():
+        raise FileNotFoundError("the name of a model is empty; give a folder, or a Hub name 'owner/name'")
     path = Path(name).expanduser()
     if path.is_dir():
         return _autoencoder_inside(runs.follow(path))
@@ -113,6 +116,10 @@ def _autoencoder_inside(folder: Path) -> Path:
 
 def repository(name: str) -> Repository:
     """The place on the Hub that a name means if it means none here. Raises FileNotFoundError for one that cannot be."""
+    if address := _ADDRESS.match(name):
+        raise FileNotFoundError(
+            f"there is no model folder {name!r} here; a repository of the Hub is given by its name alone: {address[1]}"
+        )
     path = Path(name).expanduser()
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w./-]+?))?/?", name)
     if match is None or ".." in path.parts or (is_weights(path) and not match[2]):

@@ -23,7 +23,7 @@ import pickle
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -41,8 +41,13 @@ M = TypeVar("M", bound=nn.Module)
 
 AVERAGED = ("model_ema", "ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema_state_dict", "params_ema")
 """Entries of a training checkpoint that hold averaged weights."""
-PLAIN = ("model", "module", "state_dict", "model_state_dict", "params", "weights")
+_AVERAGED = re.compile(r"(?i)(^|[^a-z])(ema(callback)?|avg|averaged?|swa|shadow)([^a-z]|$)")
+"""Others that are called as if they did, such as `ema_weights`, `ema_0.9999` and `G_ema`."""
+_WHOLE = ("model", "module", "state_dict", "model_state_dict", "params", "weights", "model_state", "online_model")
+PLAIN = (*_WHOLE, "net", "network", "generator", "G", "g", "vae", "autoencoder", "tokenizer")
 """Entries that hold the weights that were trained."""
+COUNTERS = ("n_averaged", "num_updates", "decay", "initted", "step")
+"""Numbers that what averages weights keeps beside them."""
 PREFIXES = ("module.", "model.")
 """What DistributedDataParallel and other wrappers put before every name."""
 WRAPPERS = ("_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -153,14 +158,42 @@ def _open(path: Path, *, raw: bool) -> Weights:
 
 def _one_set(found: Weights, *, raw: bool) -> Weights:
     """One of the two sets of weights in a file whose names all begin with those of entries, "ema.a" and "model.a"."""
-    heads = {name: name.partition(".")[0] for name in found}
-    averaged, plain = ([entry for entry in group if entry in heads.values()] for group in (AVERAGED, PLAIN))
-    if not averaged or not plain or not set(heads.values()) <= {*averaged, *plain}:
+    heads = {name: name.partition(".")[0] for name in found if not _is_counter(found, name)}
+    there = set(heads.values())
+    averaged = [entry for entry in AVERAGED if entry in there] or sorted(filter(_AVERAGED.search, there))
+    plain = [entry for entry in _WHOLE if entry in there]
+    if not there <= {*averaged, *plain}:
         return found
+    if not averaged or not plain:
+        return found.select({name: name for name in heads})
     entry = plain[0] if raw else averaged[0]
     others = ", ".join(f"{name}.*" for name in (*averaged, *plain) if name != entry)
     logger.info("%s: took its tensors %s.*, and left %s", found.path, entry, others)
     return found.select({name.removeprefix(f"{entry}."): name for name, head in heads.items() if head == entry})
+
+
+def _is_counter(found: Weights, name: str) -> bool:
+    return name in COUNTERS and found.blank[name].numel() == 1
+
+
+def under_prefix(found: Weights, names: Collection[str]) -> Weights | None:
+    """The tensors `names` where they, and nothing else, stand under one prefix, such as `vae.` in the file of a larger
+    model; None where they do not, or where averaged ones may stand beside them.
+
+    Raises ValueError where there are several such prefixes.
+    """
+    first = next(iter(names))
+    prefixes = sorted({name[: -len(first)] for name in found if name.endswith(f".{first}")})
+    fitting = [p for p in prefixes if {n.removeprefix(p) for n in found if n.startswith(p)} == set(names)]
+    if len(fitting) > 1:
+        raise ValueError(f"{found.path}: it holds such a model several times, as {', '.join(fitting)}*; keep one")
+    if not fitting:
+        return None
+    beside = sorted({name.partition(".")[0] for name in found if not name.startswith(fitting[0])})
+    if any(map(_AVERAGED.search, beside)):
+        return None
+    logger.info("%s: took its tensors %s*, and left %s", found.path, fitting[0], ", ".join(beside) or "nothing")
+    return found.select({name: fitting[0] + name for name in names})
 
 
 def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
@@ -266,6 +299,9 @@ def _named_tensors(stored: Any, path: Path | str, *, raw: bool) -> Mapping[str, 
         return _without_numbers(found, stored, str(path))
     entries = PLAIN if raw else (*AVERAGED, *PLAIN)
     present = [entry for entry in entries if isinstance(stored, Mapping) and stored.get(entry) is not None]
+    if isinstance(stored, Mapping) and not raw and not set(present) & set(AVERAGED):
+        stored, called_so = _called_averaged(stored, path)
+        present = [*called_so, *present]
     for entry in present:
         held = _shadow(stored, entry) if entry in AVERAGED else stored[entry]
         if (found := _tensors_of(held)) is not None:
@@ -286,6 +322,31 @@ def _named_tensors(stored: Any, path: Path | str, *, raw: bool) -> Mapping[str, 
         f"{path}: must hold tensors by name, or one of the entries {', '.join(entries)} that does "
         f"(found: {_words(held)})"
     )
+
+
+def _called_averaged(stored: Mapping[Any, Any], path: Path | str) -> tuple[Mapping[Any, Any], list[str]]:
+    """A checkpoint with what its callbacks (Lightning's) keep as further entries; and the entry that, by its name,
+    holds averaged weights, if there is one. Raises ValueError for several.
+    """
+    callbacks = stored.get("callbacks")
+    inside = {
+        f"callbacks.{callback}.{name}": value
+        for callback, held in (callbacks.items() if isinstance(callbacks, Mapping) else ())
+        for name, value in (held.items() if isinstance(held, Mapping) else ())
+    }
+    every = {**stored, **inside}
+    found = [
+        name
+        for name, held in every.items()
+        if isinstance(name, str) and _AVERAGED.search(name) and isinstance(held, Mapping)
+        if _tensors_of(held) is not None or _entries_in(held)
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: several of its entries may hold averaged weights ({', '.join(found)}): keep the one that is "
+            "meant, under the name ema; raw=true takes the trained weights instead"
+        )
+    return (every if found else stored), found
 
 
 def _entries_in(held: Mapping[Any, Any]) -> list[str]:
@@ -338,17 +399,29 @@ def load_pickle(path: Path) -> Any:
             raise ValueError(
                 f"{path}: not a file of weights alone: it needs {found[1]}, and imgtok runs no code from a file. If "
                 "you trust its source, keep only the weights, on the machine that wrote it: stored = torch.load(OLD, "
-                f"weights_only=False); torch.save({{name: stored[name] for name in {(*PLAIN, *AVERAGED)} if name in "
-                "stored}, NEW)"
+                "weights_only=False); state = lambda held: held.state_dict() if hasattr(held, 'state_dict') else held; "
+                "torch.save(state(stored) if hasattr(stored, 'state_dict') else {name: state(held) for name, held in "
+                f"stored.items() if torch.is_tensor(held) or name in {(*PLAIN, *AVERAGED)}}}, NEW)"
             ) from error
         raise ValueError(
-            f"{path}: not a whole file of torch.save with weights alone ({path.stat().st_size} bytes); copy or "
-            "download it again"
+            f"{path}: not a whole file of torch.save with weights alone ({path.stat().st_size} bytes"
+            f"{_something_else(path)}); copy or download it again"
         ) from error
+
+
+def _something_else(path: Path) -> str:
+    """What a file is that stands in the place of weights, for a message; "" where that is not known."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "; a pointer of Git LFS: run `git lfs pull` in its repository"
+    return "; a page of the web, such as an error of the server" if start.startswith((b"<!doctype", b"<html")) else ""
 
 
 def damaged(path: Path, error: SafetensorError | str) -> ValueError:
     """What to say of a safetensors file that cannot be read."""
+    if other := _something_else(path):
+        return ValueError(f"{path}: not a safetensors file{other}; copy or download it again")
     return ValueError(
         f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {error}). It was probably cut short while "
         "being written or copied: copy or download it again, or use an earlier checkpoint"

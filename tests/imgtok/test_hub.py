@@ -399,7 +399,7 @@ def test_a_fingerprint_changes_with_weights_and_configuration(folder: Path, tmp_
 
 
 @pytest.mark.usefixtures("kinds")
-@pytest.mark.parametrize("form", ["whole", "half", "shards", "module."])
+@pytest.mark.parametrize("form", ["whole", "half", "shards", "module.", "net."])
 def test_every_form_of_our_weights_is_the_same_model(folder: Path, form: str) -> None:
     wanted, path = load_file(folder / "model.safetensors"), folder / "model.safetensors"
     if form == "half":
@@ -412,8 +412,8 @@ def test_every_form_of_our_weights_is_the_same_model(folder: Path, form: str) ->
         weight_map = {name: f"{name}.safetensors" for name in wanted}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         assert len(hub.resolve(folder).fingerprint()) == 16
-    elif form == "module.":
-        save_file({f"module.{name}": value for name, value in wanted.items()}, path)
+    elif form != "whole":
+        save_file({f"{form}{name}": value for name, value in wanted.items()}, path)
     found = hub.load(folder).state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], value) and found[name].dtype == torch.float32 for name, value in wanted.items())
@@ -465,6 +465,9 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("modle/config.json", "did you mean model/config.json? (not looked for on the Hub)"),
         ("/no/such/run", "there is no model folder '/no/such/run'; / has "),
         ("../elsewhere/run", "there is no model folder '../elsewhere/run'"),
+        (" ", "the name of a model is empty"),
+        ("https://huggingface.co/me/vae/tree/main", "of the Hub is given by its name alone: me/vae"),
+        ("hf://me/vae", "of the Hub is given by its name alone: me/vae"),
         (
             "me/absent",
             "'me/absent' here, it is not in the local Hugging Face cache, and the Hub cannot be reached: name",

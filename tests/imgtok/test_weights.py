@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imgtok import weights
-from imgtok.weights import check_tensors, fill, find_weights, open_weights, read_weights, skeleton
+from imgtok.weights import check_tensors, fill, find_weights, open_weights, read_weights, skeleton, under_prefix
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -105,9 +105,15 @@ OTHER = {"a.weight": torch.full((2, 3), 9.0)}
         ({"model": OTHER, "model_ema": TENSORS}, "model_ema", "model"),
         ({"model": OTHER, "ema": TENSORS, "args": argparse.Namespace(lr=1)}, "ema", "model"),
         ({"state_dict": OTHER, "ema": {}}, "state_dict", "state_dict"),
+        ({"model": OTHER, "ema_weights": TENSORS, "ema_decay": 0.9}, "ema_weights", "model"),
+        ({"model": OTHER, "ema_0.9999": TENSORS}, "ema_0.9999", "model"),
+        ({"G": OTHER, "D": OTHER, "G_ema": TENSORS}, "G_ema", "G"),
+        ({"net": OTHER, "averaged_model": TENSORS, "schema": OTHER}, "averaged_model", "net"),
+        ({"generator": TENSORS, "discriminator": OTHER}, "generator", "generator"),
     ],
-    ids=["model", "module", "state_dict", "model_ema", "ema", "an empty ema"],
-)
+    ids=["model", "module", "state_dict", "model_ema", "ema", "an empty ema", "ema_weights", "ema_0.9999", "G_ema",
+         "averaged_model", "generator"],
+)  # fmt: skip
 def test_entries_of_a_training_checkpoint(tmp_path, caplog, stored, averaged, raw):
     caplog.set_level(logging.INFO, "imgtok.weights")
     torch.save(stored, tmp_path / "x.pt")
@@ -116,6 +122,51 @@ def test_entries_of_a_training_checkpoint(tmp_path, caplog, stored, averaged, ra
         assert same(open_weights(tmp_path / "x.pt", raw=asked), stored[entry])
         others = ", ".join(name for name in stored if name != entry) or "nothing"
         assert f"x.pt: took its entry {entry}, and left {others}" in caplog.text
+
+
+def test_averages_of_a_callback_and_of_several_kinds(tmp_path):
+    torch.save({"state_dict": OTHER, "callbacks": {"EMA": {"ema_state_dict": TENSORS}}}, tmp_path / "x.ckpt")
+    assert same(open_weights(tmp_path / "x.ckpt"))
+    assert same(open_weights(tmp_path / "x.ckpt", raw=True), OTHER)
+    torch.save({"state_dict": TENSORS, "callbacks": {"Checkpoint": {"best": {}}}}, tmp_path / "x.ckpt")
+    assert same(open_weights(tmp_path / "x.ckpt"))
+    torch.save({"model": OTHER, "ema_0.99": TENSORS, "ema_0.999": TENSORS}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"several of its entries may hold averaged weights \(ema_0.99, ema_0.999\)"):
+        open_weights(tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt", raw=True), OTHER)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in TENSORS.items()},
+        {"initted": torch.tensor([True]), "step": torch.tensor([7])}
+        | {f"ema_model.{name}": value for name, value in TENSORS.items()}
+        | {f"online_model.{name}": value for name, value in OTHER.items()},
+    ],
+    ids=["torch's AveragedModel", "ema_pytorch"],
+)
+def test_what_counts_averages_is_no_weight(tmp_path, stored):
+    torch.save({"model": OTHER, "ema": stored}, tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt"))
+    torch.save(stored, tmp_path / "x.pt")
+    assert same(open_weights(tmp_path / "x.pt"))
+
+
+def test_a_model_under_a_prefix_of_its_own(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "imgtok.weights")
+    inside = {f"vae.{name}": value for name, value in TENSORS.items()}
+
+    def found(stored):
+        save_file({name: value.clone() for name, value in stored.items()}, tmp_path / "x.safetensors")
+        return under_prefix(open_weights(tmp_path / "x.safetensors"), TENSORS.keys())
+
+    assert same(found(inside | {"loss.a.weight": torch.zeros(2)}))
+    assert "took its tensors vae.*, and left loss" in caplog.text
+    assert found(inside | {"vae.more": torch.zeros(2)}) is None
+    assert found(inside | {"vae_ema.aweight": torch.zeros(2)}) is None  # which may be the averages
+    with pytest.raises(ValueError, match=r"holds such a model several times, as teacher\., vae\.\*; keep one"):
+        found(inside | {f"teacher.{name}": value for name, value in TENSORS.items()})
 
 
 def test_wrappers_inside_names_are_left_out(tmp_path):
@@ -253,6 +304,42 @@ def test_pickles_of_anything_else(tmp_path, capsys, stored, message):
     with pytest.raises(ValueError, match=message):
         open_weights(tmp_path / "x.pt")
     assert "executed" not in capsys.readouterr().out
+
+
+class Whole(nn.Linear):
+    """A model that is pickled as such, not by its weights."""
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        (Whole(2, 2), None),
+        ({"model": Whole(2, 2), "epoch": 3}, "model"),
+        ({"state_dict": TENSORS, "rate": Fraction(1, 3)}, "state_dict"),
+        ({**TENSORS, "rate": Fraction(1, 3)}, None),
+    ],
+    ids=["a model", "a model in an entry", "an object beside", "an object among tensors"],
+)
+def test_what_is_advised_for_a_pickle_of_more_works(tmp_path, stored, kept):
+    torch.save(stored, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="runs no code from a file") as caught:
+        open_weights(tmp_path / "x.pt")
+    advice = str(caught.value).partition("on the machine that wrote it: ")[2]
+    exec(advice, {"torch": torch, "OLD": tmp_path / "x.pt", "NEW": tmp_path / "y.pt"})
+    wanted = stored if kept is None else stored[kept]
+    wanted = wanted.state_dict() if isinstance(wanted, nn.Module) else wanted
+    assert same(open_weights(tmp_path / "y.pt"), {n: v for n, v in wanted.items() if isinstance(v, Tensor)})
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_what_servers_give_in_place_of_weights_is_named(tmp_path, name):
+    for text, message in (
+        ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("<HTML>", "page of the web"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_weights(tmp_path / name)
 
 
 def test_raw_weights_that_are_not_there(tmp_path):
