@@ -14,7 +14,7 @@ from imgtok.config import PositiveInt, check
 from imgtok.data.columns import find_columns, join_labels, read_beside, read_labels
 from imgtok.data.files import LeftOut
 from imgtok.data.labels import DataError
-from imgtok.data.sources import Record, identity_of
+from imgtok.data.sources import Record, identity_of, other_kind
 from imgtok.pictures import UnreadableImage
 
 
@@ -62,7 +62,7 @@ class ArrowRecords:
             raise DataError(f"{self._name}: no rows")
         self._rows = dataset.with_format("arrow")
         schema = dataset.features.arrow_schema
-        self._columns = find_columns(schema, config, self._name, lambda column: self._rows[0][column][0].as_py())
+        self._columns = find_columns(schema, config, self._name, self._first_value)
         values = []
         if self._columns.label:
             column = self._rows.select_columns([self._columns.label])[:].column(0)
@@ -71,6 +71,11 @@ class ArrowRecords:
         self.left_out = LeftOut()
         kept = [column for column in (self._columns.image, self._columns.text) if column]
         self._rows = self._rows.select_columns(kept)
+
+    def _first_value(self, column: str) -> Any:
+        """The first value that there is among the first rows."""
+        values = self._rows.select_columns([column])[:64].column(0).drop_null()
+        return values[0].as_py() if len(values) else None
 
     def __len__(self) -> int:
         return len(self.labels.values)
@@ -122,6 +127,8 @@ def _load_hub(folder: Path, config: HubConfig) -> Any:
 
     if config.name.startswith(("/", ".", "~")) and not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder}: a file, not a folder of save_to_disk{other_kind(folder.name)}")
     name = str(folder) if folder.is_dir() else config.name
     try:
         return datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision)

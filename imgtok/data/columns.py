@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from imgtok.data.labels import DataError, Labels, check_labels
+from imgtok.data.labels import DataError, Labels, check_labels, say_order
 from imgtok.data.sources import read_bytes
 from imgtok.pictures import SUFFIXES, UnreadableImage
 
@@ -51,6 +51,8 @@ class Columns:
     """Leaf with their paths."""
     text: str | None
     label: str | None
+    others: tuple[str, ...]
+    """Further columns, which may hold labels."""
     named: bool
     """Whether labels are names rather than numbers."""
     class_names: tuple[str, ...]
@@ -85,7 +87,8 @@ def find_columns(schema: pa.Schema, choice: Choice, table: str, first: Callable[
     if text and not _is_text(schema, text):
         raise DataError(f"{table}: column {text!r} is {schema.field(text).type}; captions are text")
     named = label is not None and _is_named(schema.field(label), table)
-    return Columns(image, data, path, text, label, named, _class_names(schema, label) if label else ())
+    others = tuple(name for name in schema.names if name not in (image, text, label))
+    return Columns(image, data, path, text, label, others, named, _class_names(schema, label) if label else ())
 
 
 def _image_column(schema: pa.Schema, table: str, first: Callable[[str], Any]) -> str:
@@ -215,9 +218,14 @@ def join_labels(
     parts = list(parts)
     if columns.label is None:
         asked = choice.labels != "none"
-        missing = f"{name(0).rpartition('[')[0]} has no column `label`, nor one of named classes" if asked else ""
+        others = f"; data.labels=COLUMN takes one of {', '.join(columns.others)}" if columns.others else ""
+        missing = (
+            f"{name(0).rpartition('[')[0]} has no column `label`, nor one of named classes{others}" if asked else ""
+        )
         return Labels(np.zeros(count, np.int64), missing=missing)
     names = tuple(sorted({word for part in parts for word in part.names})) if columns.named else columns.class_names
+    if columns.named:
+        say_order(names, f"the classes of column {columns.label} are in the order of text", "name")
     places = {word: place for place, word in enumerate(names)}
     numbers = [
         np.array([places[word] for word in part.names], np.int64)[part.values] if columns.named else part.values

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from imgtok.pictures import SUFFIXES
 
-HIDDEN = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "@eadir", "$recycle.bin"})
+_MAC_AND_WINDOWS = ("__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "$recycle.bin", "system volume information")
+HIDDEN = frozenset([*_MAC_AND_WINDOWS, "@eadir", "#recycle", "paxheader", "paxheaders"])
 """Names, in lower case, that are hidden without a dot."""
 IMAGES = frozenset(SUFFIXES)
 _DATA = ".txt .json .jsonl .cls .csv .tsv .xml .yaml .yml .npy .npz .mat .pt .pth .safetensors .parquet .tar .gz .zip"
@@ -38,7 +39,7 @@ class Entry(NamedTuple):
     name: str
     """Path relative to the root, with slashes."""
     size: int
-    """Bytes; 0 also for a link to nothing."""
+    """Bytes; 0 also for what is no file, -1 for a link to nothing."""
 
 
 @dataclass
@@ -91,7 +92,8 @@ def summary(kept: int, left_out: LeftOut) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether any part of a relative path is hidden."""
-    return any(part.startswith(".") or part.lower() in HIDDEN for part in name.split("/"))
+    parts = name.lower().split("/")
+    return any(part.startswith((".", "paxheaders.")) or part in HIDDEN for part in parts)
 
 
 def suffix_of(name: str) -> str:
@@ -134,14 +136,14 @@ def sort_out(
             continue
         suffix = suffix_of(entry.name)
         image = suffix in IMAGES
-        if entry.size and not image and suffix not in OTHERS:
+        if entry.size > 0 and not image and suffix not in OTHERS:
             try:
                 image = begins_like_an_image(first_bytes(entry))
             except OSError:
                 image = False
-        if image and entry.size:
+        if image and entry.size > 0:
             found.images.append(entry)
-        elif image:
+        elif image or (entry.size < 0 and suffix not in OTHERS):  # a link may have led to a folder of images
             found.unreadable.append(entry.name)
         else:
             found.others[entry.name] = entry
@@ -177,7 +179,7 @@ def numbered_images(folder: Path) -> dict[int, Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix == ".png" and path.stem.isascii() and path.stem.isdecimal():
             paths.setdefault(int(path.stem), path)  # 000007.png before 7.png
-    return {number: path for number, path in sorted(paths.items()) if _size(path)}
+    return {number: path for number, path in sorted(paths.items()) if _size(path) > 0}
 
 
 def _walk(root: str, listing: Listing) -> Iterator[Entry]:
@@ -220,11 +222,11 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _size(entry: os.DirEntry[str] | Path) -> int:
-    """Bytes of a file, or of what a link leads to; 0 for a link to nothing, and for what is no file."""
+    """Bytes of a file, or of what a link leads to; -1 for a link to nothing, 0 for what is no file."""
     try:
         status = entry.stat()
     except OSError:
-        return 0
+        return -1
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 

@@ -26,7 +26,7 @@ from imgtok.data.blocks import Blocks
 from imgtok.data.files import summary
 from imgtok.data.labels import WAYS, Labels
 from imgtok.data.parquet import ParquetConfig, ParquetRecords
-from imgtok.data.parts import FileConfig, parts_of
+from imgtok.data.parts import FileConfig, check_there, parts_of
 from imgtok.data.sources import DataError, FolderRecords, ImageFolderConfig, Record, Records, places_all_over
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, decode_image, from_uint8, random_crop
@@ -270,6 +270,7 @@ class _Opened:
         self.has_held_out = parts.held_out is not None
         _say_what_it_is(parts.train, self._train)
         if parts.held_out is not None:
+            check_there(parts.held_out)
             logger.info("held-out images: those of %s", _where(parts.held_out))
 
     def images(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from imgtok.data.files import Listing, side_file, stem_of, suffix_of
+from imgtok.data.files import IMAGES, Listing, side_file, stem_of, suffix_of
 
 logger = logging.getLogger(__name__)
 
 WAYS = (
     "in class folders (data.labels=folders, or subfolders), in KEY.cls or a field of KEY.json beside each image "
-    "(data.labels=cls, json.FIELD), in one file for all (data.labels=dataset.json, labels.csv), or in a column of a "
-    "Parquet file (its name)"
+    "(data.labels=cls, json.FIELD), in one file for all (data.labels=dataset.json, labels.csv, val.txt), or in a "
+    "column of a Parquet file (its name)"
 )
 """Where labels are read from, for messages."""
 FIELDS = ("label", "class", "cls")
 """Fields of a `KEY.json` that `auto` takes."""
 _COLUMNS = ("file_name", "filename", "file", "image", "name", "path", "id")
 _LABELS = ("label", "class", "cls", "labels", "target", "category")
-_SUSPECTS = re.compile(r"(?i)label|metadata|annotation|target")
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+_SUSPECTS = re.compile(r"(?i)(label|metadata|annotation|target).*\.(jsonl?|[ct]sv)$")
+_GLANCE = 2**16  # bytes of a file in which names of images are looked for
+_LOOKED_INTO = 16  # files beside images that tell what fields there are
 
 
 class DataError(ValueError):
@@ -78,14 +83,21 @@ class Place:
     read: Callable[[str], bytes]
     """The content of one of its files; raises OSError."""
     stems: set[str] = field(default_factory=set)
+    endings: set[str] = field(default_factory=set)
+    """Of the files that are no images."""
 
     def __post_init__(self) -> None:
-        if self.listing.others:
+        self.endings.update(map(suffix_of, self.listing.others))
+        if self.endings:
             self.stems.update(stem_of(entry.name) for entry in self.listing.images)
 
     def side(self, name: str, suffix: str) -> str | None:
         """The file beside an image with this ending."""
-        return side_file(self.listing, self.stems, name, suffix) if self.listing.others else None
+        return side_file(self.listing, self.stems, name, suffix) if suffix in self.endings else None
+
+    def caption(self, name: str) -> str | None:
+        """The file beside an image that may hold its caption."""
+        return self.side(name, ".txt") or self.side(name, ".json")
 
     def full(self, name: str) -> str:
         """A file's name in messages."""
@@ -119,7 +131,7 @@ def find_labels(places: Sequence[Place], how: str, num_classes: int | None, *, f
         others = ", though others have" if len(lacking) < count else ""
         more = f" ({len(lacking)} such images)" if len(lacking) > 1 else ""
         what = f"no label in {source}{others}{more}; label all images, or none with data.labels=none"
-        raise DataError(f"{name(lacking[0])}: {what}")
+        raise DataError(f"{name(lacking[0])}: {what}{_fields_in_words(places) if how.startswith('json.') else ''}")
     numbers, names = as_numbers(values, name, source)
     total = check_labels(numbers, num_classes, len(names) or None, name)
     return Labels(numbers, total, names, source, used=used)
@@ -131,47 +143,103 @@ def _choose(places: Sequence[Place], *, folders: bool) -> tuple[str, str]:
         if all(_has_labels(place) for place in places):
             return "dataset.json", ""
         return "", f"{places[0].full('dataset.json')} has none"
-    first: dict[str, str] = {}
-    for place in places:
-        for entry in place.listing.images if place.listing.others else ():
-            if place.side(entry.name, ".cls"):
-                return "cls", ""
-            if not first and (side := place.side(entry.name, ".json")):
-                first = {key: "" for key in _object(place, side) if key in FIELDS} or {"": ""}
-    if known := next((name for name in FIELDS if name in first), None):
+    if any(place.side(e.name, ".cls") for place in places if ".cls" in place.endings for e in place.listing.images):
+        return "cls", ""
+    fields = _fields(places)
+    if known := next((name for name in FIELDS if name in fields), None):
         return f"json.{known}", ""
     return _choose_folders(places) if folders else ("", _in_tars(places))
 
 
 def _choose_folders(places: Sequence[Place]) -> tuple[str, str]:
     (place,) = places
+    suspect = _table_in(place)
     parents = {entry.name.rpartition("/")[0] for entry in place.listing.images}
     if parents == {""}:
-        return "", f"the images in {place.where} lie in no class folders"
-    suspect = next((n for n in place.listing.others if "/" not in n and _looks_like_labels(n)), None)
+        reads = f"; data.labels={suspect} reads {place.full(suspect)}" if suspect else _fields_in_words(places)
+        return "", f"the images in {place.where} lie in no class folders{reads}"
     if suspect is not None:
         return "", (
             f"{place.full(suspect)} lies beside folders of images: data.labels={suspect} reads it, data.labels=folders "
             "takes the folders as classes"
         )
+    if _are_storage(place):
+        return "", (
+            f"the folders in {place.where} ({', '.join(sorted(parents)[:3])}, ...) only divide a numbered set, and the "
+            f"file of its labels, such as dataset.json, is not there; data.labels=folders takes them as classes "
+            f"all the same{_fields_in_words(places)}"
+        )
     tops = {parent.partition("/")[0] for parent in parents}
     if all("/" in parent for parent in parents) and len(parents) > len(tops):
         few = ", ".join(sorted(parents)[:3])
+        upper = f"the {len(tops)} upper folders as classes" if len(tops) > 1 else "the upper folder as the one class"
         return "", (
-            f"all images in {place.where} lie two or more folders deep ({few}, ...): data.labels=folders takes the "
-            f"{len(tops)} upper folders as classes, data.labels=subfolders the {len(parents)} that hold the images"
+            f"all images in {place.where} lie two or more folders deep ({few}, ...): data.labels=folders takes "
+            f"{upper}, data.labels=subfolders the {len(parents)} that hold the images"
         )
     return "folders", ""
 
 
 def _in_tars(places: Sequence[Place]) -> str:
     tops = {entry.name.partition("/")[0] for place in places for entry in place.listing.images if "/" in entry.name}
-    hint = f"; data.labels=folders takes the {len(tops)} folders in the tars as classes" if len(tops) > 1 else ""
+    hint = _fields_in_words(places)
+    if suspect := _table_in(places[0]):
+        hint += f"; data.labels={suspect} reads {places[0].full(suspect)}"
+    elif len(tops) > 1 and not any(map(_are_storage, places)):
+        hint += f"; data.labels=folders takes the {len(tops)} folders in the tars as classes"
     return f"no image of {places[0].where} has a KEY.cls or a KEY.json with a field {' or '.join(FIELDS)}{hint}"
 
 
-def _looks_like_labels(name: str) -> bool:
-    return suffix_of(name) in (".csv", ".tsv", ".json", ".jsonl") and bool(_SUSPECTS.search(name))
+def _are_storage(place: Place) -> bool:
+    """Whether the folders only divide a numbered set: `00012/img00012345.png` (EDM), `12000/12345.png` (FFHQ), or
+    `00012/000120345.jpg` (img2dataset).
+    """
+    for entry in place.listing.images:
+        folder, _, file = entry.name.rpartition("/")
+        number = re.fullmatch(r"[a-zA-Z_-]*([0-9]+)", stem_of(file))
+        if not re.fullmatch(r"[0-9]{4,}", folder) or number is None:
+            return False
+        thousands = int(number[1]) // 1000
+        if int(folder) not in (thousands, thousands * 1000) and not number[1].startswith(folder):
+            return False
+    return True
+
+
+def _table_in(place: Place) -> str | None:
+    """A file at the top that is called as labels are, or in which our images have labels."""
+    tables = [name for name in place.listing.others if "/" not in name and suffix_of(name) in _TABLES]
+    known = next((name for name in tables if _SUSPECTS.search(name)), None)
+    lone = (name for name in tables if name[: -len(suffix_of(name))] not in place.stems)  # not what one image has
+    return known or next((name for name in itertools.islice(lone, _LOOKED_INTO) if _has_our_labels(place, name)), None)
+
+
+def _has_our_labels(place: Place, name: str) -> bool:
+    try:
+        text = _read(place, name).decode("utf-8-sig", errors="replace")
+        words = {word for word in re.split(r"[\s,;\"'/\\\[\]]+", text[:_GLANCE]) if suffix_of(word) in IMAGES}
+        known = any(entry.name.rpartition("/")[2] in words for entry in place.listing.images) if words else False
+        return known and bool(_pairs(text, name))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _fields(places: Sequence[Place]) -> list[str]:
+    """The fields of the files KEY.json beside images, some of which are looked into."""
+    sides = [
+        (place, side)
+        for place in places
+        if ".json" in place.endings
+        for entry in place.listing.images
+        if (side := place.side(entry.name, ".json"))
+    ]
+    some = sides[:: max(1, len(sides) // _LOOKED_INTO)][:_LOOKED_INTO]
+    return list(dict.fromkeys(key for place, side in some for key in _object(place, side)))
+
+
+def _fields_in_words(places: Sequence[Place]) -> str:
+    fields = [name for name in _fields(places) if name not in ("caption", "text")]
+    few = ", ".join(fields[:6]) + (", ..." if len(fields) > 6 else "")
+    return f"; KEY.json beside the images has the fields {few}: data.labels=json.FIELD takes one" if fields else ""
 
 
 # ---------------------------------------------------------------- the ways
@@ -192,7 +260,7 @@ def _by_folder(places: Sequence[Place], how: str, num_classes: int | None) -> La
         if empty:
             place = places[0].full(empty[0])
             raise DataError(f"{place}: a class folder without images; remove it or fill it")
-    _say_order(tuple(names))
+    say_order(tuple(names), "class folders are in the order of text, as torchvision has it", "folder")
     number = {key: index for index, key in enumerate(names)}
     values = np.fromiter((number[key] for key in keys), np.int64, len(keys))
     total = check_labels(values, num_classes, len(names), name)
@@ -200,20 +268,21 @@ def _by_folder(places: Sequence[Place], how: str, num_classes: int | None) -> La
 
 
 @functools.cache
-def _say_order(names: tuple[str, ...]) -> None:
-    """Once: that numbers as names of classes are not the numbers of the classes."""
-    if not all(name.isascii() and name.isdecimal() for name in names):
-        return
-    for index, name in enumerate(names):
-        if int(name) != index:
-            order = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            logger.info(
-                "class folders are in the order of text, as torchvision has it (%s): folder %s is class %d",
-                order,
-                name,
-                index,
-            )
-            return
+def say_order(names: tuple[str, ...], what: str, each: str) -> None:
+    """Once: that numbers in the names of classes are not those of the classes; `what` says how they are sorted."""
+    if all(name.isascii() and name.isdecimal() for name in names):
+        expected = [str(index) if int(name) != index else name for index, name in enumerate(names)]
+    else:
+        expected = sorted(names, key=_by_number)
+    odd = next((index for index, name in enumerate(names) if name != expected[index]), None)
+    if odd is not None:
+        order = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        logger.info("%s (%s): %s %s is class %d", what, order, each, names[odd], odd)
+
+
+def _by_number(name: str) -> list[Any]:
+    """As people sort: `c2` before `c10`."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def _values(place: Place, how: str) -> tuple[list[Any], list[str]]:
@@ -227,14 +296,14 @@ def _values(place: Place, how: str) -> tuple[list[Any], list[str]]:
         sides = [place.side(name, ".json") for name in images]
         path = how.removeprefix("json.").split(".")
         return [None if s is None else _field(_object(place, s), path) for s in sides], [s for s in sides if s]
-    if suffix_of(how) in (".json", ".jsonl", ".csv", ".tsv"):
+    if suffix_of(how) in _TABLES:
         table = _table(place, how)
         return [_look_up(table, name) for name in images], [how]
     raise DataError(f"data.labels: given {how!r}; it can be auto, none, or one of these: {WAYS}")
 
 
 def _whole_number(place: Place, name: str) -> int:
-    text = _read(place, name).decode(errors="replace").strip()
+    text = _read(place, name).decode("utf-8-sig", errors="replace").strip()
     try:
         return int(text)
     except ValueError:
@@ -264,18 +333,26 @@ def _table(place: Place, name: str) -> dict[str, Any]:
     """Labels by image, of a file in the data or anywhere else. Raises DataError for one that is not understood."""
     text = _read(place, name).decode("utf-8-sig", errors="replace")
     try:
-        pairs = _pairs_of_json(text) if suffix_of(name) == ".json" else _pairs_of_rows(text, suffix_of(name))
-        table = {str(key).removeprefix("./").replace("\\", "/"): value for key, value in pairs}
+        table = {str(key).removeprefix("./").replace("\\", "/"): value for key, value in _pairs(text, name)}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{place.full(name)}: labels that are not understood ({error}); a .json file holds "
             '{"labels": [["00000/img00000000.png", 3], ...]}, a .csv or .jsonl file has columns such as file_name and '
-            "label; data.labels=none or folders does without it"
+            "label, a line of a .txt file is NAME LABEL; data.labels=none or folders does without it"
         ) from error
-    stems: dict[str, Any] = {}
-    for key, value in table.items():  # some write names without the ending
-        stems.setdefault(stem_of(key), value)
-    return stems | table
+    others: dict[str, Any] = {}
+    for key, value in table.items():  # some write names without the ending, and a Mac writes ä as two characters
+        for form in (stem_of(key), _composed(key), stem_of(_composed(key))):
+            others.setdefault(form, value)
+    return others | table
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _pairs(text: str, name: str) -> list[tuple[Any, Any]]:
+    return list(_pairs_of_json(text) if suffix_of(name) == ".json" else _pairs_of_rows(text, suffix_of(name)))
 
 
 def _pairs_of_json(text: str) -> Iterable[tuple[Any, Any]]:
@@ -283,7 +360,7 @@ def _pairs_of_json(text: str) -> Iterable[tuple[Any, Any]]:
     data = data["labels"] if isinstance(data, dict) and "labels" in data else data
     if isinstance(data, dict):
         if not data or not all(isinstance(value, int | str) for value in data.values()):
-            raise ValueError(f"its fields are {', '.join(data)[:60]}")
+            raise ValueError(f"its fields are {', '.join(data)[:60]}" if data else "it is empty")
         return list(data.items())
     if not isinstance(data, list) or not data:
         raise ValueError(f"labels is {str(data)[:40]}")
@@ -291,6 +368,8 @@ def _pairs_of_json(text: str) -> Iterable[tuple[Any, Any]]:
 
 
 def _pairs_of_rows(text: str, suffix: str) -> Iterable[tuple[Any, Any]]:
+    if suffix == ".txt":
+        return [_pair_of_line(line) for line in text.splitlines() if line.strip()]
     if suffix == ".jsonl":
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     else:
@@ -306,20 +385,27 @@ def _pairs_of_rows(text: str, suffix: str) -> Iterable[tuple[Any, Any]]:
     return [(row[name], row[label]) for row in rows]
 
 
+def _pair_of_line(line: str) -> tuple[str, str]:
+    name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+    if not name.strip() or (" " in name.strip() and not label.isdecimal()):  # a caption, say
+        raise ValueError(f"{line.strip()[:60]!r} is no name with a label")
+    return name.strip(), label
+
+
 def _look_up(table: Mapping[str, Any], name: str) -> Any:
     file = name.rpartition("/")[2]
     for key in (name, stem_of(name), file, stem_of(file)):
         if key in table:
             return table[key]
-    return None
+    return _look_up(table, _composed(name)) if _composed(name) != name else None
 
 
 def _read(place: Place, name: str) -> bytes:
-    outside = Path(name).expanduser()
+    """A file of the data; for one that is not among them, the file beside the data or at that path."""
+    elsewhere = (Path(place.where).parent / name, Path(name).expanduser())
     try:
-        if name not in place.listing.others and outside.is_file():
-            return outside.read_bytes()
-        return place.read(name)
+        outside = None if name in place.listing.others else next((path for path in elsewhere if path.is_file()), None)
+        return place.read(name) if outside is None else outside.read_bytes()
     except (OSError, KeyError) as error:
         raise DataError(f"{place.full(name)}: no such file of labels, or it cannot be read; {WAYS}") from error
 
@@ -364,6 +450,7 @@ def check_labels(labels: np.ndarray, given: int | None, counted: int | None, nam
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(outside):
         allowed = f"allowed are 0 to {num_classes - 1}" if num_classes > 0 else "labels begin at 0"
+        allowed += "; data.labels=none goes without" if labels[outside[0]] < 0 else ""
         more = f" ({len(outside)} such images)" if len(outside) > 1 else ""
         first = int(outside[0])
         raise DataError(f"{name(first)}: label {labels[first]} is outside the classes; {allowed}{more}")

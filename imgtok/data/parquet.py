@@ -19,10 +19,10 @@ import numpy as np
 from imgtok.config import PositiveInt, check
 from imgtok.data.blocks import Blocks
 from imgtok.data.columns import Columns, Values, find_columns, join_labels, read_beside, read_labels
-from imgtok.data.files import LeftOut
+from imgtok.data.files import LeftOut, list_folder
 from imgtok.data.labels import DataError
 from imgtok.data.parquet_pages import CACHE_BYTES, Chunk, PageReader
-from imgtok.data.sources import Record, expand, identity_of
+from imgtok.data.sources import Record, expand, identity_of, other_kind
 from imgtok.pictures import UnreadableImage
 
 if TYPE_CHECKING:
@@ -181,12 +181,18 @@ def parquet_files(path: str) -> list[str]:
 
 
 def _files_in(folder: Path) -> list[str]:
-    below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    found = sorted(path for path in below if not any(part.startswith(".") for part in path.parts))
+    listing = list_folder(folder)  # follows links, leaves out what is hidden
+    names = [*listing.others, *listing.unreadable, *(entry.name for entry in listing.images)]
+    found = sorted(map(Path, names))
     files = [path for path in found if path.suffix.lower() in _SUFFIXES]
+    unfinished = [path for path in files if any(part.startswith("_") for part in path.parts)]
+    if unfinished:
+        logger.info("%s: left out, as Spark does: %d Parquet files, such as %s", folder, len(unfinished), unfinished[0])
+        files = [path for path in files if path not in set(unfinished)]
     if not files:
         others = ", ".join(str(path) for path in found[:3]) or "nothing"
-        raise FileNotFoundError(f"{folder}: no Parquet files (*.parquet); the folder holds {others}")
+        kind = next((hint for path in found if (hint := other_kind(path.name))), "")
+        raise FileNotFoundError(f"{folder}: no Parquet files (*.parquet); the folder holds {others}{kind}")
     splits: dict[str, Path] = {}
     for path in files:
         match = _SPLITS.search(str(path.with_suffix("")).lower())
@@ -222,8 +228,10 @@ def _read_shard(path: str, config: ParquetConfig) -> _Shard:
 
 
 def _first_value(file: pq.ParquetFile, column: str) -> Any:
-    batch = next(file.iter_batches(1, columns=[column], use_threads=False), None)
-    return None if batch is None else batch.column(0)[0].as_py()
+    """The first value that there is among the first rows."""
+    batch = next(file.iter_batches(64, columns=[column], use_threads=False), None)
+    values = None if batch is None else batch.column(0).drop_null()
+    return values[0].as_py() if values is not None and len(values) else None
 
 
 def first_line(error: BaseException) -> str:

@@ -7,18 +7,21 @@ files `train-*` and `validation-*` in one folder. Without either, a share of the
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgtok.data.arrow import HubConfig
 from imgtok.data.files import is_hidden, list_folder, suffix_of
-from imgtok.data.parquet import ParquetConfig
-from imgtok.data.sources import ImageFolderConfig
+from imgtok.data.parquet import ParquetConfig, parquet_files
+from imgtok.data.sources import ImageFolderConfig, check_folder, expand
 from imgtok.data.tar import TarConfig
+
+logger = logging.getLogger(__name__)
 
 FileConfig = ImageFolderConfig | ParquetConfig | TarConfig | HubConfig
 TRAIN = ("train", "training")
@@ -46,10 +49,11 @@ def parts_of(config: FileConfig) -> Parts:
     root = Path(config.path).expanduser()
     if not root.is_dir():
         return Parts(config, None)
-    folders = _by_part((entry.name for entry in os.scandir(root) if entry.is_dir()), _of_folder)
-    if "train" in folders:
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+    folders = _by_part(inside, _of_folder)
+    if "train" in folders and not (len(folders) == 1 and _others_hold_data(config, root, inside)):
         found = {part: type(config.path)(root / names[0]) for part, names in folders.items()}
-        return _chosen(config, found)
+        return _chosen(config, found, root, [f"{name}/" for name in inside])
     if isinstance(config, ImageFolderConfig):
         return Parts(config, None)
     known = SUFFIXES[config.kind]
@@ -58,13 +62,38 @@ def parts_of(config: FileConfig) -> Parts:
         return Parts(config, None)
     below = os.path.join(glob.escape(str(root)), "**")  # noqa: PTH118 - a pattern is no path
     patterns = {part: f"{below}/{_word(names[0])}*{suffix_of(names[0])}" for part, names in files.items()}
-    return _chosen(config, patterns)
+    return _chosen(config, patterns, root, [f"{part}*" for part in patterns])
 
 
-def _chosen(config: Any, found: dict[str, Any]) -> Parts:
-    held_out = next((found[part] for part in HELD_OUT if part in found), None)
+def check_there(part: FileConfig) -> None:
+    """Raise FileNotFoundError for a part without any files, such as one that is mistyped; a Hub's is not looked for."""
+    if isinstance(part, ImageFolderConfig):
+        check_folder(part.path.expanduser())
+    elif isinstance(part, ParquetConfig):
+        parquet_files(part.path)
+    elif isinstance(part, TarConfig):
+        expand(part.path, ".tar")
+
+
+def _others_hold_data(config: FileConfig, root: Path, inside: Sequence[str]) -> bool:
+    """Whether `train` is one of several folders with data, such as the class of trains."""
+    known = () if isinstance(config, ImageFolderConfig) else SUFFIXES[config.kind]
+    for name in inside:
+        if _of_folder(name) is None:
+            listing = list_folder(root / name)
+            if listing.images if not known else any(suffix_of(other) in known for other in listing.others):
+                return True
+    return False
+
+
+def _chosen(config: Any, found: dict[str, Any], root: Path, there: Sequence[str]) -> Parts:
+    """The parts at the places `found`, with a line in the log for what is left out of all that is `there`."""
+    held_out = next((part for part in HELD_OUT if part in found), None)
     train = replace(config, path=found["train"])
-    return Parts(train, None if held_out is None else replace(config, path=held_out))
+    taken = {f"{part}{end}" for part in (*TRAIN, held_out) for end in "/*"}
+    if left := [name for name in there if name.lower() not in taken]:
+        logger.info("%s: the data set is its part `train`; left out: %s", root, ", ".join(left))
+    return Parts(train, None if held_out is None else replace(config, path=found[held_out]))
 
 
 def _by_part(names: Iterable[str], part_of: Any) -> dict[str, list[str]]:

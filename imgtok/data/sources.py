@@ -7,11 +7,14 @@ turns records into tensors.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import glob
 import hashlib
 import itertools
+import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from imgtok.config import PositiveInt, check
-from imgtok.data.files import LeftOut, Listing, list_folder, suffix_of
+from imgtok.data.files import LeftOut, Listing, is_hidden, list_folder, suffix_of
 from imgtok.data.labels import DataError, Labels, Place, as_numbers, check_labels, find_labels
 from imgtok.pictures import SUFFIXES, UnreadableImage
 from imgtok.randomness import uniform
@@ -34,10 +37,13 @@ __all__ = [
     "Record",
     "Records",
     "as_numbers",
+    "caption_of",
+    "check_folder",
     "check_labels",
     "differing",
     "expand",
     "identity_of",
+    "other_kind",
     "places_all_over",
     "read_bytes",
 ]
@@ -97,23 +103,25 @@ class ImageFolderConfig:
 
 
 class FolderRecords:
-    """The image files below a folder, class by class in sorted order. Captions are in `KEY.txt` beside them."""
+    """The image files below a folder, class by class in sorted order. Captions are in `KEY.txt` beside them, or in a
+    field `caption` or `text` of `KEY.json`.
+    """
 
     def __init__(self, config: ImageFolderConfig) -> None:
         """Raises FileNotFoundError without such a folder, DataError for one without images, or for its labels."""
         root = config.path.expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder of images")
+        check_folder(root)
         listing = list_folder(root)
         if config.labels == "auto":
             _refuse_splits(root, listing.folders)
-        _refuse_no_images(root, listing)
+        if not listing.images:
+            raise _no_images(root, listing)
         self._root = str(root)
         self._names = [entry.name for entry in listing.images]
         self._sizes = np.array([entry.size for entry in listing.images])
         place = Place(str(root), listing, lambda name: (root / name).read_bytes())
         self.labels = find_labels([place], config.labels, config.num_classes, folders=True)
-        texts = {name: place.side(name, ".txt") for name in self._names} if listing.others else {}
+        texts = {name: place.caption(name) for name in self._names} if listing.others else {}
         self._texts = {name: side for name, side in texts.items() if side is not None}
         self.left_out = listing.left_out([*itertools.chain(*self.labels.used), *self._texts.values()])
 
@@ -126,15 +134,44 @@ class FolderRecords:
 
     def __getitem__(self, index: int) -> Record:
         name, path = self._names[index], self.name(index)
-        text = _read_text(os.path.join(self._root, self._texts[name])) if name in self._texts else ""  # noqa: PTH118
+        side = self._texts.get(name)
+        text = "" if side is None else caption_of(read_bytes(os.path.join(self._root, side)), side)  # noqa: PTH118
         return Record(read_bytes(path), int(self.labels.values[index]), path, text)
 
     def identity(self) -> dict[str, Any]:
         return identity_of("folder", self._names, self.labels, self._sizes, lambda index: self[index].data)
 
 
-def _read_text(path: str) -> str:
-    return read_bytes(path).decode(errors="replace").strip()
+def check_folder(path: Path) -> None:
+    """Raise FileNotFoundError for what is no folder, with what to do."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder of images{_not_local(str(path))}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: a file, not a folder of images{other_kind(path.name)}")
+
+
+_TAR, _PARQUET = "; data.kind=webdataset reads tars", "; data.kind=parquet reads Parquet files"
+_KINDS = {
+    ".tar": _TAR,
+    ".tgz": _TAR,
+    ".parquet": _PARQUET,
+    ".arrow": "; data.kind=huggingface with data.name=FOLDER reads what save_to_disk wrote",
+    ".zip": "; unpack it first",
+    ".gz": "; unpack it first",
+}
+"""Endings of files that another kind of data reads, and what to do."""
+
+
+def other_kind(name: str) -> str:
+    """What reads a file that is no image, for a message; "" where nothing does."""
+    return _KINDS.get(suffix_of(name), "")
+
+
+def _not_local(path: str) -> str:
+    """What to do about a path that is one of no file system here."""
+    if re.match(r"file:/", path):
+        return " (write the path without file://)"
+    return " (only local files are read: download it)" if re.match(r"\w+:/|pipe:", path) else ""
 
 
 SPLITS = frozenset({"train", "training", "val", "validation", "valid", "dev", "test"})
@@ -146,19 +183,33 @@ def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
         raise DataError(f"{root}: its folders {', '.join(folders)} are splits, not classes; give {root / folders[0]}")
 
 
-def _refuse_no_images(root: Path, listing: Listing) -> None:
-    if listing.images:
-        return
+# Shared by the sources
+
+
+def _no_images(where: Path, listing: Listing) -> DataError:
+    """The error for a folder without images: what there is instead."""
     others = [*listing.others, *listing.unreadable]
     suffixes = Counter(suffix_of(name) or "no suffix" for name in others)
-    listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8)) or "none"
     hidden = f" and {listing.hidden} hidden" if listing.hidden else ""
     what = f"found {len(others)} other file{'s'[: len(others) != 1]} ({listed}){hidden}"
     what = what if others or hidden else "the folder is empty"
-    raise DataError(f"{root}: no images; {what}. Images are files that end in {', '.join(SUFFIXES)}")
+    kind = next((hint for suffix, _ in suffixes.most_common() if (hint := other_kind(f"_{suffix}"))), "")
+    return DataError(f"{where}: no images; {what}{kind}. Images are files that end in {', '.join(SUFFIXES)}")
 
 
-# Shared by the sources
+def caption_of(data: bytes, name: str) -> str:
+    """The caption in the content of a file: its text, or a field of `KEY.json`; "" where there is none."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").strip()
+    if suffix_of(name) != ".json":
+        return text
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    return str(values.get("caption") or values.get("text") or "") if isinstance(values, dict) else ""
+
 
 PROBES = 64
 """Images whose bytes enter the identity of a data set; of all others, the sizes."""
@@ -242,17 +293,21 @@ def expand(pattern: str, suffix: str = "") -> list[str]:
     `suffix`; `~` is the home. Raises FileNotFoundError if one is missing.
     """
     files = []
-    for part in _expand_braces(os.path.expanduser(pattern)):  # noqa: PTH111 - a pattern is no path
+    whole = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is no path
+    for part in [whole] if Path(whole).exists() else _expand_braces(whole):  # a folder may be called {a,b}
         if suffix and Path(part).is_dir():
             found = [str(Path(part, name)) for name in list_folder(Path(part)).others if suffix_of(name) == suffix]
             found.sort()
             if not found:
-                raise FileNotFoundError(f"{part}: no files in this folder end in {suffix}")
+                there = sorted(entry.name for entry in Path(part).iterdir() if not is_hidden(entry.name))
+                listed = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "") if there else "nothing"
+                raise FileNotFoundError(f"{part}: no files in this folder end in {suffix}; it holds {listed}")
             files += found
             continue
         found = [part] if Path(part).is_file() else sorted(glob.glob(part, recursive=True))  # noqa: PTH207
         if not found:
-            raise FileNotFoundError(f"{part}: no such file" + (f" (from {pattern})" if part != pattern else ""))
+            origin = f" (from {pattern})" if part != whole else ""
+            raise FileNotFoundError(f"{part}: no such file{origin}{_not_local(part)}")
         files += found
     return files
 

@@ -8,11 +8,12 @@ files belong to it, is as in a folder (`imgtok.data.files`): a key may have dots
 
 from __future__ import annotations
 
+import errno
 import functools
-import itertools
-import json
+import logging
 import os
 import posixpath
+import shlex
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ import numpy as np
 from imgtok.config import PositiveInt, check
 from imgtok.data.files import FIRST_BYTES, Entry, LeftOut, Listing, is_hidden, sort_out
 from imgtok.data.labels import DataError, Place, find_labels
-from imgtok.data.sources import Record, expand, identity_of
+from imgtok.data.sources import Record, caption_of, expand, identity_of
 from imgtok.pictures import SUFFIXES, UnreadableImage
 
+logger = logging.getLogger(__name__)
+
 _MAX_OPEN = 64
+_AFTER_END = 2**20  # bytes after the last member that are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +80,16 @@ class TarRecords:
         self._owner = os.getpid()
         listings = [self._list(number) for number in range(len(self._shards))]
         if not any(listing.images for listing in listings):
-            found = ", ".join(sorted(itertools.chain(*(listing.others for listing in listings)))[:5]) or "nothing"
+            hidden = sum(listing.hidden for listing in listings)
+            others = sorted(name for listing in listings for name in (*listing.others, *listing.unreadable))
+            found = ", ".join(others[:5]) or (f"{hidden} hidden" if hidden else "nothing")
             raise DataError(f"{config.path}: no images; found {found}. Images end in {', '.join(SUFFIXES)}")
         places = [
             Place(path, listing, functools.partial(self.read, number))
             for number, (path, listing) in enumerate(zip(self._shards, listings, strict=True))
         ]
         self._samples = [
-            _Sample(number, entry.name, place.side(entry.name, ".txt") or place.side(entry.name, ".json"))
+            _Sample(number, entry.name, place.caption(entry.name))
             for number, place in enumerate(places)
             for entry in place.listing.images
         ]
@@ -134,7 +140,7 @@ class TarRecords:
         sample, name = self._samples[index], self.name(index)
         try:
             data = self.read(sample.shard, sample.name)
-            text = _caption(self.read(sample.shard, sample.text), sample.text) if sample.text else ""
+            text = caption_of(self.read(sample.shard, sample.text), sample.text) if sample.text else ""
         except OSError as error:
             raise UnreadableImage(name, f"cannot be opened ({error.strerror})") from error
         return Record(data, int(self.labels.values[index]), name, text)
@@ -147,6 +153,8 @@ class TarRecords:
     def read(self, shard: int, name: str, most: int = -1) -> bytes:
         """The content of a member, or its first bytes. Raises OSError, or KeyError for a member that is not there."""
         member = self._members[shard][name]
+        if member.size < 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         file = self._file(self._shards[shard])
         file.seek(member.offset)
         return file.read(member.size if most < 0 else min(most, member.size))
@@ -166,7 +174,8 @@ class TarRecords:
 
 def _members(path: str) -> Iterator[tuple[str, _Member]]:
     """Files of a tar in order, where each begins and its size. A link is what it leads to in this tar: a file, or all
-    files of a folder; one that leads to nothing is an empty file.
+    files of a folder; of one that leads to nothing the size is -1. Raises DataError for a tar that is damaged or cut
+    off, or has two files of one name.
     """
     total = Path(path).stat().st_size
     files: dict[str, _Member] = {}
@@ -180,13 +189,18 @@ def _members(path: str) -> Iterator[tuple[str, _Member]]:
                     if header.offset_data + header.size > total:
                         raise DataError(f"{path}: cut off within {header.name!r}; copy or download it again")
                     if name in files and not is_hidden(name):
-                        raise DataError(f"{path}: {name!r} appears twice")
+                        raise DataError(
+                            f"{path}: {name!r} appears twice; unpack it and pack it again, which keeps the last one, "
+                            "or rename one"
+                        )
                     files[name] = _Member(header.offset_data, header.size)
                     order.append((name, None))
                 elif header.islnk():
                     order.append((name, _relative(header.linkname)))
                 elif header.issym():
-                    order.append((name, _relative(posixpath.join(posixpath.dirname(name), header.linkname))))
+                    target = posixpath.normpath(posixpath.join(posixpath.dirname(name), header.linkname))
+                    order.append((name, target.lstrip("/")))
+            _check_end(path, tar.offset, total)
     except tarfile.TarError as error:
         raise DataError(f"{path}: {_why_no_tar(path, error)}") from error
     links = {name: target for name, target in order if target is not None}
@@ -196,8 +210,31 @@ def _members(path: str) -> Iterator[tuple[str, _Member]]:
         yield from [(name, files[name])] if name in files else _below(name, ends[name], files)
 
 
+def _check_end(path: str, end: int, total: int) -> None:
+    """Raises DataError unless what follows the last member, which begins at `end`, is what ends a tar: tarfile takes
+    any header that it does not understand for the end.
+    """
+    with Path(path).open("rb") as file:
+        file.seek(end)
+        rest = file.read(_AFTER_END)
+    if not rest.strip(b"\0"):
+        if not rest:
+            logger.warning("%s: has no end, so its last images may be missing: was it written or copied whole?", path)
+        return
+    if not rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        what = (
+            "more files follow after its end, as when tars are put together by cat; unpack it with tar --ignore-zeros"
+        )
+        raise DataError(f"{path}: {what}, or give the tars one by one")
+    what = (
+        f"damaged or cut off at byte {end:,} of {total:,}, and what follows cannot be read; copy or download it again"
+    )
+    raise DataError(f"{path}: {what}")
+
+
 def _relative(name: str) -> str:
-    return posixpath.normpath(name).lstrip("/")
+    """A member's name below the root of the tar, also where it is written from `/` or `..` on."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
 
 
 def _end(target: str, links: dict[str, str]) -> str:
@@ -211,34 +248,26 @@ def _end(target: str, links: dict[str, str]) -> str:
 
 def _below(name: str, folder: str, files: dict[str, _Member]) -> Iterator[tuple[str, _Member]]:
     """The files of a folder, under the name of the link that leads there."""
-    if folder == "." or name.startswith(f"{folder}/"):  # a folder that the link is in
+    if folder in ("", ".", "..") or name.startswith(f"{folder}/"):  # a folder that the link is in
         return
     inside = sorted(file for file in files if file.startswith(f"{folder}/"))
     yield from ((name + file[len(folder) :], files[file]) for file in inside)
     if not inside:
-        yield name, _Member(0, 0)
+        yield name, _Member(0, -1)
+
+
+_PACKED = ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ", "unxz"), (b"\x28\xb5\x2f\xfd", "unzstd"))
+_ENDINGS = {"gunzip": (".gz", ".tgz"), "bunzip2": (".bz2",), "unxz": (".xz",), "unzstd": (".zst",)}
 
 
 def _why_no_tar(path: str, error: Exception) -> str:
     with Path(path).open("rb") as file:
         start = file.read(6)
-    for magic, tool in (
-        (b"\x1f\x8b", "gunzip"),
-        (b"BZh", "bunzip2"),
-        (b"\xfd7zXZ", "unxz"),
-        (b"\x28\xb5\x2f\xfd", "unzstd"),
-    ):
+    for magic, tool in _PACKED:
         if start.startswith(magic):
-            return f"a compressed tar has no random access; unpack it first: {tool} {Path(path).name}"
+            name = shlex.quote(Path(path).name)
+            command = f"{tool} {name}" if path.endswith(_ENDINGS[tool]) else f"{tool} < {name} > unpacked-{name}"
+            return f"a compressed tar has no random access; unpack it first: {command} (in {Path(path).parent})"
+    if start.startswith(b"PK"):
+        return "a zip archive; unpack it, and read the folder with data.kind=folder"
     return f"not a readable tar file ({error})"
-
-
-def _caption(data: bytes, name: str) -> str:
-    text = data.decode(errors="replace").strip()
-    if not name.lower().endswith(".json"):
-        return text
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError:
-        return ""
-    return str(values.get("caption") or values.get("text") or "") if isinstance(values, dict) else ""

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -202,6 +203,86 @@ def test_a_folder_of_tars_and_the_home(tmp_path, monkeypatch):
     assert len(folder(Path("~"), labels="none")) == 1
 
 
+def test_a_class_that_a_link_lost_is_named(tmp_path):
+    write(tmp_path / "ant" / "1.png", picture())
+    (tmp_path / "bee").symlink_to("/gone/bee")
+    (tmp_path / "ant" / "round").symlink_to("round")
+    assert str(folder(tmp_path).left_out) == "2 unreadable (bee, ant/round)"
+    packed = tar(write_tar(tmp_path / "x.tar", {"ant/1.png": picture(), "bee": "gone/bee"}))
+    assert str(packed.left_out) == "1 unreadable (bee)"
+
+
+def test_what_packing_on_a_mac_leaves_is_hidden(tmp_path):
+    left = ("PaxHeader/a.png", "PaxHeaders.7/a.png", "__MACOSX/._a.png", "c/._a.png", "../.a.png")
+    records = tar(write_tar(tmp_path / "x.tar", dict.fromkeys(left, b"x") | {"../a.png": picture()}))
+    assert (names(records), records.left_out.counts) == (["a.png"], {"hidden": 5})
+
+
+def test_a_tar_that_is_not_whole_is_never_a_shorter_one(tmp_path, caplog):
+    first, second = (
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": picture(), f"{name}.cls": b"0"}) for name in "ab"
+    )
+    data = first.read_bytes()
+    end = 4 * tarfile.BLOCKSIZE  # header and image, header and label
+    cases = {
+        "more files follow after its end.*--ignore-zeros": data + second.read_bytes(),
+        r"damaged or cut off at byte 1,024 of": data[:1024] + b"x" * 512 + data[1536:],
+        r"damaged or cut off at byte 2,048 of 2,100": data[:end] + second.read_bytes()[:52],
+    }
+    for message, broken in cases.items():
+        with pytest.raises(DataError, match=message):
+            tar(write(tmp_path / "broken.tar", broken))
+    tar(write(tmp_path / "open.tar", data[:end]))
+    assert "open.tar: has no end, so its last images may be missing" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "mode"), [("x.tar.gz", "w:gz"), ("x.tar", "w:gz"), ("a x.tar.bz2", "w:bz2")])
+def test_the_command_that_unpacks_a_tar_works(tmp_path, name, mode):
+    with tarfile.open(tmp_path / name, mode) as file:
+        file.add(write(tmp_path / "a.png", picture(7)), "a.png")
+    with pytest.raises(DataError, match="unpack it first: ") as caught:
+        tar(tmp_path / name)
+    command, _, place = str(caught.value).partition("first: ")[2].rpartition(" (in ")
+    before = {*tmp_path.iterdir()}
+    subprocess.run(command, shell=True, cwd=place.rstrip(")"), check=True)
+    (made,) = {*tmp_path.iterdir()} - before
+    assert tar(made)[0].data == picture(7)
+
+
+def test_a_path_of_another_kind_is_told_which(tmp_path):
+    (tmp_path / "tars").mkdir()
+    packed = write_tar(tmp_path / "tars" / "x.tar", {"a.png": picture()})
+    for path, message in {
+        packed: "a file, not a folder of images; data.kind=webdataset reads tars",
+        tmp_path / "tars": "no images; found 1 other file .1 .tar.; data.kind=webdataset reads tars",
+        Path("file:///x/y"): r"no such folder of images \(write the path without file://\)",
+        Path("s3://x/y"): r"no such folder of images \(only local files are read: download it\)",
+    }.items():
+        with pytest.raises((DataError, FileNotFoundError), match=message):
+            folder(path)
+    with pytest.raises(FileNotFoundError, match=r"no files in this folder end in .tar; it holds x.tar.gz"):
+        tar(write(tmp_path / "packed" / "x.tar.gz").parent)
+    with pytest.raises(DataError, match="a zip archive; unpack it"):
+        tar(write(tmp_path / "x.zip", b"PK\3\4" + bytes(600)))
+    odd = write_tar(tmp_path / "{a,b}[1].tar", {"a.png": picture()})
+    assert expand(str(odd)) == [str(odd)]
+
+
+def test_captions_are_read_alike_in_folders_and_tars(tmp_path):
+    sides = {
+        "1.txt": b"\xef\xbb\xbfa cat\r\n",
+        "2.txt": "ä dog".encode("utf-16"),
+        "3.json": b'{"caption": "a fox"}',
+        "4.json": b'{"text": "an ant"}',
+        "5.json": b"[",
+    }
+    files = {f"{i}.png": picture(i) for i in range(1, 7)} | sides
+    for name, data in files.items():
+        write(tmp_path / "set" / name, data)
+    for records in (folder(tmp_path / "set"), tar(write_tar(tmp_path / "x.tar", files))):
+        assert [records[i].text for i in range(6)] == ["a cat", "ä dog", "a fox", "an ant", "", ""]
+
+
 # ---------------------------------------------------------------- labels
 
 
@@ -264,6 +345,58 @@ def test_nested_folders_are_not_silently_classes(tmp_path):
     assert folder(tmp_path, labels="subfolders").labels.names == ("super0/a", "super0/b", "super1/c")
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "{thousand:05d}/img{number:08d}.png",
+        "{rounded:05d}/{number:05d}.png",
+        "{thousand:05d}/{thousand:05d}{rest:04d}.png",
+    ],
+)
+def test_folders_that_divide_a_numbered_set_are_no_classes(tmp_path, stored):
+    for number in (0, 1, 1000, 12345):
+        thousand = number // 1000
+        name = stored.format(number=number, thousand=thousand, rounded=1000 * thousand, rest=number % 1000)
+        write(tmp_path / name, picture())
+    found = folder(tmp_path).labels
+    assert (found.num_classes, "only divide a numbered set" in found.missing) == (0, True)
+    assert folder(tmp_path, labels="folders").labels.num_classes == 3
+    write(tmp_path / "cats" / "1.png", picture())
+    assert folder(tmp_path).labels.num_classes == 4
+
+
+def test_a_file_that_has_our_labels_is_named_whatever_it_is_called(tmp_path):
+    for name in ("ant/1.png", "ant/ä 2.png", "bee/1.png"):
+        write(tmp_path / name, picture())
+    write(tmp_path / "readme.txt", b"ant/1.png is nice\nbee/1.png is nicer")
+    write(tmp_path / "classes.txt", b"ant\nbee\n")
+    write(tmp_path / "files.txt", b"ant/1.png\nant/2.png\n")
+    assert folder(tmp_path).labels.names == ("ant", "bee")
+    table = "ant/1.png 4\nant/a\u0308 2.png 5\nbee/1.png 6\n"  # as a Mac writes ä
+    write(tmp_path / "val.txt", table.encode())
+    found = folder(tmp_path).labels
+    assert (found.num_classes, "data.labels=val.txt reads it" in found.missing) == (0, True)
+    assert folder(tmp_path, labels="val.txt").labels.values.tolist() == [4, 5, 6]
+    (tmp_path / "val.txt").rename(tmp_path.with_name("beside.csv"))
+    tmp_path.with_name("beside.csv").write_text(
+        "file,class\n" + table.replace(" 4", ",4").replace(" 5", ",5").replace(" 6", ",6")
+    )
+    assert folder(tmp_path, labels="beside.csv").labels.values.tolist() == [4, 5, 6]
+
+
+def test_fields_that_are_there_are_named(tmp_path):
+    files = {"1.png": picture(), "2.png": picture(), "1.json": b'{"caption": "x"}', "2.json": b'{"class_id": 3}'}
+    for name, data in files.items():
+        write(tmp_path / "set" / name, data)
+    for records in (folder(tmp_path / "set"), tar(write_tar(tmp_path / "x.tar", files))):
+        assert "has the fields class_id: data.labels=json.FIELD takes one" in records.labels.missing
+    with pytest.raises(DataError, match="no label in clas in KEY.json.*has the fields class_id"):
+        folder(tmp_path / "set", labels="json.clas")
+    write(tmp_path / "set" / "2.json", b'{"label": 3}')  # which the first lacks
+    with pytest.raises(DataError, match=r"1.png: no label in label in KEY.json, though others have"):
+        folder(tmp_path / "set")
+
+
 def test_a_folder_of_images_in_each_class_is_no_class(tmp_path):
     for name in ("ant/images/1.png", "bee/images/1.png"):
         write(tmp_path / name, picture())
@@ -278,6 +411,11 @@ def test_numeric_class_folders_are_in_the_order_of_text_and_say_so_once(tmp_path
         assert folder(tmp_path).labels.names == labels.names
     assert labels.names == ("0", "1", "10", "2")
     assert caplog.text.count("folder 10 is class 2") == 1
+    for name in ("c1", "c2", "c10"):
+        write(tmp_path / "named" / name / "1.png", picture())
+    with caplog.at_level(logging.INFO):
+        folder(tmp_path / "named")
+    assert "in the order of text, as torchvision has it (c1, c10, c2): folder c10 is class 1" in caplog.text
 
 
 def test_text_labels_become_classes_and_a_mixture_is_named():
@@ -316,6 +454,28 @@ def test_train_and_val_folders_are_the_parts(tmp_path, caplog):
     elsewhere = ImageFolderConfig(path=tmp_path / "train", val_path=tmp_path / "train" / "ant", labels="none")
     assert len(open_images(elsewhere, 8, split="held_out")) == 4
     assert len(open_images(elsewhere, 8)) == 12
+
+
+def test_a_class_called_train_is_no_part(tmp_path, caplog):
+    for name in ("bus/1.png", "train/1.png"):
+        write(tmp_path / name, picture())
+    (tmp_path / "notes").mkdir()
+    opened = open_images(ImageFolderConfig(path=tmp_path, labels="subfolders"), 8, held_out_fraction=0.0)
+    assert opened.class_names == ("bus", "train")
+    write(tmp_path / "val" / "1.png", picture())
+    write(tmp_path / "test" / "1.png", picture())
+    with caplog.at_level(logging.INFO):
+        assert len(open_images(ImageFolderConfig(path=tmp_path), 8)) == 1
+    assert "the data set is its part `train`; left out: bus/, notes/, test/" in caplog.text
+
+
+def test_a_mistyped_part_is_refused_by_jobs_that_do_not_read_it(tmp_path):
+    write(tmp_path / "train" / "a" / "1.png", picture())
+    with pytest.raises(FileNotFoundError, match="vall: no such folder of images"):
+        open_images(ImageFolderConfig(path=tmp_path / "train", val_path=tmp_path / "vall"), 8)
+    packed = write_tar(tmp_path / "x.tar", {"a.png": picture()})
+    with pytest.raises(FileNotFoundError, match=r"vall-\*\.tar: no such file"):
+        open_images(TarConfig(path=str(packed), val_path=str(tmp_path / "vall-*.tar")), 8)
 
 
 def test_files_of_a_folder_are_parts_by_their_names(tmp_path):

@@ -250,6 +250,18 @@ def test_a_folder_with_several_splits_asks_which(tmp_path):
     assert [Path(file).name for file in parquet_files(pattern)] == ["test-0.parquet"]
 
 
+def test_a_folder_is_read_as_other_folders_are(tmp_path, caplog):
+    write(tmp_path / "else" / "b.parquet", {"image": [b"linked"]})
+    write(tmp_path / "set" / "a.parquet", {"image": [b"own"]})
+    write(tmp_path / "set" / "_temporary" / "0" / "part-0.parquet", {"image": [b"of Spark"]})
+    write(tmp_path / "set" / "__MACOSX" / "a.parquet", {"image": [b"hidden"]})
+    (tmp_path / "set" / "_SUCCESS").touch()
+    (tmp_path / "set" / "more").symlink_to("../else")
+    with caplog.at_level("INFO"):
+        assert read(opened(tmp_path / "set")) == [b"own", b"linked"]
+    assert "left out, as Spark does: 1 Parquet files, such as _temporary/0/part-0.parquet" in caplog.text
+
+
 def test_a_folder_without_parquet_files(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no Parquet files \(\*.parquet\); the folder holds a.jpg"):
@@ -301,6 +313,14 @@ def test_files_without_rows_are_passed_over(tmp_path):
 
 
 # Paths in files
+
+
+def test_the_first_path_may_be_missing(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(7))
+    write(tmp_path / "x.parquet", {"file_name": [None, "a.png"], "kind": [3, 4]})
+    records = opened(tmp_path / "x.parquet")
+    assert records[1].data == png(7)
+    assert records.labels.missing.endswith("; data.labels=COLUMN takes one of kind")
 
 
 def test_paths_count_from_the_file_that_names_them(tmp_path, monkeypatch):
