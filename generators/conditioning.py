@@ -55,7 +55,7 @@ class FromClass:
         if len(self.classes) > self.num_classes:
             raise ValueError(
                 f"classes: {len(self.classes)} names, such as {self.classes[0]!r}, for num_classes = "
-                f"{self.num_classes}; give as many, or none with classes=[]"
+                f"{self.num_classes}; give as many, or leave classes out"
             )
 
 

@@ -96,15 +96,15 @@ def _problems(kept: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: Seq
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
         if name not in kept and not _fits(name, new):
-            lines.append(f"missing: {name} {shape}; init_new=[{name}] starts it afresh")
+            lines.append(f"missing: {name} {shape}; init_new={name} starts it afresh")
         elif name in kept and kept[name].shape != tensor.shape and not _fits(name, new):
             lines.append(
                 f"another shape: {name} is {tuple(kept[name].shape)} there and {shape} here; change the model's "
-                f"configuration, or init_new=[{name}] starts it afresh"
+                f"configuration, or init_new={name} starts it afresh"
             )
     for name, tensor in kept.items():
         if name not in wanted:
-            lines.append(f"too many: {name} {tuple(tensor.shape)}; init_drop=[{name}] leaves it out")
+            lines.append(f"too many: {name} {tuple(tensor.shape)}; init_drop={name} leaves it out")
     return lines
 
 

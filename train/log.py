@@ -193,7 +193,7 @@ def check_trackers(config: TrainingConfig) -> None:
             others = [other for other in config.trackers if other != name]
             raise ValueError(
                 f"training.trackers asks for {name}, which is not installed: `pip install {name}`, "
-                f"or leave it out (training.trackers={others})"
+                f"or leave it out (training.trackers={','.join(others)})"
             )
 
 

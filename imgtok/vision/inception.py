@@ -122,7 +122,7 @@ def _missing(metrics: str, path: str, reason: str) -> str:
     return (
         f"{metrics}: the Inception weights ({INCEPTION_FILE}, 91 MB) are missing: looked for {path} ({reason}).\n"
         f"Get {INCEPTION_URL} and put it there, or give inception_weights=PATH; "
-        "without it: metrics=[oracle,fd_shapes] for the built-in shapes, [psnr,ssim,mae] for reconstructions."
+        "without it: metrics=oracle,fd_shapes for the built-in shapes, metrics=psnr,ssim,mae for reconstructions."
     )
 
 

@@ -193,7 +193,7 @@ def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -
     if small := {metric: smallest for metric, smallest in limits.items() if min(height, width) < smallest}:
         metric, smallest = next(iter(small.items()))
         others = ",".join(other for other in metrics if other not in small)
-        remedy = f"; without it: metrics=[{others}]" if others and not config.metrics else ""
+        remedy = f"; without it: metrics={others}" if others and not config.metrics else ""
         raise ValueError(
             f"metrics: {metric} needs images of at least {smallest} pixels a side, got {width}x{height}{remedy}"
         )

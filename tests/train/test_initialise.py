@@ -96,10 +96,10 @@ def test_the_tensors_that_do_not_fit_are_named_with_what_to_do(made, tmp_path):
     with pytest.raises(ValueError, match=r"init: the weights in .*gpt/final do not fit") as error:
         go_on(made, tmp_path, "model.depth=1", "model.condition={kind: start_plus_class}", "model.mlp_multiple=16")
     text = str(error.value)
-    assert "missing: start (16,); init_new=[start] starts it afresh" in text
-    assert "too many: blocks.1.attention.out_proj.weight (16, 16); init_drop=[" in text
+    assert "missing: start (16,); init_new=start starts it afresh" in text
+    assert "too many: blocks.1.attention.out_proj.weight (16, 16); init_drop=blocks" in text
     assert "another shape: class_embedding.weight is (65, 16) there and (64, 16) here; change the model's" in text
-    assert "init_new=[class_embedding.weight] starts it afresh" in text
+    assert "init_new=class_embedding.weight starts it afresh" in text
     words = ["init_new=[start,class_embedding.weight]", "init_drop=[blocks.1.*]", "model.depth=1"]
     go_on(made, tmp_path, *words, "model.condition={kind: start_plus_class}")
 
