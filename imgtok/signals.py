@@ -39,21 +39,46 @@ def name_of(number: int) -> str:
     return signal.Signals(number).name
 
 
+_met: list[int] | None = None
+"""Signals that have raised something within the block of `raised`; None outside."""
+
+
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Within the block SIGTERM and SIGUSR1 raise `Stopped`, so that files that are half written are removed.
 
     Only the first: what it interrupts may clean up in peace. SIGINT raises KeyboardInterrupt, as it does in Python.
+    Libraries in other languages make errors of their own of these, or lose them: whatever ends the block after a signal
+    has come, it ends as that signal does.
     """
-    met: list[int] = []
+    global _met
+    met = list[int]()
 
     def handle(number: int, frame: FrameType | None) -> None:
         met.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         if len(met) == 1:
             raise Stopped(number)
 
-    with _handled(dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), handle)):
-        yield
+    _met, around = met, _met
+    try:
+        with _handled(dict.fromkeys(SIGNALS, handle)):
+            yield
+        if met:
+            raise _ending(met[0])
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if met:
+            raise _ending(met[0]) from error
+        raise
+    finally:
+        _met = around
+
+
+def _ending(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
 
 
 class Requests:
@@ -74,6 +99,10 @@ class Requests:
             if self.number:
                 raise Stopped(self.number)
             yield
+        except Exception as error:
+            if self.number:  # what a library in another language has made of `Stopped`
+                raise Stopped(self.number) from error
+            raise
         finally:
             self._interrupts = False
 
@@ -83,18 +112,26 @@ class Requests:
         if first:
             self.number, self._since = number, now
         if number == signal.SIGINT and not (first or (self._launched and now - self._since < AS_ONE)):
+            _remember(number)
             raise KeyboardInterrupt
         if first and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             # not by `print`, which may be at work just now
             os.write(2, b"\nimgtok: interrupted: keeping what is done, then leaving; Ctrl-C again leaves at once\n")
         if first and self._interrupts:
+            _remember(number)
             raise Stopped(number)
+
+
+def _remember(number: int) -> None:
+    if _met is not None:
+        _met.append(number)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Requests]:
     """Within the block signals are noted, and the job looks whether there was one where it can stop."""
     requests = Requests(launched=int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    requests.number = _met[0] if _met else 0  # one that was raised, and lost in a library
     with _handled(dict.fromkeys(SIGNALS, requests.note)):
         yield requests
 

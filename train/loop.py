@@ -95,8 +95,9 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
     if prepare_folder(accelerator, config, out, resolved, job.identity):
         logger.info("the run in %s is complete (%d steps): nothing to do", out, config.steps)
         return out / "final"
-    trainer = Trainer(accelerator, job, config, out, resolved)
+    # also around the reading of a checkpoint: an interrupted one would pass for a damaged one
     with signals.deferred() as requests:
+        trainer = Trainer(accelerator, job, config, out, resolved)
         try:
             trainer.run(requests)
         finally:
@@ -172,6 +173,7 @@ class Trainer:
         """Train from where the run stands to the last step, or until a signal; raises `Stopped` then."""
         config, begin = self.config, self.start.step
         self.job.model.train()
+        self.stop(self.agreement.now(requests.number), begin)
         if begin == 0 or self.shows(begin):
             self.preview(begin, requests, again=begin == 0)
             self.stop(self.agreement.now(requests.number), begin)

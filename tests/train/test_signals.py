@@ -23,7 +23,7 @@ from imgtok import signals
 from imgtok.cli import _report_errors
 from imgtok.data.images import ShapesConfig, open_images
 from imgtok.data.loaders import eval_loader
-from imgtok.train.state import complete_steps
+from imgtok.train.state import Checkpoints, complete_steps
 
 
 def send(number: int) -> None:
@@ -100,6 +100,60 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, uninterrupted):
     assert complete_steps(tmp_path / "checkpoints") == [2]
     train(tmp_path)
     assert same(final(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130), (None, 2)]
+)
+@pytest.mark.parametrize("lost", [False, True], ids=["turned", "lost"])
+def test_what_libraries_make_of_a_signal_is_not_believed(number, status, lost, capfd):
+    """safetensors turns what a handler raises into a ValueError of its own; others lose it."""
+
+    def work() -> None:
+        with signals.raised():
+            try:
+                if number is not None:
+                    send(number)
+            except KeyboardInterrupt:
+                if lost:
+                    return
+            raise ValueError("could not determine the shape")
+
+    assert _report_errors(work) == status
+    assert ("could not" in capfd.readouterr().err) == (number is None)
+    with signals.deferred() as requests:
+        assert not requests.number
+
+
+def test_a_signal_that_was_lost_is_known_to_the_run(tmp_path):
+    def work() -> None:
+        with signals.raised():
+            with contextlib.suppress(signals.Stopped):
+                send(signal.SIGTERM)
+            train(tmp_path)
+
+    with pytest.raises(signals.Stopped, match="stopped after step 0 of 6; nothing is lost"):
+        work()
+
+
+def test_a_signal_while_a_checkpoint_is_read_does_not_make_it_a_damaged_one(tmp_path, uninterrupted, monkeypatch):
+    """A library in another language makes an error of what a handler raises."""
+
+    def read(self, path):
+        try:
+            send(signal.SIGTERM)
+        except signals.Stopped as stop:
+            raise ValueError("could not determine the shape") from stop
+        return before(self, path)
+
+    before = Checkpoints._read
+    train(tmp_path, steps=4, schedule="constant", final_rate=0.0)
+    with monkeypatch.context() as patch, signals.raised():
+        patch.setattr(Checkpoints, "_read", read)
+        with pytest.raises(signals.Stopped, match=r"stopped after step 4 of 6; the checkpoint is .*step_0000004;"):
+            train(tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == [4, 2]
+    assert not list(tmp_path.rglob("*.damaged"))
 
 
 def test_in_a_launch_one_interrupt_may_come_twice(monkeypatch):
