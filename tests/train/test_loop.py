@@ -70,7 +70,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
-    with pytest.raises(ValueError, match=r"wandb, which is not installed.*=\['tensorboard'\]"):
+    with pytest.raises(ValueError, match=r"wandb, which is not installed.*\(training.trackers=tensorboard\)"):
         check_trackers(toy_config(trackers=("tensorboard", "wandb")).training)
 
 
