@@ -16,15 +16,19 @@ import shutil
 import socket
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import imgtok
-from imgtok import places, signals
-from imgtok.config import ConfigError, FieldHelp, describe, load, read_yaml, to_yaml
+from imgtok import places, shipped, signals
+from imgtok.config import ConfigError, FieldHelp, default_of, describe, field_types, load, read_yaml, to_yaml
 from imgtok.sections import completed
+from imgtok.usage import HELP, ModelSettings, Page, group_help, overview, settings_in_full, suggest
+
+logger = logging.getLogger(__name__)
 
 JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("imgtok.train.tokenizer", "train a tokenizer on images"),
@@ -73,136 +77,124 @@ LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "export", "info
 """Commands that take the first of these as a lone word."""
 
 TOOLS = {
-    "config": "CONFIG.yaml [JOB] [key=value ...]: check a configuration and print it with all its defaults",
+    "config": "--list, NAME, or CONFIG [JOB] [key=value ...]: list, print or check configurations",
     "info": "MODEL: print the kind, the parameter counts, the configuration and the settings of a model",
+    "help": "JOB [FIELD]: what a job takes, or one of its fields",
 }
 
-USAGE = "[CONFIG.yaml] [key=value ...] [--key value ...]"
+CONFIG_USAGE = """usage: imgtok config --list                         the configurations that ship with imgtok
+       imgtok config NAME                           prints one, with comments that say how it is run;
+                                                    > my.yaml keeps it to be edited
+       imgtok config CONFIG [JOB] [key=value ...]   checks one, or a .yaml file, and prints it with all defaults"""
+
+USAGE = "[CONFIG] [key=value ...] [--key value ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `imgtok` command; returns the exit status: 0; 2 for a user's mistake; 130 for Ctrl-C, 143 for SIGTERM and
     138 for SIGUSR1 (docs/training.md).
     """
+    if argv is None:
+        _keep_doc_strings()
     return _report_errors(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
 def run_job(module: ModuleType) -> None:
     """Run a job module as a program (`python -m imgtok.train.tokenizer ...`) with the arguments of this process."""
+    _keep_doc_strings()
     program = module.__spec__.name if module.__spec__ else str(module.__name__)
     sys.exit(_report_errors(lambda: _run(module, sys.argv[1:], f"python -m {program}")))
 
 
 def parse(config_class: type, argv: Sequence[str], positional: str | None = None) -> Any:
-    """The `config_class` that the arguments describe: a YAML file, `key=value`, `--key value`, `--flag`.
+    """The `config_class` that the arguments describe: a configuration, `key=value`, `--key value`, `--flag`.
 
-    The first other word fills the field `positional`. Dashes in names stand for underscores. Raises
-    ConfigError for an unknown name (with the known ones) or a value that does not fit.
+    A configuration is a YAML file or the name of one that ships with imgtok, alone or as `--config NAME`. The first
+    other word fills the field `positional`. Dashes in names stand for underscores. Raises ConfigError for an unknown
+    name (with the known ones) or a value that does not fit, FileNotFoundError for a file that is not there.
     """
     # which options are flags; a description imports all that a union holds, so only where it is needed
     known = {line.name: line for line in describe(config_class)} if any(w.startswith("--") for w in argv) else {}
+    _check_help(argv, known)
     path: Path | None = None
     overrides: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        if word.startswith("--"):
+        if path is None and (found := _configuration(word, words, _job_of(config_class))) is not None:
+            path = _check_there(found)
+        elif word.startswith("--"):
             overrides.append(_option(word, words, known))
         elif match := re.match(r"([A-Za-z_][\w.-]*)=", word):
             overrides.append(match[1].replace("-", "_") + word[match.end() - 1 :])
-        elif path is None and word.endswith((".yaml", ".yml")):
-            path = Path(word)
         elif positional is not None:
             overrides.append(f"{positional}={word}")
             positional = None
         else:
-            raise ConfigError(f"command line: {word!r} is neither a .yaml file nor key=value nor --key value")
+            raise _stray(word)
     return load(config_class, path, overrides)
-
-
-def job_help(config_class: type, program: str) -> str:
-    """The help of a job: usage, the doc string of its Config, and every field with range, default and doc."""
-    width = min(110, shutil.get_terminal_size().columns)
-    about = textwrap.fill(" ".join((config_class.__doc__ or "").split()), width)
-    lines = [f"usage: {program} {USAGE}", "", about, "", "Fields: what each must be [default]"]
-    section = ""
-    for line in describe(config_class):
-        if line.when != section:
-            section = line.when
-            lines += ["", f"  with {section}:"] if section else [""]
-        if line.name != "job":  # the same for every run of this job
-            lines.append(_field_help(line, width))
-    return "\n".join(lines)
 
 
 SETTINGS = ("sampling", "decoding")
 """Sections of a job, and of a model's configuration, that have the fields of the model's own dataclass."""
 
 
-def model_help(module: ModuleType, argv: Sequence[str]) -> str:
-    """The settings of the models that the arguments of a job or its YAML file name, in the sections that it has."""
-    known = {line.name for line in describe(module.Config)}
-    words = [word for word in argv if not word.startswith("-") and not word.endswith((".yaml", ".yml"))]
-    lone = [word for word in words if "=" not in word][:1] if hasattr(module, "POSITIONAL") else []
-    path = next((Path(word) for word in argv if word.endswith((".yaml", ".yml"))), None)
-    given = {} if path is None else read_yaml(path)
-    given |= dict(word.split("=", 1) for word in words if "=" in word)
-    asked = [name for name in ("model", "tokenizer") if name in known and isinstance(given.get(name), str)]
-    names = [*lone, *(given[name] for name in asked if not (lone and name == module.POSITIONAL))]
+def job_help(module: ModuleType, argv: Sequence[str], program: str, notes: Sequence[str] = ()) -> str:
+    """The help of a job that the arguments, of which one is --help, ask for: the short page, a field, or everything;
+    with the settings of the models that they or their configuration name.
+    """
+    positional = getattr(module, "POSITIONAL", None)
+    rest, asked = _asked(argv, module.Config, positional)
+    given = _given(rest, _job_of(module.Config), positional)
+    known = field_types(module.Config)
+    names = [given[name] for name in ("model", "tokenizer") if name in known and _is_name(given.get(name))]
+    settings: list[ModelSettings] = []
     try:
-        return settings_help(names, [section for section in SETTINGS if section in known])
+        settings = settings_of(names, [section for section in SETTINGS if section in known])
     except FileNotFoundError as error:
-        if path is None:
+        if "" not in given:  # named on the command line
             raise
-        return f"\n{path} names a model that is not there yet, so its settings are not listed: {error}\n"
+        notes = [*notes, f"{given['']} names a model that is not there yet, so its settings are not listed: {error}"]
+    return Page(module.Config, program, positional, given, settings, notes).text(asked)
 
 
-def settings_help(models: Sequence[Any], sections: Sequence[str] = SETTINGS) -> str:
-    """The settings of models (names, or what `hub.resolve` found), with range, value and doc string; "" for none."""
+def settings_of(models: Sequence[Any], sections: Sequence[str] = SETTINGS) -> list[ModelSettings]:
+    """The settings of models (names, or what `hub.resolve` found), with range, value and doc string."""
     if not models or not sections:
-        return ""
+        return []
     from imgtok import hub
 
-    found = [hub.resolve(model) for model in models]
-    lines = []
+    found, unlisted = [hub.resolve(model) for model in models], None
     if len(found) == 1 and found[0].kind in hub.GENERATORS:  # with its decoder, where that is known
         try:
             found.append(found[0].part())
         except (OSError, ValueError) as error:
-            lines = ["", f"The settings of its decoder are not listed: {error}"]
-    width = min(110, shutil.get_terminal_size().columns)
+            unlisted = ModelSettings(f"The settings of its decoder are not listed: {error}", [])
+    listed = []
     for model in found:
         configuration = hub.configuration(model)
         for section in sections:
             if (own := getattr(configuration, section, None)) is not None:
-                fields = [_field_help(line, width) for line in describe(type(own), own, f"{section}.")]
-                lines += ["", f"Settings of {model.path} ({model.kind}): what each must be [its value]", ""]
-                lines += fields or [f"  {section} has none"]
-    return "\n".join([*lines, ""])
+                title = f"Settings of {model.path} ({model.kind}): what each must be [its value]"
+                listed.append(ModelSettings(title, describe(type(own), own, f"{section}.")))
+    return [*(settings for settings in listed if settings.lines), *([unlisted] if unlisted else [])]
+
+
+def settings_help(models: Sequence[Any]) -> str:
+    """The settings of models in full."""
+    return "\n".join([*settings_in_full(settings_of(models)), ""])
 
 
 def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
     """Raise FileNotFoundError for a model that the arguments of a command or its YAML file name and that is not there:
     before the command is imported, which takes seconds. What else is wrong with the arguments is left for later.
     """
-    fields = MODELS.get(command, ())
-    if not fields or {"--help", "-h"} & {*argv}:
+    named = MODELS.get(command, ())
+    if not named or {*HELP} & {*argv}:
         return
-    given: dict[str, Any] = {}
-    words, lone = list(argv), command in LONE_MODEL
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and not equals and words and not words[0].startswith("--"):
-            given[name] = words.pop(0)
-        elif equals and re.fullmatch(r"[\w.-]+", name):
-            given[name] = value
-        elif word.endswith((".yaml", ".yml")) and Path(word).is_file():
-            given = {**read_yaml(Path(word)), **given}
-        elif lone and not word.startswith("-"):
-            given[fields[0]], lone = word, False
-    for model in (given.get(name) for name in fields):
-        if isinstance(model, str) and model not in ("", "null") and model[0] not in "{[":
+    given = _given(argv, command.replace(" ", "-"), named[0] if command in LONE_MODEL else None)
+    for model in (given.get(name) for name in named):
+        if _is_name(model):
             places.check(model)
 
 
@@ -230,42 +222,82 @@ def check_launch_environment(environment: Mapping[str, str] = os.environ) -> Non
 # ------------------------------------------------------------------------------------------- internals
 
 
+def _keep_doc_strings() -> None:
+    """Start this program again without doc strings' being thrown away, if Python was told to (`-OO`): transformers and
+    diffusers check theirs when they are imported, and end the program without any.
+    """
+    if sys.flags.optimize < 2:
+        return
+    words = list(sys.orig_argv)
+    for place, word in enumerate(words[1:], 1):
+        if not word.startswith("-") or word in ("-", "-c", "-m"):
+            break
+        if words[place - 1] not in ("-W", "-X") and not word.startswith("--"):
+            words[place] = word.replace("O", "") if re.fullmatch(r"-[A-Za-z]+", word) else word
+    words = [word for place, word in enumerate(words) if word != "-" or sys.orig_argv[place] == "-"]
+    print("imgtok: python -OO drops doc strings, which libraries need: started again with -O", file=sys.stderr)
+    sys.stderr.flush()
+    os.execve(sys.executable, [words[0], *words[1:]], {**os.environ, "PYTHONOPTIMIZE": "1"})
+
+
 def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return
-    if argv[0] == "--version":
+    if argv[:1] == ["help"]:
+        argv = _as_option(argv[1:])
+    if not argv or argv[0] in HELP:
+        print(overview(USAGE, JOBS, TOOLS))
+    elif argv[0] == "--version":
         print(f"imgtok {imgtok.__version__}")
-        return
-    if argv[0] == "config":
+    elif argv[0] == "config":
         _print_config(argv[1:])
     elif argv[0] == "info":
         refuse_absent_models("info", argv[1:])
         _print_info(argv[1:])
+    elif argv[0] not in JOBS and _deeper(argv[0]) and argv[1:2] and argv[1] in HELP:
+        print(group_help(argv[0], JOBS))
     else:
         command, rest = _find_job(argv)
         refuse_absent_models(command, rest)
         _run(importlib.import_module(JOBS[command][0]), rest, f"imgtok {command}")
 
 
+def _as_option(words: list[str]) -> list[str]:
+    """`help JOB FIELD` as `JOB --help FIELD`."""
+    for length in (2, 1):
+        if words and (" ".join(words[:length]) in JOBS or words[0] in TOOLS):
+            return [*words[:length], "--help", *words[length:]]
+    return [*words, "--help"]
+
+
+def _deeper(first: str) -> list[str]:
+    """The second words of the commands that begin with `first`."""
+    return [command.split()[1] for command in JOBS if command.startswith(first + " ")]
+
+
 def _find_job(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The longest command that `argv` begins with, and the arguments after it."""
-    for length in (2, 1):
-        if " ".join(argv[:length]) in JOBS:
-            return " ".join(argv[:length]), list(argv[length:])
-    deeper = [command.split()[1] for command in JOBS if command.startswith(argv[0] + " ")]
+    given, deeper = " ".join(argv[:2]), _deeper(argv[0])
+    if given in JOBS:
+        return given, list(argv[2:])
+    meant = difflib.get_close_matches(argv[1], deeper, n=1, cutoff=0.7) if argv[1:] else []
+    hint = f"; did you mean '{argv[0]} {meant[0]}'?" if meant else ";"
+    if argv[0] in JOBS and not (meant and not Path(argv[1]).exists()):
+        return argv[0], list(argv[1:])
     if deeper:
-        given = f"unknown command {' '.join(argv[:2])!r}" if argv[1:] else f"{argv[0]!r} needs a second word"
-        raise ValueError(f"{given}; imgtok {argv[0]} can be followed by: {', '.join(deeper)}")
+        what = f"unknown command {given!r}{hint}" if argv[1:] else f"{argv[0]!r} needs a second word;"
+        raise ValueError(f"{what} imgtok {argv[0]} can be followed by: {', '.join(deeper)}")
     commands = list(dict.fromkeys([*(command.split()[0] for command in JOBS), *TOOLS]))
-    raise ValueError(f"unknown command {argv[0]!r}{_suggest(argv[0], commands)} Commands: {', '.join(commands)}")
+    path = _configuration(argv[0], [], None)
+    job = read_yaml(path).get("job") if path is not None and path.is_file() else None
+    hint = f"; did you mean 'imgtok {str(job).replace('-', ' ')} {argv[0]}'?" if job else ""
+    hint = hint or suggest(argv[0], [*commands, *JOBS, "--help"])
+    raise ValueError(f"unknown command {argv[0]!r}{hint} Commands: {', '.join(commands)}")
 
 
 def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:
     """Parse the arguments and run the job; both ways to start a job meet here."""
-    if "--help" in argv or "-h" in argv:
-        print(job_help(module.Config, program))
-        print(model_help(module, argv), end="")
+    if any(word.partition("=")[0] in HELP for word in argv):
+        others = [f"{program} {word}" for word in _deeper(program.removeprefix("imgtok "))]
+        print(job_help(module, argv, program, [f"See also: {', '.join(others)}"] if others else []))
         return
     check_launch_environment()
     _show_log()
@@ -277,21 +309,158 @@ def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:
         raise OSError("broken pipe: a process that this job was writing to has ended") from error
 
 
+def _asked(argv: Sequence[str], config_class: Any, positional: str | None) -> tuple[list[str], str | None]:
+    """The arguments without --help, and the field or section that stands after it; None for the short page."""
+    at = next(place for place, word in enumerate(argv) if word.partition("=")[0] in HELP)
+    rest, asked = [*argv[:at], *argv[at + 1 :]], argv[at].partition("=")[2] or None
+    word = argv[at + 1] if argv[at + 1 :] else ""
+    if asked is None and re.fullmatch(r"[A-Za-z][\w.-]*", word) and _configuration(word, [], None) is None:
+        names = {"all", *(line.name for line in describe(config_class)), *field_types(config_class)}
+        model = positional is not None and (Path(word).exists() or word in places.packaged_models())
+        if word.replace("-", "_") in names or not model:
+            return [*argv[:at], *argv[at + 2 :]], word
+    return rest, asked
+
+
+def _configuration(word: str, rest: list[str], job: str | None) -> Path | None:
+    """The file that an argument names, where it names a configuration (of `job`, if that is given): a YAML file, which
+    need not be there, or one that ships with imgtok. Takes the value of `--config` off `rest`.
+    """
+    named, equals, name = word.partition("=")
+    if named == "--config":
+        if not equals and not rest:
+            raise ConfigError("command line: --config needs a value, a .yaml file or a name of `imgtok config --list`")
+        word, job = name if equals else rest.pop(0), None
+    elif equals and re.fullmatch(r"[\w.-]+", named):
+        return None
+    if not word.endswith(shipped.SUFFIXES) and named != "--config" and ("/" not in word or Path(word).exists()):
+        return None
+    path = Path(word).expanduser()
+    found = None if path.exists() else shipped.find(word)
+    if found is not None and job in (None, read_yaml(found).get("job")):
+        return found
+    return path if named == "--config" or word.endswith(shipped.SUFFIXES) else None
+
+
+def _given(argv: Sequence[str], job: str | None, positional: str | None) -> dict[str, Any]:
+    """What the arguments say, by dotted name: text from the command line over values of the configuration, whose file
+    stands under "". Nothing is checked.
+    """
+    laid: dict[str, Any] = {}
+    over: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not laid and (path := _configuration(word, words, job)) is not None:
+            laid = {"": path, **_flat(read_yaml(path))} if path.is_file() else {}
+        elif word.startswith("--") and not equals and words and not words[0].startswith("--"):
+            over[name] = words.pop(0)
+        elif equals and re.fullmatch(r"[\w.]+", name):
+            over[name] = value
+        elif positional is not None and not word.startswith("-"):
+            over[positional], positional = word, None
+    return laid | over
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of sections by dotted names, and the sections themselves."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat[f"{prefix}{name}"] = value
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {}
+    return flat
+
+
+def _is_name(model: Any) -> TypeGuard[str]:
+    """Whether what is given for a field is the name of a model, and not null or a section."""
+    return isinstance(model, str) and model not in ("", "null") and model[0] not in "{["
+
+
+def _job_of(config_class: Any) -> str | None:
+    """The value of `job:` in the configurations of a job."""
+    return next((str(default_of(item)) for item in fields(config_class) if item.name == "job"), None)
+
+
+def _stray(word: str) -> ConfigError:
+    """The error for an argument that means nothing."""
+    if (other := shipped.find(word)) is not None:
+        job = str(read_yaml(other).get("job")).replace("-", " ")
+        return ConfigError(f"command line: {word!r} is a configuration of `imgtok {job}`")
+    hint = f"; did you mean the configuration {near!r}?" if (near := shipped.like(word)) else ""
+    return ConfigError(f"command line: {word!r} is neither a .yaml file nor key=value nor --key value{hint}")
+
+
+def _check_help(argv: Sequence[str], known: Mapping[str, FieldHelp]) -> None:
+    """Raise ConfigError for an option that is no field and looks like --help."""
+    for word in argv:
+        if word.startswith("--") and word[2:] not in known and difflib.get_close_matches(word, HELP[:1], cutoff=0.8):
+            raise ConfigError(f"command line: {word!r} is no field; did you mean --help?")
+
+
+def _check_there(path: Path) -> Path:
+    """`path`, if there is something; else FileNotFoundError with what is like it."""
+    if path.exists():
+        return path
+    beside = [str(path.with_name(near)) for near in _like(path.name, path.parent)]
+    near = next(iter(beside), None) or shipped.like(str(path))
+    hint = f"; did you mean {near}?" if near else " (`imgtok config --list` lists those that ship with imgtok)"
+    raise FileNotFoundError(f"{path}: no such configuration file{hint}")
+
+
+def _like(name: str, folder: Path) -> list[str]:
+    """The file of a folder whose name is most like `name`."""
+    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return difflib.get_close_matches(name, [entry for entry in there if entry.endswith(shipped.SUFFIXES)], n=1)
+
+
 def _print_config(argv: list[str]) -> None:
     names = [command.replace(" ", "-") for command in JOBS]
-    job = next((word for word in argv if word in names), None)
-    path = next((word for word in argv if word.endswith((".yaml", ".yml"))), None)
-    if "--help" in argv or "-h" in argv or not argv:
-        print(f"usage: imgtok config {TOOLS['config']}\n\nJobs: {', '.join(names)}")
+    if {*HELP} & {*argv} or not argv:
+        print(f"{CONFIG_USAGE}\n\nJobs: {', '.join(names)}")
         return
+    if "--list" in argv:
+        print(_list_configurations())
+        return
+    alone = shipped.find(argv[0]) if len(argv) == 1 and not argv[0].endswith(shipped.SUFFIXES) else None
+    if alone is not None and not Path(argv[0]).exists():  # with its comments, as a file to begin with
+        print(alone.read_text(encoding="utf-8"), end="")
+        return
+    job = next((word for word in argv if word in names), None)
+    rest = [word for word in argv if word != job]
+    path = next((found for word in rest if (found := _configuration(word, [], None)) is not None), None)
     if job is None and path is not None:
-        job = read_yaml(Path(path)).get("job")
+        job = read_yaml(_check_there(path)).get("job")
     if job not in names:
+        if path is None and argv and re.fullmatch(r"[\w./-]+", argv[0]) and argv[0][0] != "-":
+            raise _no_such_configuration(argv[0], names)
         missing = f"unknown job {job!r}" if job else "give a job, or a YAML file with a top-level `job:`"
         raise ConfigError(f"{path or 'command line'}: {missing}; jobs: {', '.join(names)}")
     module = importlib.import_module(JOBS[str(job).replace("-", " ")][0])
-    rest = [word for word in argv if word != job]
     print(to_yaml(completed(parse(module.Config, rest, getattr(module, "POSITIONAL", None)))), end="")
+
+
+def _no_such_configuration(name: str, jobs: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(name, jobs, n=1)
+    near = shipped.like(name) or (close[0] if close else None)
+    hint = f"did you mean {near!r}? " if near else ""
+    return ConfigError(
+        f"command line: {name!r} is neither a configuration nor a job; {hint}imgtok config --list lists the "
+        f"configurations that ship with imgtok; jobs: {', '.join(jobs)}"
+    )
+
+
+def _list_configurations() -> str:
+    """A line for each configuration that ships with imgtok, and what to do with them."""
+    found = shipped.configurations()
+    width = max(map(len, found))
+    room = max(40, shutil.get_terminal_size().columns - width - 2) if sys.stdout.isatty() else 200
+    lines = [
+        f"{name:{width}}  {textwrap.shorten(shipped.about(path), room, placeholder=' ...')}"
+        for name, path in found.items()
+    ]
+    return "\n".join([*lines, "", CONFIG_USAGE])
 
 
 def _print_info(argv: list[str]) -> None:
@@ -314,33 +483,6 @@ def _print_info(argv: list[str]) -> None:
 
 def _total(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _overview() -> str:
-    width = max(len(command) for command in JOBS)
-    jobs = [f"  {command:{width}}  {about}" for command, (_, about) in JOBS.items()]
-    tools = [f"  {tool:{width}}  {about}" for tool, about in TOOLS.items()]
-    return "\n".join(
-        [
-            "imgtok: image tokenizers, and generators on their tokens",
-            "",
-            f"usage: imgtok JOB {USAGE}",
-            "       imgtok JOB --help          lists every field of a job",
-            "       imgtok sample MODEL --help lists those of the model's sampling and decoding, too",
-            "       imgtok --version",
-            "",
-            "jobs:",
-            *jobs,
-            "",
-            "tools:",
-            *tools,
-        ]
-    )
-
-
-def _field_help(line: FieldHelp, width: int) -> str:
-    head = f"  {line.name}: {line.type} [{line.default}]"
-    return "\n".join([head, *textwrap.wrap(line.doc, width, initial_indent="      ", subsequent_indent="      ")])
 
 
 def _option(word: str, rest: list[str], known: Mapping[str, FieldHelp]) -> str:
@@ -423,8 +565,3 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."

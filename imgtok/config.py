@@ -142,7 +142,8 @@ class FieldHelp:
     default: str
     doc: str
     when: str = ""
-    """For a field of one member of a union: the choice under which it exists, such as "model.kind=vae"."""
+    """For a field of one member of a union: the choice under which it exists, such as "model.kind=vae"; of a union in a
+    member of another, both choices, the outer one first, with a comma between."""
 
 
 def describe(
@@ -154,7 +155,7 @@ def describe(
     """
     lines: list[FieldHelp] = []
     quoted = default is not None if quoted is None else quoted
-    docs = _field_docs(kind)
+    docs = field_docs(kind)
     for field in dataclasses.fields(kind):
         annotation = field_types(kind)[field.name]
         value = getattr(default, field.name) if default is not None else default_of(field)
@@ -168,12 +169,15 @@ def describe(
             shown = shown if value in (None, dataclasses.MISSING) else f"{name}.kind={kind_name(type(value))}"
             lines.append(FieldHelp(name, expected(annotation), shown, docs.get(field.name, ""), when))
         for section in sections:
-            nested_when = f"{name}.kind={kind_name(section)}" if len(sections) > 1 else when
+            chosen = [f"{name}.kind={kind_name(section)}"] if len(sections) > 1 else []
+            nested_when = ", ".join([*([when] if when else []), *chosen])
             instance = value if isinstance(value, section) else None
             lines += describe(section, instance, name + ".", nested_when, quoted=quoted)
     return lines
 
 
+OF_THE_MODEL = "a section with the model's own fields"
+"""What `FieldHelp.type` says of a section whose fields are known once its model is."""
 FROM_DATA = object()
 """Marks, in `Annotated[..., FROM_DATA]`, a field of a model's configuration that training fills in from its data. Help
 says so, and `complete` leaves it out."""
@@ -519,7 +523,7 @@ def expected(annotation: Any, python: bool = False) -> str:
             return f"a {sequence}, each item {expected(args[0], python)}"
         return f"a {sequence} of {len(args)}: " + ", ".join(expected(arg, python) for arg in args)
     if _is_unresolved(annotation):
-        return f"a {annotation.__name__}" if python else "a section with the model's own fields"
+        return f"a {annotation.__name__}" if python else OF_THE_MODEL
     if sections_in(annotation):
         return "a section with the fields " + ", ".join(field_types(annotation))
     path = "a pathlib.Path" if python else "a path"
@@ -557,16 +561,28 @@ def _one_line(error: Exception) -> str:
 
 
 @functools.cache
-def _field_docs(kind: Any) -> dict[str, str]:
-    """Field name -> the string literal under it, read from the source; base classes first."""
+def field_docs(kind: Any) -> dict[str, str]:
+    """Field name -> the string literal under it, read from the source; base classes first. Nothing without a source."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        except (OSError, TypeError, SyntaxError):  # no source, as for `object`: help without doc strings
-            continue
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, doc in itertools.pairwise(statements):
+        source = _source(base)
+        for field, doc in itertools.pairwise([] if source is None else source.body):
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
                 docs[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
     return docs
+
+
+def about(kind: Any) -> str:
+    """The doc string of a dataclass in one line, also under `python -OO`, which keeps none in memory; "" for none."""
+    source = _source(kind)
+    doc = kind.__doc__ if source is None else ast.get_docstring(source)
+    signature = f"{kind.__name__}("  # which `dataclass` takes for the doc string of a class without one
+    return "" if doc is None or doc.startswith(signature) else " ".join(doc.split())
+
+
+def _source(kind: Any) -> ast.ClassDef | None:
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError, SyntaxError):  # no source, as for `object`: help without doc strings
+        return None
+    return body if isinstance(body, ast.ClassDef) else None

@@ -85,6 +85,15 @@ class Blocks:
             yield
 
 
+def check_doc_strings(library: str) -> None:
+    """Raise ValueError where Python drops doc strings (`-OO`), which a library checks when it is imported."""
+    if sys.flags.optimize > 1:
+        raise ValueError(
+            f"python -OO (PYTHONOPTIMIZE=2) drops doc strings, and {library} checks its own when it is imported: start "
+            "Python with -O at most; the imgtok command does so by itself"
+        )
+
+
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
     usage = resource.getrusage(resource.RUSAGE_SELF)

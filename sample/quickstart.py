@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from imgtok import signals
+from imgtok import shipped, signals
 from imgtok.cli import main as main_of_imgtok
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
@@ -42,7 +42,7 @@ class Config:
     out: Path = Path("outputs/quickstart")
     """Folder of everything that is written; an interrupted quickstart goes on where it stopped."""
     configs: Path | None = None
-    """Folder of tokenizer.yaml and generator.yaml; null takes configs/quickstart of the checkout."""
+    """Folder of tokenizer.yaml, cache.yaml and generator.yaml; null takes those that ship with imgtok."""
     seed: NonNegativeInt = 0
     """Seed of training and sampling."""
     num: PositiveInt = 256
@@ -89,11 +89,13 @@ class Plan:
     @classmethod
     def make(cls, config: Config) -> Plan:
         """Raises FileNotFoundError without configuration files, ValueError for an override of no training."""
-        configs = config.configs or Path(__file__).resolve().parents[1] / "configs" / "quickstart"
-        if not (configs / "tokenizer.yaml").is_file():
-            raise FileNotFoundError(
-                f"{configs} has no tokenizer.yaml: run from a checkout of imgtok, or give its folder: configs=FOLDER"
-            )
+        configs = config.configs or shipped.folder() / "quickstart"
+        for name in ("tokenizer.yaml", "cache.yaml", "generator.yaml"):
+            if not (configs / name).is_file():
+                raise FileNotFoundError(
+                    f"configs: {configs} has no {name}; leave configs out to take those that ship with imgtok, "
+                    "which `imgtok config quickstart/tokenizer` and the like print"
+                )
         for text in config.overrides:
             if not text.startswith(
                 ("tokenizer.model.", "tokenizer.training.", "generator.model.", "generator.training.")
@@ -142,8 +144,8 @@ class Plan:
         tokenizer, samples = f"{out}/tokenizer{suffix}/final", f"{out}/samples{suffix}"
         exact = "exact=true"  # so that another machine finds the same figures to the last digit
         drawing = [f"{out}/generator{suffix}/final", num, f"seed={self.config.seed}", exact]
-        reconstructed = ["metrics=[psnr, oracle]", num, exact, f"out={out}/reconstruction{suffix}.json"]
-        generated = ["metrics=[oracle, fd_shapes]", f"out={out}/generation{suffix}.json"]
+        reconstructed = ["metrics=psnr,oracle", num, exact, f"out={out}/reconstruction{suffix}.json"]
+        generated = ["metrics=oracle,fd_shapes", f"out={out}/generation{suffix}.json"]
         return [
             (f"reconstruct{suffix}", ["reconstruct", tokenizer, exact, f"out={out}/reconstructions{suffix}", *source]),
             (f"score reconstructions{suffix}", ["evaluate", f"tokenizer={tokenizer}", *reconstructed, *source]),
@@ -157,8 +159,8 @@ class Plan:
 
 
 def as_override(value: Any) -> str:
-    """A YAML value as the right-hand side of `key=value`."""
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+    """A YAML value as the right-hand side of `key=value`; lists as people write them in a shell, `a,b`."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def describe_data(data: dict[str, Any]) -> str:

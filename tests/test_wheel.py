@@ -15,7 +15,6 @@ import pytest
 from imgtok.cli import JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "configs" / "tiny"
 FOLDERS = ("imgtok", "generators", "train", "sample")
 LINKS = ("generators", "train", "sample")
 
@@ -38,7 +37,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 def copy_checkout(target: Path) -> Path:
     """The sources with their links, in a folder of their own, since setuptools leaves its litter beside them."""
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, target / folder, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -62,7 +61,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     code = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.resolve() == path]
     assets = [path for path in (ROOT / "imgtok" / "assets").rglob("*") if path.is_file()]
-    places = [path.relative_to(ROOT) for path in [*code, *assets, ROOT / "imgtok" / "py.typed"]]
+    configurations = list((ROOT / "configs").rglob("*.yaml"))
+    places = [path.relative_to(ROOT) for path in [*code, *assets, *configurations, ROOT / "imgtok" / "py.typed"]]
     wanted = {(path if path.parts[0] == "imgtok" else "imgtok" / path).as_posix() for path in places}
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if ".dist-info/" not in name}
@@ -141,6 +141,7 @@ def crowded(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_every_program_is_found_beside_files_of_the_same_names(place: Place, crowded: Path) -> None:
     assert "train tokenizer" in place.imgtok("--help", cwd=crowded)
+    assert "quickstart/tokenizer " in place.imgtok("config", "--list", cwd=crowded)
     assert "train tokenizer" in place.python("-m", "imgtok", "--help", cwd=crowded)
     assert "all imported" in place.python("-c", IMPORT_ALL, place.home.resolve().parent, cwd=crowded)
 
@@ -148,14 +149,15 @@ def test_every_program_is_found_beside_files_of_the_same_names(place: Place, cro
 @pytest.mark.slow
 def test_installed_programs_train_sample_and_evaluate_beside_them(place: Place, crowded: Path) -> None:
     few = ("training.steps=2", "training.batch_size=4", "data.num_images=64")
-    place.torchrun("-m", "imgtok.train.tokenizer", TINY / "flextok.yaml", "out=tokenizer", *few, cwd=crowded)
+    place.torchrun("-m", "imgtok.train.tokenizer", "tiny/flextok", "out=tokenizer", *few, cwd=crowded)
     assert "flextok" in place.imgtok("info", "tokenizer/final", cwd=crowded)
     place.imgtok("cache", "tokenizer/final", "out=tokens", "data.kind=shapes", "data.num_images=64", cwd=crowded)
     run_generator = ("tokens=tokens", "tokenizer=tokenizer/final", "out=generator", "training.steps=2")
-    place.python("-m", "imgtok.train.generator", TINY / "gpt.yaml", *run_generator, cwd=crowded)
+    (crowded / "my.yaml").write_text(place.imgtok("config", "tiny/gpt", cwd=crowded))
+    place.python("-m", "imgtok.train.generator", "my.yaml", *run_generator, cwd=crowded)
     place.imgtok("sample", "generator/final", "num=4", "out=samples", cwd=crowded)
     assert len(list((crowded / "samples").rglob("*.png"))) >= 4
-    scores = ("images=samples", "data.kind=shapes", "metrics=[oracle]", "out=scores.json")
+    scores = ("images=samples", "data.kind=shapes", "metrics=oracle", "out=scores.json")
     place.python("-m", "imgtok.sample.evaluate", *scores, cwd=crowded)
     assert (crowded / "scores.json").is_file()
 
@@ -185,7 +187,7 @@ if __name__ == "__main__":
 def test_a_checkout_that_lost_its_links_still_runs(left: str, tmp_path: Path) -> None:
     """Archives may drop links; git without core.symlinks writes a text file with the target's name."""
     copy = copy_checkout(tmp_path / "checkout")
-    for name in LINKS:
+    for name in (*LINKS, "configs"):
         link = copy / "imgtok" / name
         assert link.is_symlink()
         target = str(link.readlink())
@@ -198,3 +200,4 @@ def test_a_checkout_that_lost_its_links_still_runs(left: str, tmp_path: Path) ->
     program.write_text(PICKLED_AND_SENT)
     assert "sent" in run(sys.executable, program, cwd=tmp_path, **environment)
     assert "train generator" in run(sys.executable, "-m", "imgtok", "--help", cwd=copy, **environment)
+    assert "tiny/flextok " in run(sys.executable, "-m", "imgtok", "config", "--list", cwd=tmp_path, **environment)

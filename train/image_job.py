@@ -116,7 +116,7 @@ class Judged(nn.Module):
         """The sum of both players' losses for images (B, 3, H, W) in [-1, 1], and of the model's own."""
         decoded, own = self.model(images, generator=generator)
         judged = self.judge(decoded, images, perceptual=perceptual, last_layer=self.model.last_layer)
-        return Losses(judged.total + own.total, {**judged.parts, **own.parts})
+        return Losses(judged.total + own.total, {**judged.parts, **own.parts}, own.codes)
 
     def groups(self) -> list[ParameterGroup]:
         """The model, and the discriminator if there is one, with its own rate, decay, clip and rhythm."""

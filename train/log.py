@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import imgtok
 from imgtok.config import to_dict
 from imgtok.files import replacing
+from imgtok.metrics.accumulate import Histogram
 from imgtok.runs import Progress
 from imgtok.runtime import peak_rss_mib
 from imgtok.tokenizers.base import Losses
@@ -39,7 +40,8 @@ HEALTHY = 2**62
 
 
 class Window:
-    """Loss parts summed since the last log line, and where the first non-finite one was. All on the device.
+    """Loss parts and the use of the codebook summed since the last log line, and where the first non-finite loss was.
+    All on the device.
 
     A position counts micro-batches from the start of the run: step x accumulate + micro.
     """
@@ -49,6 +51,7 @@ class Window:
         self.zero = torch.zeros((), device=device)
         self.sum = self.values = self.norm = self.zero
         self.count = 0
+        self.codes: Tensor | None = None
         self.bad_at = torch.full((), HEALTHY, dtype=torch.int64, device=device)
 
     def add(self, losses: Losses, position: int) -> None:
@@ -58,6 +61,8 @@ class Window:
         values = torch.stack([losses.total, *losses.parts.values()]).detach().float()
         self.sum = self.sum + values
         self.count += 1
+        if losses.codes is not None:
+            self.codes = losses.codes if self.codes is None else self.codes + losses.codes
         self.values = torch.where(self.bad_at == HEALTHY, values, self.values)
         self._note(values[0], position)
 
@@ -81,9 +86,15 @@ class Window:
         return None if first == HEALTHY else first
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over window and processes, and the latest gradient norm. Waits for the device."""
+        """Means over window and processes, the latest gradient norm and, with a codebook, the share of its codes that
+        was used and the perplexity, 2 to the entropy of the codes. Waits for the device.
+        """
         means = accelerator.reduce(self.sum / self.count, reduction="mean").tolist()
-        return {**dict(zip(self.names, means, strict=True)), "grad_norm": self.norm.item()}
+        found = {**dict(zip(self.names, means, strict=True)), "grad_norm": self.norm.item()}
+        if self.codes is not None:
+            used = Histogram.of(accelerator.reduce(self.codes, reduction="sum"))
+            found |= {"codebook_use": round(used.use, 6), "codebook_perplexity": round(used.perplexity, 3)}
+        return found
 
     def latest(self) -> dict[str, float]:
         """The newest values, or the first that were not finite. Waits for the device."""
@@ -91,7 +102,7 @@ class Window:
 
     def reset(self) -> None:
         """Start the next window."""
-        self.sum, self.count = self.zero, 0
+        self.sum, self.count, self.codes = self.zero, 0, None
 
 
 class Log:
@@ -145,6 +156,8 @@ class Log:
             file.write(json.dumps(record) + "\n")
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
         shown = {"loss": f"{record['loss']:.4g}", "lr": f"{rate:.3g}", "norm": f"{record['grad_norm']:.3g}"}
+        if "codebook_use" in record:
+            shown["codes"] = f"{record['codebook_use']:.1%}"
         shown["img/s"] = f"{self.speed:.0f}"
         self.bar.set_postfix(shown, refresh=False)  # the bar itself has the time that is left
         if self.bar.disable:

@@ -218,6 +218,6 @@ class Aligned(nn.Module):
             if block == self.config.tap:
                 tapped.append(patches)
 
-        total, parts = self.tokenizer(images, generator=generator, on_block=keep_tapped)
+        total, parts, codes = self.tokenizer(images, generator=generator, on_block=keep_tapped)
         alignment = alignment_loss(self.projection(tapped[0]), targets, self.config.grid)
-        return Losses(total + self.config.weight * alignment, {**parts, "repa": alignment})
+        return Losses(total + self.config.weight * alignment, {**parts, "repa": alignment}, codes)

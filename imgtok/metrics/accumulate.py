@@ -122,6 +122,13 @@ class Histogram:
     def __init__(self, size: int) -> None:
         self.counts = torch.zeros(size, dtype=torch.int64)
 
+    @classmethod
+    def of(cls, counts: Tensor) -> Histogram:
+        """The one that has these counts (size,)."""
+        histogram = cls(0)
+        histogram.counts = counts.cpu()
+        return histogram
+
     def update(self, values: Tensor) -> None:
         self.counts += torch.bincount(values.detach().cpu().flatten(), minlength=len(self.counts))
 

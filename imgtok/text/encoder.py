@@ -26,6 +26,7 @@ from torch import Tensor
 
 from imgtok.files import file_sha256, package_folders
 from imgtok.hub import find_folder, read_json
+from imgtok.runtime import check_doc_strings
 from imgtok.text.captions import Captions
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class TextEncoder:
         installed package are missing.
         """
         folder, architecture, description = find_encoder(name)
+        check_doc_strings("transformers")
         try:
             import transformers
             from tokenizers import Tokenizer

@@ -31,6 +31,19 @@ class Losses(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
+    codes: Tensor | None = None
+    """What `count_codes` gives for the tokens of this batch, of which the log tells how much of the codebook is used;
+    None without a codebook."""
+
+
+def count_codes(ids: Tensor, size: int) -> Tensor | None:
+    """How often each of the `size` codes of a codebook is among the token ids (...): int64 (size,), on their device and
+    without waiting for it. None for a codebook of more than 2^24 codes, of which no batches use a share worth knowing.
+    """
+    if size > 1 << 24:
+        return None
+    flat = ids.detach().flatten().clamp(0, size - 1)  # a NaN has no id: the loop, which finds it, has to come that far
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 class Reconstruction(NamedTuple):

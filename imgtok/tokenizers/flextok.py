@@ -32,7 +32,16 @@ from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.layers.recompute import call_block
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok_fast, flextok_start
-from imgtok.tokenizers.base import Losses, OnBlock, Rate, Taps, Tokenizer, latents_of_moments, powers_of_two
+from imgtok.tokenizers.base import (
+    Losses,
+    OnBlock,
+    Rate,
+    Taps,
+    Tokenizer,
+    count_codes,
+    latents_of_moments,
+    powers_of_two,
+)
 from imgtok.tokenizers.checks import check_finite, check_images, check_tokens, token_counts
 from imgtok.tokenizers.flextok_blocks import DecoderBlock, EncoderBlock
 from imgtok.tokenizers.flextok_config import FlexTokConfig, FlexTokDecoding, ShortRuns, TrunkConfig
@@ -311,7 +320,8 @@ class FlexTok(Tokenizer):
         times, noise, short_runs = draws.times, draws.noise, self.config.short_runs
         latents = self.to_latents(images, draws.posterior)
         z = flextok_fast.encode(self.encoder, latents, self.num_tokens)
-        registers = self.decoder.condition(self.quantizer(z), draws.keep, draws.null)
+        codes = self.quantizer(z)
+        registers = self.decoder.condition(codes, draws.keep, draws.null)
         estimate = self.decoder(flow.interpolate(latents, noise, times), times, registers, on_block).float()
         if short_runs.prediction == "velocity":
             loss = (estimate - flow.velocity_target(latents, noise)).square().mean()
@@ -320,7 +330,8 @@ class FlexTok(Tokenizer):
             loss = ((estimate - latents).square() / flow.expand_times(times.clamp(min=0.1), latents)).mean()
         # A number that is the same for every image carries nothing, and rounding leaves it no gradient to recover by.
         spread = F.relu(1 - z.float().std(dim=0, correction=0)).mean()
-        return Losses(loss + short_runs.spread_weight * spread, {"flow": loss, "spread": spread})
+        used = count_codes(self.quantizer.codes_to_ids(codes.detach()), self.vocab_size)
+        return Losses(loss + short_runs.spread_weight * spread, {"flow": loss, "spread": spread}, used)
 
     def draw_posterior_noise(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
         """The noise that samples the autoencoder's posterior; None, and nothing drawn, to take its mean."""

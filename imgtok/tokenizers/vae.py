@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
 from imgtok.hub import Found, load, resolve
+from imgtok.runtime import check_doc_strings
 from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Reconstruction
 
 
@@ -71,6 +72,7 @@ class VAE(Autoencoder):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        check_doc_strings("diffusers")
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # costs seconds to import
 
         self.config = config

@@ -317,6 +317,12 @@ def test_the_help_of_a_job_lists_the_settings_of_its_model(pipeline, tmp_path, c
     pipeline.save_pretrained(tmp_path / "model")
     for command in (["sample", str(tmp_path / "model")], ["evaluate", f"model={tmp_path / 'model'}"]):
         assert main([*command, "--help"]) == 0
+        assert capsys.readouterr().out.count("  sampling.top_k [0] ") == 1
+        assert main([*command, "--help", "sampling.top_k"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("  sampling.top_k: an integer of at least 0 [0]\n")
+        assert "sampling.temperature" not in said
+        assert main([*command, "--help", "all"]) == 0
         said = capsys.readouterr().out
         assert "Fields: what each must be [default]" in said
         assert said.count("  sampling.top_k: an integer of at least 0 [0]\n") == 1
@@ -326,7 +332,7 @@ def test_the_help_of_a_job_lists_the_settings_of_its_model(pipeline, tmp_path, c
     assert "decoding.solver" in said
     assert "sampling." not in said
     (tmp_path / "job.yaml").write_text(f"job: sample\nmodel: {tmp_path / 'model'}\n")
-    assert main(["sample", str(tmp_path / "job.yaml"), "--help"]) == 0
+    assert main(["sample", str(tmp_path / "job.yaml"), "--help", "all"]) == 0
     assert "  sampling.top_k: an integer of at least 0 [0]\n" in capsys.readouterr().out
     (tmp_path / "job.yaml").write_text("job: sample\nmodel: nowhere/final/yet\n")
     assert main(["sample", str(tmp_path / "job.yaml"), "--help"]) == 0

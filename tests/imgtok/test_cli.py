@@ -17,7 +17,9 @@ from torch import nn
 
 import imgtok
 from imgtok import cli
-from imgtok.config import ConfigError, PositiveInt
+from imgtok.config import ConfigError, PositiveInt, about
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +149,9 @@ def test_python_m_imgtok_is_the_command() -> None:
 
 
 def test_every_job_of_the_table_is_a_module_of_ours() -> None:
-    for module, about in cli.JOBS.values():
+    for module, told in cli.JOBS.values():
         assert module.split(".")[:2] in (["imgtok", "train"], ["imgtok", "sample"])
-        assert about
+        assert told
 
 
 def test_a_job_runs_with_its_configuration(toy: Any) -> None:
@@ -160,14 +162,148 @@ def test_a_job_runs_with_its_configuration(toy: Any) -> None:
 
 
 def test_help_of_a_job_lists_its_fields(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "toy", "per_class=x", "--help"]) == 0
+    assert cli.main(["train", "toy", "per_class=x", "--help", "all"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: imgtok train toy [CONFIG.yaml] [key=value ...]")
+    assert text.startswith("usage: imgtok train toy [MODEL] [CONFIG] [key=value ...]")
     assert "Pretend to do something." in text
     assert "  net.width: an integer of at least 1 [4]\n      Width in pixels." in text
     assert "flip: true or false [false]" in text
     assert "job" not in text.partition("Fields")[2]
     assert toy.ran == []
+
+
+SHORT = """usage: imgtok train toy [MODEL] [CONFIG] [key=value ...] [--key value ...]
+
+Pretend to do something.
+
+In any order. MODEL, a lone word, is model=WORD. CONFIG is a .yaml file or a
+name from `imgtok config --list`. Lists are written a,b.
+
+required
+  out                           Where the toy goes
+
+what to work on
+  model [none]                  The model folder
+  classes
+
+how much
+  per_class [1]
+
+more
+  flip [false]
+
+sections
+  net.*                         The net (1 fields)
+  box.* [kind=flat]             What it comes in (kind flat, deep)
+
+imgtok train toy --help FIELD  a field or a section in full, such as --help out
+imgtok train toy --help all    everything
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    kind: Literal["flat"] = "flat"
+    width: PositiveInt = 1
+    """Its width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep:
+    kind: Literal["deep"] = "deep"
+    depth: PositiveInt = 1
+    """Its depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Config):
+    """Pretend to do something."""
+
+    out: Path
+    """Where the toy goes; a folder."""
+    net: Section = Section()
+    """The net."""
+    box: Flat | Deep = Flat()
+    """What it comes in."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["train toy --help", "train toy -h", "help train toy", "train toy per_class=3 --help"],
+)
+def test_short_help_has_a_line_a_field_in_groups(words, toy, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    toy.Config = Grouped
+    assert cli.main(words.split()) == 0
+    assert capsys.readouterr().out == SHORT
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--help per_class", ["per_class"]),
+        ("--help per-class", ["per_class"]),
+        ("--help=per_class", ["per_class"]),
+        ("-h width", ["net.width", "box.width"]),
+        ("--help box", ["box", "box.kind", "box.width", "box.kind", "box.depth"]),
+        ("box.kind=deep --help box", ["box", "box.kind", "box.depth"]),
+        ("--help box box.kind=deep", ["box", "box.kind", "box.depth"]),
+        ("--help box.depth", ["box.depth"]),
+    ],
+)
+def test_help_of_one_field_or_section(words, expected, toy, capsys) -> None:
+    toy.Config = Grouped
+    assert cli.main(["train", "toy", *words.split()]) == 0
+    text = capsys.readouterr().out
+    assert [
+        line.split(":")[0].strip()
+        for line in text.splitlines()
+        if line[2:3].isalpha() and not line.startswith("  with ")
+    ] == expected
+    assert ("with box.kind=deep:" in text) == ("box.depth" in expected)
+    assert cli.main(["help", "train", "toy", *words.split()[-1:]]) == 0 or "kind" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train toy --help widht", "imgtok train toy has no field or section 'widht'; did you mean"),
+        ("train toy --help nett", "no field or section 'nett'; did you mean 'net'?"),
+        ("train toy --helpp", "'--helpp' is no field; did you mean --help?"),
+        ("help trian toy", "unknown command 'trian'; did you mean 'train'?"),
+        (
+            "help train tooy",
+            "unknown command 'train tooy'; did you mean 'train toy'? imgtok train can be followed by: toy",
+        ),
+        ("train-toy", "unknown command 'train-toy'; did you mean 'train toy'?"),
+        ("helpp", "unknown command 'helpp'; did you mean 'help'?"),
+    ],
+)
+def test_what_help_does_not_know_is_named_with_what_is_like_it(words, message, toy, capsys) -> None:
+    assert cli.main(words.split()) == 2
+    assert message in error_of(capsys)
+
+
+def test_help_of_a_group_of_commands(toy, capsys) -> None:
+    for words in (["train", "--help"], ["help", "train"], ["train", "-h"]):
+        assert cli.main(words) == 0
+        assert capsys.readouterr().out.startswith("usage: imgtok train toy ...\n\n  train toy  a toy\n")
+    for words in ([], ["help"], ["-h"], ["--help"]):
+        assert cli.main(words) == 0
+        text = capsys.readouterr().out
+        assert "usage: imgtok JOB" in text
+        assert "a model may come as a lone word" in text
+
+
+def test_help_is_styled_on_a_terminal_alone(toy, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert cli.main(["train", "toy", "-h"]) == 0
+    assert "\x1b[1mflip\x1b[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["train", "toy", "-h"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("toy")
@@ -376,3 +512,114 @@ def test_a_job_checks_the_launch_first(
     assert cli.main(["sing"]) == 2
     assert error_of(capsys) == "imgtok: launch: RANK is '5', must be an integer from 0 to 1\n"
     assert toy.ran == []
+
+
+# ------------------------------------------------------------------------------- configurations that ship
+
+
+def test_a_configuration_that_ships_is_taken_by_name(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.chdir(tmp_path)
+    from imgtok.train.tokenizer import Config as Job
+
+    expected = cli.parse(Job, [str(CONFIGS / "tiny/flextok.yaml")])
+    assert expected.training.steps == 4
+    for words in (["tiny/flextok"], ["tiny/flextok.yaml"], ["configs/tiny/flextok.yaml"], ["--config", "tiny/flextok"],
+                  ["--config=tiny/flextok"]):  # fmt: skip
+        assert cli.parse(Job, words) == expected, words
+        assert cli.parse(Job, [*words, "training.steps=7"]).training.steps == 7
+    mine = tmp_path / "tiny/flextok.yaml"  # what is there comes first
+    mine.parent.mkdir()
+    mine.write_text((CONFIGS / "tiny/flextok.yaml").read_text().replace("steps: 4", "steps: 5"))
+    assert cli.parse(Job, ["tiny/flextok.yaml"]).training.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train tokenizer tiny/flextokk", "did you mean the configuration 'tiny/flextok'?"),
+        ("train tokenizer tiny/flextokk.yaml", "no such configuration file; did you mean tiny/flextok.yaml?"),
+        ("train tokenizer configs/tiny/flextokk.yaml", "no such configuration file; did you mean tiny/flextok.yaml?"),
+        ("train tokenizer mine.yml", "mine.yml: no such configuration file; did you mean mine.yaml?"),
+        ("train tokenizer tiny/gpt", "'tiny/gpt' is a configuration of `imgtok train generator`"),
+        ("tiny/gpt", "unknown command 'tiny/gpt'; did you mean 'imgtok train generator tiny/gpt'?"),
+        ("config tiny/gptt", "'tiny/gptt' is neither a configuration nor a job; did you mean 'tiny/gpt'?"),
+        ("config train-generatr", "neither a configuration nor a job; did you mean 'train-generator'?"),
+        ("cache latnts", "unknown command 'cache latnts'; did you mean 'cache latents'?"),
+    ],
+)
+def test_a_mistyped_configuration_is_named_with_what_is_like_it(words, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("job: train-tokenizer\n")
+    assert cli.main(words.split()) == 2
+    assert message in error_of(capsys)
+
+
+def test_config_lists_and_prints_what_ships(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["config", "--list"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    names = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")}
+    assert {line.split()[0] for line in lines} == names
+    assert all(len(line.split(maxsplit=1)[1]) > 15 for line in lines)
+    assert cli.main(["config", "tiny/gpt"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (CONFIGS / "tiny/gpt.yaml").read_text()
+    (tmp_path / "my.yaml").write_text(printed)
+    assert cli.main(["config", "my.yaml"]) == 0
+    checked = capsys.readouterr().out
+    assert "weight_decay: 0.05" in checked
+    assert cli.main(["config", "tiny/gpt", "training.weight_decay=0.05"]) == 0
+    assert capsys.readouterr().out == checked
+
+
+# ------------------------------------------------------------------------------------- without doc strings
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["python", "-OO", "-m", "imgtok", "-OO"], ["python", "-m", "imgtok", "-OO"]),
+        (["python", "-uOO", "-W", "OO", "-Xdev", "imgtok"], ["python", "-u", "-W", "OO", "-Xdev", "imgtok"]),
+        (["python", "-O", "-O", "-X", "OO", "-m", "imgtok"], ["python", "-X", "OO", "-m", "imgtok"]),
+        (["python", "imgtok", "sample"], ["python", "imgtok", "sample"]),  # PYTHONOPTIMIZE=2
+    ],
+)
+def test_a_program_without_doc_strings_starts_again_with_them(words, again, monkeypatch, capsys) -> None:
+    started = []
+
+    def execve(path: str, argv: list[str], environment: dict[str, str]) -> None:
+        started.append((path, argv, environment["PYTHONOPTIMIZE"]))
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "orig_argv", words)
+    monkeypatch.setattr(sys, "argv", ["imgtok", "--version"])
+    assert cli.main() == 0
+    assert started == []
+    monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
+    assert cli.main() == 0
+    assert started == [(sys.executable, again, "1")]
+    assert "started again with -O" in capsys.readouterr().err
+
+
+def test_python_oo_runs_the_command_and_help_has_its_text() -> None:
+    code = "from imgtok import config, usage; print(config.about(usage.Page), config.about(config.FieldHelp))"
+    for words in (["-m", "imgtok", "help"], ["-c", code]):
+        done = subprocess.run([sys.executable, "-OO", *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The help of one job. One line of help: dotted name,")
+
+
+def test_a_class_without_a_source_has_no_text() -> None:
+    made: Any = type("Made", (), {"__annotations__": {"width": int}, "width": 1})
+    assert about(dataclass(made)) == ""
+
+
+@pytest.mark.slow
+def test_python_oo_loads_a_model() -> None:
+    done = subprocess.run([sys.executable, "-OO", "-m", "imgtok", "info", "shapes32"], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "kind: vae" in done.stdout
+    code = "import imgtok; imgtok.load('shapes32')"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: python -OO (PYTHONOPTIMIZE=2) drops doc strings, and diffusers checks its own" in done.stderr

@@ -527,7 +527,7 @@ def test_help_knows_every_kind_and_what_the_data_decide(monkeypatch):
     assert lines["model.kind=tiles", "model.grid"].default == "as the data decide"
     assert lines["model.kind=tiles", "model.tile"].default == "8"
     assert lines["model.kind=box", "model.width"].default == "2"
-    assert lines["model.edge.kind=edge", "model.edge.classes"].default == "as the data decide"
+    assert lines["model.kind=tiles, model.edge.kind=edge", "model.edge.classes"].default == "as the data decide"
 
 
 def test_a_printed_configuration_has_the_defaults_and_leaves_room_for_the_data(tmp_path):

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from toy_job import ToyBatch, ToyJob, ToyModel, final, same, toy_config, train
+from toy_job import DEFAULTS, ToyBatch, ToyConfig, ToyJob, ToyModel, final, same, toy_config, train
 
 from imgtok import config as configuration
-from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.base import Losses, count_codes
 from imgtok.train import loop
+from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
 from imgtok.train.log import check_trackers
 from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
@@ -56,6 +57,27 @@ def test_log_lines(tmp_path):
         assert line["grad_norm"] == second["grad_norm"]
         assert line["images_per_second"] > 0
     assert lines[1]["lr"] == pytest.approx(0.01 * 2 / 3)
+
+
+def test_the_use_of_the_codebook_is_that_of_all_batches_since_the_last_line(tmp_path):
+    class Coded(ToyJob):
+        def loss(self, model, batch, generator):
+            ids = torch.tensor([[1, 1], [2, 3]]) if len(self.seen) % 2 else torch.tensor([[0, 0], [0, 0]])
+            return super().loss(model, batch, generator)._replace(codes=count_codes(ids, 8))
+
+    job = Coded(ToyConfig(training=TrainingConfig(**DEFAULTS)))
+    fit(job, job.config.training, tmp_path, job.config)
+    lines = log_of(tmp_path)
+    assert [line["codebook_use"] for line in lines] == [1 / 8, 4 / 8, 4 / 8, 4 / 8]
+    assert lines[0]["codebook_perplexity"] == 1
+    entropy = -(0.5 * math.log(0.5) + 0.25 * math.log(0.25) + 2 * 0.125 * math.log(0.125))
+    assert lines[3]["codebook_perplexity"] == pytest.approx(math.exp(entropy), abs=1e-3)
+
+
+def test_codes_of_nothing_finite_and_of_huge_codebooks_do_no_harm():
+    broken = torch.full((2, 3), float("nan")).long()
+    assert count_codes(broken, 4).sum() == 6  # the loop goes on to find the loss that is not finite
+    assert count_codes(broken, 1 << 25) is None
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

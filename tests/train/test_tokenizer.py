@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,9 @@ def test_the_head_is_trained_and_averaged_and_only_the_tokenizer_saved(whole, te
     averages = weights(whole, "checkpoints/step_0000004/ema.safetensors")
     assert head < averages.keys()
     assert all(torch.equal(value, averages[f"tokenizer.{name}"]) for name, value in weights(whole).items())
-    log = (whole / "log.jsonl").read_text()
-    assert '"loss/repa"' in log
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert all(line["loss/repa"] < 1 for line in log)
+    assert all(0 < line["codebook_use"] <= 1 <= line["codebook_perplexity"] for line in log), "also through REPA's head"
 
 
 def test_a_killed_run_ends_with_the_same_weights_and_may_recompute_its_activations(
