@@ -92,12 +92,15 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
         torch.set_num_threads(config.threads)
     resolved = spelled_out(resolved)
     accelerator = make_accelerator(config, out)
-    if prepare_folder(accelerator, config, out, resolved, job.identity):
+    start = prepare_folder(accelerator, config, out, resolved, job.identity)
+    if start.done:
         logger.info("the run in %s is complete (%d steps): nothing to do", out, config.steps)
         return out / "final"
     # also around the reading of a checkpoint: an interrupted one would pass for a damaged one
     with signals.deferred() as requests:
         trainer = Trainer(accelerator, job, config, out, resolved)
+        if accelerator.is_main_process:
+            start.write(trainer.start.step)
         try:
             trainer.run(requests)
         finally:
@@ -154,11 +157,6 @@ class Trainer:
         start = self.checkpoints.load()
         restore_settings(self.adamw, settings)  # torch has put those of the checkpoint there, which may differ
         self.accelerator.step = start.step * self.config.accumulate  # by which Accelerate finds the end of a step
-        if start.step > self.config.steps:
-            raise ValueError(
-                f"{self.out} already has {start.step} steps, training.steps asks for {self.config.steps}: "
-                "ask for at least as many or choose another `out`"
-            )
         if start.step:
             logger.info("continuing from step %d of %s", start.step, self.out)
             self.job.resumed(start.step)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -202,9 +202,13 @@ def check(out: Path, previous: Previous, resolved: Any, identity: Mapping[str, A
     identity = json.loads(json.dumps(dict(identity)))  # tuples have become lists
     data = getattr(resolved, "data", None)
     usual = configuration.defaults(data) if dataclasses.is_dataclass(data) else {}
+    changes = list(_changes(previous.values, now))
+    for change in changes:
+        if change.name == "job":
+            raise ValueError(_refusal(out / "config.yaml", change, previous.unread))
     _check_content(out, previous, now, identity, usual)
     recorded = []
-    for change in _changes(previous.values, now):
+    for change in changes:
         policy = policy_of(change.name)
         part = CONTENTS.get(change.name.split(".")[0], "")
         switched = change.name in PARTS and (not change.before or not change.now)
@@ -290,7 +294,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def record(out: Path, changes: list[Change], step: int, previous: Previous, config: TrainingConfig) -> None:
+def record(out: Path, changes: Sequence[Change], step: int, previous: Previous, config: TrainingConfig) -> None:
     """Log how the run goes on after `step` steps, and add a line to changes.jsonl."""
     for change in changes:
         logger.warning("%s: %s from step %d on, so far %s", change.name, change.now, step, change.before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,34 @@ def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a run starts or goes on, before anything of that is written."""
+
+    done: bool
+    """Whether the run is complete, with nothing left to do."""
+    out: Path
+    config: TrainingConfig
+    resolved: Any
+    identity: Mapping[str, Any]
+    previous: resume.Previous | None
+    recorded: Sequence[resume.Change]
+
+    def write(self, step: int) -> None:
+        """Log what is changed after `step` steps; write it, config.yaml and identity.json. Called once the checkpoint
+        has been read: a start that fails leaves no trace.
+        """
+        if self.recorded and self.previous is not None:
+            resume.record(self.out, self.recorded, step, self.previous, self.config)
+        resume.write(self.out, self.resolved, self.identity)
+
+
 def prepare_folder(
     accelerator: Accelerator, config: TrainingConfig, out: Path, resolved: Any, identity: Mapping[str, Any]
-) -> bool:
-    """Check that a run in `out` is this one; clear what a killed process left; write config.yaml.
+) -> Start:
+    """Check that a run in `out` is this one; clear what a killed process left.
 
-    Returns whether the run is complete, with nothing left to do. Raises ValueError for a run that may not be continued
-    in this way, by imgtok.train.resume.
+    Raises ValueError for a run that may not be continued in this way, by imgtok.train.resume.
     """
     checkpoints, final = out / "checkpoints", out / "final"
     steps, finished = complete_steps(checkpoints), finished_steps(final)
@@ -58,6 +80,7 @@ def prepare_folder(
                 f"{out} holds {found} of an earlier run and training.resume is false: choose "
                 "another `out`, continue it with training.resume=true, or delete that folder yourself"
             )
+        check_steps(out, max([*steps[:1], finished or 0]), config.steps)
         previous = resume.Previous.read(out, resolved)
         recorded = [] if previous is None else resume.check(out, previous, resolved, identity)
         check_end(out, config, finished, recorded)
@@ -67,16 +90,33 @@ def prepare_folder(
                 f"choose another `out`; init={final} starts from its weights"
             )
     done = finished == config.steps and not resume.is_stale(final, resolved)
+    start = Start(
+        done=done,
+        out=out,
+        config=config,
+        resolved=resolved,
+        identity=identity,
+        previous=previous,
+        recorded=recorded,
+    )
     accelerator.wait_for_everyone()  # no process may read config.yaml after the main process wrote it
     if accelerator.is_main_process:
         checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         remove_leftovers(checkpoints)
-        if recorded and previous is not None:
-            resume.record(out, recorded, steps[0] if steps else 0, previous, config)
-        resume.write(out, resolved, identity)
+        if done:
+            start.write(config.steps)
     accelerator.wait_for_everyone()
-    return done
+    return start
+
+
+def check_steps(out: Path, reached: int, asked: int) -> None:
+    """Raise ValueError for a run that has gone further already."""
+    if reached > asked:
+        raise ValueError(
+            f"{out} already has {reached} steps, training.steps asks for {asked}: ask for at least as many or choose "
+            "another `out`"
+        )
 
 
 def check_end(out: Path, config: TrainingConfig, finished: int | None, recorded: Sequence[resume.Change]) -> None:

@@ -138,8 +138,10 @@ def test_nothing_is_started_afresh_over_unreadable_checkpoints(tmp_path):
     interrupt(tmp_path, after=5)
     for path in tmp_path.glob("checkpoints/*/model.safetensors"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="no checkpoint of this run can be read"):
-        train(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint of this run can be read; choose another `out`"):
+        train(tmp_path, learning_rate=0.02)
+    assert not (tmp_path / "changes.jsonl").exists()
+    train(tmp_path / "other")
     assert complete_steps(tmp_path / "checkpoints") == [4, 2]
 
 
@@ -220,8 +222,12 @@ def test_a_finished_run_can_be_extended_and_not_shortened(tmp_path):
     before = final(tmp_path)
     assert len(train(tmp_path, steps=8).seen) == 2
     assert not same(final(tmp_path), before)
-    with pytest.raises(ValueError, match=r"already has 8 steps, training.steps asks for 7"):
+    kept = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "changes.jsonl")}
+    with pytest.raises(ValueError, match=r"already has 8 steps, training.steps asks for 7: ask for at least as many"):
         train(tmp_path, steps=7)
+    assert kept == {name: (tmp_path / name).read_bytes() for name in kept}, "what is refused leaves no trace"
+    assert train(tmp_path, steps=8).seen == []
+    train(tmp_path / "other", steps=7)
 
 
 def test_a_finished_run_without_checkpoints_is_only_given_back_for_its_own_configuration(tmp_path, caplog):
