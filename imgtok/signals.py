@@ -113,6 +113,7 @@ class Requests:
             self.number, self._since = number, now
         if number == signal.SIGINT and not (first or (self._launched and now - self._since < AS_ONE)):
             _remember(number)
+            os.write(2, b"\nimgtok: interrupted again: leaving at once; what was saved before is whole\n")
             raise KeyboardInterrupt
         if first and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             # not by `print`, which may be at work just now

@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,10 @@ from imgtok import signals
 from imgtok.cli import _report_errors
 from imgtok.data.images import ShapesConfig, open_images
 from imgtok.data.loaders import eval_loader
+from imgtok.train.ema import EMA
 from imgtok.train.state import Checkpoints, complete_steps
+
+ROOT = Path(__file__).parents[2]
 
 
 def send(number: int) -> None:
@@ -88,7 +93,7 @@ def test_a_signal_saves_says_so_and_leaves_with_its_own_status(tmp_path, uninter
     assert steps == [0, 2, 3, 4, 6]
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path, uninterrupted):
+def test_a_second_interrupt_leaves_at_once(tmp_path, uninterrupted, capfd):
     def act(job: toy_job.ToyJob) -> None:
         if len(job.seen) == 4:
             send(signal.SIGINT)
@@ -97,6 +102,8 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, uninterrupted):
     with pytest.raises(KeyboardInterrupt) as caught:
         stopped(tmp_path, act)
     assert not isinstance(caught.value, signals.Stopped)
+    said = capfd.readouterr().err
+    assert said.index("Ctrl-C again leaves at once") < said.index("leaving at once; what was saved before is whole")
     assert complete_steps(tmp_path / "checkpoints") == [2]
     train(tmp_path)
     assert same(final(tmp_path), uninterrupted)
@@ -154,6 +161,41 @@ def test_a_signal_while_a_checkpoint_is_read_does_not_make_it_a_damaged_one(tmp_
             train(tmp_path)
     assert complete_steps(tmp_path / "checkpoints") == [4, 2]
     assert not list(tmp_path.rglob("*.damaged"))
+
+
+def test_a_second_interrupt_while_a_checkpoint_is_written_leaves_no_half_of_it(tmp_path, uninterrupted, monkeypatch):
+    def write(self, path):
+        before(self, path)
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+
+    before = EMA.save
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "save", write)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == []
+    assert not list(tmp_path.rglob(".tmp-*"))
+    train(tmp_path)
+    assert same(final(tmp_path), uninterrupted)
+
+
+SLURM = """
+srun() { touch started; return $STATUS; }
+scontrol() { echo "$@"; }
+SLURM_JOB_ID=7
+"""
+
+
+@pytest.mark.parametrize(("status", "said", "ends"), [(138, "requeue 7\n", 0), (0, "", 0), (2, "", 2), (143, "", 143)])
+def test_the_documentations_slurm_script(tmp_path, status, said, ends):
+    """What imgtok leaves with is in the tests above; here is what the script makes of it."""
+    (script,) = re.findall(r"```sh\n(#!/bin/bash.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    assert "#SBATCH --signal=USR1@" in script
+    command = ["bash", "-c", SLURM.replace("$STATUS", str(status)) + script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == (said, ends)
+    assert (tmp_path / "started").exists()
 
 
 def test_in_a_launch_one_interrupt_may_come_twice(monkeypatch):
