@@ -169,6 +169,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """All that Pillow reads itself: for EPS it starts Ghostscript, which runs the file as a program."""
+    Image.preinit()  # so that the usual formats come first
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 

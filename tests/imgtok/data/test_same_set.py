@@ -1,12 +1,14 @@
 """A folder, a tar and a Parquet file of the same images are the same set to training, caching and scoring.
 
-Random trees have links to files and folders, hidden names, dots in names, odd endings and none, damaged and empty
-files, names of any alphabet and equal pictures under several names; the tree itself keeps the list of what is in it.
+Random trees have links to files, to folders and to nothing, hidden names, dots in names, odd endings and none, damaged
+and empty files, captions, names of any alphabet and equal pictures under several names; the tree itself keeps the list
+of what is in it. Tars hold second names of files as links of either kind, Parquet files lie one by one or in a folder.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import random
 import tarfile
 from itertools import islice
@@ -21,7 +23,21 @@ from imgtok.data.loaders import eval_loader, train_loader
 from imgtok.metrics.saved_images import SavedImages
 
 CLASSES = ["ant", "ant-2", "10", "9", "c.d", "ä ö", "日本", "_x"]
-STEMS = ["a", "photo_v1.0", "photo_v1.1", "22.01", "ünï", "日", "with space", "UP", "-x"]
+STEMS = [
+    "a",
+    "photo_v1.0",
+    "photo_v1.1",
+    "22.01",
+    "ünï",
+    "u\u0308",
+    "日",
+    "with space",
+    "UP",
+    "-x",
+    "[1]",
+    "{a,b}",
+    "a\nb",
+]
 SUFFIXES = [".png", ".PNG", ".jpg", ".JPEG", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".avif", "", ".dat", ".1"]
 
 
@@ -36,6 +52,7 @@ class Tree:
             for stem in self.random.sample(STEMS, self.random.randint(2, 4)):
                 deep = self.random.choice(["", "", "deep/", "de.ep/"])
                 self.picture(f"{name}/{deep}{stem}{self.random.choice(SUFFIXES)}")
+                self.caption(f"{name}/{deep}{stem}")
             self.rubbish(name)
         self.link_files()
         self.link_folder()
@@ -53,11 +70,16 @@ class Tree:
         value = self.random.randrange(0, 250, 5)  # equal ones come about
         Image.new("RGB", (8, 8), (value, value, value)).save(buffer, "png")
         self.put(name, buffer.getvalue())
-        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+        if not any(part.startswith(".") or part in ("__MACOSX", "PaxHeader") for part in name.split("/")):
             self.images[name] = value
 
+    def caption(self, key: str) -> None:
+        ending, text = self.random.choice([(".txt", f"\ufeff{key}"), (".json", json.dumps({"caption": key})), ("", "")])
+        if ending:
+            self.put(key + ending, text.encode())
+
     def rubbish(self, name: str) -> None:
-        for hidden in (".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a.png", ".hidden.png"):
+        for hidden in (".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a.png", "PaxHeader/a.png", ".hidden.png"):
             if self.random.random() < 0.5:
                 self.picture(f"{name}/{hidden}")
         others = {"notes.txt": b"x", "empty.png": b"", "Thumbs.db": b"x", "bare": b"GIF?", "e": b""}
@@ -67,14 +89,19 @@ class Tree:
         if self.random.random() < 0.5:
             (self.root / name / "gone.png").symlink_to("nowhere.png")
         if self.random.random() < 0.5:
+            (self.root / name / "gone").symlink_to("nowhere")
+        if self.random.random() < 0.5:
             (self.root / name / "loop").symlink_to("..")
 
     def link_files(self) -> None:
         for target in self.random.sample(sorted(self.images), 2):
             name = f"{target.partition('/')[0]}/link {target.rpartition('/')[2]}"
-            if (self.root / name).is_symlink():
+            if (self.root / name).is_symlink() or (self.root / name).exists():
                 continue
-            (self.root / name).symlink_to(self.root / target)
+            if self.random.random() < 0.5:
+                (self.root / name).symlink_to(self.root / target)
+            else:
+                (self.root / name).hardlink_to(self.root / target)  # of which a tar has the second as a link
             self.images[name] = self.images[target]
 
     def link_folder(self) -> None:
@@ -95,7 +122,7 @@ class Tree:
         found = [p for p in self.root.rglob("*") if p.is_symlink() or p.is_file()]
         found = [p for p in found if not any(parent.is_symlink() for parent in p.parents)]
         names = sorted((p.relative_to(self.root).as_posix() for p in found), key=lambda n: (n.partition("/")[0], n))
-        with tarfile.open(path, "w") as tar:
+        with tarfile.open(path, "w", format=self.random.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
             for name in names:
                 header = tar.gettarinfo(self.root / name, name)
                 if header.issym() and header.linkname.startswith("/"):  # in a tar it is relative
@@ -105,13 +132,23 @@ class Tree:
         return path
 
     def table(self, path: Path) -> Path:
-        """A Parquet file of the images, with the names of their classes."""
+        """The images with the names of their classes: a Parquet file, or a folder with two."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         names = [name for name, _, _ in self.wanted]
-        images = [{"bytes": (self.root / name).read_bytes(), "path": name} for name in names]
-        pq.write_table(pa.table({"image": images, "label": [name.partition("/")[0] for name in names]}), path)
+        data = [(self.root / name).read_bytes() for name in names]
+        images = data if self.random.random() < 0.5 else [{"bytes": each, "path": None} for each in data]
+        table = pa.table({"image": images, "label": [name.partition("/")[0] for name in names]})
+        if self.random.random() < 0.5:
+            pq.write_table(table, path)
+            return path
+        (path / "_temporary").mkdir(parents=True)
+        (path.with_name("elsewhere")).mkdir()
+        (path / "second").symlink_to("../elsewhere")
+        pq.write_table(table.slice(0, 3), path / "_temporary" / "0.parquet")
+        pq.write_table(table.slice(0, 3), path / "a.parquet")
+        pq.write_table(table.slice(3), path / "second" / "a.parquet", compression="zstd", row_group_size=2)
         return path
 
 
@@ -130,6 +167,8 @@ def test_readers_agree(tmp_path, seed):
     sources = {kind: open_images(config, 8, held_out_fraction=0.0) for kind, config in kinds.items()}
     wanted = [image for image in tree.wanted if image[2] is not None]
     order = None
+    captions = [sources[kind].texts(range(len(wanted) + 1)) for kind in ("folder", "tar")]
+    assert captions[0] == captions[1]
     for kind, source in sources.items():
         assert source.class_names == tuple(tree.classes), kind
         assert len(source) == len(wanted) + 1, kind
