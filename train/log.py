@@ -158,6 +158,7 @@ class Log:
         shown = {"loss": f"{record['loss']:.4g}", "lr": f"{rate:.3g}", "norm": f"{record['grad_norm']:.3g}"}
         if "codebook_use" in record:
             shown["codes"] = f"{record['codebook_use']:.1%}"
+            shown["perplexity"] = f"{record['codebook_perplexity']:.4g}"
         shown["img/s"] = f"{self.speed:.0f}"
         self.bar.set_postfix(shown, refresh=False)  # the bar itself has the time that is left
         if self.bar.disable:
