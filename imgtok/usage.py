@@ -161,7 +161,7 @@ class Page:
 
     def _foot(self) -> list[str]:
         rows = [
-            (f"{self.command} --help FIELD", "a field or a section in full, such as --help out"),
+            (f"{self.command} --help FIELD", "one field or section in full"),
             (f"{self.command} --help all", "everything"),
         ]
         width = max(len(left) for left, _ in rows) + 2

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
+import importlib
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -196,7 +199,7 @@ sections
   net.*                         The net (1 fields)
   box.* [kind=flat]             What it comes in (kind flat, deep)
 
-imgtok train toy --help FIELD  a field or a section in full, such as --help out
+imgtok train toy --help FIELD  one field or section in full
 imgtok train toy --help all    everything
 """
 
@@ -623,3 +626,19 @@ def test_python_oo_loads_a_model() -> None:
     code = "import imgtok; imgtok.load('shapes32')"
     done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
     assert "ValueError: python -OO (PYTHONOPTIMIZE=2) drops doc strings, and diffusers checks its own" in done.stderr
+
+
+def test_the_short_help_of_every_job_is_a_page_or_two(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, (name, _) in cli.JOBS.items():
+        module = importlib.import_module(name)
+        page = cli.job_help(module, ["--help"], f"imgtok {command}").splitlines()
+        assert len(page) <= 60, command
+        assert max(map(len, page)) <= 84, command
+        assert (
+            page.index("required") < page.index("sections" if "sections" in page else "more") or command == "evaluate"
+        )
+        for field in dataclasses.fields(module.Config):
+            assert field.name == "job" or any(re.match(rf"  {field.name}(\.\*)?( |$)", line) for line in page), (
+                field.name
+            )
