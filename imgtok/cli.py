@@ -241,8 +241,12 @@ def _keep_doc_strings() -> None:
 
 
 def _dispatch(argv: list[str]) -> None:
-    if argv[:1] == ["help"]:
+    if argv and argv[0] in ("help", *HELP):
         argv = _as_option(argv[1:])
+    for place in (1, 2):  # `train help`, `sample help`: nobody means a model of that name
+        named = " ".join(argv[:place]) in (*JOBS, *TOOLS) or (place == 1 and _deeper(argv[0] if argv else ""))
+        if named and argv[place : place + 1] == ["help"] and not Path("help").exists():
+            argv[place] = HELP[0]
     if not argv or argv[0] in HELP:
         print(overview(USAGE, JOBS, TOOLS))
     elif argv[0] == "--version":

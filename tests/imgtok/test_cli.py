@@ -232,7 +232,7 @@ class Grouped(Config):
 
 @pytest.mark.parametrize(
     "words",
-    ["train toy --help", "train toy -h", "help train toy", "train toy per_class=3 --help"],
+    ["train toy --help", "train toy -h", "help train toy", "train toy per_class=3 --help", "train toy help"],
 )
 def test_short_help_has_a_line_a_field_in_groups(words, toy, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -288,7 +288,7 @@ def test_what_help_does_not_know_is_named_with_what_is_like_it(words, message, t
 
 
 def test_help_of_a_group_of_commands(toy, capsys) -> None:
-    for words in (["train", "--help"], ["help", "train"], ["train", "-h"]):
+    for words in (["train", "--help"], ["help", "train"], ["train", "-h"], ["train", "help"], ["--help", "train"]):
         assert cli.main(words) == 0
         assert capsys.readouterr().out.startswith("usage: imgtok train toy ...\n\n  train toy  a toy\n")
     for words in ([], ["help"], ["-h"], ["--help"]):
