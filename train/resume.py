@@ -114,6 +114,10 @@ CONTENTS |= dict.fromkeys(("tokens", "latents", "text"), "made_from")
 """Field or section -> the part of a run's identity that says whether its content is the same."""
 
 
+OTHERS = {"names": "other names", "labels": "other labels or classes", "content": "other sizes or bytes of the files"}
+"""Part of the identity of data that is a digest -> what it means that it differs."""
+
+
 def policy_of(name: str) -> Policy:
     """What holds for a field, by its dotted name: the longest entry of POLICIES that it is or lies in, or refused."""
     parts = name.split(".")
@@ -250,8 +254,10 @@ def _check_content(
 def _difference(before: Any, now: Any, defaults: Mapping[str, Any]) -> str:
     """How two identities of the same part differ; "" if they do not."""
     if isinstance(before, dict) and isinstance(now, dict):
-        lines = [f"{name}: {shown(old)} then, {shown(new)} now" for name, old, new in differing(before, now, defaults)]
-        return "; ".join(lines)
+        return "; ".join(
+            OTHERS.get(name) or f"{name}: {shown(old)} then, {shown(new)} now"
+            for name, old, new in differing(before, now, defaults)
+        )
     return "" if before == now else f"{before} then, {now} now"
 
 
