@@ -208,7 +208,7 @@ def _are_storage(place: Place) -> bool:
 def _table_in(place: Place) -> str | None:
     """A file at the top that is called as labels are, or in which our images have labels."""
     tables = [name for name in place.listing.others if "/" not in name and suffix_of(name) in _TABLES]
-    known = next((name for name in tables if _SUSPECTS.search(name)), None)
+    known = next((name for name in tables if _SUSPECTS.search(name) and not _has_captions_alone(place, name)), None)
     lone = (name for name in tables if name[: -len(suffix_of(name))] not in place.stems)  # not what one image has
     return known or next((name for name in itertools.islice(lone, _LOOKED_INTO) if _has_our_labels(place, name)), None)
 
@@ -221,6 +221,16 @@ def _has_our_labels(place: Place, name: str) -> bool:
         return known and bool(_pairs(text, name))
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
+
+
+def _has_captions_alone(place: Place, name: str) -> bool:
+    """Whether a table has captions and no labels, as `metadata.jsonl` of the library datasets may."""
+    try:
+        columns = _rows(_read(place, name).decode("utf-8-sig", errors="replace"), suffix_of(name))[0]
+    except (ValueError, TypeError, AttributeError, IndexError):
+        return False
+    known = {str(column).lower() for column in columns}
+    return bool(known & {"text", "caption"}) and not known & set(_LABELS)
 
 
 def _fields(places: Sequence[Place]) -> list[str]:
@@ -370,12 +380,7 @@ def _pairs_of_json(text: str) -> Iterable[tuple[Any, Any]]:
 def _pairs_of_rows(text: str, suffix: str) -> Iterable[tuple[Any, Any]]:
     if suffix == ".txt":
         return [_pair_of_line(line) for line in text.splitlines() if line.strip()]
-    if suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        lines = list(csv.reader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
-        head, *rest = [line for line in lines if line]
-        rows = [dict(zip(head, line, strict=False)) for line in rest]
+    rows = _rows(text, suffix)
     if not rows:
         raise ValueError("it has no rows")
     known = {str(key).lower().strip(): key for key in rows[0]}
@@ -383,6 +388,14 @@ def _pairs_of_rows(text: str, suffix: str) -> Iterable[tuple[Any, Any]]:
     if name is None or label is None:
         raise ValueError(f"its columns are {', '.join(map(str, rows[0]))}")
     return [(row[name], row[label]) for row in rows]
+
+
+def _rows(text: str, suffix: str) -> list[dict[str, Any]]:
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    lines = list(csv.reader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    head, *rest = [line for line in lines if line]
+    return [dict(zip(head, line, strict=False)) for line in rest]
 
 
 def _pair_of_line(line: str) -> tuple[str, str]:

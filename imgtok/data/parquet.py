@@ -175,9 +175,8 @@ def parquet_files(path: str) -> list[str]:
     Raises FileNotFoundError where there are none, DataError for a folder with several splits of a data set.
     """
     path = os.path.expanduser(path)  # noqa: PTH111 - a pattern is no path
-    if Path(path).is_dir():
-        return _files_in(Path(path))
-    return expand(path)
+    places = [path] if Path(path).is_dir() else expand(path)
+    return [file for place in places for file in (_files_in(Path(place)) if Path(place).is_dir() else [place])]
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -57,12 +57,14 @@ def parts_of(config: FileConfig) -> Parts:
     if isinstance(config, ImageFolderConfig):
         return Parts(config, None)
     known = SUFFIXES[config.kind]
-    files = _by_part((name for name in list_folder(root).others if suffix_of(name) in known), _of_file)
+    every = [name for name in sorted(list_folder(root).others) if suffix_of(name) in known]
+    files = _by_part(every, _of_file)
     if "train" not in files or len(files) == 1:
         return Parts(config, None)
     below = os.path.join(glob.escape(str(root)), "**")  # noqa: PTH118 - a pattern is no path
     patterns = {part: f"{below}/{_word(names[0])}*{suffix_of(names[0])}" for part, names in files.items()}
-    return _chosen(config, patterns, root, [f"{part}*" for part in patterns])
+    others = [name for name in every if _of_file(name) is None]
+    return _chosen(config, patterns, root, [*(f"{part}*" for part in patterns), *others])
 
 
 def check_there(part: FileConfig) -> None:
@@ -92,7 +94,8 @@ def _chosen(config: Any, found: dict[str, Any], root: Path, there: Sequence[str]
     train = replace(config, path=found["train"])
     taken = {f"{part}{end}" for part in (*TRAIN, held_out) for end in "/*"}
     if left := [name for name in there if name.lower() not in taken]:
-        logger.info("%s: the data set is its part `train`; left out: %s", root, ", ".join(left))
+        few = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        logger.info("%s: the data set is its part `train`; left out: %s", root, few)
     return Parts(train, None if held_out is None else replace(config, path=found[held_out]))
 
 

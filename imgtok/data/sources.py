@@ -190,10 +190,10 @@ def _no_images(where: Path, listing: Listing) -> DataError:
     """The error for a folder without images: what there is instead."""
     others = [*listing.others, *listing.unreadable]
     suffixes = Counter(suffix_of(name) or "no suffix" for name in others)
-    listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8)) or "none"
-    hidden = f" and {listing.hidden} hidden" if listing.hidden else ""
-    what = f"found {len(others)} other file{'s'[: len(others) != 1]} ({listed}){hidden}"
-    what = what if others or hidden else "the folder is empty"
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
+    found = [f"{len(others)} other file{'s'[: len(others) != 1]} ({listed})"] if others else []
+    found += [f"{listing.hidden} hidden"] if listing.hidden else []
+    what = f"found {' and '.join(found)}" if found else "the folder is empty"
     kind = next((hint for suffix, _ in suffixes.most_common() if (hint := other_kind(f"_{suffix}"))), "")
     return DataError(f"{where}: no images; {what}{kind}. Images are files that end in {', '.join(SUFFIXES)}")
 
@@ -295,21 +295,22 @@ def expand(pattern: str, suffix: str = "") -> list[str]:
     files = []
     whole = os.path.expanduser(pattern)  # noqa: PTH111 - a pattern is no path
     for part in [whole] if Path(whole).exists() else _expand_braces(whole):  # a folder may be called {a,b}
-        if suffix and Path(part).is_dir():
-            found = [str(Path(part, name)) for name in list_folder(Path(part)).others if suffix_of(name) == suffix]
-            found.sort()
-            if not found:
-                there = sorted(entry.name for entry in Path(part).iterdir() if not is_hidden(entry.name))
-                listed = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "") if there else "nothing"
-                raise FileNotFoundError(f"{part}: no files in this folder end in {suffix}; it holds {listed}")
-            files += found
-            continue
-        found = [part] if Path(part).is_file() else sorted(glob.glob(part, recursive=True))  # noqa: PTH207
+        found = [part] if Path(part).exists() else sorted(glob.glob(part, recursive=True))  # noqa: PTH207
         if not found:
             origin = f" (from {pattern})" if part != whole else ""
             raise FileNotFoundError(f"{part}: no such file{origin}{_not_local(part)}")
-        files += found
+        for place in found:
+            files += _files_in(Path(place), suffix) if suffix and Path(place).is_dir() else [place]
     return files
+
+
+def _files_in(folder: Path, suffix: str) -> list[str]:
+    found = sorted(str(folder / name) for name in list_folder(folder).others if suffix_of(name) == suffix)
+    if not found:
+        there = sorted(entry.name for entry in folder.iterdir() if not is_hidden(entry.name))
+        listed = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "") if there else "nothing"
+        raise FileNotFoundError(f"{folder}: no files in this folder end in {suffix}; it holds {listed}")
+    return found
 
 
 def _expand_braces(pattern: str) -> list[str]:

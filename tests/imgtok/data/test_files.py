@@ -469,6 +469,23 @@ def test_a_class_called_train_is_no_part(tmp_path, caplog):
     assert "the data set is its part `train`; left out: bus/, notes/, test/" in caplog.text
 
 
+def test_tars_beside_the_parts_are_named_and_a_pattern_may_mean_folders(tmp_path, caplog):
+    (tmp_path / "set").mkdir()
+    for name in ("train-0", "val-0", "extra"):
+        write_tar(tmp_path / "set" / f"{name}.tar", {f"{name}.png": picture()})
+    with caplog.at_level(logging.INFO):
+        assert len(open_images(TarConfig(path=str(tmp_path / "set")), 8)) == 1
+    assert "the data set is its part `train`; left out: extra.tar" in caplog.text
+    assert len(tar(tmp_path / "s*")) == 3
+
+
+def test_captions_of_a_table_are_no_labels(tmp_path):
+    for name in ("ant/1.png", "bee/1.png"):
+        write(tmp_path / name, picture())
+    write(tmp_path / "metadata.jsonl", b'{"file_name": "ant/1.png", "text": "an ant"}\n')
+    assert folder(tmp_path).labels.names == ("ant", "bee")
+
+
 def test_a_mistyped_part_is_refused_by_jobs_that_do_not_read_it(tmp_path):
     write(tmp_path / "train" / "a" / "1.png", picture())
     with pytest.raises(FileNotFoundError, match="vall: no such folder of images"):
