@@ -473,7 +473,7 @@ def _load_ours(
     wanted = model.state_dict()
     if stored.keys() != wanted.keys():  # unless the model itself has a part that is called as wrappers are
         exact = open_weights(stored.path, as_stored=True)
-        stored = exact if exact.keys() == wanted.keys() else under_prefix(stored, wanted.keys()) or stored
+        stored = exact if exact.keys() == wanted.keys() else under_prefix(stored, wanted.keys())
     check_tensors(stored.blank, wanted, stored.path, f"{model_class.__name__} that {CONFIG_NAME}")
     return fill(model, stored.items(), map_location=map_location, dtype=dtype)
 

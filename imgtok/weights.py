@@ -176,22 +176,22 @@ def _is_counter(found: Weights, name: str) -> bool:
     return name in COUNTERS and found.blank[name].numel() == 1
 
 
-def under_prefix(found: Weights, names: Collection[str]) -> Weights | None:
+def under_prefix(found: Weights, names: Collection[str]) -> Weights:
     """The tensors `names` where they, and nothing else, stand under one prefix, such as `vae.` in the file of a larger
-    model; None where they do not, or where averaged ones may stand beside them.
+    model; all that is found where they do not, or where averaged ones may stand beside them.
 
     Raises ValueError where there are several such prefixes.
     """
     first = next(iter(names))
     prefixes = sorted({name[: -len(first)] for name in found if name.endswith(f".{first}")})
     fitting = [p for p in prefixes if {n.removeprefix(p) for n in found if n.startswith(p)} == set(names)]
+    if not fitting or found.keys() == names:
+        return found
     if len(fitting) > 1:
         raise ValueError(f"{found.path}: it holds such a model several times, as {', '.join(fitting)}*; keep one")
-    if not fitting:
-        return None
     beside = sorted({name.partition(".")[0] for name in found if not name.startswith(fitting[0])})
     if any(map(_AVERAGED.search, beside)):
-        return None
+        return found
     logger.info("%s: took its tensors %s*, and left %s", found.path, fitting[0], ", ".join(beside) or "nothing")
     return found.select({name: fitting[0] + name for name in names})
 

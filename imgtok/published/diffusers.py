@@ -17,7 +17,7 @@ from imgtok.config import ConfigError
 from imgtok.files import replacing
 from imgtok.hub import CONFIG_NAME, Found
 from imgtok.tokenizers.vae import VAE, VAEConfig, encoder_blocks
-from imgtok.weights import check_tensors, fill, skeleton, state_of, write_tensors
+from imgtok.weights import check_tensors, fill, skeleton, state_of, under_prefix, write_tensors
 
 KIND = "vae"
 LOOKS_LIKE = "the folder of an AutoencoderKL of diffusers"
@@ -113,9 +113,10 @@ def load(
     """
     config = configuration(found)
     stored = found.weights(raw=raw)
-    tensors = stored.select(todays_names(stored))
     vae = skeleton(lambda: VAE(config))
-    check_tensors(tensors.blank, vae.autoencoder.state_dict(), stored.path, f"autoencoder that {CONFIG_NAME}")
+    wanted = vae.autoencoder.state_dict()
+    tensors = under_prefix(stored.select(todays_names(stored)), wanted.keys())
+    check_tensors(tensors.blank, wanted, stored.path, f"autoencoder that {CONFIG_NAME}")
     pairs = ((f"autoencoder.{name}", value) for name, value in tensors.items())
     return fill(vae, pairs, map_location=map_location, dtype=dtype)
 

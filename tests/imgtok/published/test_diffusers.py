@@ -65,6 +65,13 @@ def test_a_folder_of_diffusers_is_the_same_autoencoder(written):
     assert same(load_vae(str(folder)), model)
 
 
+def test_weights_under_a_prefix_of_a_larger_model(written, tmp_path):
+    folder = copy(written[0], tmp_path)
+    path = folder / DIFFUSERS_WEIGHTS
+    save_file({f"first_stage_model.{name}": value for name, value in load_file(path).items()}, path)
+    assert same(load_vae(folder), written[1])
+
+
 def test_attention_in_the_last_level_of_the_encoder(tmp_path):
     torch.manual_seed(0)
     AutoencoderKL(
