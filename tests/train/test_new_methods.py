@@ -37,7 +37,7 @@ class JudgedTok(toy.ToyTok):
     reconstructs = True
 
     def forward(self, images, *, generator):
-        _, parts = super().forward(images, generator=generator)
+        parts = super().forward(images, generator=generator).parts
         patches = toy.patchify(images, self.config.patch_size)
         side = self.config.image_size // self.config.patch_size
         decoded = self.decoder(self.quantizer(self.encoder(patches)))
