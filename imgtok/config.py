@@ -183,6 +183,10 @@ FROM_DATA = object()
 says so, and `complete` leaves it out."""
 
 
+REMEDY = "remedy"
+"""In the `metadata` of a field without a default: how it is given, for the message of a configuration without it."""
+
+
 class Unresolved:
     """Part of a configuration that is kept as it is given until it is known what it is of; see `imgtok.sections`."""
 
@@ -305,7 +309,8 @@ def build(kind: type, data: Any, place: Place, default: Any) -> Any:
         if field.name in data:
             values[field.name] = convert(hints[field.name], data[field.name], place.child(field.name), fallback)
         elif fallback is dataclasses.MISSING:
-            raise place.child(field.name).error(f"is required, must be {expected(hints[field.name])}")
+            remedy = field.metadata.get(REMEDY) or f"must be {expected(hints[field.name])}"
+            raise place.child(field.name).error(f"is required, {remedy}")
         else:
             values[field.name] = fallback
     try:

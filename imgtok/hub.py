@@ -236,6 +236,12 @@ class Found:
         found = {"path": str(self.path), "kind": self.kind, "step": self.step, "fingerprint": self.fingerprint()}
         return {"name": self.name, **found}
 
+    @property
+    def in_words(self) -> str:
+        """Its name, and in brackets its kind and how long it was trained, as the line says that a job begins with."""
+        steps = "" if self.step is None else f", step {self.step}"
+        return f"{self.name} ({self.kind}{steps})"
+
     def check(self, expect: type[Any]) -> None:
         """Raises ValueError unless its class is `expect` or derived from it."""
         found = self.model_class

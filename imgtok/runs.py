@@ -17,6 +17,8 @@ FINAL, CHECKPOINTS = "final", "checkpoints"
 """Folders of a run: the finished model, and the checkpoints, `step_0001000` and so on."""
 CONFIG, STATE = "config.yaml", "state.json"
 """In each checkpoint and in `final`: the whole configuration of the run, and `Progress` with the size of every file."""
+IDENTITY = "identity.json"
+"""In a run's folder: what tells its data and the models that it stands on from others."""
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
 """In each checkpoint: all tensors of what is trained, which may be more than the model; and the averaged ones of these,
 where the run keeps an average."""

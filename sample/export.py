@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from imgtok import announce, runs
 from imgtok.cli import run_job
 from imgtok.config import PositiveFloat, check
+from imgtok.files import replacing
 from imgtok.generators.conditioning import ConditionalGenerator
-from imgtok.hub import KINDS, load, resolve, writers
+from imgtok.hub import KINDS, Found, load, resolve, writers
 from imgtok.tokenizers.base import Autoencoder
 
 logger = logging.getLogger(__name__)
@@ -50,14 +53,20 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes the folder or file `out`."""
-    model = load(config.model, revision=config.revision, raw=config.raw)
-    if config.vae is not None:
-        add_autoencoder(model, open_autoencoder(config.vae, config.vae_scaling_factor), config.out / "tokenizer")
-    if config.layout == "imgtok":
-        model.save_pretrained(config.out)
-    else:
+    found = resolve(config.model, revision=config.revision)
+    announce.begins("export", model=found.in_words, layout=config.layout, out=config.out)
+    model = load(found, raw=config.raw)
+    if config.layout == "published":
         writer_of(model).save(model, config.out)
-    logger.info("wrote %s in the layout %s", config.out, config.layout)
+    else:
+        decoder = find_decoder(config, found, model)
+        model.save_pretrained(config.out)
+        if decoder is not None:
+            decoder.save_pretrained(config.out / "tokenizer")
+        if (record := found.path / runs.CONFIG).is_file():  # what it was trained on
+            with replacing(config.out / runs.CONFIG) as temporary:
+                shutil.copyfile(record, temporary)
+    announce.ends(config.out)
 
 
 def writer_of(model: Any) -> Any:
@@ -72,18 +81,30 @@ def writer_of(model: Any) -> Any:
     return next(iter(found.values()))
 
 
-def open_autoencoder(name: str, scaling_factor: float | None) -> Autoencoder:
-    """By any of its names. Raises ValueError for anything else."""
-    model: Autoencoder = load(resolve(name, expect=Autoencoder).scaled(scaling_factor))
-    return model
+def find_decoder(config: Config, found: Found, model: Any) -> Any:
+    """What decodes that which a generator draws: the autoencoder `vae`, or what its folder or its run has. None for
+    other models, and where there is none, which the log says.
 
-
-def add_autoencoder(model: Any, autoencoder: Autoencoder, folder: Path) -> None:
-    """Raises ValueError for a model that is given none, or another one."""
+    Raises ValueError for an autoencoder that does not fit, or that is given to a model which takes none.
+    """
     if not isinstance(model, ConditionalGenerator):
-        raise ValueError(f"vae: a {type(model).__name__} is given no autoencoder; leave vae out")
-    model.check_decoder(autoencoder)
-    autoencoder.save_pretrained(folder)
+        if config.vae is not None:
+            raise ValueError(f"vae: a {type(model).__name__} is given no autoencoder; leave vae out")
+        return None
+    if config.vae is not None:
+        there = resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor)
+    else:
+        try:
+            there = found.part()
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning(
+                "%s: without a decoder (%s); name one to sample from it, `imgtok sample %s tokenizer=MODEL`",
+                *(config.out, error, config.out),
+            )
+            return None
+    decoder = load(there)
+    model.check_decoder(decoder)
+    return decoder
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok import pictures, signals
+from imgtok import announce, pictures, signals
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
 from imgtok.data.files import numbered_images
@@ -107,6 +107,7 @@ def main(config: Config) -> None:
     )
     plan = Plan.make(config, pipe)
     labels = plan.labels
+    say_what_is_drawn(config, plan, pipe)
     folder = config.out / ".parts" if config.format == "npz" else config.out
     if state.is_main_process:
         claim_folder(config, labels, describe_request(config, plan, pipe))
@@ -129,6 +130,19 @@ def main(config: Config) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         finish(config, plan, folder, pipe.class_names)
+
+
+def say_what_is_drawn(config: Config, plan: Plan, pipe: Pipeline) -> None:
+    """The line that the job begins with."""
+    assert pipe.found is not None, "it was loaded by its name"
+    model, decoder = pipe.found
+    what = "prompt" if plan.prompts else "class"
+    count = len({*plan.labels})
+    subjects = f"{count} {what}{'' if count == 1 else 's' if plan.prompts else 'es'}"
+    drawn = f"{len(plan.labels)} of {subjects}, seed {config.seed}"
+    announce.begins(
+        "sample", model=model.in_words, decoder=decoder.in_words, images=drawn, on=pipe.device, out=config.out
+    )
 
 
 @dataclass(frozen=True)
@@ -280,7 +294,8 @@ def finish(config: Config, plan: Plan, folder: Path, names: Sequence[str]) -> No
         pictures.save_png(draw_grid(plan, names, folder, config.grid), config.out / "grid.png")
     if config.format == "npz":
         pack_npz(folder, labels, npz_path(config), labels_name(config))
-    logger.info("%d images in %s", len(labels), config.out)
+        folder = npz_path(config)
+    announce.ends(folder, *([config.out / "grid.png"] if config.grid else []))
 
 
 def draw_grid(plan: Plan, names: Sequence[str], folder: Path, most: int) -> Tensor:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from imgtok import shipped, signals
+from imgtok import announce, shipped, signals
 from imgtok.cli import main as main_of_imgtok
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
@@ -59,7 +59,9 @@ def main(config: Config) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the quickstart starts its own programs: run it once, without torchrun or accelerate launch")
     plan = Plan.make(config)
-    run = Run(seed=config.seed, data=describe_data(plan.data))
+    data = describe_data(plan.data)
+    announce.begins("quickstart", data=data, configs=plan.configs, seed=config.seed, out=config.out)
+    run = Run(seed=config.seed, data=data)
     peaks: list[float] = []
     for title, arguments in plan.stages():
         seconds, peak = run_stage(title, arguments, config.out / "stages.json")
@@ -74,7 +76,7 @@ def main(config: Config) -> None:
     }
     page = write_page(run, config.out)
     logger.info("%s", json.dumps(run.figures, indent=2))
-    logger.info("open %s", page)
+    announce.ends(page, config.out / "report.json")
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok import pictures
+from imgtok import announce, pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
-from imgtok.data.images import DataConfig, open_images
+from imgtok.data.images import DataConfig
 from imgtok.data.loaders import eval_loader
+from imgtok.data.trained_on import Named, Training
 from imgtok.files import replacing
 from imgtok.hub import Found, load, resolve
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.scorers import CodeScorer, ReconstructionScorer, ScoredBatch, Scorer
 from imgtok.runtime import Blocks, process_state
 from imgtok.sections import Settings
-from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
@@ -52,12 +52,14 @@ class Config:
     """Folder or any other name of a tokenizer or an autoencoder, such as shapes32."""
     out: Path = Path("outputs/reconstructions")
     """Folder of `grid.png` and `rates.json`, which says what the model and the data were."""
-    data: DataConfig = ShapesConfig()
-    """Images; only those held out from training are used."""
+    data: DataConfig | None = None
+    """Images; null takes those that the model was trained on."""
     image_size: PositiveInt | None = None
-    """Pixels a side of the images; null takes the tokenizer's. An autoencoder takes several sizes: give one."""
-    held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
-    """Share of the images that training kept apart."""
+    """Pixels a side of the images; null takes the tokenizer's, or those that the autoencoder was trained at."""
+    held_out: Annotated[float, Range(0.0, 1.0)] | None = None
+    """Share of `data` that training kept apart: the part that is used. 1 takes all of it. Null takes what the model's
+    training kept apart of its own images, and all of others. A part of its own that `data` has (`val/`, `val_path`) is
+    taken whole."""
     num: PositiveInt = 16
     """Images to reconstruct."""
     rates: tuple[int | str, ...] = ()
@@ -89,14 +91,16 @@ def main(config: Config) -> None:
         return  # a picture is too little work to share
     named = resolve(config.model)
     model = open_model(named).to(state.device)
-    source = open_images(
-        config.data, size_for(model, config.image_size), split="held_out", held_out_fraction=config.held_out
-    )
+    size = size_for(model, config.image_size, named)
     rates = rates_of(model, config.rates)
     decoding = config.decoding.over(model.config.decoding, "decoding")
+    chosen = Named.of(config.data, named).to_show(size, config.held_out)
+    source = chosen.source
     blocks = Blocks(state.device, config.exact, config.threads)
     places = spread_indices(len(source), config.num)
     number = {place: number for number, place in enumerate(places)}
+    fewer = len(places) if len(places) < len(source) else None
+    announce.begins("reconstruct", data=chosen.words, num=fewer, model=named.in_words, on=state.device, out=config.out)
     scorers = {rate: open_scorers(model, rate, len(places)) for rate in rates}
     rows: list[dict[Rate | None, Tensor]] = []
     originals: list[Tensor] = []
@@ -116,7 +120,7 @@ def main(config: Config) -> None:
             progress.update(len(batch.images))
     shown = {rate: torch.cat([part[rate] for part in rows])[:SHOWN] for rate in rates}
     scores = {rate: read_scores(family) for rate, family in scorers.items()}
-    data = {**to_dict(config.data), "held_out": config.held_out, "image_size": source.size, "num": len(places)}
+    data = {**to_dict(chosen.data), "held_out": chosen.held_out, "image_size": source.size, "num": len(places)}
     made_of = {"model": named.about(), "data": data, "seed": config.seed, "decoding": to_dict(decoding)}
     write_results(config.out, torch.cat(originals)[:SHOWN], shown, scores, made_of)
 
@@ -132,15 +136,19 @@ def open_model(found: Found) -> Tokenizer | Autoencoder:
     return model
 
 
-def size_for(model: Tokenizer | Autoencoder, asked: int | None) -> int:
-    """Pixels a side of the images that a model is given. Raises ValueError for a size that it does not take."""
+def size_for(model: Tokenizer | Autoencoder, asked: int | None, found: Found) -> int:
+    """Pixels a side of the images that a model is given: for None the tokenizer's, or those that the autoencoder was
+    trained at, by its record. Raises ValueError for a size that it does not take.
+    """
     if isinstance(model, Tokenizer):
         if asked not in (None, model.image_size):
             raise ValueError(f"image_size: this tokenizer takes images of {model.image_size} pixels, given {asked}")
         return model.image_size
     factor: int = model.config.factor
+    if asked is None and (training := Training.of(found)) is not None:
+        asked = training.image_size
     if asked is None or asked % factor:
-        given = "none is given" if asked is None else f"given {asked}"
+        given = f"none is given, nor in a record of {found.name}" if asked is None else f"given {asked}"
         raise ValueError(f"image_size: an autoencoder takes images of any multiple of its {factor} pixels, {given}")
     return asked
 
@@ -264,6 +272,7 @@ def write_results(
     for name, found in record.items():
         cost = f"{found['tokens']:.1f} tokens, {found['bits']:.0f} bits, " if "tokens" in found else ""
         logger.info("%8s: %s%.2f dB", name, cost, found["psnr"])
+    announce.ends(out / "grid.png", out / "rates.json")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,11 @@ def test_an_autoencoder_alone_is_shown_and_scored(tmp_path, capsys):
     psnr_found = next(row["value"] for row in record["scores"] if row["key"] == "psnr")
     assert psnr_found == pytest.approx(expected, abs=1e-3)
     assert psnr_found > 25
+    run("reconstruct", "shapes32", f"out={tmp_path / 'recorded'}", "num=1", *DATA)  # at the size of its training
+    assert json.loads((tmp_path / "recorded/rates.json").read_text())["data"]["image_size"] == 32
+    assert imgtok(["reconstruct", str(tmp_path / "toyae"), f"out={tmp_path / 'x'}", *DATA]) == 2
+    assert "image_size: an autoencoder takes images of any multiple of its 2 pixels, none" in capsys.readouterr().err
     for words, message in (
-        ([], "image_size: an autoencoder takes images of any multiple of its 8 pixels, none is given"),
         (["image_size=30"], "multiple of its 8 pixels, given 30"),
         (["image_size=32", "rates=[4]"], "rates: an autoencoder has no tokens and no rates, given 4"),
         (["image_size=32", "decoding.steps=4"], "decoding"),

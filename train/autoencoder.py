@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
-from imgtok import hub, pictures
+from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveInt, Range, check
-from imgtok.data.images import DataConfig, ImageSource, open_split
+from imgtok.config import REMEDY, NonNegativeInt, PositiveInt, Range, check
+from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, open_split
 from imgtok.data.loaders import eval_loader
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.sections import ByKind, Section
-from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig
 from imgtok.train.image_job import ImageJob, to_train
-from imgtok.train.initialise import check_kind, configure, find_init, start_from
+from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
 
 
@@ -43,7 +42,7 @@ class Config:
     """Which program this file is for."""
     out: Path
     """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
-    data: DataConfig = ShapesConfig()
+    data: DataConfig = field(metadata={REMEDY: HOW_TO_NAME})
     """Images to train on."""
     flip: bool = False
     """Mirror each training image with probability one half; not for shapes."""
@@ -94,8 +93,9 @@ def main(config: Config) -> None:
     model, trained = build_model(config)
     config = replace(config, model=model.config)
     size = config.image_size
-    source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
+    source, shown, images = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job = AutoencoderJob(config, model, trained, perceptual, source, shown)
+    announce.begins("train autoencoder", data=images, model=model_in_words(config), out=config.out)
     fit(job, config.training, config.out, config)
 
 

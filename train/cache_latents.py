@@ -6,18 +6,20 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
+from imgtok import announce
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, check
-from imgtok.data.images import DataConfig, ImageSource, open_images, require_labels
+from imgtok.data.images import DataConfig, ImageSource, require_labels
 from imgtok.data.latents import LatentCacheInfo, LatentShardWriter
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shards import as_begun
+from imgtok.data.trained_on import Named
 from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
@@ -42,14 +44,15 @@ class Config:
     """Factor on its latents, kept in the description; null takes its own. Moments are stored without it."""
     out: Path
     """Folder of the shards."""
-    data: DataConfig = ShapesConfig()
-    """Images to encode."""
+    data: DataConfig | None = None
+    """Images to encode; null takes those that the autoencoder was trained on."""
     image_size: PositiveInt
     """Pixels a side, a multiple of the autoencoder's factor; each image is cropped in the centre."""
     split: Literal["train", "held_out"] = "train"
     """Which part of the data."""
-    held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
-    """Share of the images that is kept apart."""
+    held_out: Annotated[float, Range(0.0, 0.9)] | None = None
+    """Share of the images that is kept apart; null takes that of the autoencoder's training if it was on these images,
+    else 0.1."""
     mirrored: bool = False
     """Encode each image a second time, mirrored; training then takes either. Not for shapes."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -77,13 +80,15 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     state = process_state()
-    vae: Autoencoder = load(resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor))
+    found = resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor)
+    vae: Autoencoder = load(found)
     if config.image_size % vae.config.factor:
         raise ValueError(
             f"image_size: {config.image_size} pixels are no multiple of the {vae.config.factor} of one latent cell of "
             f"vae={config.vae}"
         )
-    source = open_images(config.data, config.image_size, split=config.split, held_out_fraction=config.held_out)
+    images = Named.of(config.data, found).to_encode(config.image_size, config.split, config.held_out)
+    config, source = replace(config, data=images.data), images.source
     require_labels(source, "a cache of latents")
     info = LatentCacheInfo(
         fingerprint=vae.fingerprint(),
@@ -102,7 +107,8 @@ def main(config: Config) -> None:
         dtype=config.dtype,
     )
     vae.to(state.device)
-    info = as_begun(config.out, info, config.data)
+    info = as_begun(config.out, info, images.data)
+    announce.begins("cache latents", data=images.words, vae=found.in_words, on=state.device, out=config.out)
     writer = LatentShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     encode = functools.partial(encode_rows, config, vae, source, UnreadableImages(len(source)))
     write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache latents")

@@ -6,20 +6,20 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
+from imgtok import announce
 from imgtok.cli import run_job
-from imgtok.config import PositiveInt, Range, check
+from imgtok.config import REMEDY, PositiveInt, Range, check
 from imgtok.data.captions import DTYPES, CaptionCacheInfo, CaptionShardWriter
-from imgtok.data.images import DataConfig, ImageSource, open_images
+from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, Opened, in_words
 from imgtok.data.shards import as_begun
 from imgtok.data.sources import DataError
 from imgtok.runtime import process_state
-from imgtok.shapes.world import ShapesConfig
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder, find_encoder
 from imgtok.train.shards import Rows, say_what_is_there, write_missing
@@ -41,7 +41,7 @@ class Config:
     (imgtok[judges]); that of arXiv 2502.13967 is FLAN-T5-XL."""
     out: Path
     """Folder of the shards."""
-    data: DataConfig = ShapesConfig(mode="text")
+    data: DataConfig = field(metadata={REMEDY: HOW_TO_NAME})
     """Images whose captions are read: the same as for `imgtok cache`."""
     split: Literal["train", "held_out"] = "train"
     """Which part of the data: the same as for `imgtok cache`."""
@@ -69,7 +69,8 @@ def main(config: Config) -> None:
         torch.set_num_threads(config.threads)
     find_encoder(config.encoder)  # a mistyped name is said before the data are opened
     state = process_state()
-    source = open_images(config.data, NO_SIZE, split=config.split, held_out_fraction=config.held_out)
+    opened = Opened(config.data)
+    source = opened.images(NO_SIZE, config.split, config.held_out)
     encoder = TextEncoder.load(config.encoder, max_length=config.max_length, device=state.device)
     info = CaptionCacheInfo(
         fingerprint=encoder.fingerprint(),
@@ -82,6 +83,10 @@ def main(config: Config) -> None:
         max_length=encoder.max_length,
         dtype=config.dtype,
     )
+    part = "to train on" if config.split == "train" else "held out"
+    share = "" if opened.has_held_out else f" (held_out={config.held_out:g})"
+    texts = f"the texts of {in_words(config.data)}: {len(source)} images {part}{share}"
+    announce.begins("cache text", data=texts, encoder=config.encoder, on=state.device, out=config.out)
     empty = encoder.encode([""])[0].features[0].cpu()
     info = as_begun(config.out, info, config.data)
     writer = CaptionShardWriter(config.out, info, empty, rank=state.process_index, world=state.num_processes)

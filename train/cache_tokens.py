@@ -6,19 +6,21 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
+from imgtok import announce
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check
-from imgtok.data.images import DataConfig, ImageSource, Views, open_images, require_labels
+from imgtok.data.images import DataConfig, ImageSource, Views, require_labels
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shards import as_begun
 from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter
+from imgtok.data.trained_on import Named
 from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
@@ -41,12 +43,13 @@ class Config:
     """Model folder or Hub name of the tokenizer."""
     out: Path
     """Folder of the shards."""
-    data: DataConfig = ShapesConfig()
-    """Images to tokenize."""
+    data: DataConfig | None = None
+    """Images to tokenize; null takes those that the tokenizer was trained on."""
     split: Literal["train", "held_out"] = "train"
     """Which part of the data, as tokenizer training divided it."""
-    held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
-    """Share of the images that tokenizer training kept apart."""
+    held_out: Annotated[float, Range(0.0, 0.9)] | None = None
+    """Share of the images that is kept apart; null takes that of the tokenizer's training if it was on these images,
+    else 0.1."""
     crops: Literal["center", "five", "random"] = "center"
     """The centre; the four corners and the centre of the image at `zoom` (LlamaGen's ten-crop, if mirrored); or
     `num_crops` random squares (ten, mirrored, in arXiv 2502.13967). Each crop is a training sample; not for shapes."""
@@ -102,7 +105,8 @@ def main(config: Config) -> None:
     state = process_state()
     found = resolve(config.tokenizer, expect=Tokenizer)
     tokenizer = load(found).to(state.device)
-    source = open_images(config.data, tokenizer.image_size, split=config.split, held_out_fraction=config.held_out)
+    images = Named.of(config.data, found).to_encode(tokenizer.image_size, config.split, config.held_out)
+    config, source = replace(config, data=images.data), images.source
     require_labels(source, "a cache of tokens")
     views = config.views
     rate = None if config.rate is None else Rate.parse(config.rate)
@@ -128,7 +132,8 @@ def main(config: Config) -> None:
         mirrored=views.mirrored,
         crop_seed=views.seed,
     )
-    info = as_begun(config.out, info, config.data)
+    info = as_begun(config.out, info, images.data)
+    announce.begins("cache", data=images.words, tokenizer=found.in_words, rate=rate, on=state.device, out=config.out)
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     encode = functools.partial(encode_rows, config, tokenizer, rate, source, UnreadableImages(len(source)))
     write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache")

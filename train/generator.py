@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from imgtok import hub, pictures
+from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveFloat, check
 from imgtok.data.captions import CaptionDataset
@@ -30,7 +30,7 @@ from imgtok.sections import ByKind, Section, Settings
 from imgtok.tokenizers.base import Losses
 from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition, preview_titles
 from imgtok.train.config import TrainingConfig
-from imgtok.train.initialise import Init, check_kind, configure, find_init, start_from
+from imgtok.train.initialise import Init, check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import Job, fit
 
 
@@ -124,7 +124,16 @@ def main(config: Config) -> None:
         model.set_empty_caption(captions.empty)
     if config.checkpoint_activations:
         model.recompute_activations()
-    fit(GeneratorJob(config, model, content, found, captions), config.training, config.out, config)
+    job = GeneratorJob(config, model, content, found, captions)
+    with_texts = "" if captions is None else f", with the texts of {config.text}"
+    announce.begins(
+        "train generator",
+        data=f"{content.in_words} in {folder}{with_texts}",
+        model=model_in_words(config),
+        tokenizer=found.in_words,
+        out=config.out,
+    )
+    fit(job, config.training, config.out, config)
 
 
 def find_class(config: Config, init: Init | None) -> type[ConditionalGenerator]:

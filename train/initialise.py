@@ -57,6 +57,13 @@ def configure(
     return section.over(base, facts, holder)
 
 
+def model_in_words(config: Any) -> str:
+    """The model that a job trains, for the line it begins with: its kind, and what it and its decoder start from."""
+    parts = [config.model.kind]
+    parts += [f"{name} {value}" for name in ("vae", "init") if (value := getattr(config, name, None)) is not None]
+    return ", ".join(parts)
+
+
 @torch.no_grad()
 def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
     """Fill `model`, freshly initialised, with the weights of `init`, strictly; without any, nothing happens.

@@ -227,8 +227,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return memory
 
 
-def describe_run(accelerator: Accelerator, config: TrainingConfig, model: nn.Module, out: Path) -> None:
-    """Log what a reader of the log asks first: versions, devices, parameters, batch, folder."""
+def describe_run(accelerator: Accelerator, config: TrainingConfig, model: nn.Module) -> None:
+    """Log what a reader of the log asks first: versions, devices, parameters, batch."""
     import accelerate
 
     if not accelerator.is_main_process:
@@ -247,9 +247,9 @@ def describe_run(accelerator: Accelerator, config: TrainingConfig, model: nn.Mod
         logger.info("parameters of %s: %s trainable, %s frozen", name, f"{trainable:,}", f"{frozen:,}")
     processes = accelerator.num_processes
     logger.info(
-        "effective batch %d = %d per process x %d accumulated x %d process(es); %d steps; output in %s",
+        "effective batch %d = %d per process x %d accumulated x %d process(es); %d steps",
         config.batch_size * config.accumulate * processes,
-        config.batch_size, config.accumulate, processes, config.steps, out,
+        config.batch_size, config.accumulate, processes, config.steps,
     )  # fmt: skip
     if config.steps and config.warmup_steps != config.warmup:
         logger.warning(

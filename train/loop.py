@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from imgtok import signals
+from imgtok import announce, signals
 from imgtok.randomness import step_generator
 from imgtok.runs import Progress
 from imgtok.signals import Requests
@@ -141,7 +141,7 @@ class Trainer:
         without = [parameter for group in self.groups if not group.averaged for parameter in group.parameters]
         self.ema = EMA(job.model, config.ema, warmup=config.ema_warmup, without=without)
         self.checkpoints = Checkpoints(accelerator, job.model, self.ema, out / "checkpoints", config.keep)
-        describe_run(accelerator, config, job.model, out)
+        describe_run(accelerator, config, job.model)
         self.start = self.resume()
         self.log = Log(accelerator, config, out, resolved, self.start)
         self.agreement = Agreement(accelerator)
@@ -330,5 +330,6 @@ class Trainer:
                     self.job.save(model, temporary)
                 publish(temporary, final, self.progress(self.config.steps), self.resolved)
         self.accelerator.wait_for_everyone()
-        logger.info("finished: %s", final)
+        if self.accelerator.is_main_process:
+            announce.ends(final)
         return final

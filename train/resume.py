@@ -20,7 +20,7 @@ from imgtok.cli import JOBS
 from imgtok.config import ConfigError
 from imgtok.data.sources import differing
 from imgtok.files import replacing
-from imgtok.runs import checkpoint_path, complete_steps, read_progress
+from imgtok.runs import IDENTITY, checkpoint_path, complete_steps, read_progress
 from imgtok.sections import completed
 from imgtok.train.config import TrainingConfig
 from imgtok.train.optim import rate_at
@@ -155,7 +155,7 @@ class Previous(NamedTuple):
         if not path.is_file():
             return None
         data: Any = _as_now(configuration.read_yaml(path), resolved)
-        known = out / "identity.json"
+        known = out / IDENTITY
         identity = _fingerprints(out) | {name: data[name] for name in ("made_from",) if data.get(name)}
         identity |= json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
         try:
@@ -326,7 +326,7 @@ def write(out: Path, resolved: Any, identity: Mapping[str, Any]) -> None:
     """Write config.yaml and identity.json."""
     configuration.save(resolved, out / "config.yaml")
     if identity:
-        with replacing(out / "identity.json") as temporary:
+        with replacing(out / IDENTITY) as temporary:
             temporary.write_text(json.dumps(dict(identity), indent=1), encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok import signals
+from imgtok import announce, signals
 from imgtok.data.shards import CacheInfo, images_in, refuse_other
 from imgtok.files import replacing
 from imgtok.signals import Requests
@@ -77,13 +77,13 @@ def write_missing(
 
 
 def say_what_is_there(folder: Path, info: CacheInfo, state: PartialState, what: str = "") -> None:
-    """One line in the log: of how many images the cache is, and how many could not be read."""
+    """The line that the job ends with: of how many images the cache is, and how many could not be read."""
     if not state.is_main_process:
         return
     count = images_in(folder, info)
     lost = info.num_images - count
     skipped = f" ({lost} of {info.num_images} could not be read)" if lost else ""
-    logger.info("%ss of %d images%s%s, in %s", info.PREFIX, count, skipped, f", {what}" if what else "", folder)
+    announce.ends(f"{folder}: {info.PREFIX}s of {count} images{skipped}{f', {what}' if what else ''}")
 
 
 def _write(

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from imgtok import hub, pictures
+from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
-from imgtok.data.images import DataConfig, ImageSource, open_split
+from imgtok.config import REMEDY, NonNegativeInt, PositiveFloat, Range, check
+from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, open_split
 from imgtok.data.loaders import Batch
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.losses.repa import Aligned, REPAConfig, Teacher, load_teacher
 from imgtok.sections import ByKind, Section
-from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
 from imgtok.train.image_job import ImageJob, to_train
-from imgtok.train.initialise import check_kind, configure, find_init, start_from
+from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
 
 
@@ -35,7 +34,7 @@ class Config:
     """Which program this file is for."""
     out: Path
     """Run folder: configuration, log, previews, checkpoints, and the model in `final/`."""
-    data: DataConfig = ShapesConfig()
+    data: DataConfig = field(metadata={REMEDY: HOW_TO_NAME})
     """Images to train on."""
     flip: bool = False
     """Mirror each training image with probability one half; not for shapes."""
@@ -101,7 +100,7 @@ def main(config: Config) -> None:
         loss.check_size(size)
         perceptual = loss.load_perceptual(size)
     teacher = load_teacher(config.repa) if config.repa is not None else None  # before the data: it may be missing
-    source, shown = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
+    source, shown, images = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job: TokenizerJob
     if teacher is not None:
         job = AlignedJob(config, model, teacher, source, shown)
@@ -110,6 +109,7 @@ def main(config: Config) -> None:
     if config.vae is not None:
         found = hub.resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor)
         job.identity["vae"] = found.fingerprint()
+    announce.begins("train tokenizer", data=images, model=model_in_words(config), out=config.out)
     fit(job, config.training, config.out, config)
 
 

@@ -71,6 +71,15 @@ class Content(ABC):
         """Of the classes in order; () where they have none."""
         return self.cache.class_names
 
+    @property
+    def in_words(self) -> str:
+        """`tokens of 36 images, 3 classes`, for the line that a job begins with."""
+        what = next(name for name, kind in CONTENTS.items() if isinstance(self, kind))
+        count, number = len(self.indices.unique()), self.num_classes
+        rows = f" ({len(self.cache)} views)" if len(self.cache) != count else ""
+        classes = f"{number} class{'es'[: 2 * (number != 1)]}" if number else "unlabelled"
+        return f"{what} of {count} image{'s'[: count != 1]}{rows}, {classes}"
+
 
 class TokenContent(Content):
     """Tokens of a tokenizer. Raises DataError for those of another one, else as `TokenDataset` and `load`."""

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,18 +35,21 @@ from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 
 __all__ = [
+    "HOW_TO_NAME",
     "Batch",
     "DataConfig",
     "DataError",
     "HubConfig",
     "ImageFolderConfig",
     "ImageSource",
+    "Opened",
     "ParquetConfig",
     "Position",
     "Sample",
     "ShapesConfig",
     "TarConfig",
     "Views",
+    "in_words",
     "open_images",
     "open_split",
     "require_labels",
@@ -56,6 +59,11 @@ logger = logging.getLogger(__name__)
 
 DataConfig = ImageFolderConfig | ParquetConfig | TarConfig | HubConfig | ShapesConfig
 """Every source of images; `kind` chooses one in a configuration."""
+HOW_TO_NAME = (
+    "data.kind=folder data.path=FOLDER names a folder of images (other kinds: parquet and webdataset with data.path, "
+    "huggingface with data.name), data.kind=shapes the built-in shapes"
+)
+"""What to say to somebody who named no images."""
 
 
 @dataclass(frozen=True)
@@ -239,23 +247,39 @@ def open_images(
         raise ValueError(f"size is {size}; images need at least 1 pixel a side")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out is {held_out_fraction}; it must be at least 0 and below 1")
-    return _Opened(config).images(size, split, held_out_fraction, flip=flip, crop=crop)
+    return Opened(config).images(size, split, held_out_fraction, flip=flip, crop=crop)
 
 
-def open_split(
-    config: DataConfig, size: int, *, flip: bool, crop: Crop, held_out: float
-) -> tuple[ImageSource, ImageSource]:
+class Divided(NamedTuple):
+    """The images of a training."""
+
+    source: ImageSource
+    """To train on."""
+    shown: ImageSource
+    """To show: those that are held out, or those that are trained on."""
+    words: str
+    """Which they are, and how many."""
+
+
+def open_split(config: DataConfig, size: int, *, flip: bool, crop: Crop, held_out: float) -> Divided:
     """Images to train on, and those that are held out, to show: a share of them, or a part of the data set's own.
 
     Without a share (0) and a part of its own, training images are shown. Raises as `open_images`.
     """
-    opened = _Opened(config)
+    opened = Opened(config)
     source = opened.images(size, "train", held_out, flip=flip, crop=crop)
-    shown: Split = "held_out" if held_out or opened.has_held_out else "train"
-    return source, opened.images(size, shown, held_out)
+    apart = bool(held_out) or opened.has_held_out
+    if apart and not opened.has_held_out and opened.count < 2:
+        raise DataError(
+            f"held_out: none of 1 image of {in_words(config)} can be held out: held_out=0 trains on it and shows it; "
+            "or add images"
+        )
+    shown = opened.images(size, "held_out" if apart else "train", held_out)
+    rest = f"{len(shown)} held out" if apart else "none held out"
+    return Divided(source, shown, f"{in_words(config)}: {size_in_words(source, '{} to train on, ' + rest)}")
 
 
-class _Opened:
+class Opened:
     """A data set whose files were looked through once, and is divided from there."""
 
     def __init__(self, config: DataConfig) -> None:
@@ -271,7 +295,21 @@ class _Opened:
         _say_what_it_is(parts.train, self._train)
         if parts.held_out is not None:
             check_there(parts.held_out)
-            logger.info("held-out images: those of %s", _where(parts.held_out))
+            logger.info("held-out images: those of %s", in_words(parts.held_out))
+
+    @property
+    def count(self) -> int:
+        """Images that are used, those of a part of its own for held-out images not among them."""
+        if isinstance(self.config, ShapesConfig):
+            return self.config.num_images
+        return min(len(self._train), self.config.num or len(self._train))
+
+    @property
+    def identity(self) -> str:
+        """As that of an `ImageSource`."""
+        if isinstance(self.config, ShapesConfig):
+            return json.dumps(to_dict(self.config), sort_keys=True)
+        return _identity(self._train, self.config.num)
 
     def images(
         self, size: int, split: Split, held_out_fraction: float, *, flip: bool = False, crop: Crop = "center"
@@ -288,7 +326,7 @@ class _Opened:
                 self._held_out = _open_records(own)
                 _say_what_it_is(own, self._held_out)
             records = self._held_out
-            labels = _as_in_training(records.labels, labels, _where(own))
+            labels = _as_in_training(records.labels, labels, in_words(own))
         chosen = _choose(labels, config.num)
         if own is None:
             chosen = chosen[split_indices(len(chosen), split, held_out_fraction)]
@@ -305,13 +343,28 @@ def _open_records(config: FileConfig) -> Records:
     return ArrowRecords(config)
 
 
-def _where(config: FileConfig) -> str:
+def in_words(config: DataConfig) -> str:
+    """The place of a data set, for messages."""
+    if isinstance(config, ShapesConfig):
+        return "the built-in shapes"
     return f"{config.name}, split {config.split}" if isinstance(config, HubConfig) else str(config.path)
+
+
+def size_in_words(source: ImageSource, which: str) -> str:
+    """`36 images to train on, 3 classes, 64 px`, where `which` is "{} to train on"."""
+    count, number = len(source), source.num_classes
+    classes = f"{number} class{'es'[: 2 * (number != 1)]}" if number else "unlabelled"
+    return f"{which.format(f'{count} image' + 's'[: count != 1])}, {classes}, {source.size} px"
 
 
 def _say_what_it_is(config: FileConfig, records: Records) -> None:
     labels = records.labels.in_words
-    logger.info("%s: %s; %s", _where(config), summary(len(records), records.left_out), labels)
+    logger.info("%s: %s; %s", in_words(config), summary(len(records), records.left_out), labels)
+
+
+def _identity(records: Records, num: int | None) -> str:
+    told = records.identity() | ({} if num is None else {"num": num})
+    return json.dumps(told, sort_keys=True)
 
 
 def _choose(labels: Labels, num: int | None) -> np.ndarray:
@@ -364,8 +417,9 @@ def split_indices(length: int, split: Split, held_out_fraction: float) -> np.nda
     order = permutation(0, 0, length)
     indices = np.sort(order[:held_out] if split == "held_out" else order[held_out:])
     if not len(indices):
-        part = f"held_out: none of {length} image{'s'[: length != 1]} is held out at held_out={held_out_fraction}"
-        raise DataError(f"{part}; add images, or raise held_out; held_out=0 trains on all, and shows these")
+        what = f"none of {length} image{'s'[: length != 1]} is held out at held_out={held_out_fraction:g}"
+        more = "add images" if held_out_fraction else "choose a share such as held_out=0.1"
+        raise DataError(f"held_out: {what}; {more}, or take the other part, split=train")
     return indices
 
 
@@ -399,8 +453,7 @@ class FileImages:
     @functools.cached_property
     def identity(self) -> str:
         """That of the records, with the number of images if it was limited."""
-        told = self._records.identity() | ({} if self._num is None else {"num": self._num})
-        return json.dumps(told, sort_keys=True)
+        return _identity(self._records, self._num)
 
     def _record(self, index: int) -> Record:
         place = int(self._indices[index])
@@ -585,5 +638,8 @@ def _shapes_split(config: ShapesConfig, split: str, held_out_fraction: float) ->
     if split == "train":
         return config
     if config.split != "train":
-        raise DataError(f"shapes: split is {config.split!r}; only split 'train' has a held-out part, which is 'val'")
+        raise DataError(
+            f"shapes: split is {config.split!r}; only split 'train' has a held-out part, which is 'val'. held_out=0 "
+            "trains on all of it, held_out=1 shows or scores all of it"
+        )
     return replace(config, split="val", num_images=max(1, round(config.num_images * held_out_fraction)))

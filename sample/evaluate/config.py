@@ -55,7 +55,8 @@ class Config:
     Where the package of EfficientNet-Lite0 is installed, fd_lite0 and perceptual_lite0 take the places of scores of
     real images whose weights are not here."""
     data: DataConfig | None = None
-    """Images to reconstruct, or real images for fid and others; for shapes (data.kind=shapes), the profile."""
+    """Images to reconstruct, for null those that the tokenizer was trained on; or real images for fid and others; for
+    shapes (data.kind=shapes), the profile."""
     probe_data: DataConfig | None = None
     """Real images with the classes that top1_probe reads; null takes `data`. The judge learns from some of them, once,
     and its accuracy is measured on the share `held_out` (0.1 if that is 0 or 1), from which it learns nothing."""
@@ -83,12 +84,14 @@ class Config:
     """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05, each of which is
     scored; empty takes those that the tokenizer lists (the powers of two up to all, say), all tokens for a model."""
     image_size: PositiveInt | None = None
-    """Pixels a side of what is reconstructed; null takes the tokenizer's. An autoencoder takes several: give one."""
+    """Pixels a side of what is reconstructed; null takes the tokenizer's, or those that the autoencoder was trained
+    at."""
     decoding: Settings = Settings()
     """Settings of the decoder, likewise."""
-    held_out: Annotated[float, Range(0.0, 1.0)] = 0.1
-    """Share of `data` that training kept apart: the part that is reconstructed. 1 takes `data` as it is, for images
-    that training never saw, such as the validation set of ImageNet."""
+    held_out: Annotated[float, Range(0.0, 1.0)] | None = None
+    """Share of `data` that training kept apart: the part that is reconstructed. 1 takes all of it. Null takes what the
+    tokenizer's training kept apart of its own images, and all of others, such as the validation set of ImageNet. A part
+    of its own that `data` has (`val/`, `val_path`) is taken whole."""
     inception_weights: Path | None = None
     """File of torch-fidelity's Inception weights; null looks in torch.hub's cache, then downloads."""
     trust_weights: bool = False
@@ -162,12 +165,14 @@ class Config:
     def probe_images(self) -> tuple[DataConfig, float]:
         """What top1_probe learns from, and the share of it that is held out. Raises ValueError where there is none."""
         if self.probe_data is not None:
-            return self.probe_data, self.held_out if 0 < self.held_out < 1 else 0.1
+            return self.probe_data, self.held_out if self.held_out and self.held_out < 1 else 0.1
         if self.data is None:
             raise ValueError(
                 "metrics: top1_probe learns from real images with the classes that it reads: give data.kind=... or "
                 "probe_data.kind=..."
             )
+        if self.held_out is None:
+            return self.data, 0.1
         if not 0 < self.held_out < 1:
             raise ValueError(
                 f"metrics: top1_probe learns from one part of data and is checked on the other, and held_out="
@@ -225,8 +230,6 @@ def check_inputs(config: Config) -> None:
         raise ValueError("give one of images=PATH, model=FOLDER (a generator) or tokenizer=FOLDER (reconstructions)")
     if config.originals is not None and config.images is None:
         raise ValueError("originals: these belong to images=PATH; a tokenizer's originals are its data.kind=...")
-    if config.reconstructs and config.data is None:
-        raise ValueError("data: which images should the tokenizer reconstruct? (data.kind=shapes, for example)")
     if config.images is not None and config.chosen_rates:
         raise ValueError("rates: finished images have no tokens any more; rates belong to model= or tokenizer=")
     if config.image_size is not None and not config.reconstructs:
@@ -247,11 +250,15 @@ def check_inputs(config: Config) -> None:
         raise ValueError(f"metrics: {', '.join(real)} compare with real images: give reference=PATH or data.kind=...")
     if config.real is not None and not config.against_others:
         raise ValueError("real: none of the metrics compares with other real images (num= says how many are scored)")
+    to_come = config.reconstructs and config.data is None  # from the record of the tokenizer's training
+    if "fd_shapes" in config.chosen_metrics and not isinstance(config.data, ShapesConfig) and not to_come:
+        raise ValueError("metrics: fd_shapes compares with built-in shapes: say which, data.kind=shapes and its fields")
     if "top1_probe" in config.chosen_metrics:
-        _ = config.probe_images
+        if not to_come:
+            _ = config.probe_images
     elif config.probe_data is not None:
         raise ValueError("probe_data: only the score top1_probe learns from it, and metrics does not name that")
-    if config.save_reference is not None:
+    if config.save_reference is not None and not to_come:
         check_saved_networks(config)
     if config.out.suffix != ".json":
         raise ValueError(f"out: {config.out} must end in .json; .csv and .png are written beside it")

@@ -26,7 +26,7 @@ from imgtok.files import replacing
 from imgtok.runtime import on_cpu
 from imgtok.sample.evaluate.config import Config
 from imgtok.sample.evaluate.results import Evaluation, draw, panels, table, write_csv
-from imgtok.sample.evaluate.scoring import evaluate
+from imgtok.sample.evaluate.scoring import evaluate, with_data
 
 __all__ = ["Config", "describe_result", "main"]
 
@@ -39,7 +39,8 @@ def main(config: Config) -> None:
 
     accelerator = Accelerator(cpu=on_cpu())
     start = time.perf_counter()
-    found = evaluate(config, accelerator)
+    config, named = with_data(config)
+    found = evaluate(config, accelerator, named)
     if accelerator.is_main_process:
         record = describe_result(config, found, time.perf_counter() - start)
         with replacing(config.out) as temporary:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imgtok.data.images import ImageSource, open_images
+from imgtok import announce
+from imgtok.data.images import ImageSource, in_words, open_images
+from imgtok.data.trained_on import Chosen, Named
 from imgtok.files import file_sha256
 from imgtok.generators.pipeline import pipeline
 from imgtok.hub import resolve
@@ -103,13 +105,24 @@ class Network:
     """What the images reconstruct, where a score compares with that."""
 
 
-def evaluate(config: Config, accelerator: Accelerator) -> Evaluation:
-    """Scores what the configuration names."""
+def with_data(config: Config) -> tuple[Config, Named | None]:
+    """The configuration with the images to reconstruct and the share of them that is taken, where it leaves these to
+    what is known of the tokenizer's training; and these images. Raises as `Named.of` and `check_inputs`.
+    """
+    if not config.reconstructs:
+        return config, None
+    assert config.tokenizer is not None
+    named = Named.of(config.data, resolve(config.tokenizer))
+    return replace(config, data=named.data, held_out=named.share_to_show(config.held_out)), named
+
+
+def evaluate(config: Config, accelerator: Accelerator, named: Named | None = None) -> Evaluation:
+    """Scores what the configuration names, of which `with_data` found the images that are reconstructed."""
     weights: dict[str, str] = {}
     lite = _open_lite0(config, weights)
     extractors = _open_extractors(config, lite, accelerator, weights)
     judges = _open_judges(config, lite, accelerator.device, weights)
-    source = _open_source(config, accelerator.device, weights)
+    source = _open_source(config, accelerator.device, weights, named)
     _check_source(config, source, judges)
     probe = _open_probe(config, source, extractors, accelerator, weights)
     networks = _with_references(config, source, extractors, accelerator)
@@ -301,7 +314,7 @@ def _open_scorers(
         with accelerator.main_process_first():  # one process trains, the others find the result
             net = classifier.load_or_train()
         weights["fd_shapes"] = classifier.fingerprint(net)
-    profile = config.data if isinstance(config.data, ShapesConfig) else ShapesConfig()
+    profile = config.data
     families: dict[Rate | None, list[Scorer]] = {}
     for rate in source.rates:
         family: list[Scorer] = []
@@ -319,6 +332,7 @@ def _open_scorers(
         if probe is not None:
             family.append(_probe_scorer(extractors[LITE0.network], probe, source.num))
         if net is not None:
+            assert isinstance(profile, ShapesConfig), "see check_inputs"
             family.append(ShapesDistance(net, profile, source.num, accelerator.device))
         families[rate] = family
     return families
@@ -347,8 +361,16 @@ def _probe_scorer(extractor: FeatureExtractor, probe: Probe, num: int, *, origin
 # Images
 
 
-def _open_source(config: Config, device: torch.device, weights: dict[str, str]) -> Source:
+def _open_source(config: Config, device: torch.device, weights: dict[str, str], named: Named | None) -> Source:
+    def begins(**what: object) -> None:
+        real = None
+        if config.against_others:
+            real = config.reference or (None if config.data is None else in_words(config.data))
+        metrics = ", ".join(config.chosen_metrics)
+        announce.begins("evaluate", **what, metrics=metrics, compared_with=real, on=device, out=config.out)
+
     if config.images is not None:
+        begins(images=config.images, originals=config.originals)
         return FileSource(config.images, config.num, config.labels, config.originals)
     if config.model is not None:
         pipe = pipeline(
@@ -360,6 +382,7 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
             threads=config.threads,
         )
         assert pipe.found is not None, "it was loaded by its name"
+        begins(model=pipe.found[0].in_words, decoder=pipe.found[1].in_words, num=config.num or SAMPLES_OF_A_MODEL)
         weights["model"], weights["tokenizer"] = (found.weights_sha256() for found in pipe.found)
         return GeneratorSource(
             pipe,
@@ -370,36 +393,32 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str]) 
             sampling=config.sampling.over(pipe.sampling, "sampling"),
             decoding=config.decoding.over(pipe.decoding, "decoding"),
         )
-    assert config.tokenizer is not None
-    found = resolve(config.tokenizer)
+    assert named is not None, "see with_data"
+    found = named.found
     model = open_model(found).to(device)
+    chosen = named.to_show(size_for(model, config.image_size, found), config.held_out)
+    begins(data=chosen.words, model=found.in_words)
     weights["autoencoder" if isinstance(model, Autoencoder) else "tokenizer"] = found.weights_sha256()
     return ReconstructionSource(
         model,
-        _open_data(config, size_for(model, config.image_size)),
+        chosen.source,
         config.num,
         rates_of(model, config.rates),
         seed=config.seed,
         decoding=config.decoding.over(model.config.decoding, "decoding"),
         blocks=Blocks(device, config.exact, config.threads),
-        what=_data_in_words(config),
+        what=_data_in_words(chosen),
         rendered=isinstance(config.data, ShapesConfig),
     )
 
 
-def _data_in_words(config: Config) -> str:
-    assert config.data is not None
-    if config.held_out == 1:
-        return f"all images of data ({config.data.kind})"
-    return f"the held-out images of data ({config.data.kind}, share {config.held_out:g})"
-
-
-def _open_data(config: Config, size: int) -> ImageSource:
-    """Images to reconstruct: the held-out part. Real images to compare with: all, as in the published protocol."""
-    assert config.data is not None
-    if config.reconstructs and config.held_out < 1:
-        return open_images(config.data, size, split="held_out", held_out_fraction=config.held_out)
-    return open_images(config.data, size, split="train", held_out_fraction=0.0)
+def _data_in_words(chosen: Chosen) -> str:
+    kind = chosen.data.kind
+    if chosen.held_out is None:
+        return f"the held-out part of data ({kind})"
+    if chosen.held_out == 1:
+        return f"all images of data ({kind})"
+    return f"the held-out images of data ({kind}, share {chosen.held_out:g})"
 
 
 def _with_references(
@@ -465,7 +484,9 @@ def _open_references(
             )
     else:
         assert config.data is not None
-        images, name = _open_data(config, min(source.size)), f"{config.data.kind}-train"
+        # all that may be trained on, as in the published protocol
+        images = open_images(config.data, min(source.size), split="train", held_out_fraction=0.0)
+        name = f"{config.data.kind}-train"
     num = check_num(config.real, len(images), str(path or "data"), "real")
     for metric in config.with_reference:
         if num < FEWEST[metric]:

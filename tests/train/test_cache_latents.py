@@ -119,7 +119,8 @@ def test_half_precision(vae, folder, tmp_path):
 
 @torch.no_grad()
 def test_shapes_have_no_mirror_images(vae, tmp_path, capsys):
-    words = ["cache", "latents", str(vae), f"out={tmp_path / 'out'}", "data.num_images=6", "image_size=32"]
+    words = ["cache", "latents", str(vae), f"out={tmp_path / 'out'}", "data={kind: shapes, num_images: 6}"]
+    words += ["image_size=32"]
     assert imgtok_main(words) == 0
     latents = LatentDataset(tmp_path / "out")
     assert not latents.mirrored
