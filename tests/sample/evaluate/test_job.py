@@ -340,7 +340,6 @@ def test_two_processes_find_the_same_scores_as_one(samples, tmp_path):
     [
         ({}, "give one of images=PATH"),
         ({"images": "a", "model": "b"}, "give one of images=PATH"),
-        ({"tokenizer": "a"}, "which images should the tokenizer reconstruct"),
         ({"images": "a", "rates": ["1", "2"]}, "finished images have no tokens"),
         ({"tokenizer": "a", "originals": "b"}, "these belong to images=PATH"),
         ({"images": "a", "metrics": ["rfid", "dino"]}, "rfid, dino compare with originals"),
