@@ -162,7 +162,7 @@ def test_only_the_chosen_kind_is_imported(monkeypatch):
     from imgtok.config import load
     from imgtok.train.tokenizer import Config
 
-    words = ["out=x", "training={steps: 1, batch_size: 1, learning_rate: 1e-3}"]
+    words = ["out=x", "data.kind=shapes", "training={steps: 1, batch_size: 1, learning_rate: 1e-3}"]
     assert load(Config, None, [*words, "model.kind=toytok"]).model.over() == toy.ToyTokConfig()
     with pytest.raises(ModuleNotFoundError):
         load(Config, None, [*words, "model.kind=broken"])

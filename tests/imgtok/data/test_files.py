@@ -443,11 +443,12 @@ def test_train_and_val_folders_are_the_parts(tmp_path, caplog):
             write(tmp_path / "train" / kind / f"{i}.png", picture(i))
     write(tmp_path / "val" / "cow" / "1.png", picture(9))
     with caplog.at_level(logging.INFO):
-        train, shown = open_split(ImageFolderConfig(path=tmp_path), 8, flip=False, crop="center", held_out=0.1)
+        train, shown, words = open_split(ImageFolderConfig(path=tmp_path), 8, flip=False, crop="center", held_out=0.1)
     assert (len(train), len(shown)) == (12, 1)
     assert shown.batch([0]).labels.tolist() == [2]  # a class has the number that it has in training
     assert shown.class_names == train.class_names == ("ant", "bee", "cow")
     assert f"held-out images: those of {tmp_path / 'val'}" in caplog.text
+    assert words == f"{tmp_path}: 12 images to train on, 1 held out, 3 classes, 8 px"
     write(tmp_path / "val" / "dodo" / "1.png", picture(9))
     with pytest.raises(DataError, match="class 'dodo' is none of the 3 classes"):
         open_images(ImageFolderConfig(path=tmp_path), 8, split="held_out")
