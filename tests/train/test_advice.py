@@ -19,7 +19,7 @@ from imgtok.cli import main
 TINY = Path(__file__).parents[2] / "configs/tiny"
 QUIET = ["training.preview_every=0", "training.trackers=[]", "num_preview=0"]
 RUN = ["train", "tokenizer", f"{TINY}/flextok.yaml", "out=run", "training.steps=1", *QUIET]
-CACHE = ["cache", "run/final", "out=tokens", "data.num_images=8", "held_out=0", "shard_size=4"]
+CACHE = ["cache", "run/final", "out=tokens", "data.kind=shapes", "data.num_images=8", "held_out=0", "shard_size=4"]
 GPT = ["train", "generator", f"{TINY}/gpt.yaml", "tokens=tokens", "tokenizer=run", "out=gpt", "training.steps=1"]
 GPT += QUIET
 SAMPLE = ["sample", "gpt", "out=drawn", "num=2"]
