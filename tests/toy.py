@@ -18,7 +18,7 @@ from imgtok.config import PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
 from imgtok.layers.patches import patchify, unpatchify
 from imgtok.quantizers.fsq import FSQ
-from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Rate, Reconstruction, Tokenizer, count_codes
+from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Rate, Reconstruction, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
 
@@ -101,10 +101,9 @@ class ToyTok(Tokenizer):
         """Squared error of patches and of the blank ones; which are blank is drawn."""
         patches = patchify(images, self.config.patch_size)
         blank = torch.rand(patches.shape[:2], generator=generator, device=generator.device) < 0.3
-        codes = self.quantizer(self.encoder(patches))
-        decoded = self.decoder(codes)
+        decoded = self.decoder(self.quantizer(self.encoder(patches)))
         error = (torch.where(blank.to(images.device)[..., None], self.blank, decoded) - patches).square().mean()
-        return Losses(error, {"error": error}, count_codes(self.quantizer.codes_to_ids(codes), self.vocab_size))
+        return Losses(error, {"error": error})
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, rate: Rate | None = None) -> Tokens:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import Batch, train_loader
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
-from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
+from imgtok.tokenizers.base import Autoencoder, CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job, ParameterGroup
 from imgtok.train.optim import each, whole_model
@@ -112,11 +112,13 @@ class Judged(nn.Module):
         self.model = model
         self.judge = ReconstructionLoss(config, start=start)
 
-    def forward(self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None) -> Losses:
+    def forward(
+        self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None
+    ) -> Losses | CodedLosses:
         """The sum of both players' losses for images (B, 3, H, W) in [-1, 1], and of the model's own."""
         decoded, own = self.model(images, generator=generator)
         judged = self.judge(decoded, images, perceptual=perceptual, last_layer=self.model.last_layer)
-        return Losses(judged.total + own.total, {**judged.parts, **own.parts}, own.codes)
+        return rebuilt(judged.total + own.total, {**judged.parts, **own.parts}, own)
 
     def groups(self) -> list[ParameterGroup]:
         """The model, and the discriminator if there is one, with its own rate, decay, clip and rhythm."""

@@ -28,7 +28,7 @@ from imgtok.files import replacing
 from imgtok.metrics.accumulate import Histogram
 from imgtok.runs import Progress
 from imgtok.runtime import peak_rss_mib
-from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.base import CodedLosses, Losses
 from imgtok.train.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ class Window:
         self.codes: Tensor | None = None
         self.bad_at = torch.full((), HEALTHY, dtype=torch.int64, device=device)
 
-    def add(self, losses: Losses, position: int) -> None:
+    def add(self, losses: Losses | CodedLosses, position: int) -> None:
         """Take in one micro-batch. `values` stays at the first micro-batch whose total is not finite."""
         if not self.names:
             self.names = ("loss", *(f"loss/{name}" for name in losses.parts))
         values = torch.stack([losses.total, *losses.parts.values()]).detach().float()
         self.sum = self.sum + values
         self.count += 1
-        if losses.codes is not None:
+        if isinstance(losses, CodedLosses) and losses.codes is not None:
             self.codes = losses.codes if self.codes is None else self.codes + losses.codes
         self.values = torch.where(self.bad_at == HEALTHY, values, self.values)
         self._note(values[0], position)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, check
 from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
-from imgtok.tokenizers.base import Losses, Tokenizer
+from imgtok.tokenizers.base import CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.vision import dino, lite0
 
 LITE0 = "lite0"
@@ -210,7 +210,7 @@ class Aligned(nn.Module):
         self.tokenizer = tokenizer
         self.projection = Projection(taps.width, config, target_width)
 
-    def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator) -> Losses:
+    def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator) -> Losses | CodedLosses:
         """The tokenizer's losses with the alignment to the teacher's `targets` (B, C, H, W) of the same images."""
         tapped: list[Tensor] = []
 
@@ -218,6 +218,6 @@ class Aligned(nn.Module):
             if block == self.config.tap:
                 tapped.append(patches)
 
-        total, parts, codes = self.tokenizer(images, generator=generator, on_block=keep_tapped)
+        own = self.tokenizer(images, generator=generator, on_block=keep_tapped)
         alignment = alignment_loss(self.projection(tapped[0]), targets, self.config.grid)
-        return Losses(total + self.config.weight * alignment, {**parts, "repa": alignment}, codes)
+        return rebuilt(own.total + self.config.weight * alignment, {**own.parts, "repa": alignment}, own)

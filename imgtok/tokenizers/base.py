@@ -31,9 +31,23 @@ class Losses(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
-    codes: Tensor | None = None
-    """What `count_codes` gives for the tokens of this batch, of which the log tells how much of the codebook is used;
-    None without a codebook."""
+
+
+class CodedLosses(NamedTuple):
+    """`Losses` of a model with a codebook. `codes` is what `count_codes` gives for a batch: the log tells
+    from it how much of the codebook is used.
+
+    A tuple, so that it passes through DDP and Accelerate whole.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    codes: Tensor | None
+
+
+def rebuilt(total: Tensor, parts: dict[str, Tensor], own: Losses | CodedLosses) -> Losses | CodedLosses:
+    """Losses around a model's `own`, with its codes where it has any."""
+    return CodedLosses(total, parts, own.codes) if isinstance(own, CodedLosses) else Losses(total, parts)
 
 
 def count_codes(ids: Tensor, size: int) -> Tensor | None:

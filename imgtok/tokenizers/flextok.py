@@ -33,7 +33,7 @@ from imgtok.layers.recompute import call_block
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok_fast, flextok_start
 from imgtok.tokenizers.base import (
-    Losses,
+    CodedLosses,
     OnBlock,
     Rate,
     Taps,
@@ -296,7 +296,7 @@ class FlexTok(Tokenizer):
         *,
         generator: torch.Generator,
         on_block: OnBlock | None = None,
-    ) -> Losses:
+    ) -> CodedLosses:
         """Flow-matching loss of a batch (B, 3, H, W) in [-1, 1], with nested and null dropout.
 
         `on_block(index, patches)` sees the decoder's patch tokens (B, N, D) after each block.
@@ -315,7 +315,7 @@ class FlexTok(Tokenizer):
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return Draws(posterior, keep.to(device), null.to(device), times.to(device), noise.to(device))
 
-    def forward_drawn(self, images: Tensor, draws: Draws, on_block: OnBlock | None = None) -> Losses:
+    def forward_drawn(self, images: Tensor, draws: Draws, on_block: OnBlock | None = None) -> CodedLosses:
         """`forward` with its random numbers given: a function of tensors, which `training.compile` makes one graph."""
         times, noise, short_runs = draws.times, draws.noise, self.config.short_runs
         latents = self.to_latents(images, draws.posterior)
@@ -331,7 +331,7 @@ class FlexTok(Tokenizer):
         # A number that is the same for every image carries nothing, and rounding leaves it no gradient to recover by.
         spread = F.relu(1 - z.float().std(dim=0, correction=0)).mean()
         used = count_codes(self.quantizer.codes_to_ids(codes.detach()), self.vocab_size)
-        return Losses(loss + short_runs.spread_weight * spread, {"flow": loss, "spread": spread}, used)
+        return CodedLosses(loss + short_runs.spread_weight * spread, {"flow": loss, "spread": spread}, used)
 
     def draw_posterior_noise(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
         """The noise that samples the autoencoder's posterior; None, and nothing drawn, to take its mean."""

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy_job import DEFAULTS, ToyBatch, ToyConfig, ToyJob, ToyModel, final, same, toy_config, train
 
 from imgtok import config as configuration
-from imgtok.tokenizers.base import Losses, count_codes
+from imgtok.tokenizers.base import CodedLosses, Losses, count_codes
 from imgtok.train import loop
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
@@ -63,7 +63,7 @@ def test_the_use_of_the_codebook_is_that_of_all_batches_since_the_last_line(tmp_
     class Coded(ToyJob):
         def loss(self, model, batch, generator):
             ids = torch.tensor([[1, 1], [2, 3]]) if len(self.seen) % 2 else torch.tensor([[0, 0], [0, 0]])
-            return super().loss(model, batch, generator)._replace(codes=count_codes(ids, 8))
+            return CodedLosses(*super().loss(model, batch, generator), count_codes(ids, 8))
 
     job = Coded(ToyConfig(training=TrainingConfig(**DEFAULTS)))
     fit(job, job.config.training, tmp_path, job.config)
