@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from imgtok.data.arrow import ArrowRecords, HubConfig
+from imgtok.data.images import open_split
 from imgtok.data.parquet import ParquetConfig, ParquetRecords, parquet_files
 from imgtok.data.parquet_pages import Chunk, PageReader
 from imgtok.data.sources import DataError
@@ -302,6 +303,17 @@ def test_shards_must_agree_on_labels(tmp_path):
         write(tmp_path / f"{number}.parquet", {"image": [b"x"], "label": [0]}, features)
     with pytest.raises(DataError, match=r"1.parquet: its classes are b, a, ... but a, b, ... in"):
         opened(tmp_path)
+
+
+def test_a_part_for_tests_without_labels_is_held_out_all_the_same(tmp_path):
+    write(tmp_path / "train-0.parquet", {"image": [png(), png()], "label": [0, 1]})
+    write(tmp_path / "test-0.parquet", {"image": [png()], "label": [-1]})
+    train, held_out = open_split(ParquetConfig(path=str(tmp_path)), 8, flip=False, crop="center", held_out=0.1)
+    assert (len(train), train.num_classes, len(held_out), held_out.num_classes) == (2, 2, 1, 0)
+    assert held_out.labels_missing == "column label is -1 in all rows, which is no class"
+    write(tmp_path / "test-0.parquet", {"image": [png(), png()], "label": [-1, 0]})
+    with pytest.raises(DataError, match=r"label -1 is outside the classes; .*data\.labels=none goes without"):
+        open_split(ParquetConfig(path=str(tmp_path)), 8, flip=False, crop="center", held_out=0.1)
 
 
 def test_files_without_rows_are_passed_over(tmp_path):
