@@ -270,6 +270,11 @@ def _by_folder(places: Sequence[Place], how: str, num_classes: int | None) -> La
         if empty:
             place = places[0].full(empty[0])
             raise DataError(f"{place}: a class folder without images; remove it or fill it")
+        for each in places:
+            lost = [name for name in each.listing.unreadable if "/" not in name and suffix_of(name) not in IMAGES]
+            if lost:
+                what = "a link to nothing, where a class folder may have been; mend or remove it"
+                raise DataError(f"{each.full(lost[0])}: {what}")
     say_order(tuple(names), "class folders are in the order of text, as torchvision has it", "folder")
     number = {key: index for index, key in enumerate(names)}
     values = np.fromiter((number[key] for key in keys), np.int64, len(keys))
