@@ -302,7 +302,11 @@ def build(kind: type, data: Any, place: Place, default: Any) -> Any:
     hints = field_types(kind)
     for name in data:
         if name not in hints:
-            raise Place(place.source).error(unknown_field(kind, name, place.path), data[name])
+            text = unknown_field(kind, name, place.path)
+            if _is_override(data.get("kind")) and not _is_override(data[name]):  # which the file has for another kind
+                section = f"{place.path}='{{kind: {parsed(data['kind'])}, ...}}'"
+                text += f". {section} takes the place of the file's whole section"
+            raise Place(place.source).error(text, data[name])
     values = {}
     for field in dataclasses.fields(kind):
         fallback = getattr(default, field.name) if default is not None else default_of(field)

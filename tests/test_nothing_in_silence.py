@@ -161,6 +161,9 @@ def test_no_job_runs_on_images_that_nobody_named(made, tmp_path, capsys):
     assert "data.kind: is required, must be one of 'folder'" in refused(capsys, *jobs[5], "data.path=x", f"out={out}")
     message = refused(capsys, "evaluate", f"images={folder}/samples", "metrics=fd_shapes", f"out={out}/s.json")
     assert "fd_shapes compares with built-in shapes: say which, data.kind=shapes" in message
+    file = ["train", "tokenizer", TINY / "flextok.yaml", *QUIET, f"out={out}"]
+    message = refused(capsys, *file, "data.kind=folder", f"data.path={folder}/other")
+    assert "data='{kind: folder, ...}' takes the place of the file's whole section" in message
     assert not out.exists()
     assert (
         main(["reconstruct", str(tmp_path / "tok"), f"out={out}", "data.kind=folder", f"data.path={folder}/other"]) == 0
