@@ -93,6 +93,8 @@ def write(data: Path, size: int, num: int, out: Path) -> None:
 def evaluate(out: Path, name: str, metrics: list[str]) -> tuple[dict, float, float]:
     """The record of an evaluation against the clean images; CPU seconds and the most memory (GB) of its process."""
     record = out / f"{name}.json"
+    for suffix in (".json", ".csv"):  # scores of another request would not be replaced
+        record.with_suffix(suffix).unlink(missing_ok=True)
     words = [f"images={out / name}.npz", f"originals={out / 'clean.npz'}", f"metrics=[{','.join(metrics)}]"]
     command = [sys.executable, "-m", "imgtok", "evaluate", *words, f"out={record}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:

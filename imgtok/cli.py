@@ -25,6 +25,7 @@ from typing import Any, TypeGuard
 import imgtok
 from imgtok import places, shipped, signals
 from imgtok.config import ConfigError, FieldHelp, default_of, describe, field_types, load, read_yaml, to_yaml
+from imgtok.files import check_there
 from imgtok.sections import completed
 from imgtok.usage import HELP, ModelSettings, Page, group_help, overview, settings_in_full, suggest
 
@@ -73,6 +74,10 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "info": ("model",),
 }
 """Command -> its fields that name models, which `refuse_absent_models` looks for."""
+FILES: Mapping[str, tuple[str, ...]] = {
+    "evaluate": ("images", "originals", "reference", "data.path", "probe_data.path"),
+}
+"""Command -> its fields that name files or folders, likewise."""
 LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "export", "info")
 """Commands that take the first of these as a lone word."""
 
@@ -186,16 +191,16 @@ def settings_help(models: Sequence[Any]) -> str:
 
 
 def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
-    """Raise FileNotFoundError for a model that the arguments of a command or its YAML file name and that is not there:
-    before the command is imported, which takes seconds. What else is wrong with the arguments is left for later.
+    """Raise FileNotFoundError for a model or a file that the arguments of a command or its YAML file name and that is
+    not there: before the command is imported, which takes seconds. What else is wrong with them is left for later.
     """
     named = MODELS.get(command, ())
     if not named or {*HELP} & {*argv}:
         return
     given = _given(argv, command.replace(" ", "-"), named[0] if command in LONE_MODEL else None)
-    for model in (given.get(name) for name in named):
-        if _is_name(model):
-            places.check(model)
+    for field in (*named, *FILES.get(command, ())):
+        if _is_name(value := given.get(field)):
+            (places.check(value) if field in named else check_there(value, field))
 
 
 def check_launch_environment(environment: Mapping[str, str] = os.environ) -> None:

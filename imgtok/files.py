@@ -5,6 +5,7 @@ where imgtok keeps what it makes once.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -35,6 +36,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_there(path: str | Path, field: str) -> None:
+    """Raise FileNotFoundError for a path that leads nowhere, with the name there that is most like it; `field` gave it.
+    A pattern, which may have `*`, `?`, `[...]` or `{...}`, is not looked at.
+    """
+    place = Path(path).expanduser()
+    if place.exists() or any(character in str(path) for character in "*?[{"):
+        return
+    names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, names, n=1)
+    hint = f"; did you mean {place.parent / near[0]}?" if near else ""
+    raise FileNotFoundError(f"{field}: {path}: no such file or folder{hint}")
 
 
 def file_sha256(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""`imgtok sample`: new images from a trained generator, as numbered PNGs and a grid, or as one .npz.
+"""`imgtok sample`: new images from a trained generator, as numbered PNGs in a folder and a grid beside it, or as one
+.npz.
 
 The work is divided by index over the processes of the launch. Each finished image is a file, written in
 one step: a job that was interrupted goes on where it stopped, and with any number of processes.
@@ -24,10 +25,11 @@ from tqdm import tqdm
 from imgtok import announce, pictures, signals
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
-from imgtok.data.files import numbered_images
+from imgtok.data.files import OVERVIEW, numbered_images
 from imgtok.files import replacing
 from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
-from imgtok.metrics.saved_images import RECORD, open_npz
+from imgtok.metrics.arrays import open_npz
+from imgtok.metrics.saved_images import RECORD
 from imgtok.runtime import process_state
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
@@ -39,8 +41,8 @@ POSITIONAL = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Draws images from a generator: PNGs named by their index, `grid.png`, and `samples.json` with their labels
-    (classes, or numbers of prompts).
+    """Draws images from a generator: PNGs named by their index, `samples.json` with their labels (classes, or numbers
+    of prompts), and beside their folder a picture of many of them.
     """
 
     job: Literal["sample"] = "sample"
@@ -50,7 +52,7 @@ class Config:
     tokenizer: str | None = None
     """Model folder or Hub name of the tokenizer; null takes the one inside the generator's folder."""
     out: Path = Path("outputs/samples")
-    """Folder of the images."""
+    """Folder of the images, and of nothing that other programs could take for one."""
     num: PositiveInt = 64
     """Images to draw; image i is of class classes[i % number of classes], or of prompt i % number of prompts, unless
     `order` says otherwise."""
@@ -77,7 +79,8 @@ class Config:
     num_tokens: PositiveInt | None = None
     """Tokens drawn for each image; null draws all that the generator knows."""
     grid: NonNegativeInt = 64
-    """Most images in `grid.png`, a row a class or prompt, of as many as fit; 0 writes none."""
+    """Most images in the overview, a row a class or prompt, of as many as fit. It is called as the folder is,
+    `samples-grid.png`, and lies beside it. 0 writes none."""
     precision: Precision = "fp32"
     """Arithmetic of generator and decoder; bf16 is faster where the hardware has it, and changes images a little."""
     exact: bool = False
@@ -290,12 +293,29 @@ def read_image(path: Path) -> Tensor:
 def finish(config: Config, plan: Plan, folder: Path, names: Sequence[str]) -> None:
     """Writes the grid, and packs the .npz. `names` are those of the model's classes, where they have any."""
     labels = plan.labels
-    if config.grid:
-        pictures.save_png(draw_grid(plan, names, folder, config.grid), config.out / "grid.png")
+    overview = save_grid(draw_grid(plan, names, folder, config.grid), config.out) if config.grid else None
     if config.format == "npz":
         pack_npz(folder, labels, npz_path(config), labels_name(config))
         folder = npz_path(config)
-    announce.ends(folder, *([config.out / "grid.png"] if config.grid else []))
+    announce.ends(folder, *([overview] if overview else []))
+
+
+def save_grid(grid: Tensor, out: Path) -> Path | None:
+    """The overview beside the folder, or None where nothing can be written there: the images are what was asked for."""
+    path = grid_path(out)
+    try:
+        pictures.save_png(grid, path)
+    except OSError as error:
+        logger.warning("no overview: %s cannot be written (%s)", path, error.strerror)
+        return None
+    (out / OVERVIEW).unlink(missing_ok=True)  # an older version put it among the images
+    return path
+
+
+def grid_path(out: Path) -> Path:
+    """Beside the folder of images: whatever reads all images of the folder should find images of one size."""
+    out = out if out.name not in ("", "..") else out.resolve()
+    return out.parent / f"{out.name}-grid.png"
 
 
 def draw_grid(plan: Plan, names: Sequence[str], folder: Path, most: int) -> Tensor:

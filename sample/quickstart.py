@@ -64,6 +64,8 @@ def main(config: Config) -> None:
     run = Run(seed=config.seed, data=data)
     peaks: list[float] = []
     for title, arguments in plan.stages():
+        if arguments[0] == "evaluate":
+            forget_scores(arguments)
         seconds, peak = run_stage(title, arguments, config.out / "stages.json")
         peaks.append(peak)
         run.stages.append((title, shlex.join(["imgtok", *arguments]), seconds))
@@ -222,6 +224,13 @@ def _stage(arguments: list[str], sender: Connection) -> None:
     status = main_of_imgtok(arguments)
     sender.send(peak_rss_mib())
     sys.exit(status)
+
+
+def forget_scores(arguments: Sequence[str]) -> None:
+    """Deletes what an earlier quickstart found: scores of another request would not be replaced."""
+    out = next(Path(word.removeprefix("out=")) for word in arguments if word.startswith("out="))
+    for suffix in (".json", ".csv", ".png"):
+        out.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def figures_of(out: Path, suffix: str) -> dict[str, Any]:

@@ -167,7 +167,6 @@ def test_a_generator_is_sampled_from_and_scored(finished, path):
     run("sample", model, "--num", 5, "--out", samples)
     assert sorted(file.name for file in samples.iterdir()) == [
         *(f"{index:06d}.png" for index in range(5)),
-        "grid.png",
         "samples.json",
     ]
     run("evaluate", f"images={samples}", "data.kind=shapes", "metrics=[oracle]", f"out={samples}/scores.json")

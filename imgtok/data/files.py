@@ -29,6 +29,8 @@ _DATA = ".txt .json .jsonl .cls .csv .tsv .xml .yaml .yml .npy .npz .mat .pt .pt
 _MORE = ".md .html .log .py .sh .cfg .mp4 .mov .avi .pdf .svg .heic .heif .dng .nef .cr2 .arw .orf .rw2"
 OTHERS = frozenset([*_DATA.split(), *_MORE.split()])
 """Endings of files that are never images here, so that they need not be opened. Cameras' own formats begin as TIFF."""
+OVERVIEW = "grid.png"
+"""What older versions of `imgtok sample` called the picture of many images that they left among them."""
 FIRST_BYTES = 32
 """How much of a file tells whether it is an image."""
 
@@ -77,8 +79,15 @@ class Listing:
     def left_out(self, used: Iterable[str] = ()) -> LeftOut:
         """What is left out when a reader uses some of the `others`, such as labels beside their images."""
         unused = self.others.keys() - set(used)
-        counts = Counter(suffix_of(name) or "without an ending" for name in unused)
+        counts = Counter(_kind(name) for name in unused)
         return LeftOut(Counter({"hidden": self.hidden} if self.hidden else {}) + counts, list(self.unreadable))
+
+
+def _kind(name: str) -> str:
+    """What a file that is left out is, in words."""
+    if name.rpartition("/")[2] == OVERVIEW:  # any other picture is an image
+        return f"overview ({OVERVIEW})"
+    return suffix_of(name) or "without an ending"
 
 
 def summary(kept: int, left_out: LeftOut) -> str:
@@ -147,10 +156,21 @@ def sort_out(
             found.unreadable.append(entry.name)
         else:
             found.others[entry.name] = entry
+    _set_overviews_apart(found)
     if not keep_order:
         found.images.sort(key=in_order)
         found.unreadable.sort(key=lambda name: in_order(Entry(name, 0)))
     return found
+
+
+def _set_overviews_apart(listing: Listing) -> None:
+    """`grid.png` beside `samples.json` shows many images: older versions of `imgtok sample` left it among its own."""
+    records = [name for name in listing.others if name.rpartition("/")[2] == "samples.json"]
+    overviews = {name.removesuffix("samples.json") + OVERVIEW for name in records}
+    found = [entry for entry in listing.images if entry.name in overviews] if overviews else []
+    if found:
+        listing.images = [entry for entry in listing.images if entry.name not in overviews]
+        listing.others |= {entry.name: entry for entry in found}
 
 
 def in_order(entry: Entry) -> tuple[str, str]:
@@ -165,12 +185,7 @@ def in_order(entry: Entry) -> tuple[str, str]:
 def list_folder(root: Path) -> Listing:
     """The files below a folder. Raises FileNotFoundError or OSError for a folder that cannot be listed."""
     listing = Listing()
-    overview = _overview(root)
-    entries = (entry for entry in _walk(str(root), listing) if entry.name != overview)
-    sort_out(entries, lambda entry: _start(root / entry.name), listing, keep_order=False)
-    if overview:
-        listing.others[overview] = Entry(overview, 0)
-    return listing
+    return sort_out(_walk(str(root), listing), lambda entry: _start(root / entry.name), listing, keep_order=False)
 
 
 def numbered_images(folder: Path) -> dict[int, Path]:
@@ -233,11 +248,6 @@ def _size(entry: os.DirEntry[str] | Path) -> int:
 def _start(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(FIRST_BYTES)
-
-
-def _overview(root: Path) -> str:
-    """The picture of many images that older versions of `imgtok sample` left among its images."""
-    return "grid.png" if (root / "samples.json").is_file() and (root / "grid.png").is_file() else ""
 
 
 # ---------------------------------------------------------------- what lies beside an image

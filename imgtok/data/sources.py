@@ -132,6 +132,10 @@ class FolderRecords:
         """The path."""
         return os.path.join(self._root, self._names[index])  # noqa: PTH118 - a million Paths are slow
 
+    def member(self, index: int) -> str:
+        """The path below the folder, with slashes."""
+        return self._names[index]
+
     def __getitem__(self, index: int) -> Record:
         name, path = self._names[index], self.name(index)
         side = self._texts.get(name)

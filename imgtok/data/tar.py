@@ -136,6 +136,10 @@ class TarRecords:
         sample = self._samples[index]
         return f"{self._shards[sample.shard]}:{sample.name}"
 
+    def member(self, index: int) -> str:
+        """The path in its tar."""
+        return self._samples[index].name
+
     def __getitem__(self, index: int) -> Record:
         sample, name = self._samples[index], self.name(index)
         try:

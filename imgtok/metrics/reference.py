@@ -1,7 +1,8 @@
 """What generated images are compared with: statistics of a network's features over real images.
 
-Our own files are .safetensors with their origin in the metadata. Published .npz files (`mu`, `sigma`, perhaps `mu_s`
-and `sigma_s`) do not say which network made them, so the user has to.
+Our own files are .safetensors with their origin in the metadata, or .npz files with `mu`, `sigma`, perhaps `mu_s` and
+`sigma_s` as the ADM suite and pytorch-fid have them, and with `extractor` and `count`. Published ones do not say which
+network made them, so the user has to.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,12 +22,14 @@ from torch import Tensor
 import imgtok
 from imgtok.files import replacing
 from imgtok.metrics.accumulate import Moments, Reducer, Rows
+from imgtok.metrics.arrays import open_npz, read_array
 from imgtok.metrics.frechet import frechet_distance
-from imgtok.metrics.saved_images import open_npz
 from imgtok.randomness import spread
 from imgtok.vision.features import Features
+from imgtok.vision.inception import INCEPTION_NAME
 
 FORMAT = 1
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,20 @@ class FeatureSums:
         )
 
 
+SUFFIXES = (".safetensors", ".npz")
+
+
 def save(reference: Reference, path: Path) -> None:
-    """Write the statistics (not the features) as .safetensors, in one step."""
+    """Write the statistics (not the features) as .safetensors or, if the path ends so, .npz, in one step."""
     tensors = {"mu": reference.pool.mean, "sigma": reference.pool.covariance}
     if reference.spatial:
         tensors |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if path.suffix == ".npz":
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays |= {"extractor": np.array(reference.extractor), "count": np.array(reference.pool.count)}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        return
     metadata = {
         "format": FORMAT,
         "name": reference.name,
@@ -127,21 +141,42 @@ def save(reference: Reference, path: Path) -> None:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"imgtok": json.dumps(metadata)})
 
 
-def holds_statistics(path: Path) -> bool:
-    """Whether a reference path is a file of statistics rather than of images."""
+@dataclass(frozen=True)
+class Contents:
+    """What a file of statistics holds."""
+
+    arrays: tuple[str, ...]
+    """Names of its statistics: mu, sigma, perhaps mu_s, sigma_s."""
+    extractor: str | None
+    """The network that made them, where the file says so."""
+
+
+def look_into(path: Path) -> Contents | None:
+    """What a reference holds, None for images alone. Raises FileNotFoundError, or ValueError for a damaged file."""
     if path.suffix == ".safetensors":
-        return True
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such reference file")
+        tensors, metadata = _read_safetensors(path)
+        return Contents(tuple(sorted(tensors)), metadata["extractor"])
     if path.suffix != ".npz" or not path.is_file():
-        return False
+        return None
     with open_npz(path) as arrays:
-        return "mu" in arrays
+        names = tuple(sorted(name for name in STATISTICS if name in arrays))
+        return Contents(names, _maker(arrays, path)) if names else None
+
+
+def may_be_of(extractor: str | None, network: str) -> bool:
+    """Whether statistics that `extractor` made are of `network`, by how their names begin; those of which it is not
+    said are Inception's, as all that others publish.
+    """
+    return (extractor or INCEPTION_NAME).split(":")[0] == network
 
 
 def load(path: Path, extractor: str, assume: str | None = None) -> Reference:
-    """Statistics for `extractor` from our .safetensors or a published .npz.
+    """Statistics for `extractor` from our .safetensors or an .npz.
 
-    `assume` names the network of an .npz. Raises ValueError when the file's network is another one, is not known, or
-    the file is damaged.
+    `assume` names the network of an .npz that does not say it. Raises ValueError when the file's network is another
+    one, is not known, or the file is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such reference file")
@@ -150,16 +185,23 @@ def load(path: Path, extractor: str, assume: str | None = None) -> Reference:
         tensors, metadata = _read_safetensors(path)
         name, made_by, count = metadata["name"], metadata["extractor"], int(metadata["count"])
     else:
-        tensors, name, made_by, count = _read_npz(path), path.stem, assume, 0
+        tensors, made_by, count = _read_npz(path)
+        name, made_by = path.stem, made_by or assume
     if made_by is None:
-        raise ValueError(
-            f"{path}: an .npz does not say which network its statistics come from; "
-            f"if it was {extractor}, as for those of the ADM suite, set assume_extractor={extractor}"
-        )
+        raise unknown_network(path, extractor)
     if made_by != extractor:
         raise ValueError(f"{path}: statistics of the network {made_by} cannot be compared with features of {extractor}")
     spatial = _statistics(path, tensors, "_s", count) if "mu_s" in tensors else None
     return Reference(name=name, extractor=extractor, pool=_statistics(path, tensors, "", count), spatial=spatial)
+
+
+def unknown_network(path: Path, extractor: str) -> ValueError:
+    """The error for statistics of which it is not known whether `extractor` made them."""
+    published = ", as for those of the ADM suite" if extractor.startswith(INCEPTION_NAME) else ""
+    return ValueError(
+        f"{path}: an .npz does not say which network its statistics come from; "
+        f"if it was {extractor}{published}, set assume_extractor={extractor}"
+    )
 
 
 def _statistics(path: Path, tensors: dict[str, Tensor], suffix: str, count: int) -> Statistics:
@@ -185,6 +227,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, json.loads(text)
 
 
-def _read_npz(path: Path) -> dict[str, Tensor]:
+def _read_npz(path: Path) -> tuple[dict[str, Tensor], str | None, int]:
+    """The statistics; which network made them, None where it is not said; of how many images, 0 where not."""
     with open_npz(path) as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays}
+        found = {key: torch.from_numpy(read_array(arrays, key, path)) for key in STATISTICS if key in arrays}
+        count = int(read_array(arrays, "count", path)) if "count" in arrays else 0
+        return found, _maker(arrays, path), count
+
+
+def _maker(arrays: np.lib.npyio.NpzFile, path: Path) -> str | None:
+    return str(read_array(arrays, "extractor", path)) if "extractor" in arrays else None

@@ -25,7 +25,9 @@ from imgtok.shapes.oracle import class_readings
 from imgtok.shapes.world import COLOURS, NUM_CLASSES, VERSION, ShapesConfig
 from imgtok.tokenizers.base import Tokenizer
 from imgtok.tokenizers.tokens import Tokens
+from imgtok.vision import lite0
 from imgtok.vision.features import FeatureExtractor, Features
+from imgtok.vision.inception import INCEPTION_NAME
 
 INCEPTION_SCORE_PARTS = 10
 
@@ -115,6 +117,8 @@ class Family:
 
     network: str
     """What the network's weights are called in a record."""
+    extractor: str
+    """How the network's name begins in scores and files of statistics."""
     frechet: str
     kernel: str
     precision_recall: str
@@ -144,6 +148,7 @@ class Family:
 
 INCEPTION = Family(
     network="inception",
+    extractor=INCEPTION_NAME,
     frechet="fid",
     kernel="kid",
     precision_recall="precision_recall",
@@ -151,6 +156,7 @@ INCEPTION = Family(
 )
 LITE0 = Family(
     network="lite0",
+    extractor=lite0.NAME,
     frechet="fd_lite0",
     kernel="kd_lite0",
     precision_recall="precision_recall_lite0",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +12,10 @@ from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig
 from imgtok.generators.pipeline import Precision
 from imgtok.losses.lpips import LPIPSNet
-from imgtok.metrics.scorers import FAMILIES, LITE0
+from imgtok.metrics.arrays import Values
+from imgtok.metrics.precision_recall import NEIGHBOURS
+from imgtok.metrics.reference import SUFFIXES as STATISTICS
+from imgtok.metrics.scorers import FAMILIES, INCEPTION_SCORE_PARTS, LITE0
 from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate
@@ -29,6 +34,19 @@ ON_LITE0: tuple[Metric, ...] = (
     "fd_lite0", "kd_lite0", "precision_recall_lite0", "top1_lite0", "top1_probe", "perceptual_lite0"
 )  # fmt: skip
 """What EfficientNet-Lite0 is loaded for."""
+FEWEST: Mapping[Metric, int] = {
+    "rfid": 2,
+    "fid": 2,
+    "sfid": 2,
+    "fd_shapes": 2,
+    "is": INCEPTION_SCORE_PARTS,
+    "precision_recall": NEIGHBOURS + 1,
+    "kid": 2,
+    "fd_lite0": 2,
+    "kd_lite0": 2,
+    "precision_recall_lite0": NEIGHBOURS + 1,
+}
+"""Images without which a score does not exist."""
 PIXELS = ("psnr", "ssim", "mae")
 WITH_ORIGINALS = ("rfid", *PIXELS, "lpips", "dino", "perceptual_lite0")
 
@@ -40,10 +58,16 @@ class Config:
     job: Literal["evaluate"] = "evaluate"
     """Which program this file is for."""
     images: Path | None = None
-    """Folder of images, or .npz with arr_0 (n, H, W, 3) uint8 and perhaps labels arr_1."""
+    """Folder of images, tars, Parquet files, .npz with arr_0 (n, H, W, 3) uint8 and perhaps labels arr_1, or .npy."""
     originals: Path | None = None
-    """What `images` are reconstructions of: a folder of files of the same names and sizes, or an .npz in the same
-    order."""
+    """What `images` are reconstructions of: a folder or tars with files of the same names, or arrays or Parquet files
+    in the same order."""
+    resize: PositiveInt | None = None
+    """Pixels a side to which files of images are brought, `images`, `originals` and `reference` alike: shorter side to
+    it (halved by box filter while twice as large, then bicubic), central square, as in ADM's suite; null takes them as
+    they are, all of one size."""
+    array_values: Values | None = None
+    """What 0 and 100 % of a colour are in .npz and .npy files of floats; null takes uint8 alone."""
     model: str | None = None
     """Model folder or Hub name of a generator; its samples are scored without being written."""
     tokenizer: str | None = None
@@ -61,8 +85,9 @@ class Config:
     """Real images with the classes that top1_probe reads; null takes `data`. The judge learns from some of them, once,
     and its accuracy is measured on the share `held_out` (0.1 if that is 0 or 1), from which it learns nothing."""
     reference: Path | None = None
-    """Real images (folder or .npz) or their statistics (.safetensors, or .npz with mu and sigma); takes the place of
-    `data` for fid and others, and of their own originals for the fd_lite0 of reconstructions and its kin."""
+    """Real images (as `images`) or their statistics (.safetensors, or .npz with mu and sigma), or an .npz of both as
+    ADM's batches: statistics for fid and sfid, images for others. Takes the place of `data` for fid and others, and of
+    their own originals for the fd_lite0 of reconstructions and its kin."""
     real: PositiveInt | None = None
     """Real images that samples are compared with; null takes all. Fewer are from all over `data` or the folder, and
     their number stands in the names of the scores."""
@@ -116,9 +141,10 @@ class Config:
     assume_extractor: str | None = None
     """Network that made a published .npz of statistics, such as inception-v3-compat."""
     save_reference: Path | None = None
-    """Also writes the statistics of the real images to this .safetensors file."""
-    out: Path = Path("outputs/evaluate/scores.json")
-    """Result file; beside it the same name with .csv and, at several token counts, with .png for the curves."""
+    """Also writes the statistics of the real images: to .safetensors, or .npz with mu and sigma for other tools."""
+    out: Path | None = None
+    """Result file; beside it the same name with .csv and, at several token counts, with .png for the curves. null
+    takes outputs/evaluate/NAME.json, with the name of what is scored. Scores of another request are not replaced."""
     precision: Precision = "fp32"
     """Arithmetic of `model` and its decoder; bf16 is faster where the hardware has it, and changes images a little."""
     exact: bool = False
@@ -131,6 +157,16 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         check_inputs(self)
+
+    @property
+    def result(self) -> Path:
+        """Where the scores go."""
+        if self.out is not None:
+            return self.out
+        scored = Path(self.images or self.model or self.tokenizer or "")
+        parts = [part for part in scored.parts if part not in (scored.anchor, "outputs", "..", "~")]
+        name = "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts[-3:])
+        return Path("outputs/evaluate") / f"{name or 'scores'}.json"
 
     @property
     def chosen_rates(self) -> tuple[Rate, ...]:
@@ -248,6 +284,8 @@ def check_inputs(config: Config) -> None:
         )
     if config.against_others and config.reference is None and config.data is None:
         raise ValueError(f"metrics: {', '.join(real)} compare with real images: give reference=PATH or data.kind=...")
+    if config.reference is not None and not config.against_others:
+        raise ValueError("reference: none of the metrics compares with other real images; leave it out, or ask for fid")
     if config.real is not None and not config.against_others:
         raise ValueError("real: none of the metrics compares with other real images (num= says how many are scored)")
     to_come = config.reconstructs and config.data is None  # from the record of the tokenizer's training
@@ -258,9 +296,11 @@ def check_inputs(config: Config) -> None:
             _ = config.probe_images
     elif config.probe_data is not None:
         raise ValueError("probe_data: only the score top1_probe learns from it, and metrics does not name that")
+    if config.save_reference is not None and config.save_reference.suffix not in STATISTICS:
+        raise ValueError(f"save_reference: {config.save_reference} must end in {' or '.join(STATISTICS)}")
     if config.save_reference is not None and not to_come:
         check_saved_networks(config)
-    if config.out.suffix != ".json":
+    if config.out is not None and config.out.suffix != ".json":
         raise ValueError(f"out: {config.out} must end in .json; .csv and .png are written beside it")
 
 

@@ -13,10 +13,13 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import imgtok
@@ -37,20 +40,87 @@ def main(config: Config) -> None:
     """Scores, writes the files and prints a table."""
     from accelerate import Accelerator  # costs seconds to import
 
+    config, named = with_data(config)
+    protect(config)
     accelerator = Accelerator(cpu=on_cpu())
     start = time.perf_counter()
-    config, named = with_data(config)
     found = evaluate(config, accelerator, named)
     if accelerator.is_main_process:
-        record = describe_result(config, found, time.perf_counter() - start)
-        with replacing(config.out) as temporary:
-            temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        written = [config.out, config.out.with_suffix(".csv")]
-        write_csv(found.rows, written[1])
-        if shown := panels(found.rows):
-            written.append(config.out.with_suffix(".png"))
-            draw(shown, written[2], f"{found.scored} {found.procedure.images}")
-        sys.stdout.write(table(found.rows) + f"\nwritten to {', '.join(map(str, written))}\n")
+        written = write(config, found, time.perf_counter() - start)
+        notes = "".join(f"note: {note}\n" for note in found.notes)
+        sys.stdout.write(table(found.rows) + f"\n{notes}written to {', '.join(map(str, written))}\n")
+
+
+def write(config: Config, found: Evaluation, seconds: float) -> list[Path]:
+    """The result's files, without any that an earlier run of the same request left and this one does not make."""
+    out = config.result
+    record = describe_result(config, found, seconds)
+    with replacing(out) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    written = [out, out.with_suffix(".csv"), out.with_suffix(".png")]
+    write_csv(found.rows, written[1])
+    if shown := panels(found.rows):
+        draw(shown, written[2], f"{found.scored} {found.procedure.images}")
+    else:
+        written.pop().unlink(missing_ok=True)
+    return written
+
+
+# ---------------------------------------------------------------- what is there already
+
+FREE = ("out", "batch_size", "threads")
+"""Fields on which scores do not depend."""
+PATHS = ("images", "originals", "reference", "model", "tokenizer")
+
+
+def protect(config: Config) -> None:
+    """Raises ValueError where the result's files are those of another request, or of unknown origin."""
+    out = config.result
+    beside = [path for path in (out, out.with_suffix(".csv"), out.with_suffix(".png")) if path.exists()]
+    same = False
+    if out.exists():
+        previous = _request_of(out)
+        if previous is None:
+            raise ValueError(f"out: {out} is no result of imgtok evaluate; choose another file with out=FILE.json")
+        request = _request(to_dict(config), Path.cwd())
+        if changed := [name for name in request if previous.get(name, request[name]) != request[name]]:
+            raise ValueError(
+                f"out: {out} holds scores of another request (different: {', '.join(changed)}); choose another file "
+                f"with out=FILE.json, or delete {' and '.join(map(str, beside))}"
+            )
+        same = True
+    elif beside:
+        raise ValueError(
+            f"out: {beside[0]} would be written beside {out.name}, and is there without it, so it is not known whose "
+            "it is; choose another file with out=FILE.json, or delete it"
+        )
+    if config.save_reference is not None and config.save_reference.exists() and not same:
+        raise ValueError(f"save_reference: {config.save_reference} is there already; choose another file, or delete it")
+
+
+def _request_of(path: Path) -> dict[str, Any] | None:
+    """What the scores in a file were asked for by; None where that is none of ours."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        folder = Path(record.get("folder") or Path.cwd())  # older files do not say it
+        return _request(record["config"], folder) if record["config"]["job"] == "evaluate" else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _request(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields that matter, with paths that do not depend on the folder in which the command was given."""
+    request = {name: value for name, value in config.items() if name not in FREE}
+    for name in PATHS:
+        given = request.get(name)
+        if given is not None and (name not in ("model", "tokenizer") or (folder / given).exists()):
+            request[name] = os.path.normpath(folder / Path(given).expanduser())
+    if isinstance(data := request.get("data"), dict) and data.get("path"):
+        request["data"] = {**data, "path": os.path.normpath(folder / Path(data["path"]).expanduser())}
+    return request
+
+
+# ---------------------------------------------------------------- the record
 
 
 def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[str, Any]:
@@ -68,11 +138,13 @@ def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[s
         "num": found.num,
         "protocol": {
             **to_dict(found.procedure),
+            "real": found.real,
             "size": f"{width}x{height}",
             "rounding": "clamped to [-1, 1], rounded to the nearest of 256 levels; the same for originals",
             "scored": found.scored,
             "device": found.device,
         },
+        "notes": list(found.notes),
         "weights": found.weights,
         "seconds": round(seconds, 1),
         "versions": {
@@ -81,6 +153,7 @@ def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[s
             **{name: importlib.metadata.version(name) for name in packages},
         },
         "config": to_dict(config),
+        "folder": str(Path.cwd()),
     }
 
 

@@ -47,6 +47,10 @@ class Evaluation:
     """What computed, and in how many processes."""
     weights: dict[str, str]
     """Hashes of all weights that the scores depend on."""
+    real: str | None = None
+    """Which other real images they are compared with, in words."""
+    notes: Sequence[str] = ()
+    """What some of the scores are worth."""
 
 
 PANELS: Sequence[tuple[str, Sequence[str]]] = (

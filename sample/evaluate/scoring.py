@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from imgtok import announce
-from imgtok.data.images import ImageSource, in_words, open_images
+from imgtok.data.images import in_words, open_images
 from imgtok.data.trained_on import Chosen, Named
-from imgtok.files import file_sha256
+from imgtok.files import check_there, file_sha256
 from imgtok.generators.pipeline import pipeline
 from imgtok.hub import resolve
 from imgtok.losses.lite0 import Lite0Distance
@@ -26,11 +26,9 @@ from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import probe as probes
 from imgtok.metrics import reference as references
 from imgtok.metrics.perceptual import DINOSimilarity, Lite0Perceptual, LPIPSDistance
-from imgtok.metrics.precision_recall import NEIGHBOURS
 from imgtok.metrics.probe import Probe
 from imgtok.metrics.reconstruction import PixelScores
-from imgtok.metrics.reference import FeatureSums, Reference
-from imgtok.metrics.saved_images import SavedImages
+from imgtok.metrics.reference import Reference
 from imgtok.metrics.scorers import (
     FAMILIES,
     INCEPTION,
@@ -47,11 +45,10 @@ from imgtok.metrics.scorers import (
     Scorer,
     ShapesDistance,
     features_to_keep,
-    short,
 )
-from imgtok.randomness import spread
 from imgtok.runtime import Blocks
-from imgtok.sample.evaluate.config import ON_LITE0, PIXELS, Config, Metric
+from imgtok.sample.evaluate.config import FEWEST, ON_LITE0, PIXELS, Config
+from imgtok.sample.evaluate.real import RealFile, open_real_file, open_references
 from imgtok.sample.evaluate.results import Evaluation, Row
 from imgtok.sample.evaluate.sources import (
     FileSource,
@@ -59,12 +56,10 @@ from imgtok.sample.evaluate.sources import (
     ReconstructionSource,
     Source,
     Versions,
-    check_num,
-    image_batches,
 )
 from imgtok.sample.reconstruct import open_model, rates_of, size_for
 from imgtok.shapes import classifier
-from imgtok.shapes.world import NUM_CLASSES, ShapesConfig
+from imgtok.shapes.world import CLASS_NAMES, NUM_CLASSES, ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Rate
 from imgtok.vision import dino, lite0
 from imgtok.vision.features import FeatureExtractor, Features
@@ -77,19 +72,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAMPLES_OF_A_MODEL = 5000
-FEWEST: Mapping[Metric, int] = {
-    "rfid": 2,
-    "fid": 2,
-    "sfid": 2,
-    "fd_shapes": 2,
-    "is": INCEPTION_SCORE_PARTS,
-    "precision_recall": NEIGHBOURS + 1,
-    "kid": 2,
-    "fd_lite0": 2,
-    "kd_lite0": 2,
-    "precision_recall_lite0": NEIGHBOURS + 1,
-}
-"""Images without which a score does not exist."""
+FEW_FOR_IS = 10_000
+"""Images of fewer than which an Inception score says it: published ones are of 50,000, ten for each class a part."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +103,18 @@ def with_data(config: Config) -> tuple[Config, Named | None]:
 def evaluate(config: Config, accelerator: Accelerator, named: Named | None = None) -> Evaluation:
     """Scores what the configuration names, of which `with_data` found the images that are reconstructed."""
     weights: dict[str, str] = {}
+    files = _open_files(config, accelerator.device)
+    real_file = open_real_file(config)
     lite = _open_lite0(config, weights)
     extractors = _open_extractors(config, lite, accelerator, weights)
     judges = _open_judges(config, lite, accelerator.device, weights)
-    source = _open_source(config, accelerator.device, weights, named)
+    source = files or _open_model(config, accelerator.device, weights, named)
     _check_source(config, source, judges)
     probe = _open_probe(config, source, extractors, accelerator, weights)
-    networks = _with_references(config, source, extractors, accelerator)
-    if accelerator.is_main_process:
-        _warn_of_few(networks, source.num)
+    networks, real = _with_references(config, source, real_file, extractors, accelerator)
+    notes = _notes_of_few(config, networks, source.num)
+    for note in notes if accelerator.is_main_process else ():
+        logger.warning("%s", note)
     scorers = _open_scorers(config, source, judges, networks, extractors, probe, accelerator, weights)
     originals = [network.originals for network in networks if network.originals is not None]
     of_originals: list[Scorer] = []
@@ -158,7 +145,7 @@ def evaluate(config: Config, accelerator: Accelerator, named: Named | None = Non
             for score in scorer.scores()
         ]
     device = f"{_device_name(accelerator.device)}, {accelerator.num_processes} process(es), torch.float32"
-    return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights)
+    return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights, real, notes)
 
 
 def _save_originals(config: Config, originals: Sequence[OriginalsReference]) -> None:
@@ -195,8 +182,13 @@ def _share(num: int, accelerator: Accelerator) -> range:
 def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -> None:
     """Raises ValueError for a score that these images cannot have, before any of them is drawn."""
     metrics = config.chosen_metrics
+    if config.resize is not None and source.size != (config.resize, config.resize):
+        raise ValueError(
+            f"resize: {config.resize} for files, and what is compared with them has {source.size[0]} pixels a side: "
+            f"resize={source.size[0]}"
+        )
     if "oracle" in metrics:
-        source.check_classes("the oracle", NUM_CLASSES)
+        source.check_classes("the oracle", NUM_CLASSES, CLASS_NAMES)
     if "top1_lite0" in metrics:
         source.check_classes("top1_lite0", lite0.NUM_CLASSES)
     limits: dict[str, int] = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
@@ -289,7 +281,7 @@ def _open_probe(
     training = open_images(data, size, split="train", held_out_fraction=share)
     held_out = open_images(data, size, split="held_out", held_out_fraction=share)
     probes.check_classes(training)
-    source.check_classes("top1_probe", training.num_classes)
+    source.check_classes("top1_probe", training.num_classes, training.class_names)
     with accelerator.main_process_first():  # one process trains, the others find the result
         probe = probes.load_or_train(
             extractors[LITE0.network], training, held_out, quiet=not accelerator.is_main_process
@@ -361,17 +353,36 @@ def _probe_scorer(extractor: FeatureExtractor, probe: Probe, num: int, *, origin
 # Images
 
 
-def _open_source(config: Config, device: torch.device, weights: dict[str, str], named: Named | None) -> Source:
-    def begins(**what: object) -> None:
-        real = None
-        if config.against_others:
-            real = config.reference or (None if config.data is None else in_words(config.data))
-        metrics = ", ".join(config.chosen_metrics)
-        announce.begins("evaluate", **what, metrics=metrics, compared_with=real, on=device, out=config.out)
+def _begins(config: Config, device: torch.device, **what: object) -> None:
+    """The line that the job begins with."""
+    real = None
+    if config.against_others:
+        real = config.reference or (None if config.data is None else in_words(config.data))
+    metrics = ", ".join(config.chosen_metrics)
+    announce.begins("evaluate", **what, metrics=metrics, compared_with=real, on=device, out=config.result)
 
-    if config.images is not None:
-        begins(images=config.images, originals=config.originals)
-        return FileSource(config.images, config.num, config.labels, config.originals)
+
+def _open_files(config: Config, device: torch.device) -> FileSource | None:
+    """What is scored, where it is files. Raises FileNotFoundError for whatever is named and not there."""
+    given: dict[str, Any] = {"images": config.images, "originals": config.originals, "reference": config.reference}
+    given |= {f"{name}.path": getattr(getattr(config, name), "path", None) for name in ("data", "probe_data")}
+    for field, path in given.items():
+        if path is not None:
+            check_there(path, field)
+    if config.images is None:
+        return None
+    _begins(config, device, images=config.images, originals=config.originals)
+    return FileSource(
+        config.images,
+        config.num,
+        config.labels,
+        config.originals,
+        resize=config.resize,
+        values=config.array_values,
+    )
+
+
+def _open_model(config: Config, device: torch.device, weights: dict[str, str], named: Named | None) -> Source:
     if config.model is not None:
         pipe = pipeline(
             config.model,
@@ -382,7 +393,8 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str], 
             threads=config.threads,
         )
         assert pipe.found is not None, "it was loaded by its name"
-        begins(model=pipe.found[0].in_words, decoder=pipe.found[1].in_words, num=config.num or SAMPLES_OF_A_MODEL)
+        model, decoder = (found.in_words for found in pipe.found)
+        _begins(config, device, model=model, decoder=decoder, num=config.num or SAMPLES_OF_A_MODEL)
         weights["model"], weights["tokenizer"] = (found.weights_sha256() for found in pipe.found)
         return GeneratorSource(
             pipe,
@@ -395,17 +407,17 @@ def _open_source(config: Config, device: torch.device, weights: dict[str, str], 
         )
     assert named is not None, "see with_data"
     found = named.found
-    model = open_model(found).to(device)
-    chosen = named.to_show(size_for(model, config.image_size, found), config.held_out)
-    begins(data=chosen.words, model=found.in_words)
-    weights["autoencoder" if isinstance(model, Autoencoder) else "tokenizer"] = found.weights_sha256()
+    tokenizer = open_model(found).to(device)
+    chosen = named.to_show(size_for(tokenizer, config.image_size, found), config.held_out)
+    _begins(config, device, data=chosen.words, model=found.in_words)
+    weights["autoencoder" if isinstance(tokenizer, Autoencoder) else "tokenizer"] = found.weights_sha256()
     return ReconstructionSource(
-        model,
+        tokenizer,
         chosen.source,
         config.num,
-        rates_of(model, config.rates),
+        rates_of(tokenizer, config.rates),
         seed=config.seed,
-        decoding=config.decoding.over(model.config.decoding, "decoding"),
+        decoding=config.decoding.over(tokenizer.config.decoding, "decoding"),
         blocks=Blocks(device, config.exact, config.threads),
         what=_data_in_words(chosen),
         rendered=isinstance(config.data, ShapesConfig),
@@ -422,12 +434,19 @@ def _data_in_words(chosen: Chosen) -> str:
 
 
 def _with_references(
-    config: Config, source: Source, extractors: Mapping[str, FeatureExtractor], accelerator: Accelerator
-) -> list[Network]:
-    """The families of scores that are asked for, with the real images that each compares with."""
+    config: Config,
+    source: Source,
+    file: RealFile | None,
+    extractors: Mapping[str, FeatureExtractor],
+    accelerator: Accelerator,
+) -> tuple[list[Network], str | None]:
+    """The families of scores that are asked for, with the real images that each compares with; and which these are."""
     chosen = [(family, metrics) for family in FAMILIES if (metrics := family.chosen(config.chosen_metrics))]
     looking = [(family, metrics) for family, metrics in chosen if set(metrics) & set(config.with_reference)]
-    real = _open_references(config, source, looking, extractors, accelerator) if config.against_others else {}
+    real: dict[str, Reference] = {}
+    words: str | None = None
+    if config.against_others:
+        real, words = open_references(config, file, source.size, looking, extractors, accelerator)
     networks = []
     for family, metrics in chosen:
         extractor, originals = extractors[family.network], None
@@ -437,11 +456,12 @@ def _with_references(
             keep = features_to_keep(family, metrics, source.num, real=True) if beside else 0
             originals = OriginalsReference(extractor, source.num, keep)
         networks.append(Network(family, metrics, extractor, originals if beside else reference, originals))
-    return networks
+    return networks, words
 
 
-def _warn_of_few(networks: Sequence[Network], num: int) -> None:
-    """Says what a Frechet distance of fewer images than features is worth."""
+def _notes_of_few(config: Config, networks: Sequence[Network], num: int) -> list[str]:
+    """What scores of few images are worth."""
+    notes = []
     for network in networks:
         distances = [metric for metric in (network.family.frechet, "rfid") if metric in network.metrics]
         counts = {"images": num}
@@ -449,79 +469,20 @@ def _warn_of_few(networks: Sequence[Network], num: int) -> None:
             counts["real images"] = network.reference.pool.count
         what, count = min(counts.items(), key=lambda item: item[1])
         if distances and count <= network.extractor.width:
-            logger.warning(
-                "%s of %d %s in %d dimensions: the covariance is rank-deficient, and the number depends on how many "
-                "images there are; compare it only with that of as many images against the same reference",
-                *(", ".join(distances), count, what, network.extractor.width),
-            )
-
-
-Looking = Sequence[tuple[Family, Sequence[str]]]
-"""Families, each with its scores that are asked for."""
-
-
-def _open_references(
-    config: Config,
-    source: Source,
-    looking: Looking,
-    extractors: Mapping[str, FeatureExtractor],
-    accelerator: Accelerator,
-) -> dict[str, Reference]:
-    """Statistics of real images for each network: read from a file, or taken from images now."""
-    path = config.reference
-    if path is not None and references.holds_statistics(path):
-        if config.real is not None:
-            raise ValueError(f"real: {path} holds the statistics of all its images, of which none can be left out")
-        names = {family.network: extractors[family.network].name for family, _ in looking}
-        return {network: references.load(path, name, config.assume_extractor) for network, name in names.items()}
-    images: ImageSource | SavedImages
-    if path is not None:
-        images, name = SavedImages(path), path.stem
-        if images.size != source.size:
-            raise ValueError(
-                f"{path}: images of {images.size[1]}x{images.size[0]}, but those to score are "
-                f"{source.size[1]}x{source.size[0]}; data.kind=folder data.path=... crops them to that size"
-            )
-    else:
-        assert config.data is not None
-        # all that may be trained on, as in the published protocol
-        images = open_images(config.data, min(source.size), split="train", held_out_fraction=0.0)
-        name = f"{config.data.kind}-train"
-    num = check_num(config.real, len(images), str(path or "data"), "real")
-    for metric in config.with_reference:
-        if num < FEWEST[metric]:
-            raise ValueError(f"metrics: {metric} needs at least {FEWEST[metric]} real images, and there are {num}")
-    if num < len(images):
-        name = f"{short(num)} of {name}"
-    return _measure(images, spread(num, len(images)).tolist(), name, config, looking, extractors, accelerator)
-
-
-def _measure(
-    images: ImageSource | SavedImages,
-    places: Sequence[int],
-    name: str,
-    config: Config,
-    looking: Looking,
-    extractors: Mapping[str, FeatureExtractor],
-    accelerator: Accelerator,
-) -> dict[str, Reference]:
-    """Statistics of the images at `places` over all processes, for all networks in one pass."""
-    num = len(places)
-    sums = {
-        family.network: FeatureSums(
-            num, spatial="sfid" in metrics, keep=features_to_keep(family, metrics, num, real=True)
+            notes.append(_of_few(", ".join(distances), f"{count} {what}", network.extractor.width))
+    if "fd_shapes" in config.chosen_metrics and num <= classifier.NUM_FEATURES:
+        notes.append(_of_few("fd_shapes", f"{num} images", classifier.NUM_FEATURES))
+    if "is" in config.chosen_metrics and num < FEW_FOR_IS:
+        part = num // INCEPTION_SCORE_PARTS
+        notes.append(
+            f"is of {num} images: each of its {INCEPTION_SCORE_PARTS} parts has {part}, which no score of a part can "
+            "exceed, and it grows with them; compare it only with that of as many images"
         )
-        for family, metrics in looking
-    }
-    row_of = {places[row]: row for row in _share(num, accelerator)}
-    for chunk, pixels in image_batches(images, list(row_of), config.batch_size):
-        for network, summed in sums.items():
-            summed.update([row_of[place] for place in chunk], extractors[network](pixels))
-    found = {}
-    for network, summed in sums.items():
-        summed.reduce(accelerator)
-        found[network] = summed.reference(name, extractors[network].name)
-    if config.save_reference is not None and accelerator.is_main_process:
-        (only,) = found.values()  # the configuration allows one network
-        references.save(only, config.save_reference)
-    return found
+    return notes
+
+
+def _of_few(distances: str, images: str, width: int) -> str:
+    return (
+        f"{distances} of {images} in {width} dimensions: the covariance is rank-deficient, and the number depends on "
+        "how many images there are; compare it only with that of as many images against the same reference"
+    )

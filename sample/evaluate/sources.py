@@ -7,6 +7,8 @@ images came to be, for the record.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from imgtok.data.images import ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.sources import places_all_over
 from imgtok.generators.pipeline import Pipeline, batches_of
+from imgtok.metrics.arrays import Values
 from imgtok.metrics.saved_images import SavedImages, partners
 from imgtok.metrics.scorers import ScoredBatch, no_labels
 from imgtok.pictures import to_uint8
@@ -28,6 +31,8 @@ from imgtok.sample.labels import labels_in_turn, num_labels
 from imgtok.sample.reconstruct import reconstruct
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
+
+logger = logging.getLogger(__name__)
 
 Versions = Mapping[Rate | None, ScoredBatch]
 
@@ -71,14 +76,14 @@ class Source(Protocol):
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]: ...
 
-    def check_classes(self, score: str, number: int) -> None:
+    def check_classes(self, score: str, number: int, names: Sequence[str] = ()) -> None:
         """Raises ValueError where it is not known which of `number` classes, in the order in which `score` knows them,
-        each image should show.
+        each image should show. `names` are those of the classes, where `score` knows them.
         """
 
 
 class FileSource:
-    """Images of a folder or an .npz; with their originals, if a second path holds them.
+    """Images of a path (`SavedImages`); with their originals, if a second path holds them.
 
     Fewer images than there are (`num`) are taken from all over them, from all classes alike where their labels are
     known. `balanced` says that the classes come in turn: then the first ones are of all classes.
@@ -93,16 +98,23 @@ class FileSource:
         num: int | None,
         labels: Literal["recorded", "balanced"],
         originals: Path | None = None,
+        *,
+        resize: int | None = None,
+        values: Values | None = None,
     ) -> None:
-        self._images = SavedImages(path)
+        """`resize` and `values` are those of `SavedImages`."""
+        open_saved = functools.partial(SavedImages, resize=resize, values=values)
+        self._images = open_saved(path)
         self.num, self.size = check_num(num, len(self._images), str(path)), self._images.size
         self._balanced = labels == "balanced"
         self._labels = None if self._balanced else self._images.labels
         self._places, how = self._choose()
-        self._originals = SavedImages(originals) if originals is not None else None
+        self._originals = open_saved(originals) if originals is not None else None
         self._partners = partners(self._images, self._originals, self._places) if self._originals else []
-        beside = f"the files of the same names in {originals}" if originals is not None else None
-        self.procedure = Procedure(images=f"files of {path}{how}", originals=beside)
+        alike = "the files of the same names" if self._images.named else "the images at the same places"
+        beside = f"{alike} in {originals}" if originals is not None else None
+        crop = f"resize={resize}: {CROP}" if resize else None
+        self.procedure = Procedure(images=f"files of {path}{how}", originals=beside, crop=crop)
 
     def _choose(self) -> tuple[Sequence[int], str]:
         """The places of the images that are scored, and in words which they are."""
@@ -131,16 +143,35 @@ class FileSource:
             if chunk:
                 yield {None: ScoredBatch(chunk, images, labels, originals, balanced=self._balanced)}
 
-    def check_classes(self, score: str, number: int) -> None:
+    def check_classes(self, score: str, number: int, names: Sequence[str] = ()) -> None:
         if self._balanced:
             return
+        path, own = self._images.path, self._images.class_names
         if self._labels is None:
-            raise ValueError(no_labels(score, number))
+            why = self._images.labels_missing
+            raise ValueError(no_labels(score, number) + (f" ({why})" if why else ""))
+        if not _are_classes_of(own, tuple(names), number):
+            ours, theirs = (", ".join(some[:4]) + (", ..." if len(some) > 4 else "") for some in (own, names))
+            known = f" ({theirs})" if theirs else ""
+            raise ValueError(
+                f"{score} knows {number} classes{known}, and {path} has {len(own)} by name ({ours}); it is not known "
+                "which of those they are: name them alike, or save numbers as arr_1 of an .npz or in dataset.json"
+            )
         highest = int(self._labels[list(self._places)].max())
         if highest >= number:
-            raise ValueError(
-                f"{score} knows the classes 0 to {number - 1}, and {self._images.path} has label {highest}"
-            )
+            raise ValueError(f"{score} knows the classes 0 to {number - 1}, and {path} has label {highest}")
+
+
+def _are_classes_of(own: tuple[str, ...], names: tuple[str, ...], number: int) -> bool:
+    """Whether classes called `own`, in this order, are the first of those that a score knows: `number` of them, called
+    `names` if they have any. Names that are numbers stand for these, but are sorted as text: 10 comes before 2.
+    """
+    if not own or own == names:
+        return True
+    if all(name.isdecimal() for name in own):
+        ambiguous = bool(names) and all(name.isdecimal() for name in names)
+        return not ambiguous and [int(name) for name in own] == list(range(len(own)))
+    return not names and len(own) == number
 
 
 class GeneratorSource:
@@ -172,7 +203,7 @@ class GeneratorSource:
         self.tokenizer = pipe.decoder if isinstance(pipe.decoder, Tokenizer) else None
         known = pipe.generator.rates()
         self.procedure = Procedure(
-            images="samples of a generator, classes in turn",
+            images=f"samples of a generator, classes in turn{self._first_classes(classes)}",
             tokens=_counts_in_words(counts or [max(known)]) if known else None,
             decoding=decoding or pipe.decoding,
             sampling=sampling or pipe.sampling,
@@ -180,6 +211,17 @@ class GeneratorSource:
             tokenizer=pipe.decoder.config,
             generator=pipe.generator.config,
         )
+
+    def _first_classes(self, classes: Sequence[int]) -> str:
+        """Which classes are drawn, where it is not all of those that could be."""
+        could = len(classes) or self._num_classes
+        if self.num >= could:
+            return ""
+        logger.warning(
+            "num=%d of %d classes: only the first %d are drawn; num=%d draws all, classes=[...] others",
+            *(self.num, could, self.num, could),
+        )
+        return f": the first {self.num} of {could}"
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Versions]:
         for chunk in batches_of(indices, batch_size):
@@ -196,7 +238,7 @@ class GeneratorSource:
                 versions[rate] = ScoredBatch(chunk, images, truth, tokens=tokens)
             yield versions
 
-    def check_classes(self, score: str, number: int) -> None:
+    def check_classes(self, score: str, number: int, names: Sequence[str] = ()) -> None:
         if self._num_classes != number:
             raise ValueError(f"{score} knows {number} classes, and the generator draws {self._num_classes}")
 
@@ -227,7 +269,8 @@ class ReconstructionSource:
         self._places = range(self.num) if rendered else spread(self.num, len(images)).tolist()
         self.rates: tuple[Rate | None, ...] = tuple(rates)
         self.tokenizer = model if isinstance(model, Tokenizer) else None
-        part = "" if self.num == len(images) else f", {self.num} of {len(images)}"
+        which = "the first, of all classes in turn" if rendered else "drawn from all over them"
+        part = "" if self.num == len(images) else f", {self.num} of {len(images)}: {which}"
         self.procedure = Procedure(
             images=f"reconstructions of {what}{part}",
             originals="the same images, cropped",
@@ -257,7 +300,7 @@ class ReconstructionSource:
                 for rate, (images, tokens) in found.items()
             }
 
-    def check_classes(self, score: str, number: int) -> None:
+    def check_classes(self, score: str, number: int, names: Sequence[str] = ()) -> None:
         if self._images.num_classes == 0:
             raise ValueError(f"{score} compares with labels, and the data has none")
         if self._images.num_classes != number:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imgtok.metrics import reference as references
-from imgtok.metrics.reference import FeatureSums, holds_statistics
+from imgtok.metrics.reference import FeatureSums, look_into
 from imgtok.randomness import spread
 from imgtok.vision.inception import INCEPTION_NAME
 
@@ -36,7 +36,7 @@ def test_kept_features_are_few_and_from_everywhere(extractor, random_images):
 def test_own_file_round_trips(measured, tmp_path):
     path = tmp_path / "stats" / "thirty.safetensors"
     references.save(measured, path)
-    assert holds_statistics(path)
+    assert look_into(path) == references.Contents(("mu", "mu_s", "sigma", "sigma_s"), INCEPTION_NAME)
     loaded = references.load(path, INCEPTION_NAME)
     assert (loaded.name, loaded.extractor, loaded.pool.count) == ("thirty", INCEPTION_NAME, 30)
     for name in ("pool", "spatial"):
@@ -44,6 +44,20 @@ def test_own_file_round_trips(measured, tmp_path):
         assert torch.equal(ours.mean, theirs.mean)
         assert torch.equal(ours.covariance, theirs.covariance)
     assert loaded.pool.distance(measured.pool) < 1e-9
+
+
+def test_an_npz_of_ours_is_read_by_other_tools_and_says_what_made_it(measured, tmp_path):
+    path = tmp_path / "thirty.npz"
+    references.save(measured, path)
+    with np.load(path, allow_pickle=False) as arrays:  # as pytorch-fid and ADM's evaluator do
+        assert np.array_equal(arrays["mu"], measured.pool.mean.numpy())
+        assert np.array_equal(arrays["sigma"], measured.pool.covariance.numpy())
+        assert {"mu_s", "sigma_s"} < set(arrays)
+    loaded = references.load(path, INCEPTION_NAME)  # without assume_extractor
+    assert loaded.pool.count == 30
+    assert torch.equal(loaded.pool.covariance, measured.pool.covariance)
+    with pytest.raises(ValueError, match="inception-v3-compat cannot be compared with features of other"):
+        references.load(path, "other", assume="other")
 
 
 def test_another_network_is_refused_by_both_names(measured, tmp_path):
@@ -62,7 +76,10 @@ def test_published_npz(measured, tmp_path, dtype, spatial):
     if spatial:
         arrays |= {"mu_s": measured.spatial.mean, "sigma_s": measured.spatial.covariance}
     np.savez(path, **{key: value.numpy().astype(dtype) for key, value in arrays.items()})
-    assert holds_statistics(path)
+    contents = look_into(path)
+    assert contents is not None
+    assert contents.arrays == (("mu", "mu_s", "sigma", "sigma_s") if spatial else ("mu", "sigma"))
+    assert contents.extractor is None
     loaded = references.load(path, INCEPTION_NAME, assume=INCEPTION_NAME)
     assert loaded.name == "adm_stats"
     assert loaded.pool.mean.dtype == loaded.pool.covariance.dtype == torch.float64
@@ -76,8 +93,8 @@ def test_published_npz(measured, tmp_path, dtype, spatial):
 
 def test_an_npz_of_images_holds_no_statistics(tmp_path):
     np.savez(tmp_path / "images.npz", np.zeros((1, 4, 4, 3), np.uint8))
-    assert not holds_statistics(tmp_path / "images.npz")
-    assert not holds_statistics(tmp_path)
+    assert look_into(tmp_path / "images.npz") is None
+    assert look_into(tmp_path) is None
 
 
 def test_damaged_and_foreign_files_are_named(measured, tmp_path):
@@ -95,5 +112,8 @@ def test_damaged_and_foreign_files_are_named(measured, tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.npz: not a readable"):
         references.load(tmp_path / "text.npz", INCEPTION_NAME, assume=INCEPTION_NAME)
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((1, 1)))
+    with pytest.raises(ValueError, match=r"objects\.npz: mu cannot be read \(Object arrays"):  # never unpickled
+        references.load(tmp_path / "objects.npz", INCEPTION_NAME, assume=INCEPTION_NAME)
     with pytest.raises(FileNotFoundError, match="no such reference"):
         references.load(tmp_path / "none.npz", INCEPTION_NAME)

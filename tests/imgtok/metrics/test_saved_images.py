@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from imgtok.metrics.saved_images import SavedImages, partners
-from imgtok.pictures import save_png
+from imgtok.pictures import center_crop_adm, save_png
 
 
 @pytest.fixture
@@ -65,18 +66,18 @@ def test_an_npz_as_the_adm_evaluator_has_it(images, tmp_path):
 
 
 def test_mistakes_are_named(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match="none: expected a folder"):
+    with pytest.raises(FileNotFoundError, match="none: no such file or folder; images to score are a folder"):
         SavedImages(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="no images; the folder is empty"):
         SavedImages(tmp_path / "empty")
     np.savez(tmp_path / "float.npz", images.permute(0, 2, 3, 1).float().numpy())
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match=r"float32 \(5, 8, 8, 3\) .*images are scored as uint8 from 0 to 255"):
         SavedImages(tmp_path / "float.npz")
     np.savez(tmp_path / "labels.npz", images.permute(0, 2, 3, 1).numpy(), np.arange(4))
     with pytest.raises(ValueError, match="expected 5 integer labels"):
         SavedImages(tmp_path / "labels.npz")
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3), y=np.zeros(3))
     with pytest.raises(ValueError, match="no images arr_0"):
         SavedImages(tmp_path / "other.npz")
     np.save(tmp_path / "single.npy", np.zeros(3))
@@ -87,13 +88,18 @@ def test_mistakes_are_named(images, tmp_path):
 
 def test_a_file_of_another_size_or_damage_is_named(images, tmp_path):
     save_png(images[0], tmp_path / "a.png")
-    save_png(images[0][:, :6, :5], tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    saved = SavedImages(tmp_path)
-    with pytest.raises(ValueError, match=r"b\.png: is 5x6, but the first image of the folder is 8x8"):
-        saved.batch([1])
     with pytest.raises(ValueError, match=r"c\.png"):
-        saved.batch([2])
+        SavedImages(tmp_path).batch([1])
+    save_png(images[0][:, :6, :5], tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png: is 5x6, but the first image of .* is 8x8; resize=8 brings all"):
+        SavedImages(tmp_path)  # before any is scored
+    places, pixels, problems = SavedImages(tmp_path, resize=6).readable(range(3))  # as advised, at another size
+    assert places == [0, 1]
+    assert "c.png" in problems[0]
+    for row, name in enumerate("ab"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert np.array_equal(pixels[row].permute(1, 2, 0), center_crop_adm(picture, 6))
 
 
 def test_those_that_can_be_read_are_told_from_the_others(images, tmp_path):
@@ -130,7 +136,7 @@ def test_npz_files_go_together_by_index(tmp_path):
     assert partners(first, second, range(2)) == [0, 1]
     with pytest.raises(ValueError, match="1 of 3 images have no original"):
         partners(second, first, range(3))
-    with pytest.raises(ValueError, match="a folder and an .npz have no names in common"):
+    with pytest.raises(ValueError, match="folders and tars are paired by name, those of .npz"):
         partners(first, write(tmp_path / "c", ["0.png"]), range(1))
 
 
@@ -138,7 +144,7 @@ def test_pairs_that_cannot_be(tmp_path):
     images = write(tmp_path / "a", ["1.png", "2.png"])
     with pytest.raises(ValueError, match=r"1 of 2 images have no original .*; the first is 2, .* called 1 and so on"):
         partners(images, write(tmp_path / "b", ["1.png"]), range(2))
-    with pytest.raises(ValueError, match="images of 8x8, but the originals .* 9x9; compare with originals"):
+    with pytest.raises(ValueError, match="images of 8x8, but the originals .* 9x9; resize=8 brings all"):
         partners(images, write(tmp_path / "c", ["1.png", "2.png"], size=9), range(2))
     with pytest.raises(ValueError, match="two originals are called 1; keep one"):
         partners(images, write(tmp_path / "d", ["1.png", "1.jpg", "2.png"]), range(2))

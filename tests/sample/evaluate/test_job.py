@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,6 +128,7 @@ def generator(tmp_path_factory, tokenizer):
 
 def run(tmp_path, **fields) -> dict:
     out = tmp_path / "out" / "scores.json"
+    shutil.rmtree(out.parent, ignore_errors=True)  # scores of another request are not replaced
     main(Config(out=out, **{"exact": True} | fields))
     return json.loads(out.read_text())
 
@@ -474,7 +476,8 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
     )
     assert record["protocol"].pop("tokenizer")["decoding"]["solver"] == "euler"
     assert record["protocol"] == {
-        "images": "reconstructions of the held-out images of data (shapes, share 0.1), 12 of 32",
+        "images": "reconstructions of the held-out images of data (shapes, share 0.1), 12 of 32: the first, of all "
+        "classes in turn",
         "originals": "the same images, cropped",
         "tokens": "encoded at each of the rates 1, 2, 4 (tokens an image, at most, and the tolerance after an @)",
         "crop": "none: rendered at this size",
@@ -482,6 +485,7 @@ def test_the_record_states_the_protocol(tokenizer, generator, samples, tmp_path)
         "sampling": None,
         "precision": None,
         "generator": None,
+        "real": None,
         "size": "32x32",
         "rounding": "clamped to [-1, 1], rounded to the nearest of 256 levels; the same for originals",
         "scored": 12,

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from imgtok.config import ConfigError, from_dict
 from imgtok.data.images import ImageFolderConfig
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.pictures import from_uint8, save_png, to_uint8
+from imgtok.sample.evaluate import real as real_images
 from imgtok.sample.evaluate import scoring
 from imgtok.sample.evaluate.config import ON_LITE0
 from imgtok.sample.evaluate.job import Config, main
@@ -85,6 +87,7 @@ def saved(path: Path, images: Tensor, labels: Tensor | None = None) -> Path:
 
 def run(tmp_path: Path, **fields) -> dict:
     out = tmp_path / "out" / "scores.json"
+    shutil.rmtree(out.parent, ignore_errors=True)  # scores of another request are not replaced
     main(Config(out=out, **fields))
     return json.loads(out.read_text())
 
@@ -255,7 +258,7 @@ def test_some_of_the_real_images_stand_for_all_and_their_number_in_the_name(tmp_
     everything = run(tmp_path, **common, real=12)
     assert everything["scores"][0]["name"] == "FD-lite0-6[efficientnet-lite0, folder-train]"
     assert values(everything)["fd_lite0"] != pytest.approx(values(record)["fd_lite0"], rel=1e-3)
-    with pytest.raises(ValueError, match="real is 13, but data holds 12 images"):
+    with pytest.raises(ValueError, match="real is 13, but data .folder. holds 12 images"):
         run(tmp_path, **common, real=13)
     with pytest.raises(ValueError, match="precision_recall_lite0 needs at least 4 real images, and there are 3"):
         run(tmp_path, **common, real=3)
@@ -271,8 +274,8 @@ def test_two_networks_read_the_real_images_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scoring, "find_inception_weights", lambda *a, **k: ROOT / "README.md")
     monkeypatch.setattr(scoring, "Inception", lambda *a: Means())
-    read, batches = [], scoring.image_batches
-    monkeypatch.setattr(scoring, "image_batches", lambda *a: read.append(a) or batches(*a))
+    read, batches = [], real_images.image_batches
+    monkeypatch.setattr(real_images, "image_batches", lambda *a: read.append(a) or batches(*a))
     images, real = saved(tmp_path / "a.npz", pictures(6)), saved(tmp_path / "real.npz", pictures(7, seed=1))
     record = run(tmp_path, images=images, reference=real, metrics=("fid", "kid", "fd_lite0", "kd_lite0"))
     assert len(read) == 1
@@ -314,7 +317,7 @@ WITHOUT_DATA = [metric for metric in ON_LITE0 if metric != "top1_probe"]  # that
 def test_without_the_package_two_lines_say_what_to_install(tmp_path, monkeypatch, metric):
     path = saved(tmp_path / "a.npz", pictures(4), torch.arange(4))
     monkeypatch.setattr(lite0, "_packaged", lambda: None)
-    monkeypatch.setattr(scoring, "_open_source", lambda *a: pytest.fail("opened the images first"))
+    monkeypatch.setattr(scoring.FileSource, "batches", lambda *a: pytest.fail("read the images first"))
     with pytest.raises(FileNotFoundError, match=f"{metric}: .* missing.*\n.*pip install 'imgtok") as caught:
         run(tmp_path, images=path, originals=path, metrics=(metric,))
     assert str(caught.value).count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def samples(tmp_path) -> Path:
 
 def run(tmp_path, **fields) -> dict:
     out = tmp_path / "out" / "scores.json"
+    shutil.rmtree(out.parent, ignore_errors=True)  # scores of another request are not replaced
     main(Config(out=out, **{"metrics": ("top1_probe",), "held_out": HELD_OUT} | fields))
     return json.loads(out.read_text())
 
