@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib.util
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,3 +69,9 @@ def package_folders(name: str) -> list[Path]:
     """The folders of an installed package, none where it is not installed; looked up without importing it."""
     spec = importlib.util.find_spec(name)
     return [Path(folder) for folder in (spec.submodule_search_locations if spec is not None else None) or []]
+
+
+def name_after(place: str) -> str:
+    """A name for a file or folder with what was made of `place`, a path or a name on the Hub: its last parts."""
+    parts = [part for part in Path(place).parts if part not in ("/", "outputs", "..", "~")]
+    return "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts[-3:]) or "unnamed"

@@ -64,8 +64,8 @@ def main(config: Config) -> None:
     run = Run(seed=config.seed, data=data)
     peaks: list[float] = []
     for title, arguments in plan.stages():
-        if arguments[0] == "evaluate":
-            forget_scores(arguments)
+        if arguments[0] in ("evaluate", "reconstruct"):
+            forget_results(arguments)
         seconds, peak = run_stage(title, arguments, config.out / "stages.json")
         peaks.append(peak)
         run.stages.append((title, shlex.join(["imgtok", *arguments]), seconds))
@@ -226,11 +226,12 @@ def _stage(arguments: list[str], sender: Connection) -> None:
     sys.exit(status)
 
 
-def forget_scores(arguments: Sequence[str]) -> None:
-    """Deletes what an earlier quickstart found: scores of another request would not be replaced."""
+def forget_results(arguments: Sequence[str]) -> None:
+    """Deletes what an earlier quickstart found: results of another request would not be replaced."""
     out = next(Path(word.removeprefix("out=")) for word in arguments if word.startswith("out="))
-    for suffix in (".json", ".csv", ".png"):
-        out.with_suffix(suffix).unlink(missing_ok=True)
+    files = [out / "grid.png", out / "rates.json"] if out.is_dir() else map(out.with_suffix, (".json", ".csv", ".png"))
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def figures_of(out: Path, suffix: str) -> dict[str, Any]:

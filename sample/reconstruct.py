@@ -23,7 +23,7 @@ from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig
 from imgtok.data.loaders import eval_loader
 from imgtok.data.trained_on import Named, Training
-from imgtok.files import replacing
+from imgtok.files import name_after, replacing
 from imgtok.hub import Found, load, resolve
 from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.scorers import CodeScorer, ReconstructionScorer, ScoredBatch, Scorer
@@ -50,8 +50,9 @@ class Config:
     """Which program this file is for."""
     model: str
     """Folder or any other name of a tokenizer or an autoencoder, such as shapes32."""
-    out: Path = Path("outputs/reconstructions")
-    """Folder of `grid.png` and `rates.json`, which says what the model and the data were."""
+    out: Path | None = None
+    """Folder of `grid.png` and `rates.json`, which says what the model and the data were; null takes
+    outputs/reconstructions/NAME, with the model's name. Those of another request are not replaced."""
     data: DataConfig | None = None
     """Images; null takes those that the model was trained on."""
     image_size: PositiveInt | None = None
@@ -83,6 +84,11 @@ class Config:
         for rate in self.rates:
             Rate.parse(rate)
 
+    @property
+    def result(self) -> Path:
+        """Where the picture and the scores go."""
+        return self.out or Path("outputs/reconstructions") / name_after(self.model)
+
 
 def main(config: Config) -> None:
     """Writes `grid.png` (a row a rate, the originals above) and `rates.json`."""
@@ -100,7 +106,11 @@ def main(config: Config) -> None:
     places = spread_indices(len(source), config.num)
     number = {place: number for number, place in enumerate(places)}
     fewer = len(places) if len(places) < len(source) else None
-    announce.begins("reconstruct", data=chosen.words, num=fewer, model=named.in_words, on=state.device, out=config.out)
+    data = {**to_dict(chosen.data), "held_out": chosen.held_out, "image_size": source.size, "num": len(places)}
+    made_of = {"model": named.about(), "data": data, "seed": config.seed, "decoding": to_dict(decoding)}
+    out = config.result
+    protect(out, made_of, [name_of(rate) for rate in rates])
+    announce.begins("reconstruct", data=chosen.words, num=fewer, model=named.in_words, on=state.device, out=out)
     scorers = {rate: open_scorers(model, rate, len(places)) for rate in rates}
     rows: list[dict[Rate | None, Tensor]] = []
     originals: list[Tensor] = []
@@ -120,9 +130,7 @@ def main(config: Config) -> None:
             progress.update(len(batch.images))
     shown = {rate: torch.cat([part[rate] for part in rows])[:SHOWN] for rate in rates}
     scores = {rate: read_scores(family) for rate, family in scorers.items()}
-    data = {**to_dict(chosen.data), "held_out": chosen.held_out, "image_size": source.size, "num": len(places)}
-    made_of = {"model": named.about(), "data": data, "seed": config.seed, "decoding": to_dict(decoding)}
-    write_results(config.out, torch.cat(originals)[:SHOWN], shown, scores, made_of)
+    write_results(out, torch.cat(originals)[:SHOWN], shown, scores, made_of)
 
 
 # ---------------------------------------------------------------- models and rates
@@ -229,6 +237,29 @@ def join(parts: Sequence[Reconstruction]) -> Reconstruction:
 # ---------------------------------------------------------------- what is written
 
 
+def name_of(rate: Rate | None) -> str:
+    """Of a row in rates.json."""
+    return "latents" if rate is None else str(rate)
+
+
+def protect(out: Path, made_of: Mapping[str, Any], rows: Sequence[str]) -> None:
+    """Raises ValueError where `out` holds the result of another request, or pictures of unknown origin."""
+    picture, path = out / "grid.png", out / "rates.json"
+    if not picture.exists() and not path.exists():
+        return
+    asked = {**json.loads(json.dumps(made_of)), "rates": list(rows), "model": made_of["model"]["path"]}
+    try:
+        before: Any = json.loads(path.read_text(encoding="utf-8"))
+        before |= {"rates": list(before["rates"]), "model": before["model"]["path"]}  # which may be trained further
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    if changed := [name for name, value in asked.items() if before.get(name) != value]:
+        raise ValueError(
+            f"out: {out} holds reconstructions of another request (different: {', '.join(changed)}); choose another "
+            f"folder with out=FOLDER, or delete {' and '.join(str(file) for file in (picture, path) if file.exists())}"
+        )
+
+
 def open_scorers(model: Tokenizer | Autoencoder, rate: Rate | None, num: int) -> list[Scorer]:
     """What each rate is judged by here: its cost, where there are tokens, and PSNR."""
     codes: list[Scorer] = [CodeScorer(model, num)] if isinstance(model, Tokenizer) and rate is not None else []
@@ -266,7 +297,7 @@ def write_results(
         row_titles=["original", *(row_title(rate, scores[rate]) for rate in rows)],
     )
     pictures.save_png(grid, out / "grid.png")
-    record = {"latents" if rate is None else str(rate): dict(found) for rate, found in scores.items()}
+    record = {name_of(rate): dict(found) for rate, found in scores.items()}
     with replacing(out / "rates.json") as temporary:
         temporary.write_text(json.dumps({**made_of, "rates": record}, indent=2) + "\n", encoding="utf-8")
     for name, found in record.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig
+from imgtok.files import name_after
 from imgtok.generators.pipeline import Precision
 from imgtok.losses.lpips import LPIPSNet
 from imgtok.metrics.arrays import Values
@@ -163,10 +163,7 @@ class Config:
         """Where the scores go."""
         if self.out is not None:
             return self.out
-        scored = Path(self.images or self.model or self.tokenizer or "")
-        parts = [part for part in scored.parts if part not in (scored.anchor, "outputs", "..", "~")]
-        name = "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts[-3:])
-        return Path("outputs/evaluate") / f"{name or 'scores'}.json"
+        return Path("outputs/evaluate") / f"{name_after(str(self.images or self.model or self.tokenizer))}.json"
 
     @property
     def chosen_rates(self) -> tuple[Rate, ...]:

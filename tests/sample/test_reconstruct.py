@@ -105,7 +105,7 @@ def test_images_are_taken_from_everywhere():
 
 
 def test_seed_and_rates_are_chosen(tokenizer, tmp_path):
-    scores = [reconstruct(tokenizer, tmp_path, num=2, rates=("3", "5"), seed=seed) for seed in (0, 1)]
+    scores = [reconstruct(tokenizer, tmp_path / str(seed), num=2, rates=("3", "5"), seed=seed) for seed in (0, 1)]
     assert list(scores[0]) == ["3", "5"]
     assert scores[0] != scores[1]
 
@@ -131,3 +131,21 @@ def test_a_generator_in_place_of_a_tokenizer(tmp_path):
     GPT(GPTConfig(vocab_size=8, num_tokens=2, width=16, depth=1, num_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a GPT .* but a tokenizer is needed"):
         reconstruct(tmp_path, tmp_path / "out")
+
+
+def test_reconstructions_of_another_request_are_kept(tokenizer, tmp_path):
+    reconstruct(tokenizer, tmp_path, num=2, rates=(1,))
+    before = (tmp_path / "grid.png").read_bytes()
+    with pytest.raises(ValueError, match=r"another request \(different: seed, rates\); choose another"):
+        reconstruct(tokenizer, tmp_path, num=2, rates=(2,), seed=1)
+    assert (tmp_path / "grid.png").read_bytes() == before
+    reconstruct(tokenizer, tmp_path, num=2, rates=(1,), batch_size=1)  # the same request
+    (tmp_path / "rates.json").unlink()
+    with pytest.raises(ValueError, match=r"delete \S*grid.png$"):
+        reconstruct(tokenizer, tmp_path, num=2, rates=(1,))
+
+
+def test_results_are_called_as_the_model(tmp_path):
+    assert Config(model="outputs/cats/final").result == Path("outputs/reconstructions/cats-final")
+    assert Config(model="owner/model").result == Path("outputs/reconstructions/owner-model")
+    assert Config(model="m", out=tmp_path).result == tmp_path

@@ -319,7 +319,7 @@ def test_results_are_called_as_what_was_scored():
     assert name(model="outputs/cifar10/gpt/final") == "outputs/evaluate/cifar10-gpt-final.json"
     assert name(model="owner/repo") == "outputs/evaluate/owner-repo.json"
     assert name(images=Path("/data/runs/x/a b.npz")) == "outputs/evaluate/runs-x-a-b.npz.json"
-    assert name(images=Path("..")) == "outputs/evaluate/scores.json"
+    assert name(images=Path("..")) == "outputs/evaluate/unnamed.json"
 
 
 def test_what_scores_of_few_images_are_worth_is_printed_and_kept(adm, capsys):
