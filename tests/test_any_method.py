@@ -136,7 +136,7 @@ def test_a_new_method_goes_through_all_the_programs(tmp_path, capsys):
     assert "heat" in run("info", generator)
     drawn = (f"out={tmp_path / 'samples'}", "num=4", "sampling.heat=2", "decoding.contrast=0.5")
     run("sample", generator, *drawn)
-    assert len(list((tmp_path / "samples").rglob("*.png"))) == 5  # and the grid
+    assert len(list((tmp_path / "samples").rglob("*.png"))) == 4
     run("reconstruct", tokenizer, f"out={tmp_path / 'reconstructed.png'}", DATA, "num=4", "rates=[16@0.05]")
     scores = tmp_path / "scores.json"
     run("evaluate", f"tokenizer={tokenizer}", f"out={scores}", DATA, "metrics=[psnr]")

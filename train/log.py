@@ -241,10 +241,13 @@ def describe_run(accelerator: Accelerator, config: TrainingConfig, model: nn.Mod
         "%d process(es) on %s, %s, %d CPU threads each",
         accelerator.num_processes, accelerator.device, config.precision, torch.get_num_threads(),
     )  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
     for name, part in [("model", model), *model.named_children()]:
+        count = sum(p.numel() for p in part.parameters())
+        if part is not model and count in (0, total):
+            continue  # a part that has none, or a module around the model alone
         trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in part.parameters()) - trainable
-        logger.info("parameters of %s: %s trainable, %s frozen", name, f"{trainable:,}", f"{frozen:,}")
+        logger.info("parameters of %s: %s trainable, %s frozen", name, f"{trainable:,}", f"{count - trainable:,}")
     processes = accelerator.num_processes
     logger.info(
         "effective batch %d = %d per process x %d accumulated x %d process(es); %d steps",

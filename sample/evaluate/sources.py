@@ -218,7 +218,7 @@ class GeneratorSource:
         if self.num >= could:
             return ""
         logger.warning(
-            "num=%d of %d classes: only the first %d are drawn; num=%d draws all, classes=[...] others",
+            "num=%d of %d classes: only the first %d are drawn; num=%d draws all, classes=A,B others",
             *(self.num, could, self.num, could),
         )
         return f": the first {self.num} of {could}"

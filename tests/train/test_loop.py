@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from imgtok.tokenizers.base import CodedLosses, Losses, count_codes
 from imgtok.train import loop
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
-from imgtok.train.log import check_trackers
+from imgtok.train.log import Log, check_trackers
 from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
 from imgtok.train.optim import check_groups, each, parameter_groups
 from imgtok.train.state import complete_steps
@@ -40,7 +41,19 @@ def test_run_folder(tmp_path, caplog):
         assert configuration.load(type(job.config), folder / "config.yaml") == job.config
     assert "effective batch 4 = 4 per process x 1 accumulated x 1 process(es)" in caplog.text
     assert "parameters of model: 43 trainable, 32 frozen" in caplog.text
+    lines = re.findall(r"step (\d)/6  loss [\d.]+  lr [\d.]+  norm [\d.]+  img/s \d+  (\S+) left", caplog.text)
+    assert [step for step, _ in lines] == ["0", "2", "4", "6"]
+    assert lines[-1][1] == "0:00:00"
     assert job.model.training
+
+
+def test_the_time_that_is_left_is_that_of_the_last_steps():
+    config = toy_config(steps=7204).training
+    log = Log.__new__(Log)
+    log.config, log.images_per_step, log.speed = config, 4, 2.0
+    assert [log.time_left(done) for done in (0, 7200, 7204)] == ["4:00:08", "0:00:08", "0:00:00"]
+    log.speed = 0.0  # of the first step
+    assert log.time_left(0) == "0:00:00"
 
 
 def test_log_lines(tmp_path):

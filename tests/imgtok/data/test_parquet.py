@@ -308,7 +308,7 @@ def test_shards_must_agree_on_labels(tmp_path):
 def test_a_part_for_tests_without_labels_is_held_out_all_the_same(tmp_path):
     write(tmp_path / "train-0.parquet", {"image": [png(), png()], "label": [0, 1]})
     write(tmp_path / "test-0.parquet", {"image": [png()], "label": [-1]})
-    train, held_out = open_split(ParquetConfig(path=str(tmp_path)), 8, flip=False, crop="center", held_out=0.1)
+    train, held_out, _ = open_split(ParquetConfig(path=str(tmp_path)), 8, flip=False, crop="center", held_out=0.1)
     assert (len(train), train.num_classes, len(held_out), held_out.num_classes) == (2, 2, 1, 0)
     assert held_out.labels_missing == "column label is -1 in all rows, which is no class"
     write(tmp_path / "test-0.parquet", {"image": [png(), png()], "label": [-1, 0]})
