@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import re
 import textwrap
 import warnings
@@ -141,12 +142,15 @@ def _as_rgb(picture: Picture) -> Image.Image:
     return _to_rgb(_upright(picture.copy()))
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, at_least: int | None = None) -> Image.Image:
     """The bytes of an image file -> an upright 8-bit RGB picture; transparent parts become white.
 
     16-bit grey is scaled to 8 bits. Raises UnreadableImage, which names the file, for anything that is not
-    a whole image, and before it is decoded for one of more than MAX_PIXELS. JPEG files are decoded at their full size:
-    libjpeg's reduced sizes would save memory, but are not the box means that the published crop begins with.
+    a whole image, and before it is decoded for one of more than MAX_PIXELS.
+
+    With `at_least`, a JPEG file may be decoded at a half, a quarter or an eighth of its size, with shorter sides of at
+    least so many pixels, which saves memory and time. libjpeg's reduced pictures are not the box means that the
+    published crop begins with: leave it out where images are scored or encoded.
     """
     try:
         with warnings.catch_warnings():
@@ -154,6 +158,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             picture = Image.open(io.BytesIO(data), formats=_formats())
         if picture.width * picture.height > MAX_PIXELS:
             raise UnreadableImage(name, _too_large(f"{picture.width} x {picture.height}"))
+        if at_least is not None:
+            scale = at_least / min(picture.size)
+            picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
         picture.load()
         return _to_rgb(_upright(picture))
     except MemoryError:

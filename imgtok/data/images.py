@@ -531,8 +531,10 @@ class FileImages:
     def _load(self, index: int, draws: Sequence[float] | None = None) -> tuple[Tensor, Record]:
         """The image as uint8 (3, size, size), cropped at random if there are draws and it is wanted."""
         record = self._record(index)
-        picture = decode_image(record.data, record.name)
-        if draws is not None and self._augmentation.crop == "random":
+        at_random = draws is not None and self._augmentation.crop == "random"
+        # published crops are of the whole picture; one at random, of up to 1.25 times the size, may be of a reduced one
+        picture = decode_image(record.data, record.name, at_least=3 * self.size if at_random else None)
+        if draws is not None and at_random:
             picture = random_crop(picture, self.size, draws[1:])
         elif picture.size != (self.size, self.size):
             picture = center_crop_adm(picture, self.size)

@@ -435,6 +435,26 @@ print(*(read(shape) - before for shape in ((1, 8000), (8000, 1), (20000, 30))))
     assert max(map(float, done.stdout.split())) < 50
 
 
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_where_a_size_is_enough():
+    """Half, a quarter or an eighth, never below what is asked for; upright and in RGB; other formats whole."""
+    rows, columns = np.mgrid[:600, :800]
+    large = Image.fromarray(
+        np.stack([rows % 256, columns % 256, (rows + columns) % 256], -1).astype(np.uint8) // 4 + 90
+    )
+    jpeg = encoded(large, "jpeg", quality=95)
+    sizes = {at_least: decode_image(jpeg, "a", at_least).size for at_least in (75, 76, 150, 300, 301, 600, 2000)}
+    assert sizes == {75: (100, 75), 76: (200, 150), 150: (200, 150), 300: (400, 300), 301: (800, 600),
+                     600: (800, 600), 2000: (800, 600)}  # fmt: skip
+    assert decode_image(jpeg, "a").size == (800, 600)
+    assert decode_image(encoded(large, "png"), "a", 75).size == (800, 600)
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    assert decode_image(encoded(large, "jpeg", exif=exif), "a", 150).size == (150, 200)
+    assert decode_image(encoded(large.convert("CMYK"), "jpeg"), "a", 150).mode == "RGB"
+    crops = [np.asarray(random_crop(decode_image(jpeg, "a", size), 48, [0.5] * 3)).astype(int) for size in (None, 144)]
+    assert abs(crops[0] - crops[1]).mean() < 3
+
+
 def bomb(width: int, height: int) -> bytes:
     """A JPEG file that claims a size."""
     data = bytearray(encoded(Image.new("RGB", (8, 8)), "jpeg"))
