@@ -38,6 +38,9 @@ _COLUMNS = ("file_name", "filename", "file", "image", "name", "path", "id")
 _LABELS = ("label", "class", "cls", "labels", "target", "category")
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 _SUSPECTS = re.compile(r"(?i)(label|metadata|annotation|target).*\.(jsonl?|[ct]sv)$")
+_NUMBER = re.compile(r"-?[0-9]+(\.0*)?")
+_FEW, _TIMES = 1000, 10
+"""So many classes, and so many times the images, may there be without being asked for."""
 _GLANCE = 2**16  # bytes of a file in which names of images are looked for
 _LOOKED_INTO = 16  # files beside images that tell what fields there are
 
@@ -65,11 +68,13 @@ class Labels:
 
     @property
     def in_words(self) -> str:
-        """`3 classes (class folders: ant, bee, zebra)`, or `no labels`."""
+        """`3 classes (class folders: ant, bee, zebra)`, or `no labels`; classes without images are counted, too."""
         if not self.num_classes:
             return "no labels" + (" were asked for" if not self.missing else "")
         shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
         classes = f"{self.num_classes} class{'es' if self.num_classes > 1 else ''}"
+        empty = self.num_classes - len(np.unique(self.values))
+        classes += f", {empty} of them without images" if empty else ""
         return f"{classes} ({self.source}{': ' if shown else ''}{shown})"
 
 
@@ -92,11 +97,11 @@ class Place:
             self.stems.update(stem_of(entry.name) for entry in self.listing.images)
 
     def side(self, name: str, suffix: str) -> str | None:
-        """The file beside an image with this ending."""
+        """The name of the file beside an image with this ending, as `side_file` has it; None where there is none."""
         return side_file(self.listing, self.stems, name, suffix) if suffix in self.endings else None
 
     def caption(self, name: str) -> str | None:
-        """The file beside an image that may hold its caption."""
+        """The name of the file beside an image that may hold its caption; None where there is none."""
         return self.side(name, ".txt") or self.side(name, ".json")
 
     def full(self, name: str) -> str:
@@ -120,8 +125,9 @@ def find_labels(places: Sequence[Place], how: str, num_classes: int | None, *, f
         return _by_folder(places, chosen, num_classes)
     used: list[frozenset[str]] = []
     values: list[Any] = []
+    taken: dict[str, str] = {}
     for place in places:
-        found, read = _values(place, chosen)
+        found, read = _values(place, chosen, taken)
         used.append(frozenset(read))
         values += found
     name = functools.partial(_name, places)
@@ -133,6 +139,8 @@ def find_labels(places: Sequence[Place], how: str, num_classes: int | None, *, f
         what = f"no label in {source}{others}{more}; label all images, or none with data.labels=none"
         raise DataError(f"{name(lacking[0])}: {what}{_fields_in_words(places) if how.startswith('json.') else ''}")
     numbers, names = as_numbers(values, name, source)
+    if names:
+        say_order(names, f"the classes of {source} are in the order of text", "name")
     total = check_labels(numbers, num_classes, len(names) or None, name)
     return Labels(numbers, total, names, source, used=used)
 
@@ -300,8 +308,12 @@ def _by_number(name: str) -> list[Any]:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]
 
 
-def _values(place: Place, how: str) -> tuple[list[Any], list[str]]:
-    """By image of a place, what stands in the files of one of the ways, None where nothing; and the files read."""
+def _values(place: Place, how: str, taken: dict[str, str]) -> tuple[list[Any], list[str]]:
+    """By image of a place, what stands in the files of one of the ways, None where nothing; and the files read.
+
+    `taken` says which image each name in a file of all labels has meant so far. Raises DataError for a name that means
+    two images.
+    """
     images = [entry.name for entry in place.listing.images]
     if how == "cls":
         sides = [place.side(name, ".cls") for name in images]
@@ -313,7 +325,7 @@ def _values(place: Place, how: str) -> tuple[list[Any], list[str]]:
         return [None if s is None else _field(_object(place, s), path) for s in sides], [s for s in sides if s]
     if suffix_of(how) in _TABLES:
         table = _table(place, how)
-        return [_look_up(table, name) for name in images], [how]
+        return _of_table(table, place, how, {} if how in place.listing.others else taken), [how]
     raise DataError(f"data.labels: given {how!r}; it can be auto, none, or one of these: {WAYS}")
 
 
@@ -345,21 +357,56 @@ def _has_labels(place: Place) -> bool:
 
 
 def _table(place: Place, name: str) -> dict[str, Any]:
-    """Labels by image, of a file in the data or anywhere else. Raises DataError for one that is not understood."""
+    """Labels by image, of a file in the data or anywhere else. Raises DataError for one that is not understood, or that
+    gives an image two labels.
+    """
     text = _read(place, name).decode("utf-8-sig", errors="replace")
     try:
-        table = {str(key).removeprefix("./").replace("\\", "/"): value for key, value in _pairs(text, name)}
+        pairs = [(str(key).removeprefix("./").replace("\\", "/"), value) for key, value in _pairs(text, name)]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{place.full(name)}: labels that are not understood ({error}); a .json file holds "
             '{"labels": [["00000/img00000000.png", 3], ...]}, a .csv or .jsonl file has columns such as file_name and '
             "label, a line of a .txt file is NAME LABEL; data.labels=none or folders does without it"
         ) from error
-    others: dict[str, Any] = {}
-    for key, value in table.items():  # some write names without the ending, and a Mac writes ä as two characters
-        for form in (stem_of(key), _composed(key), stem_of(_composed(key))):
-            others.setdefault(form, value)
-    return others | table
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if table.setdefault(key, value) != value:
+            what = f"{key} has the label {table[key]!r} and further down {value!r}"
+            raise DataError(f"{place.full(name)}: {what}; keep one of the two, or data.labels=none goes without labels")
+    return table
+
+
+def _of_table(table: Mapping[str, Any], place: Place, how: str, taken: dict[str, str]) -> list[Any]:
+    """By image of a place, its label in a table, None where it has none. Raises DataError for a name in the table that
+    means two images, one of them perhaps in an earlier place.
+    """
+    forms = _forms(table)
+    values: list[Any] = []
+    for entry in place.listing.images:
+        key = _look_up(forms, entry.name)
+        values.append(None if key is None else table[key])
+        if key is not None and taken.setdefault(key, image := place.full(entry.name)) != image:
+            raise DataError(
+                f"{place.full(how)}: {key} may be {taken[key]} or {image}; name each by its path and ending, such as "
+                f"{entry.name}, or data.labels=none goes without labels"
+            )
+    return values
+
+
+def _forms(table: Mapping[str, Any]) -> dict[str, str]:
+    """Every way in which an image may be called that a table names -> the name in the table.
+
+    Some write names without the ending, and a Mac writes ä as two characters. What two names with different labels
+    could mean is left out.
+    """
+    forms: dict[str, str] = {}
+    unclear: set[str] = set()
+    for key in table:
+        for form in {stem_of(key), _composed(key), stem_of(_composed(key))} - table.keys():
+            if table[forms.setdefault(form, key)] != table[key]:
+                unclear.add(form)
+    return {form: key for form, key in forms.items() if form not in unclear} | {key: key for key in table}
 
 
 def _composed(name: str) -> str:
@@ -371,7 +418,7 @@ def _pairs(text: str, name: str) -> list[tuple[Any, Any]]:
 
 
 def _pairs_of_json(text: str) -> Iterable[tuple[Any, Any]]:
-    data = json.loads(text)
+    data = json.loads(text, object_pairs_hook=_without_contradiction)
     data = data["labels"] if isinstance(data, dict) and "labels" in data else data
     if isinstance(data, dict):
         if not data or not all(isinstance(value, int | str) for value in data.values()):
@@ -380,6 +427,15 @@ def _pairs_of_json(text: str) -> Iterable[tuple[Any, Any]]:
     if not isinstance(data, list) or not data:
         raise ValueError(f"labels is {str(data)[:40]}")
     return [(name, value) for name, value in data]
+
+
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file. Raises ValueError for a name that stands there with two values."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise ValueError(f"{name} is {found[name]!r} and further down {value!r}")
+    return found
 
 
 def _pairs_of_rows(text: str, suffix: str) -> Iterable[tuple[Any, Any]]:
@@ -398,9 +454,10 @@ def _pairs_of_rows(text: str, suffix: str) -> Iterable[tuple[Any, Any]]:
 def _rows(text: str, suffix: str) -> list[dict[str, Any]]:
     if suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    lines = list(csv.reader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    lines = list(csv.reader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",", skipinitialspace=True))
     head, *rest = [line for line in lines if line]
-    return [dict(zip(head, line, strict=False)) for line in rest]
+    names = [name.strip() for name in head]
+    return [dict(zip(names, map(str.strip, line), strict=False)) for line in rest]
 
 
 def _pair_of_line(line: str) -> tuple[str, str]:
@@ -410,12 +467,13 @@ def _pair_of_line(line: str) -> tuple[str, str]:
     return name.strip(), label
 
 
-def _look_up(table: Mapping[str, Any], name: str) -> Any:
+def _look_up(forms: Mapping[str, str], name: str) -> str | None:
+    """The name in a table that means an image; None where there is none."""
     file = name.rpartition("/")[2]
-    for key in (name, stem_of(name), file, stem_of(file)):
-        if key in table:
-            return table[key]
-    return _look_up(table, _composed(name)) if _composed(name) != name else None
+    for form in (name, stem_of(name), file, stem_of(file)):
+        if form in forms:
+            return forms[form]
+    return _look_up(forms, _composed(name)) if _composed(name) != name else None
 
 
 def _read(place: Place, name: str) -> bytes:
@@ -443,10 +501,12 @@ def _name(places: Sequence[Place], number: int) -> str:
 def as_numbers(values: Sequence[Any], name: Callable[[int], str], what: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as whole numbers (N,) int64, and the names of the classes where the values are text.
 
-    Text that is a whole number everywhere counts as numbers; other text becomes the place among the sorted texts.
+    Text that is a whole number everywhere counts as numbers (`1.0` too, as tables of numbers with gaps are written);
+    other text becomes the place among the sorted texts, without the spaces around it.
     Raises DataError that names an image without a label, or with one of another kind; `what` says where they stand.
     """
     values = [int(v) if isinstance(v, bool) or (isinstance(v, float) and v.is_integer()) else v for v in values]
+    values = [value.strip() if isinstance(value, str) else value for value in values]
     texts = [isinstance(value, str) for value in values]
     mixed = any(texts) and not all(texts)
     for number, value in enumerate(values):
@@ -455,15 +515,18 @@ def as_numbers(values: Sequence[Any], name: Callable[[int], str], what: str) -> 
             raise DataError(f"{name(number)}: {what} is {value!r:.60}; labels must be {kinds}")
     if not any(texts):
         return np.array(values, dtype=np.int64), ()
-    if all(re.fullmatch(r"\s*[0-9]+\s*", value) for value in values):
-        return np.array([int(value) for value in values], dtype=np.int64), ()
+    if all(_NUMBER.fullmatch(value) for value in values):
+        return np.array([int(value.partition(".")[0]) for value in values], dtype=np.int64), ()
     names = sorted(set(values))
     index = {key: number for number, key in enumerate(names)}
     return np.array([index[value] for value in values], dtype=np.int64), tuple(names)
 
 
 def check_labels(labels: np.ndarray, given: int | None, counted: int | None, name: Callable[[int], str]) -> int:
-    """The number of classes (given, or counted, or largest label + 1); DataError for the first label outside."""
+    """The number of classes (given, or counted, or largest label + 1).
+
+    Raises DataError for the first label outside, and for numbers that are hardly classes: many times more than images.
+    """
     num_classes = given or counted or int(labels.max()) + 1
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(outside):
@@ -472,4 +535,11 @@ def check_labels(labels: np.ndarray, given: int | None, counted: int | None, nam
         more = f" ({len(outside)} such images)" if len(outside) > 1 else ""
         first = int(outside[0])
         raise DataError(f"{name(first)}: label {labels[first]} is outside the classes; {allowed}{more}")
+    if not given and not counted and num_classes > max(_FEW, _TIMES * len(labels)):
+        largest = int(labels.argmax())
+        raise DataError(
+            f"{name(largest)}: label {labels[largest]} would make {num_classes} classes of {len(labels)} images, and "
+            f"labels are the numbers of classes from 0 on: data.num_classes={num_classes} says that these are; "
+            "data.labels=none goes without"
+        )
     return num_classes

@@ -430,6 +430,70 @@ def test_text_labels_become_classes_and_a_mixture_is_named():
             as_numbers(values, str, "x")
 
 
+def table_of(root: Path, table: str, names: tuple[str, ...], how: str = "labels.csv", **options):
+    for name in names:
+        write(root / name, picture())
+    write(root / how, table.encode())
+    return folder(root, labels=how, **options).labels
+
+
+def test_a_name_that_means_two_images_labels_neither(tmp_path):
+    same = ("a/0.png", "b/0.png")
+    with pytest.raises(DataError, match=r"0\.png may be .*a/0\.png or .*b/0\.png; name each by its path"):
+        table_of(tmp_path, "file,label\n0.png,3\n", same)
+    assert table_of(tmp_path, "file,label\na/0.png,3\nb/0.png,1\n", same).values.tolist() == [3, 1], "the advice"
+    stems = tmp_path / "stems"
+    with pytest.raises(DataError, match=r"0 may be .*0\.jpg or .*0\.png"):
+        table_of(stems, "file,label\n0,3\n", ("0.jpg", "0.png"))
+    assert table_of(stems, "file,label\n0.jpg,3\n0.png,1\n", ()).values.tolist() == [3, 1]
+    (stems / "0.jpg").rename(stems / "0.webp")
+    with pytest.raises(DataError, match=r"0\.webp: no label in labels\.csv, though others have"):
+        table_of(stems, "file,label\n0.jpg,3\n0.png,1\n", ())
+    write(tmp_path / "tars" / "labels.csv", b"file,label\n0.png,3\n")  # one file for several tars
+    for name in "xy":
+        write_tar(tmp_path / "tars" / f"{name}.tar", {"0.png": picture()})
+    with pytest.raises(DataError, match=r"0\.png may be .*x\.tar:0\.png or .*y\.tar:0\.png"):
+        tar(tmp_path / "tars", labels="labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("how", "table"),
+    [
+        ("labels.csv", "file,label\n1.png,0\n2.png,1\n1.png,2\n"),
+        ("val.txt", "1.png 0\n2.png 1\n./1.png 2\n"),
+        ("labels.json", '{"1.png": 0, "2.png": 1, "1.png": 2}'),
+        ("dataset.json", '{"labels": [["1.png", 0], ["2.png", 1], ["1.png", 2]]}'),
+    ],
+)
+def test_two_labels_of_one_image_are_refused(tmp_path, how, table):
+    with pytest.raises(DataError, match=rf"{how}: .*1\.png .*0'? and further down '?2"):
+        table_of(tmp_path, table, ("1.png", "2.png"), how)
+    once = table.replace("1.png,2", "1.png,0").replace("1.png 2", "1.png 0").replace('.png": 2', '.png": 0')
+    once = once.replace('1.png", 2', '1.png", 0')
+    assert table_of(tmp_path, once, (), how).values.tolist() == [0, 1], "the same row twice is none"
+
+
+def test_labels_become_no_classes_that_nobody_meant(tmp_path, caplog):
+    images = ("1.png", "2.png", "3.png")
+
+    def of(*labels: object, **options):
+        rows = "".join(f"{name}, {label}\n" for name, label in zip(images, labels, strict=True))
+        return table_of(tmp_path, f"file_name, label\n{rows}", images, **options)
+
+    assert of(" cat", "dog ", "cat").names == ("cat", "dog")
+    assert of("0.0", "2.0", "1.0").values.tolist() == [0, 2, 1]
+    with pytest.raises(DataError, match=r"1\.png: label -1 is outside the classes"):
+        of(-1, 0, 1)
+    with pytest.raises(DataError, match=r"3\.png: label 20200103 would make 20200104 classes of 3 images"):
+        of(20200101, 20200102, 20200103)
+    assert of(1, 2, 20_000, num_classes=20_001).num_classes == 20_001, "the advice, followed"
+    assert of(1, 2, 2).in_words == "3 classes, 1 of them without images (labels.csv)"
+    assert of(0, 1, 2).in_words == "3 classes (labels.csv)"
+    with caplog.at_level(logging.INFO):
+        of("k1", "k2", "k10")
+    assert "the classes of labels.csv are in the order of text (k1, k10, k2): name k10 is class 1" in caplog.text
+
+
 def test_tars_take_folders_as_classes_when_asked(tmp_path):
     path = write_tar(tmp_path / "x.tar", {"cat/1.png": picture(), "dog/1.png": picture()})
     assert "data.labels=folders takes the 2 folders" in tar(path).labels.missing
