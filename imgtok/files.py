@@ -41,15 +41,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def check_there(path: str | Path, field: str) -> None:
     """Raise FileNotFoundError for a path that leads nowhere, with the name there that is most like it; `field` gave it.
-    A pattern, which may have `*`, `?`, `[...]` or `{...}`, is not looked at.
+    A pattern is not looked at.
     """
     place = Path(path).expanduser()
-    if place.exists() or any(character in str(path) for character in "*?[{"):
+    if place.exists() or is_pattern(path):
         return
     names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
     hint = f"; did you mean {place.parent / near[0]}?" if near else ""
     raise FileNotFoundError(f"{field}: {path}: no such file or folder{hint}")
+
+
+def is_pattern(path: str | Path) -> bool:
+    """Whether a path may stand for several: it has `*`, `?`, `[...]` or `{...}`."""
+    return any(character in str(path) for character in "*?[{")
 
 
 def file_sha256(path: Path) -> str:

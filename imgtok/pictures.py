@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from imgtok.files import replacing
@@ -292,17 +293,21 @@ def _part_of_scaled(picture: Image.Image, scaled: tuple[int, int], corner: tuple
 # Files and grids
 
 
-def save_png(image: Tensor, path: Path) -> None:
+def save_png(image: Tensor, path: Path, comment: str = "") -> None:
     """Write one uint8 image, (3, H, W) or (H, W, 3), to a PNG file; the file appears whole or not at all.
 
-    Equal pixels give equal bytes. A shape that could be read either way is taken as (3, H, W).
+    Equal pixels give equal bytes. A shape that could be read either way is taken as (3, H, W). `comment` is kept in the
+    file.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
         raise ValueError(f"save_png takes uint8 (3, H, W) or (H, W, 3), not {image.dtype} {tuple(image.shape)}")
     if image.shape[0] == 3:
         image = image.permute(1, 2, 0)
+    texts = PngInfo()
+    if comment:
+        texts.add_text("Comment", comment)
     with replacing(path) as temporary:
-        Image.fromarray(image.cpu().contiguous().numpy()).save(temporary, "png", compress_level=6)
+        Image.fromarray(image.cpu().contiguous().numpy()).save(temporary, "png", compress_level=6, pnginfo=texts)
 
 
 def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:

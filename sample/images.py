@@ -25,7 +25,7 @@ from tqdm import tqdm
 from imgtok import announce, pictures, signals
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
-from imgtok.data.files import OVERVIEW, numbered_images
+from imgtok.data.files import OVERVIEW, numbered_images, overview_of
 from imgtok.files import replacing
 from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.arrays import open_npz
@@ -301,10 +301,15 @@ def finish(config: Config, plan: Plan, folder: Path, names: Sequence[str]) -> No
 
 
 def save_grid(grid: Tensor, out: Path) -> Path | None:
-    """The overview beside the folder, or None where nothing can be written there: the images are what was asked for."""
+    """The overview beside the folder, or None where nothing can be written there or somebody's own picture is: the
+    images are what was asked for.
+    """
     path = grid_path(out)
+    if path.exists() and not is_overview(path):
+        logger.warning("no overview: %s is there and none of this program's; move it, or choose another out", path)
+        return None
     try:
-        pictures.save_png(grid, path)
+        pictures.save_png(grid, path, OVERVIEW_MARK)
     except OSError as error:
         logger.warning("no overview: %s cannot be written (%s)", path, error.strerror)
         return None
@@ -315,7 +320,20 @@ def save_grid(grid: Tensor, out: Path) -> Path | None:
 def grid_path(out: Path) -> Path:
     """Beside the folder of images: whatever reads all images of the folder should find images of one size."""
     out = out if out.name not in ("", "..") else out.resolve()
-    return out.parent / f"{out.name}-grid.png"
+    return out.parent / overview_of(out.name)
+
+
+OVERVIEW_MARK = "overview of images of imgtok sample"
+"""What the file says of itself, so that no other is replaced."""
+
+
+def is_overview(path: Path) -> bool:
+    """Whether a file is an overview that this program wrote."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Comment") == OVERVIEW_MARK
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def draw_grid(plan: Plan, names: Sequence[str], folder: Path, most: int) -> Tensor:

@@ -29,6 +29,11 @@ _DATA = ".txt .json .jsonl .cls .csv .tsv .xml .yaml .yml .npy .npz .mat .pt .pt
 _MORE = ".md .html .log .py .sh .cfg .mp4 .mov .avi .pdf .svg .heic .heif .dng .nef .cr2 .arw .orf .rw2"
 OTHERS = frozenset([*_DATA.split(), *_MORE.split()])
 """Endings of files that are never images here, so that they need not be opened. Cameras' own formats begin as TIFF."""
+PARQUET = (".parquet", ".parq", ".pq")
+"""Endings of Parquet files."""
+TRAIN = ("train", "training")
+HELD_OUT = ("val", "validation", "valid", "dev", "test")
+"""Names of the parts of a data set, in lower case; of those for held-out images the first that is there counts."""
 OVERVIEW = "grid.png"
 """What older versions of `imgtok sample` called the picture of many images that they left among them."""
 FIRST_BYTES = 32
@@ -85,9 +90,12 @@ class Listing:
 
 def _kind(name: str) -> str:
     """What a file that is left out is, in words."""
-    if name.rpartition("/")[2] == OVERVIEW:  # any other picture is an image
-        return f"overview ({OVERVIEW})"
-    return suffix_of(name) or "without an ending"
+    file, suffix = name.rpartition("/")[2], suffix_of(name)
+    if suffix in IMAGES:  # which any other picture is
+        return f"overview ({file})"
+    if file in ("metadata.jsonl", "metadata.csv"):
+        return f"{file} (captions in it are not read: KEY.txt beside each image is)"
+    return suffix or "without an ending"
 
 
 def summary(kept: int, left_out: LeftOut) -> str:
@@ -164,13 +172,21 @@ def sort_out(
 
 
 def _set_overviews_apart(listing: Listing) -> None:
-    """`grid.png` beside `samples.json` shows many images: older versions of `imgtok sample` left it among its own."""
-    records = [name for name in listing.others if name.rpartition("/")[2] == "samples.json"]
-    overviews = {name.removesuffix("samples.json") + OVERVIEW for name in records}
+    """`X-grid.png` beside a folder `X` of `imgtok sample` shows many images, and so does the `X/grid.png` of older
+    versions. Such a folder holds `samples.json`.
+    """
+    folders = [name.removesuffix("samples.json") for name in listing.others if name.endswith("samples.json")]
+    folders = [folder for folder in folders if folder[-1:] in ("", "/")]
+    overviews = {folder + OVERVIEW for folder in folders} | {overview_of(folder[:-1]) for folder in folders if folder}
     found = [entry for entry in listing.images if entry.name in overviews] if overviews else []
     if found:
         listing.images = [entry for entry in listing.images if entry.name not in overviews]
         listing.others |= {entry.name: entry for entry in found}
+
+
+def overview_of(folder: str) -> str:
+    """Where `imgtok sample` puts the picture of many images of a folder: beside it, under its name."""
+    return f"{folder}-grid.png"
 
 
 def in_order(entry: Entry) -> tuple[str, str]:
@@ -254,7 +270,8 @@ def _start(path: Path) -> bytes:
 
 
 def side_file(listing: Listing, stems: set[str], name: str, suffix: str) -> str | None:
-    """The file that says something of an image: `KEY.png.cls`, `KEY.cls`, or that of a shorter stem up to a dot.
+    """The name, below the root, of the file with the ending `suffix` that says something of the image `name`; None
+    where there is none: `KEY.png.cls`, `KEY.cls`, or that of a shorter stem up to a dot.
 
     So `a.left.jpg` and `a.right.jpg` share `a.cls`, unless there is an `a.jpg`, whose it is. `stems` are those of all
     images of the listing.

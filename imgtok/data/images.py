@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -309,7 +309,13 @@ class Opened:
         """As that of an `ImageSource`."""
         if isinstance(self.config, ShapesConfig):
             return json.dumps(to_dict(self.config), sort_keys=True)
-        return _identity(self._train, self.config.num)
+        return _identity(self._train, self._told)
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        """What the identity tells beside the records: how they are divided, as far as the data set itself says it."""
+        number = {} if self.config.num is None else {"num": self.config.num}  # type: ignore[union-attr]
+        return number | {"own_held_out": self.has_held_out}
 
     def images(
         self, size: int, split: Split, held_out_fraction: float, *, flip: bool = False, crop: Crop = "center"
@@ -330,7 +336,7 @@ class Opened:
         chosen = _choose(labels, config.num)
         if own is None:
             chosen = chosen[split_indices(len(chosen), split, held_out_fraction)]
-        return FileImages(records, chosen, size, Augmentation(flip, crop), labels=labels, num=config.num)
+        return FileImages(records, chosen, size, Augmentation(flip, crop), labels=labels, told=self._told)
 
 
 def _open_records(config: FileConfig) -> Records:
@@ -362,9 +368,8 @@ def _say_what_it_is(config: FileConfig, records: Records) -> None:
     logger.info("%s: %s; %s", in_words(config), summary(len(records), records.left_out), labels)
 
 
-def _identity(records: Records, num: int | None) -> str:
-    told = records.identity() | ({} if num is None else {"num": num})
-    return json.dumps(told, sort_keys=True)
+def _identity(records: Records, told: Mapping[str, Any]) -> str:
+    return json.dumps({**records.identity(), **told}, sort_keys=True)
 
 
 def _choose(labels: Labels, num: int | None) -> np.ndarray:
@@ -374,7 +379,7 @@ def _choose(labels: Labels, num: int | None) -> np.ndarray:
         if num is not None and num > count:
             logger.warning("data.num: %d images are asked for, and there are %d: all are used", num, count)
         return np.arange(count)
-    how = "from all classes alike" if labels.num_classes else f"one of each {num} equal stretches of its files"
+    how = "from each class its share" if labels.num_classes else f"one of each {num} equal stretches of its files"
     logger.info("data.num: %d of %d images, %s", num, count, how)
     return places_all_over(count, num, labels.values if labels.num_classes else None)
 
@@ -434,10 +439,10 @@ class FileImages:
         augmentation: Augmentation,
         *,
         labels: Labels | None = None,
-        num: int | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> None:
-        """`indices` are the records that are used. `labels` stand in for those of the records, `num` is how many images
-        were chosen of them, before they were divided.
+        """`indices` are the records that are used. `labels` stand in for those of the records, `told` is what their
+        identity says beside them: how they were chosen and divided.
         """
         labels = records.labels if labels is None else labels
         self.size = size
@@ -448,12 +453,12 @@ class FileImages:
         self._records = records
         self._indices = indices
         self._augmentation = augmentation
-        self._num = num
+        self._told = told or {}
 
     @functools.cached_property
     def identity(self) -> str:
-        """That of the records, with the number of images if it was limited."""
-        return _identity(self._records, self._num)
+        """That of the records, with the number of images if it was limited, and whether others are held out."""
+        return _identity(self._records, self._told)
 
     def _record(self, index: int) -> Record:
         place = int(self._indices[index])

@@ -19,7 +19,7 @@ import numpy as np
 from imgtok.config import PositiveInt, check
 from imgtok.data.blocks import Blocks
 from imgtok.data.columns import Columns, Values, find_columns, join_labels, read_beside, read_labels
-from imgtok.data.files import LeftOut, list_folder
+from imgtok.data.files import HELD_OUT, PARQUET, TRAIN, LeftOut, list_folder
 from imgtok.data.labels import DataError
 from imgtok.data.parquet_pages import CACHE_BYTES, Chunk, PageReader
 from imgtok.data.sources import Record, expand, identity_of, other_kind
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHEAP = 2 * 2**20  # bytes that are decoded in a fraction of an image's own decoding
-_SUFFIXES = (".parquet", ".parq", ".pq")
-_SPLITS = re.compile(r"(?:^|[^a-z])(train|valid|val|dev|test|eval)(?:ing|ation|uation)?(?:[^a-z]|$)")
+_PARTS = "|".join([*TRAIN, *HELD_OUT, "testing", "eval", "evaluation"])
+_SPLITS = re.compile(rf"(?:^|[^a-z])({_PARTS})(?:[^a-z]|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ def _files_in(folder: Path) -> list[str]:
     listing = list_folder(folder)  # follows links, leaves out what is hidden
     names = [*listing.others, *listing.unreadable, *(entry.name for entry in listing.images)]
     found = sorted(map(Path, names))
-    files = [path for path in found if path.suffix.lower() in _SUFFIXES]
+    files = [path for path in found if path.suffix.lower() in PARQUET]
     unfinished = [path for path in files if any(part.startswith("_") for part in path.parts)]
     if unfinished:
         logger.info("%s: left out, as Spark does: %d Parquet files, such as %s", folder, len(unfinished), unfinished[0])
@@ -195,10 +195,11 @@ def _files_in(folder: Path) -> list[str]:
     splits: dict[str, Path] = {}
     for path in files:
         match = _SPLITS.search(str(path.with_suffix("")).lower())
-        splits.setdefault(match[1] if match else "", path)
+        part = match[1] if match else ""
+        splits.setdefault("train" if part in TRAIN else part, path)
     if len(splits) > 1:
         listed = ", ".join(map(str, splits.values()))
-        first = next(iter(splits.values()))
+        first = splits.get("train", next(iter(splits.values())))
         pattern = folder / first.parent / re.sub(r"\d+(-of-\d+)?", "*", first.name)
         raise DataError(f"{folder}: holds several splits ({listed}); choose one by a pattern, as path='{pattern}'")
     return [str(folder / path) for path in files]

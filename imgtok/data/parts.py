@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgtok.data.arrow import HubConfig
-from imgtok.data.files import is_hidden, list_folder, suffix_of
+from imgtok.data.files import HELD_OUT, PARQUET, TRAIN, is_hidden, list_folder, suffix_of
 from imgtok.data.parquet import ParquetConfig, parquet_files
 from imgtok.data.sources import ImageFolderConfig, check_folder, expand
 from imgtok.data.tar import TarConfig
@@ -24,10 +24,7 @@ from imgtok.data.tar import TarConfig
 logger = logging.getLogger(__name__)
 
 FileConfig = ImageFolderConfig | ParquetConfig | TarConfig | HubConfig
-TRAIN = ("train", "training")
-HELD_OUT = ("val", "validation", "valid", "dev", "test")
-"""Names of parts, in lower case; of those for held-out images the first that is there counts."""
-SUFFIXES = {"parquet": (".parquet", ".parq", ".pq"), "webdataset": (".tar",)}
+SUFFIXES = {"parquet": PARQUET, "webdataset": (".tar",)}
 
 
 class Parts(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from imgtok.config import defaults, to_dict
-from imgtok.data.sources import DataError, differing
+from imgtok.data.sources import NOT_TOLD, DataError, differing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class CacheInfo:
 
     @property
     def num_shards(self) -> int:
+        """Files of the whole cache; the last may hold fewer images."""
         return -(-self.num_images // self.shard_size)
 
     def shard_path(self, folder: Path, shard: int) -> Path:
@@ -85,6 +86,7 @@ class CacheInfo:
 
     @classmethod
     def damaged(cls, path: Path, error: Exception) -> DataError:
+        """The error to raise for a shard that cannot be read, with what to do; `error` is what came of reading it."""
         what = f"not a whole {cls.PREFIX} shard ({error})"
         return DataError(f"{path}: {what}; delete it and run `{cls.COMMAND}` again")
 
@@ -115,7 +117,7 @@ def open_cache(folder: Path, kind: type[CacheInfo]) -> tuple[Any, list[Path]]:
 
 def as_begun(folder: Path, info: Info, config: Any) -> Info:
     """The description that a cache of this data is continued with: an older one has the text of the data's
-    configuration, `config`, and no names of classes; or that text lacks fields that were added since.
+    configuration, `config`, and no names of classes; or what it has lacks what is told since.
     """
     first = next(iter(sorted(folder.glob(f"{info.PREFIX}s-*.safetensors"))), None)
     if first is None:
@@ -125,8 +127,11 @@ def as_begun(folder: Path, info: Info, config: Any) -> Info:
         told = json.loads(begun.dataset)
     except ValueError:
         return info
-    now, usual = to_dict(config), defaults(config)
-    if not isinstance(told, dict) or not told.keys() <= now.keys() or any(differing(told, now, usual)):
+    if not isinstance(told, dict):
+        return info
+    by_content = "images" in told and "images" in (mine := json.loads(info.dataset))
+    now, usual = (mine, NOT_TOLD) if by_content else (to_dict(config), defaults(config))
+    if not told.keys() <= now.keys() or any(differing(told, now, usual)):
         return info
     names = {"class_names": begun.class_names} if hasattr(begun, "class_names") else {}
     return replace(info, dataset=begun.dataset, **names)
@@ -144,7 +149,7 @@ def same_images(first: str, second: str) -> bool:
         return False
     if ("images" in one) != ("images" in two):
         return one.get("kind") == two.get("kind")
-    return "images" in one and {**one, "labels": ""} == {**two, "labels": ""}
+    return "images" in one and not any(differing({**one, "labels": ""}, {**two, "labels": ""}, NOT_TOLD))
 
 
 def images_in(folder: Path, info: CacheInfo) -> int:

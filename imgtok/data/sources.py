@@ -24,12 +24,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from imgtok.config import PositiveInt, check
-from imgtok.data.files import LeftOut, Listing, is_hidden, list_folder, suffix_of
+from imgtok.data.files import HELD_OUT, TRAIN, LeftOut, Listing, is_hidden, list_folder, suffix_of
 from imgtok.data.labels import DataError, Labels, Place, as_numbers, check_labels, find_labels
 from imgtok.pictures import SUFFIXES, UnreadableImage
 from imgtok.randomness import uniform
 
 __all__ = [
+    "NOT_TOLD",
     "DataError",
     "FolderRecords",
     "ImageFolderConfig",
@@ -178,12 +179,8 @@ def _not_local(path: str) -> str:
     return " (only local files are read: download it)" if re.match(r"\w+:/|pipe:", path) else ""
 
 
-SPLITS = frozenset({"train", "training", "val", "validation", "valid", "dev", "test"})
-"""Names of folders that are parts of a data set, and not classes."""
-
-
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
-    if folders and {folder.lower() for folder in folders} <= SPLITS:
+    if folders and {folder.lower() for folder in folders} <= {*TRAIN, *HELD_OUT}:
         raise DataError(f"{root}: its folders {', '.join(folders)} are splits, not classes; give {root / folders[0]}")
 
 
@@ -249,6 +246,10 @@ def identity_of(
         "labels": _short(hashlib.sha256(told)),
         "content": _short(content),
     }
+
+
+NOT_TOLD: Mapping[str, Any] = {"num": None}
+"""Of the identity of images: what it leaves out where all of them are used."""
 
 
 def differing(

@@ -17,7 +17,7 @@ from imgtok import runs
 from imgtok.config import ConfigError, from_dict, read_yaml, to_dict
 from imgtok.data.images import HOW_TO_NAME, DataConfig, DataError, ImageSource, Opened, Split, in_words, size_in_words
 from imgtok.data.parts import parts_of
-from imgtok.data.sources import differing
+from imgtok.data.sources import NOT_TOLD, differing
 from imgtok.hub import Found
 from imgtok.shapes.world import ShapesConfig
 
@@ -66,7 +66,7 @@ class Training:
     def had(self, config: DataConfig, identity: dict[str, Any]) -> bool:
         """Whether these images are those of the training."""
         if self.identity is not None:
-            defaults = to_dict(ShapesConfig()) if isinstance(config, ShapesConfig) else {"num": None}
+            defaults = to_dict(ShapesConfig()) if isinstance(config, ShapesConfig) else NOT_TOLD
             return not any(differing(_images(self.identity), _images(identity), defaults))
         return _place(config) == _place(self.data)
 
@@ -79,12 +79,14 @@ class Training:
     @property
     def has_held_out(self) -> bool:
         """Whether the training had images of their own to show, and trained on all of these."""
+        if self.identity is not None and "own_held_out" in self.identity:  # they may be gone, or come since
+            return bool(self.identity["own_held_out"])
         return not isinstance(self.data, ShapesConfig) and parts_of(self.data).held_out is not None
 
 
 def _images(identity: dict[str, Any]) -> dict[str, Any]:
-    """What tells images from others, whatever their labels are."""
-    return {name: value for name, value in identity.items() if name != "labels"}
+    """What tells images from others, whatever their labels are and whatever is held out beside them."""
+    return {name: value for name, value in identity.items() if name not in ("labels", "own_held_out")}
 
 
 def _place(config: DataConfig) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imgtok.data.files import LeftOut, list_folder, numbered_images, stem_of, suffix_of, summary
+from imgtok.data.files import PARQUET, LeftOut, list_folder, numbered_images, stem_of, suffix_of, summary
+from imgtok.data.images import max_unreadable
 from imgtok.data.parquet import ParquetConfig, ParquetRecords
 from imgtok.data.sources import (
     DataError,
@@ -32,6 +33,7 @@ from imgtok.data.sources import (
     read_bytes,
 )
 from imgtok.data.tar import TarConfig, TarRecords
+from imgtok.files import is_pattern
 from imgtok.metrics.arrays import ArrayImages, Values, open_npy, open_npz, read_array
 from imgtok.pictures import UnreadableImage, center_crop_adm, decode_image
 
@@ -39,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 RECORD = "samples.json"
 KINDS = "a folder of images, tars (.tar), Parquet files (.parquet), or arrays (.npz, .npy)"
-PARQUET = (".parquet", ".parq", ".pq")
 _PROBES = 16  # images whose size is looked at before any is scored
 
 
@@ -102,7 +103,7 @@ class SavedImages:
 
     def _first_size(self) -> tuple[int, int]:
         """That of the first image that can be read, where few cannot. Raises UnreadableImage otherwise."""
-        last = max(1, len(self) // 100)  # as many as may be unreadable
+        last = max_unreadable(len(self))
         for index in range(min(len(self), last + 1)):
             try:
                 height, width, _ = self._raw(index).shape
@@ -158,15 +159,24 @@ class _Images(Protocol):
     """Whether images can be of several sizes."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    def key(self, index: int) -> str: ...
-    def where(self, index: int) -> str: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8. Raises UnreadableImage."""
+
+    def key(self, index: int) -> str:
+        """What an image is paired by: its path below the root without the ending, or its place as text."""
+
+    def where(self, index: int) -> str:
+        """What an image is called in messages."""
 
 
 def _open(path: Path, values: Values | None) -> _Images:
-    """Whatever the path holds. Raises FileNotFoundError, or ValueError for what is not understood."""
+    """Whatever the path holds; arrays are (N, H, W, 3), or in .npy files also (N, 3, H, W) and (N, H, W).
+
+    Raises FileNotFoundError, or ValueError for what is not understood.
+    """
     suffix = path.suffix.lower()
-    pattern = any(character in str(path) for character in "*?[{")
+    pattern = is_pattern(path)
     if not pattern and not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; images to score are {KINDS}")
     if path.is_dir():

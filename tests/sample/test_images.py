@@ -207,6 +207,20 @@ def test_an_interrupted_job_draws_only_what_is_missing(generator, samples, tmp_p
     assert grid_path(tmp_path).read_bytes() == grid_path(samples).read_bytes()
 
 
+def test_an_overview_replaces_only_an_overview(tmp_path, caplog):
+    out = tmp_path / "cat"
+    out.mkdir()
+    first, second = (torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (1, 2))
+    assert images.save_grid(first, out) == images.save_grid(second, out) == tmp_path / "cat-grid.png"
+    assert np.array(Image.open(tmp_path / "cat-grid.png")).max() == 2
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat-grid.png")  # somebody's own
+    assert images.save_grid(first, out) is None
+    assert Image.open(tmp_path / "cat-grid.png").size == (4, 4)
+    assert f"no overview: {tmp_path}/cat-grid.png is there and none of this program's; move it" in caplog.text
+    (tmp_path / "cat-grid.png").rename(tmp_path / "mine.png")
+    assert images.save_grid(first, out), "the advice, followed"
+
+
 @pytest.mark.parametrize("moment", ["while drawing", "while saving"])
 def test_a_signal_leaves_whole_images_and_the_next_start_draws_the_rest(
     generator, samples, tmp_path, monkeypatch, capfd, moment

@@ -18,7 +18,8 @@ from imgtok.data import images as opening
 from imgtok.data.files import Entry, LeftOut, Listing, begins_like_an_image, list_folder, numbered_images, stem_of
 from imgtok.data.images import open_images, open_split, require_labels
 from imgtok.data.labels import DataError, as_numbers
-from imgtok.data.sources import FolderRecords, ImageFolderConfig, expand, places_all_over
+from imgtok.data.shards import same_images
+from imgtok.data.sources import FolderRecords, ImageFolderConfig, differing, expand, places_all_over
 from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.metrics.saved_images import SavedImages
 
@@ -550,7 +551,25 @@ def test_captions_of_a_table_are_no_labels(tmp_path):
     for name in ("ant/1.png", "bee/1.png"):
         write(tmp_path / name, picture())
     write(tmp_path / "metadata.jsonl", b'{"file_name": "ant/1.png", "text": "an ant"}\n')
-    assert folder(tmp_path).labels.names == ("ant", "bee")
+    found = folder(tmp_path)
+    assert found.labels.names == ("ant", "bee")
+    said = "1 metadata.jsonl (captions in it are not read: KEY.txt beside each image is)"
+    assert str(found.left_out) == said
+    write(tmp_path / "ant" / "1.txt", b"an ant")
+    assert [folder(tmp_path)[place].text for place in range(2)] == ["an ant", ""], "the advice, followed"
+
+
+def test_overviews_beside_folders_of_samples_are_no_images(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / name / "000000.png", picture())
+        write(tmp_path / name / "samples.json", b'{"labels": [0]}')
+        write(tmp_path / f"{name}-grid.png", picture(size=20))
+    found = folder(tmp_path)
+    assert (names(found), found.labels.names) == (["cat/000000.png", "dog/000000.png"], ("cat", "dog"))
+    assert str(found.left_out) == "2 .json, 1 overview (cat-grid.png), 1 overview (dog-grid.png)"
+    assert len(SavedImages(tmp_path)) == 2
+    (tmp_path / "dog" / "samples.json").unlink()  # then it may be any picture
+    assert "dog-grid.png" in names(folder(tmp_path, labels="none"))
 
 
 def test_a_mistyped_part_is_refused_by_jobs_that_do_not_read_it(tmp_path):
@@ -584,7 +603,7 @@ def test_num_takes_images_from_all_over_the_set(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         source = open_images(ImageFolderConfig(path=tmp_path, num=8), 8, held_out_fraction=0.0)
     assert source.batch(range(8)).labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert "8 of 20 images, from all classes alike" in caplog.text
+    assert "8 of 20 images, from each class its share" in caplog.text
     flat = open_images(ImageFolderConfig(path=tmp_path, num=8, labels="none"), 8, held_out_fraction=0.0)
     assert len(flat) == 8
     assert len(open_images(ImageFolderConfig(path=tmp_path, num=99), 8, held_out_fraction=0.0)) == 20
@@ -601,6 +620,22 @@ def test_spread_meets_all_classes_in_any_order(labels):
 
 
 # ---------------------------------------------------------------- identity
+
+
+def test_identity_knows_whether_others_are_held_out(tmp_path):
+    for i in range(2):
+        write(tmp_path / "train" / "ant" / f"{i}.png", picture(i))
+    config = ImageFolderConfig(path=tmp_path)
+    alone = open_images(config, 8).identity
+    write(tmp_path / "val" / "ant" / "9.png", picture(9))
+    apart = open_images(config, 8).identity
+    assert apart == opening.Opened(config).identity
+    assert list(differing(json.loads(alone), json.loads(apart), {})) == [("own_held_out", False, True)]
+    assert not same_images(alone, apart)
+    older = json.loads(apart)
+    del older["own_held_out"]
+    assert not list(differing(older, json.loads(apart), {})), "older runs go on"
+    assert same_images(json.dumps(older), apart)
 
 
 def test_identity_knows_content_and_not_the_place(tmp_path):

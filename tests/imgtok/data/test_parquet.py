@@ -248,7 +248,7 @@ def test_a_folder_with_several_splits_asks_which(tmp_path):
     with pytest.raises(DataError, match=r"several splits \(data/test-0.parquet, data/train-0.parquet\).*") as caught:
         opened(tmp_path)
     pattern = str(caught.value).split("path='")[1].rstrip("'")
-    assert [Path(file).name for file in parquet_files(pattern)] == ["test-0.parquet"]
+    assert [Path(file).name for file in parquet_files(pattern)] == ["train-0.parquet", "train-1.parquet"]
 
 
 def test_a_folder_is_read_as_other_folders_are(tmp_path, caplog):

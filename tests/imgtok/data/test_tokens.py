@@ -1,4 +1,5 @@
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from imgtok.data.images import ImageFolderConfig
 from imgtok.data.loaders import token_loader
+from imgtok.data.shards import as_begun
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenCacheInfo, TokenDataset, TokenShardWriter
 from imgtok.tokenizers.tokens import Tokens
@@ -241,3 +244,15 @@ def test_a_shard_whose_lengths_do_not_add_up_is_damaged(tmp_path):
     save_file(load_file(path) | {"lengths": np.array([1, 2], np.int32)}, path, SLOTTED.header)
     with pytest.raises(DataError, match="tokens-00000-of-00002.safetensors: not a whole token shard"):
         TokenDataset(tmp_path)
+
+
+def test_a_cache_begun_before_more_was_told_is_continued(tmp_path):
+    told = {"kind": "folder", "images": 3, "names": "n", "labels": "l", "content": "c"}
+    begun = replace(INFO, dataset=json.dumps(told))
+    write(tmp_path, begun)
+    config = ImageFolderConfig(path=tmp_path)
+    now = replace(INFO, dataset=json.dumps({**told, "own_held_out": False}))
+    assert as_begun(tmp_path, now, config) == begun
+    for other in ({"content": "d"}, {"num": 2}):
+        changed = replace(INFO, dataset=json.dumps({**told, **other, "own_held_out": False}))
+        assert as_begun(tmp_path, changed, config) == changed, "which is refused"
