@@ -192,7 +192,7 @@ def test_recorded_images_that_are_elsewhere_or_have_changed(made, tmp_path, caps
     finally:
         extra.unlink()
     (tmp_path / "tok/identity.json").unlink()  # a run of an earlier version: the place is what tells
-    assert "as " in start(caplog, "reconstruct", tmp_path / "tok", out)
+    assert "as " in start(caplog, "reconstruct", tmp_path / "tok", f"out={tmp_path}/again")
 
 
 @pytest.mark.parametrize(
