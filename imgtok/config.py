@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import logging
 import math
 import textwrap
 import types
@@ -29,6 +30,7 @@ import yaml
 from imgtok.files import replacing
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -69,7 +71,8 @@ def load(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """Read `path` (or, for None, start from nothing), lay the `a.b=value` overrides on top, build a `kind`.
 
     Values of overrides are YAML (`null`, `true`, `[1, 2]`, `1e-4`); for text and paths they are taken as
-    they stand, and a tuple also accepts `1,2,4`. Raises ConfigError, or FileNotFoundError for the file.
+    they stand, and a tuple also accepts `1,2,4`. `a.kind=other` leaves out what the file has in section `a` for its own
+    kind, and the log says what that was. Raises ConfigError, or FileNotFoundError for the file.
     """
     data = {} if path is None else read_yaml(path)
     source = "command line" if path is None else str(path)
@@ -292,7 +295,32 @@ def _lay_over(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"command line: {override!r}: {key!r} is {show(section)}, not a section")
         data[key] = section or {}
         data = data[key]
+    if keys[1:] and keys[-1] == "kind" and data.get("kind") is not None:
+        _leave_out_other_kind(data, ".".join(keys[:-1]), Raw(text))
     data[keys[-1]] = Raw(text)
+
+
+def _leave_out_other_kind(section: dict[str, Any], name: str, kind: Raw) -> None:
+    """Take out of a section what its file says of another kind than the one that an override chooses, and say so:
+    fields that both kinds have need not mean the same. What other overrides have set stays.
+    """
+    before = section["kind"]
+    if isinstance(before, Raw) or str(before) == kind.text():
+        return
+    given = {key: kept for key, value in section.items() if (kept := _overrides_in(value)) is not None}
+    gone = [f"{key}={show(plain(value))}" for key, value in section.items() if key != "kind" and key not in given]
+    section.clear()
+    section.update(given)
+    if gone:
+        told = f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'}"
+        logger.info("%s.kind=%s in place of the file's %s: its %s left out", *(name, kind, before, told))
+
+
+def _overrides_in(value: Any) -> Any:
+    """What overrides have set in a value; None where they have set nothing."""
+    if isinstance(value, dict):
+        return {key: kept for key, item in value.items() if (kept := _overrides_in(item)) is not None} or None
+    return value if isinstance(value, Raw) else None
 
 
 def build(kind: type, data: Any, place: Place, default: Any) -> Any:

@@ -226,10 +226,7 @@ class Found:
     @property
     def step(self) -> int | None:
         """The training steps behind it, where it stands in the folder of a run; None where that is not known."""
-        try:
-            return runs.read_progress(self.path).step
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
+        return runs.step_of(self.path)
 
     def about(self) -> dict[str, Any]:
         """What a record says of it: where it was found, and what tells it from any other."""

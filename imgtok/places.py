@@ -17,6 +17,8 @@ from imgtok import runs
 SAFETENSORS = ".safetensors"
 INDEX = re.compile(r"\.(safetensors|bin)\.index(\.\w+)?\.json$")
 """How the name of the index of weights in shards ends; diffusers puts the name of a variant into it."""
+_SURE = 0.9
+"""How like (`difflib`) a name must be to one that is here to count as mistyped; others are looked for on the Hub."""
 _ADDRESS = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)([\w.-]+/[\w.-]+)")
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 LONE_FILES = (SAFETENSORS, *PICKLES)
@@ -83,7 +85,7 @@ def no_repository(place: Repository) -> str:
     """What to say of a name that is none of the Hub's."""
     return (
         f"there is no model folder {str(place)!r} here, and no such repository on the Hugging Face Hub (for a private "
-        "one, log in with `hf auth login`)"
+        f"one, log in with `hf auth login`){_near_by(place)}"
     )
 
 
@@ -92,7 +94,7 @@ def unreachable(place: Repository, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"there is no model folder {str(place)!r} here, it is not in the local Hugging Face cache, and the Hub cannot "
-        f"be reached: {reason}"
+        f"be reached: {reason}{_near_by(place)}"
     )
 
 
@@ -135,15 +137,15 @@ def _absent(name: str) -> str:
 
 
 def _elsewhere(name: str, path: Path) -> Repository:
-    """The place on the Hub that a name means which leads nowhere here. Raises FileNotFoundError for one that was meant
-    to lead to a place here: what lies beside it says so.
+    """The place on the Hub that a name means which leads nowhere here. Raises FileNotFoundError for one that was surely
+    meant to lead to a place here: what lies beside it says so.
     """
     found, first = repository(name), path.parts[0]
     if Path(first).is_dir():
         raise FileNotFoundError(
             f"{_absent(name)}{_beside(path)} (not looked for on the Hub, since a folder {first}/ lies here)"
         )
-    meant, whole = _corrected(path)
+    meant, whole = _corrected(path, _SURE)
     if whole:
         raise FileNotFoundError(f"{_absent(name)}; did you mean {meant}? (not looked for on the Hub)")
     return found
@@ -170,13 +172,19 @@ def _beside(path: Path) -> str:
     return f"; {meant} has {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"
 
 
-def _corrected(path: Path) -> tuple[Path, bool]:
+def _near_by(place: Repository) -> str:
+    """What to add where a name is none of the Hub's either: the path here that it is like, if there is one."""
+    meant, whole = _corrected(Path(str(place)))
+    return f"; did you mean {meant}?" if whole else ""
+
+
+def _corrected(path: Path, cutoff: float = 0.6) -> tuple[Path, bool]:
     """The folder or file to which the parts of a path lead, or else the names that are most like them; and whether all
-    parts lead on. If not, it is the last folder.
+    parts lead on. If not, it is the last folder. `cutoff` in [0, 1] is how like names must be, as `difflib` has it.
     """
     found = Path(path.anchor)
     for part in path.relative_to(found).parts:
-        near = [part] if (found / part).exists() else _near(Path(part), found)
+        near = [part] if (found / part).exists() else _near(Path(part), found, cutoff)
         if not near:
             return found, False
         if not (found / near[0]).is_dir() and part != path.name:
@@ -195,6 +203,6 @@ def _models_in(folder: Path) -> list[Path]:
     return next((models for level in levels if (models := sorted(filter(_is_model, level)))), [])
 
 
-def _near(path: Path, folder: Path) -> list[str]:
+def _near(path: Path, folder: Path, cutoff: float) -> list[str]:
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return difflib.get_close_matches(path.name, names, n=1)
+    return difflib.get_close_matches(path.name, names, n=1, cutoff=cutoff)

@@ -18,7 +18,8 @@ FINAL, CHECKPOINTS = "final", "checkpoints"
 CONFIG, STATE = "config.yaml", "state.json"
 """In each checkpoint and in `final`: the whole configuration of the run, and `Progress` with the size of every file."""
 IDENTITY = "identity.json"
-"""In a run's folder: what tells its data and the models that it stands on from others."""
+"""In a run's folder, in each checkpoint and in `final`: what tells the run's data and the models that it stands on from
+others."""
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
 """In each checkpoint: all tensors of what is trained, which may be more than the model; and the averaged ones of these,
 where the run keeps an average."""
@@ -61,6 +62,20 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**state)
 
 
+def identity_path(folder: Path) -> Path | None:
+    """The identity of the run that a model comes from; None where none was kept with it.
+
+    A model has its own. Runs of earlier versions kept one alone, in the folder of the run: it counts for the models in
+    the places of such a run, not for others that lie there.
+    """
+    places = [folder]
+    if folder.name == FINAL:
+        places.append(folder.parent)
+    if folder.name.startswith("step_") and folder.parent.name == CHECKPOINTS:
+        places.append(folder.parent.parent)
+    return next((place / IDENTITY for place in places if (place / IDENTITY).is_file()), None)
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, and not a model that stands for itself, as `final` is."""
     return all((folder / name).is_file() for name in (CONFIG, STATE)) and not (folder / "config.json").exists()
@@ -78,7 +93,7 @@ def follow(folder: Path) -> Path:
     inside = folder / CHECKPOINTS
     if (folder / FINAL / "config.json").is_file() and (inside.is_dir() or (folder / CONFIG).is_file()):
         steps = complete_steps(inside)
-        if steps and steps[0] > (_step(folder / FINAL) or steps[0]):
+        if steps and steps[0] > (step_of(folder / FINAL) or steps[0]):
             logger.info("%s: took the finished model; it has a newer checkpoint, step %d", folder, steps[0])
         return folder / FINAL
     if complete_steps(folder):
@@ -108,7 +123,10 @@ def newest(folder: Path) -> Path:
     raise ValueError("no checkpoint of this run can be read:\n  " + "\n  ".join(damaged))
 
 
-def _step(folder: Path) -> int | None:
+def step_of(folder: Path) -> int | None:
+    """The training steps after which a checkpoint or a finished model was written; None where that is not known, or a
+    file there has lost bytes.
+    """
     try:
         return read_progress(folder).step
     except (OSError, ValueError, LookupError, TypeError):

@@ -8,6 +8,7 @@ job that a signal ends leaves with 128 + its number: 130, 143, 138 (on Linux). W
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -169,10 +170,13 @@ def leave_to_parent(_: int = 0) -> None:
     """In a process that was started while signals were `held_back`: they do nothing, unless its parent sends them.
 
     Ctrl-C and many schedulers reach every process of a group: a worker that died of that would end the run before it
-    has saved anything.
+    has saved anything. Its parent is who asked for it, and not the server that has forked it.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # multiprocessing lifts it where it starts helpers of its own
     if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        asked = multiprocessing.parent_process()
+        parent = os.getppid() if asked is None or asked.pid is None else asked.pid
+        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
     else:  # macOS cannot say who sent a signal; without SIGTERM the parent could not end this process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 

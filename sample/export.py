@@ -63,9 +63,10 @@ def main(config: Config) -> None:
         model.save_pretrained(config.out)
         if decoder is not None:
             decoder.save_pretrained(config.out / "tokenizer")
-        if (record := found.path / runs.CONFIG).is_file():  # what it was trained on
-            with replacing(config.out / runs.CONFIG) as temporary:
-                shutil.copyfile(record, temporary)
+        for record in (found.path / runs.CONFIG, runs.identity_path(found.path)):  # what it was trained on
+            if record is not None and record.is_file():
+                with replacing(config.out / record.name) as temporary:
+                    shutil.copyfile(record, temporary)
     announce.ends(config.out)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,10 @@ def main(config: Config) -> None:
     logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
     try:
         draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
-    except signals.Stopped as stop:
+    except KeyboardInterrupt as stop:  # of SIGINT itself, or `Stopped` of the other signals
+        number = getattr(stop, "number", signal.SIGINT)
         where = f"what is finished is in {folder}; start the same command again to go on"
-        raise signals.Stopped(stop.number, f"{signals.name_of(stop.number)}: stopped; {where}") from None
+        raise signals.Stopped(number, f"{signals.name_of(number)}: stopped; {where}") from None
     state.wait_for_everyone()
     if state.is_main_process:
         finish(config, plan, folder, pipe.class_names)

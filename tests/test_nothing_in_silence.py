@@ -161,13 +161,44 @@ def test_no_job_runs_on_images_that_nobody_named(made, tmp_path, capsys):
     assert "data.kind: is required, must be one of 'folder'" in refused(capsys, *jobs[5], "data.path=x", f"out={out}")
     message = refused(capsys, "evaluate", f"images={folder}/samples", "metrics=fd_shapes", f"out={out}/s.json")
     assert "fd_shapes compares with built-in shapes: say which, data.kind=shapes" in message
-    file = ["train", "tokenizer", TINY / "flextok.yaml", *QUIET, f"out={out}"]
-    message = refused(capsys, *file, "data.kind=folder", f"data.path={folder}/other")
-    assert "data='{kind: folder, ...}' takes the place of the file's whole section" in message
     assert not out.exists()
     assert (
         main(["reconstruct", str(tmp_path / "tok"), f"out={out}", "data.kind=folder", f"data.path={folder}/other"]) == 0
     )
+
+
+def test_the_words_of_the_readme_name_images_over_a_file_with_others(made, tmp_path, caplog):
+    """`data.kind=folder data.path=DIR`, over a configuration that ships with imgtok and trains on shapes."""
+    folder, _ = made
+    words = ("data.kind=folder", f"data.path={folder}/other", f"out={tmp_path}", *QUIET)
+    line = start(caplog, "train", "tokenizer", "tiny/flextok", *words)
+    assert f"data: {folder}/other: 11 images to train on" in line
+    assert "data.kind=folder in place of the file's shapes: its num_images=64 is left out" in caplog.text
+
+
+def test_a_model_that_has_left_its_run_still_knows_its_images(made, tmp_path, capsys, caplog):
+    folder, _ = made
+    shutil.copytree(folder / "tok/final", tmp_path / "copied")
+    assert main(["export", f"{folder}/tok/checkpoints", f"out={tmp_path}/exported", "layout=imgtok"]) == 0
+    (folder / "gpt/inside").symlink_to(tmp_path / "copied")  # in the folder of a run that it is not of
+    names = (tmp_path / "copied", tmp_path / "exported", folder / "gpt/inside")
+    for name in names:
+        assert f", as {name} was trained on: " in start(caplog, "reconstruct", name, f"out={tmp_path}/shown", "rates=4")
+        shutil.rmtree(tmp_path / "shown")
+    data = folder / "train"
+    kept = data.rename(folder / "kept")
+    try:
+        draw(data, TRAINED, seed=5)  # as many, under the same names
+        for name in names:
+            message = refused(capsys, "cache", name, f"out={tmp_path}/tokens")
+            assert f"{data} holds other images now than {name} was trained on (their content has changed)" in message
+        (tmp_path / "copied/identity.json").unlink()  # as an earlier version left it: the place is all that is known
+        line = start(caplog, "cache", tmp_path / "copied", f"out={tmp_path}/tokens")
+        assert f"{data}, by the record of {tmp_path}/copied: 16 images" in line
+    finally:
+        (folder / "gpt/inside").unlink()
+        shutil.rmtree(data)
+        kept.rename(data)
 
 
 def test_recorded_images_that_are_elsewhere_or_have_changed(made, tmp_path, capsys, caplog):
@@ -191,8 +222,12 @@ def test_recorded_images_that_are_elsewhere_or_have_changed(made, tmp_path, caps
         assert f"{data} holds other images now than {tmp_path}/tok/final was trained on (images: 20 then, 21" in message
     finally:
         extra.unlink()
-    (tmp_path / "tok/identity.json").unlink()  # a run of an earlier version: the place is what tells
-    assert "as " in start(caplog, "reconstruct", tmp_path / "tok", f"out={tmp_path}/again")
+    (tmp_path / "tok/final/identity.json").unlink()  # a run of an earlier version
+    line = start(caplog, "reconstruct", tmp_path / "tok", f"{out}-of-the-run")
+    assert f"as {tmp_path}/tok/final was" in line
+    (tmp_path / "tok/identity.json").unlink()  # and of a still earlier one: the place is what tells
+    line = start(caplog, "reconstruct", tmp_path / "tok", f"{out}-of-the-place")
+    assert f"by the record of {tmp_path}/tok/final: 4 images" in line
 
 
 @pytest.mark.parametrize(

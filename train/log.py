@@ -39,6 +39,10 @@ HEALTHY = 2**62
 """`Window.bad_at` while everything was finite; larger than any position."""
 
 
+MOST_CODES = 1 << 24
+"""Of a codebook that is larger no batches use a share worth knowing."""
+
+
 class Window:
     """Loss parts and the use of the codebook summed since the last log line, and where the first non-finite loss was.
     All on the device.
@@ -51,7 +55,7 @@ class Window:
         self.zero = torch.zeros((), device=device)
         self.sum = self.values = self.norm = self.zero
         self.count = 0
-        self.codes: Tensor | None = None
+        self.codes: Tensor | None = None  # how often each has occurred, int64; None without a codebook
         self.bad_at = torch.full((), HEALTHY, dtype=torch.int64, device=device)
 
     def add(self, losses: Losses | CodedLosses, position: int) -> None:
@@ -61,10 +65,19 @@ class Window:
         values = torch.stack([losses.total, *losses.parts.values()]).detach().float()
         self.sum = self.sum + values
         self.count += 1
-        if isinstance(losses, CodedLosses) and losses.codes is not None:
-            self.codes = losses.codes if self.codes is None else self.codes + losses.codes
+        if isinstance(losses, CodedLosses) and losses.num_codes <= MOST_CODES:
+            self._count(losses.codes.detach().flatten(), losses.num_codes)
         self.values = torch.where(self.bad_at == HEALTHY, values, self.values)
         self._note(values[0], position)
+
+    def _count(self, ids: Tensor, size: int) -> None:
+        """Count the codes (N,) into the one tensor (size,) that there is for them: a new one for each micro-batch would
+        cost more than the counting.
+        """
+        if self.codes is None:
+            self.codes = ids.new_zeros(size)
+        ids = ids.clamp(0, size - 1)  # a NaN has no id, and the run has to come as far as finding it
+        self.codes.scatter_add_(0, ids, torch.ones_like(ids))
 
     def add_norm(self, norm: Tensor, position: int, must_be_finite: bool) -> None:
         """Take in the gradient norm of one step; fp16 may overflow and skip the step, the others may not."""
@@ -102,7 +115,9 @@ class Window:
 
     def reset(self) -> None:
         """Start the next window."""
-        self.sum, self.count, self.codes = self.zero, 0, None
+        self.sum, self.count = self.zero, 0
+        if self.codes is not None:
+            self.codes.zero_()
 
 
 class Log:

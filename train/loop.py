@@ -312,7 +312,7 @@ class Trainer:
     def save(self, done: int) -> None:
         """Write a checkpoint."""
         with self.log.paused():
-            self.checkpoints.save(self.progress(done), self.resolved)
+            self.checkpoints.save(self.progress(done), self.resolved, self.job.identity)
         self.saved_at = time.monotonic()
 
     def progress(self, done: int) -> Progress:
@@ -328,7 +328,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with self.averaged() as model:
                     self.job.save(model, temporary)
-                publish(temporary, final, self.progress(self.config.steps), self.resolved)
+                publish(temporary, final, self.progress(self.config.steps), self.resolved, self.job.identity)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             announce.ends(final)

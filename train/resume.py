@@ -19,11 +19,11 @@ from imgtok import config as configuration
 from imgtok.cli import JOBS
 from imgtok.config import ConfigError
 from imgtok.data.sources import differing
-from imgtok.files import replacing
 from imgtok.runs import IDENTITY, checkpoint_path, complete_steps, read_progress
 from imgtok.sections import completed
 from imgtok.train.config import TrainingConfig
 from imgtok.train.optim import rate_at
+from imgtok.train.state import write_identity
 
 logger = logging.getLogger(__name__)
 
@@ -325,9 +325,7 @@ def record(out: Path, changes: Sequence[Change], step: int, previous: Previous, 
 def write(out: Path, resolved: Any, identity: Mapping[str, Any]) -> None:
     """Write config.yaml and identity.json."""
     configuration.save(resolved, out / "config.yaml")
-    if identity:
-        with replacing(out / IDENTITY) as temporary:
-            temporary.write_text(json.dumps(dict(identity), indent=1), encoding="utf-8")
+    write_identity(out, identity)
 
 
 def is_stale(final: Path, resolved: Any) -> bool:

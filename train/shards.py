@@ -6,8 +6,8 @@ in `.parts/`, and so is what it has when a signal ends the job: the next start g
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
+PARTS = ".parts"
 PIECE_SECONDS = 60.0
 
 Rows = dict[str, Tensor]
@@ -74,6 +75,8 @@ def write_missing(
             _write(shard, kept, encode, finish, requests, progress)
         _stop(requests, writer.folder)
     state.wait_for_everyone()
+    if state.is_main_process:  # with what a process that was killed between a shard and its pieces has left
+        shutil.rmtree(writer.folder / PARTS, ignore_errors=True)
 
 
 def say_what_is_there(folder: Path, info: CacheInfo, state: PartialState, what: str = "") -> None:
@@ -131,7 +134,7 @@ class Pieces:
 
     def __init__(self, folder: Path, info: CacheInfo, shard: int) -> None:
         self.folder, self.info = folder, info
-        self._parts, self._stem = folder / ".parts", info.shard_path(folder, shard).stem
+        self._parts, self._stem = folder / PARTS, info.shard_path(folder, shard).stem
         self.done = 0
         """Images of the shard, from its first one on, that are in the pieces or cannot be read."""
         self._paths: list[Path] = []
@@ -160,8 +163,6 @@ class Pieces:
                 raise self.info.damaged(path, error) from error
 
     def delete(self) -> None:
-        """The shard is there."""
+        """The shard is there. The folder stays: another process may be about to write into it."""
         for path in self._parts.glob(f"{self._stem}.*"):
             path.unlink()
-        with contextlib.suppress(OSError):  # pieces of other shards are there
-            self._parts.rmdir()

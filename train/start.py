@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtok.runs import complete_steps, read_progress
+from imgtok.runs import complete_steps, step_of
 from imgtok.runtime import on_cpu
 from imgtok.train import resume
 from imgtok.train.config import TrainingConfig
@@ -71,7 +71,7 @@ def prepare_folder(
     Raises ValueError for a run that may not be continued in this way, by imgtok.train.resume.
     """
     checkpoints, final = out / "checkpoints", out / "final"
-    steps, finished = complete_steps(checkpoints), finished_steps(final)
+    steps, finished = complete_steps(checkpoints), step_of(final)
     recorded, previous = list[resume.Change](), None
     if steps or final.exists():
         if not config.resume:
@@ -128,11 +128,3 @@ def check_end(out: Path, config: TrainingConfig, finished: int | None, recorded:
         f"{out}: this run is complete ({finished} steps) with {name} = {before}; {name} = {now} would change nothing: "
         "choose another `out` for a new run, or a larger training.steps to go on with this one"
     )
-
-
-def finished_steps(final: Path) -> int | None:
-    """The number of steps after which the complete model in `final` was written; None without one."""
-    try:
-        return read_progress(final).step
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -2,7 +2,7 @@
 
 A checkpoint is written to `.tmp-step_0001000/`, flushed, and renamed to `step_0001000/`: a folder under its
 final name is complete, whatever killed the process. It holds what `accelerator.save_state` writes, the EMA,
-the resolved configuration, and `state.json` with the size of every file. Nothing is registered with
+the resolved configuration, `identity.json`, and `state.json` with the size of every file. Nothing is registered with
 `accelerator.register_for_checkpointing`, since Accelerate unpickles such files without `weights_only`.
 """
 
@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from imgtok import config as configuration
-from imgtok.runs import AVERAGED, CONFIG, STATE, Progress, checkpoint_path, complete_steps, read_progress
+from imgtok.files import replacing
+from imgtok.runs import AVERAGED, CONFIG, IDENTITY, STATE, Progress, checkpoint_path, complete_steps, read_progress
 from imgtok.train.ema import EMA
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(bare_weights)
         accelerator.register_load_state_pre_hook(bare_models)
 
-    def save(self, progress: Progress, resolved: Any) -> None:
+    def save(self, progress: Progress, resolved: Any, identity: Mapping[str, Any]) -> None:
         """Write a checkpoint, then delete those beyond `keep`. A full disk leaves the earlier ones intact."""
         temporary = self.folder / f".tmp-step_{progress.step:07d}"
         target = checkpoint_path(self.folder, progress.step)
@@ -61,7 +62,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 if self.ema.live:
                     self.ema.save(temporary / AVERAGED)
-                publish(temporary, target, progress, resolved)
+                publish(temporary, target, progress, resolved, identity)
                 self._delete_old(progress.step)
         self.accelerator.wait_for_everyone()
 
@@ -140,9 +141,14 @@ class Checkpoints:
 # ---------------------------------------------------------------------------------- whole folders, safely
 
 
-def publish(temporary: Path, target: Path, progress: Progress, resolved: Any) -> None:
-    """Add config.yaml and state.json to `temporary`, flush it to the disk and rename it to `target`."""
+def publish(temporary: Path, target: Path, progress: Progress, resolved: Any, identity: Mapping[str, Any]) -> None:
+    """Add config.yaml, state.json and identity.json to `temporary`, flush it to the disk and rename it to
+    `target`.
+
+    The identity goes along so that a copy of the folder still tells the images that it was trained on from others.
+    """
     configuration.save(resolved, temporary / CONFIG)
+    write_identity(temporary, identity)
     files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
     state = temporary / STATE
@@ -155,6 +161,13 @@ def publish(temporary: Path, target: Path, progress: Progress, resolved: Any) ->
     temporary.rename(target)
     _flush(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write identity.json, or nothing for an empty one; an existing file is replaced in one step."""
+    if identity:
+        with replacing(folder / IDENTITY) as temporary:
+            temporary.write_text(json.dumps(dict(identity), indent=1), encoding="utf-8")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Which images a job on a trained model works on: those that it is told, or those that the model was trained on.
 
-A model's folder has the configuration of its run (`config.yaml`), and the run what tells its images from others
+A model's folder has the configuration of its run (`config.yaml`) and what tells the run's images from others
 (`identity.json`). By these a job knows whether the images at hand are those of the training, of which a share was held
-out.
+out. Models of earlier versions may have the configuration alone: the place of the images is then all that is known.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ class Training:
         if not isinstance(written.get("data"), dict):
             return None
         data = from_dict(_Section, {"data": written["data"]}, str(path)).data
-        folders = (found.path.parent, found.path.parent.parent)  # of RUN/final and of RUN/checkpoints/step_0001000
-        known = [folder / runs.IDENTITY for folder in folders if (folder / runs.IDENTITY).is_file()]
-        identity = json.loads(known[0].read_text(encoding="utf-8")).get("data") if known else None
+        kept = runs.identity_path(found.path)
+        identity = json.loads(kept.read_text(encoding="utf-8")).get("data") if kept is not None else None
         held_out = written.get("held_out", SHARE)
         return cls(found.name, data, float(held_out), written.get("image_size"), identity)
 
@@ -178,7 +177,10 @@ class Named:
         return self._chosen(source, share, f"{part} (held_out={share:g})")
 
     def _chosen(self, source: ImageSource, share: float | None, which: str, more: str = "") -> Chosen:
-        known = f", as {self.found.name} was trained on" if self._known else ""
+        known = ""
+        if self.training is not None and self._known:
+            sure = self.training.identity is not None
+            known = f", as {self.found.name} was trained on" if sure else f", by the record of {self.found.name}"
         words = f"{in_words(self.data)}{known}: {size_in_words(source, which)}{more}"
         return Chosen(source, self.data, share, words)
 

@@ -34,30 +34,21 @@ class Losses(NamedTuple):
 
 
 class CodedLosses(NamedTuple):
-    """`Losses` of a model with a codebook. `codes` is what `count_codes` gives for a batch: the log tells
-    from it how much of the codebook is used.
+    """`Losses` of a model with a codebook. `codes` are the token ids of a batch, int64 of any shape in [0, num_codes),
+    of the `num_codes` that there are: the log counts them, and tells how much of the codebook is used.
 
     A tuple, so that it passes through DDP and Accelerate whole.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
-    codes: Tensor | None
+    codes: Tensor
+    num_codes: int
 
 
 def rebuilt(total: Tensor, parts: dict[str, Tensor], own: Losses | CodedLosses) -> Losses | CodedLosses:
     """Losses around a model's `own`, with its codes where it has any."""
-    return CodedLosses(total, parts, own.codes) if isinstance(own, CodedLosses) else Losses(total, parts)
-
-
-def count_codes(ids: Tensor, size: int) -> Tensor | None:
-    """How often each of the `size` codes of a codebook is among the token ids (...): int64 (size,), on their device and
-    without waiting for it. None for a codebook of more than 2^24 codes, of which no batches use a share worth knowing.
-    """
-    if size > 1 << 24:
-        return None
-    flat = ids.detach().flatten().clamp(0, size - 1)  # a NaN has no id: the loop, which finds it, has to come that far
-    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
+    return own._replace(total=total, parts=parts)
 
 
 class Reconstruction(NamedTuple):

@@ -38,7 +38,6 @@ from imgtok.tokenizers.base import (
     Rate,
     Taps,
     Tokenizer,
-    count_codes,
     latents_of_moments,
     powers_of_two,
 )
@@ -330,8 +329,9 @@ class FlexTok(Tokenizer):
             loss = ((estimate - latents).square() / flow.expand_times(times.clamp(min=0.1), latents)).mean()
         # A number that is the same for every image carries nothing, and rounding leaves it no gradient to recover by.
         spread = F.relu(1 - z.float().std(dim=0, correction=0)).mean()
-        used = count_codes(self.quantizer.codes_to_ids(codes.detach()), self.vocab_size)
-        return CodedLosses(loss + short_runs.spread_weight * spread, {"flow": loss, "spread": spread}, used)
+        ids = self.quantizer.codes_to_ids(codes.detach())
+        parts = {"flow": loss, "spread": spread}
+        return CodedLosses(loss + short_runs.spread_weight * spread, parts, ids, self.vocab_size)
 
     def draw_posterior_noise(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
         """The noise that samples the autoencoder's posterior; None, and nothing drawn, to take its mean."""

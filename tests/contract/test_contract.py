@@ -99,13 +99,20 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 def test_images_that_are_none_of_its_kind_are_refused(line):
     model = kinds.build(line)
     images = kinds.images(model, 2)
-    images[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+    images[0, 0, 0, :3] = torch.tensor([-1.0, -1.0, 1.0])
     for spoil, message in WRONG.values():
         given = spoil(images)
         with pytest.raises(ValueError, match=message):
             model.encode(given)
     with pytest.warns(UserWarning, match=r"these lie in \[0.2, 1\]: if they are meant in \[0, 1\], give images \* 2"):
         model.encode(images * 0.4 + 0.6)
+    bright = images * 0.4 + 0.6
+    bright[0, 0, 0, 3] = 0.001
+    with pytest.warns(UserWarning, match=r"these lie in \[0.001, 1\]"):
+        model.encode(bright)  # as a decoder may paint it
+    bright[0, 0, 0, :4] = torch.tensor([0.001, 0.001, 1.2, 1.2])
+    with pytest.warns(UserWarning, match=r"these lie in \[0.001, 1.2\]"):
+        model.encode(bright)
     model.encode(torch.zeros_like(images))  # one grey
     model.encode((images * 1.3).half())  # resizing overshoots
 

@@ -124,6 +124,20 @@ def test_overrides_are_read_by_the_type_of_the_field(override: str, field: str, 
     assert type(read) is type(value)
 
 
+def test_an_override_of_the_kind_leaves_out_what_the_file_has_for_another(tmp_path: Path, caplog) -> None:
+    path = write(tmp_path / "job.yaml", "out: a\nshape: {kind: circle, radius: 3}\nparts: []\n")
+    caplog.set_level("INFO", "imgtok")
+    for words in (["shape.width=9", "shape.kind=box"], ["shape.kind=box", "shape.width=9"]):
+        assert config.load(Job, path, words).shape == Box(width=9)
+    assert caplog.messages == ["shape.kind=box in place of the file's circle: its radius=3 is left out"] * 2
+    caplog.clear()
+    assert config.load(Job, path, ["shape.kind=circle"]).shape == Circle(radius=3)
+    assert not caplog.messages
+    write(path, "out: a\nshape: {kind: circle, width: 3}\n")  # a mistake in the file stays one
+    with pytest.raises(ConfigError, match="shape has no field 'width'"):
+        config.load(Job, path, ["shape.kind=circle"])
+
+
 def test_a_partial_section_keeps_the_other_values_of_the_default() -> None:
     assert build("shape.height=5").shape == Box(width=8, height=5)
 

@@ -253,6 +253,15 @@ def test_a_signal_leaves_whole_images_and_the_next_start_draws_the_rest(
     assert contents(tmp_path) == contents(samples)
 
 
+def test_ctrl_c_says_where_the_images_are(generator, tmp_path, monkeypatch, capfd):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "images", interrupt)
+    assert command_line(["sample", str(generator), f"out={tmp_path}", "num=2"]) == 130
+    assert f"SIGINT: stopped; what is finished is in {tmp_path}; start the same" in capfd.readouterr().err
+
+
 def test_a_request_that_failed_does_not_keep_the_folder(generator, tmp_path, monkeypatch):
     """Point 10, whatever it was that was wrong: found out before the folder is taken, or while the first batch is
     drawn.

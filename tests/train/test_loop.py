@@ -15,11 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy_job import DEFAULTS, ToyBatch, ToyConfig, ToyJob, ToyModel, final, same, toy_config, train
 
 from imgtok import config as configuration
-from imgtok.tokenizers.base import CodedLosses, Losses, count_codes
+from imgtok.tokenizers.base import CodedLosses, Losses
 from imgtok.train import loop
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
-from imgtok.train.log import Log, check_trackers
+from imgtok.train.log import Log, Window, check_trackers
 from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
 from imgtok.train.optim import check_groups, each, parameter_groups
 from imgtok.train.state import complete_steps
@@ -76,7 +76,7 @@ def test_the_use_of_the_codebook_is_that_of_all_batches_since_the_last_line(tmp_
     class Coded(ToyJob):
         def loss(self, model, batch, generator):
             ids = torch.tensor([[1, 1], [2, 3]]) if len(self.seen) % 2 else torch.tensor([[0, 0], [0, 0]])
-            return CodedLosses(*super().loss(model, batch, generator), count_codes(ids, 8))
+            return CodedLosses(*super().loss(model, batch, generator), ids, 8)
 
     job = Coded(ToyConfig(training=TrainingConfig(**DEFAULTS)))
     fit(job, job.config.training, tmp_path, job.config)
@@ -87,10 +87,29 @@ def test_the_use_of_the_codebook_is_that_of_all_batches_since_the_last_line(tmp_
     assert lines[3]["codebook_perplexity"] == pytest.approx(math.exp(entropy), abs=1e-3)
 
 
+def counted(window: Window, ids: torch.Tensor, size: int) -> list[int] | None:
+    window.add(CodedLosses(torch.zeros(()), {}, ids, size), 0)
+    return None if window.codes is None else window.codes.tolist()
+
+
 def test_codes_of_nothing_finite_and_of_huge_codebooks_do_no_harm():
     broken = torch.full((2, 3), float("nan")).long()
-    assert count_codes(broken, 4).sum() == 6  # the loop goes on to find the loss that is not finite
-    assert count_codes(broken, 1 << 25) is None
+    counts = counted(Window(torch.device("cpu")), broken, 4)
+    assert counts is not None
+    assert sum(counts) == 6  # the loop goes on to find the loss that is not finite
+    assert counted(Window(torch.device("cpu")), broken, 1 << 25) is None
+
+
+def test_codes_are_counted_in_one_place():
+    """A tensor as long as the codebook for each micro-batch would cost more than all the rest of the log."""
+    window = Window(torch.device("cpu"))
+    assert counted(window, torch.tensor([[0, 1], [1, 1]]), 3) == [1, 3, 0]
+    assert window.codes is not None
+    place = window.codes.data_ptr()
+    assert counted(window, torch.tensor([2]), 3) == [1, 3, 1]
+    window.reset()
+    assert counted(window, torch.tensor([2, 2]), 3) == [0, 0, 2]
+    assert window.codes.data_ptr() == place
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

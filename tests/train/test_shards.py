@@ -116,6 +116,25 @@ def test_what_sends_no_signal_costs_the_last_piece_at_most(models, tmp_path, mon
     assert sum(first) - first[-1] + sum(second) == 198 * 5
     assert len(TokenDataset(tmp_path / "out")) == 198 * 5
     assert not (tmp_path / "out/.parts").exists()
+    left = tmp_path / "out/.parts/tokens-00000-of-00002.00000000-00000010.safetensors"
+    left.parent.mkdir()
+    left.touch()  # by a process that was killed between its shard and the pieces of it
+    assert run("cache", models, tmp_path / "out") == 0
+    assert not left.parent.exists()
+
+
+def test_no_process_takes_the_folder_of_pieces_from_another(tmp_path):
+    """One that has made it may not have written into it yet."""
+
+    class Info:
+        @staticmethod
+        def shard_path(folder: Path, shard: int) -> Path:
+            return folder / f"tokens-{shard:05d}-of-00002.safetensors"
+
+    parts = tmp_path / ".parts"
+    parts.mkdir()
+    shards.Pieces(tmp_path, Info(), 0).delete()
+    assert parts.is_dir()
 
 
 def test_pieces_of_another_cache_are_refused(models, tmp_path, monkeypatch, capfd):

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -260,16 +261,40 @@ def test_a_thread_trains_without_handlers(tmp_path):
 # ---------------------------------------------------------------------------------------------- data workers
 
 
-def test_workers_survive_what_their_group_is_sent_and_obey_their_parent():
+def sent_by_another(process: int) -> None:
+    """Signals from another process than the parent, as a shell or a scheduler sends them."""
+    for number in signals.SIGNALS:
+        if os.fork() == 0:
+            os.kill(process, number)
+            os._exit(0)
+        os.wait()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_helpers_of_every_start_method_obey_who_started_them(method):
+    """The parent of a helper that a server has forked is the server. Without torch, of which nothing here depends."""
+    with signals.held_back():
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context(method), signals.leave_to_parent)
+        helper = pool.submit(os.getpid).result()
+    sent_by_another(helper)
+    time.sleep(0.05)
+    assert pool.submit(os.getpid).result() == helper
+    (process,) = pool._processes.values()
+    process.terminate()
+    process.join(5)
+    assert process.exitcode is not None
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_workers_survive_what_their_group_is_sent_and_obey_their_parent(method, monkeypatch):
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    multiprocessing.set_start_method(method)
     source = open_images(ShapesConfig(num_images=12), 8)
     batches = eval_loader(source, 2, num_workers=1)
     seen = [next(batches).indices]
     (worker,) = multiprocessing.active_children()
-    for number in signals.SIGNALS:
-        if os.fork() == 0:  # from another process than the parent, as a shell or a scheduler sends them
-            os.kill(worker.pid, number)
-            os._exit(0)
-        os.wait()
+    sent_by_another(worker.pid)
     seen += [batch.indices for batch in batches]
     assert seen == [(index, index + 1) for index in range(0, 12, 2)]
     batches = eval_loader(source, 2, num_workers=1)
