@@ -114,8 +114,13 @@ CONTENTS |= dict.fromkeys(("tokens", "latents", "text"), "made_from")
 """Field or section -> the part of a run's identity that says whether its content is the same."""
 
 
-OTHERS = {"names": "other names", "labels": "other labels or classes", "content": "other sizes or bytes of the files"}
-"""Part of the identity of data that is a digest -> what it means that it differs."""
+OTHERS = {
+    "names": "other names",
+    "labels": "other labels or classes",
+    "content": "other sizes or bytes of the files",
+    "own_held_out": "another division: held out is a part of the data's own, or else a share of the images",
+}
+"""Part of the identity of data -> what it means that it differs, where its values say nothing to a reader."""
 
 
 def policy_of(name: str) -> Policy:

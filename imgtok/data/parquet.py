@@ -134,6 +134,7 @@ class ParquetRecords:
         return group, index - int(self._ends[number]) + group.rows
 
     def _value(self, chunk: Chunk | None, row: int, name: str) -> bytes | None:
+        """The bytes of a row, None for null and without a column. Raises UnreadableImage with `name`."""
         try:
             return None if chunk is None else self._reader.value(chunk, row)
         except (OSError, ValueError) as error:  # pyarrow's errors are either
@@ -150,6 +151,7 @@ class ParquetRecords:
             return None
 
     def _blocks(self, chunks: Sequence[Chunk]) -> Blocks | None:
+        """As `blocks`, which says when there are some. Raises as `PageReader`."""
         pages, largest = self._reader.blocks(chunks[0])
         if largest < _CHEAP:
             return None

@@ -78,6 +78,7 @@ class _Values:
 
     @property
     def nbytes(self) -> int:
+        """Memory that it takes."""
         return 512 + self.starts.nbytes + self.sizes.nbytes + len(self.data or b"")  # 512: the objects themselves
 
 
@@ -86,7 +87,11 @@ class _OtherLayout(Exception):  # noqa: N818 - not an error: pyarrow takes over
 
 
 class PageReader:
-    """Values of chunks by row. Holds open files and a cache, and loses both when it is pickled."""
+    """Values of chunks by row. Holds open files and a cache, and loses both when it is pickled.
+
+    Its methods raise OSError for a file that cannot be read, and ValueError (pyarrow's ArrowInvalid is one) for a
+    damaged one.
+    """
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
         self._cache_bytes = cache_bytes
@@ -102,10 +107,7 @@ class PageReader:
         PageReader.__init__(self, cache_bytes)
 
     def value(self, chunk: Chunk, row: int) -> bytes | None:
-        """The bytes of a row of the chunk, None for null.
-
-        Raises OSError for a file that cannot be read and ValueError (pyarrow's ArrowInvalid is one) for a damaged one.
-        """
+        """The bytes of a row of the chunk, None for null."""
         key = (chunk.path, chunk.group, chunk.column)
         pages = self._table(chunk, key)
         if pages is not None:

@@ -56,6 +56,7 @@ class CacheInfo:
         return -(-self.num_images // self.shard_size)
 
     def shard_path(self, folder: Path, shard: int) -> Path:
+        """The file of one shard."""
         return folder / f"{self.PREFIX}s-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
     def shard_indices(self, shard: int) -> range:

@@ -21,6 +21,7 @@ from imgtok.data.labels import DataError, as_numbers
 from imgtok.data.shards import same_images
 from imgtok.data.sources import FolderRecords, ImageFolderConfig, differing, expand, places_all_over
 from imgtok.data.tar import TarConfig, TarRecords
+from imgtok.data.trained_on import Training
 from imgtok.metrics.saved_images import SavedImages
 
 
@@ -636,6 +637,10 @@ def test_identity_knows_whether_others_are_held_out(tmp_path):
     del older["own_held_out"]
     assert not list(differing(older, json.loads(apart), {})), "older runs go on"
     assert same_images(json.dumps(older), apart)
+    then = Training(model="m", data=config, held_out=0.1, image_size=8, identity=json.loads(apart))
+    assert then.had(config, json.loads(alone)), "the images that were trained on are the same"
+    (tmp_path / "val").rename(tmp_path / "gone")
+    assert then.has_held_out, "all of these were trained on, so none of them is shown as held out"
 
 
 def test_identity_knows_content_and_not_the_place(tmp_path):
