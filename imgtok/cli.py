@@ -74,8 +74,16 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "info": ("model",),
 }
 """Command -> its fields that name models, which `refuse_absent_models` looks for."""
+IMAGES = ("data.path", "data.val_path")
 FILES: Mapping[str, tuple[str, ...]] = {
-    "evaluate": ("images", "originals", "reference", "data.path", "probe_data.path"),
+    "train tokenizer": IMAGES,
+    "train autoencoder": IMAGES,
+    "train generator": ("tokens", "latents", "text"),
+    "cache": IMAGES,
+    "cache latents": IMAGES,
+    "cache text": IMAGES,
+    "reconstruct": IMAGES,
+    "evaluate": ("images", "originals", "reference", *IMAGES, "probe_data.path", "probe_data.val_path"),
 }
 """Command -> its fields that name files or folders, likewise."""
 LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "export", "info")
@@ -191,14 +199,14 @@ def settings_help(models: Sequence[Any]) -> str:
 
 
 def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
-    """Raise FileNotFoundError for a model or a file that the arguments of a command or its YAML file name and that is
-    not there: before the command is imported, which takes seconds. What else is wrong with them is left for later.
+    """Raise FileNotFoundError for a model, a file or a folder that the arguments of a command or its YAML file name and
+    that is not there: before the command is imported, which takes seconds. What else is wrong is left for later.
     """
-    named = MODELS.get(command, ())
-    if not named or {*HELP} & {*argv}:
+    named, files = MODELS.get(command, ()), FILES.get(command, ())
+    if not (named or files) or {*HELP} & {*argv}:
         return
     given = _given(argv, command.replace(" ", "-"), named[0] if command in LONE_MODEL else None)
-    for field in (*named, *FILES.get(command, ())):
+    for field in (*named, *files):
         if _is_name(value := given.get(field)):
             (places.check(value) if field in named else check_there(value, field))
 
@@ -370,6 +378,9 @@ def _given(argv: Sequence[str], job: str | None, positional: str | None) -> dict
             over[name] = value
         elif positional is not None and not word.startswith("-"):
             over[positional], positional = word, None
+    for name, value in over.items():  # of a section of another kind the file's fields do not count
+        if name.endswith(".kind") and laid.get(name, value) != value:
+            laid = {known: given for known, given in laid.items() if not known.startswith(name.removesuffix("kind"))}
     return laid | over
 
 

@@ -49,7 +49,14 @@ def check_there(path: str | Path, field: str) -> None:
     names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
     hint = f"; did you mean {place.parent / near[0]}?" if near else ""
-    raise FileNotFoundError(f"{field}: {path}: no such file or folder{hint}")
+    raise FileNotFoundError(f"{field}: {path}: no such file or folder{hint or not_local(str(path))}")
+
+
+def not_local(path: str) -> str:
+    """What to do about a path that is one of no file system here, for a message; "" for any other."""
+    if re.match(r"file:/", path):
+        return " (write the path without file://)"
+    return " (only local files are read: download it)" if re.match(r"\w+:/|pipe:", path) else ""
 
 
 def is_pattern(path: str | Path) -> bool:
@@ -76,7 +83,10 @@ def package_folders(name: str) -> list[Path]:
     return [Path(folder) for folder in (spec.submodule_search_locations if spec is not None else None) or []]
 
 
-def name_after(place: str) -> str:
-    """A name for a file or folder with what was made of `place`, a path or a name on the Hub: its last parts."""
+def name_after(place: str, step: int | None = None) -> str:
+    """A name for a file or folder with what was made of `place`, a path or a name on the Hub: its last parts, and the
+    step of a training run at which a model was, where that is known: the same place holds another model later.
+    """
     parts = [part for part in Path(place).parts if part not in ("/", "outputs", "..", "~")]
-    return "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts[-3:]) or "unnamed"
+    name = "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts[-3:]) or "unnamed"
+    return name if step is None or name.endswith(f"step_{step:07d}") else f"{name}-step_{step:07d}"

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 from imgtok.config import PositiveInt, check
 from imgtok.data.files import HELD_OUT, TRAIN, LeftOut, Listing, is_hidden, list_folder, suffix_of
 from imgtok.data.labels import DataError, Labels, Place, as_numbers, check_labels, find_labels
+from imgtok.files import not_local
 from imgtok.pictures import SUFFIXES, UnreadableImage
 from imgtok.randomness import uniform
 
@@ -150,7 +150,7 @@ class FolderRecords:
 def check_folder(path: Path) -> None:
     """Raise FileNotFoundError for what is no folder, with what to do."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such folder of images{_not_local(str(path))}")
+        raise FileNotFoundError(f"{path}: no such folder of images{not_local(str(path))}")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: a file, not a folder of images{other_kind(path.name)}")
 
@@ -170,13 +170,6 @@ _KINDS = {
 def other_kind(name: str) -> str:
     """What reads a file that is no image, for a message; "" where nothing does."""
     return _KINDS.get(suffix_of(name), "")
-
-
-def _not_local(path: str) -> str:
-    """What to do about a path that is one of no file system here."""
-    if re.match(r"file:/", path):
-        return " (write the path without file://)"
-    return " (only local files are read: download it)" if re.match(r"\w+:/|pipe:", path) else ""
 
 
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
@@ -303,7 +296,7 @@ def expand(pattern: str, suffix: str = "") -> list[str]:
         found = [part] if Path(part).exists() else sorted(glob.glob(part, recursive=True))  # noqa: PTH207
         if not found:
             origin = f" (from {pattern})" if part != whole else ""
-            raise FileNotFoundError(f"{part}: no such file{origin}{_not_local(part)}")
+            raise FileNotFoundError(f"{part}: no such file{origin}{not_local(part)}")
         for place in found:
             files += _files_in(Path(place), suffix) if suffix and Path(place).is_dir() else [place]
     return files

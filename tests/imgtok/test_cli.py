@@ -641,3 +641,29 @@ def test_the_short_help_of_every_job_is_a_page_or_two(monkeypatch, capsys) -> No
             assert field.name == "job" or any(re.match(rf"  {field.name}(\.\*)?( |$)", line) for line in page), (
                 field.name
             )
+
+
+# ------------------------------------------------------------------------------------- files that are not there
+
+
+@pytest.mark.parametrize(
+    ("command", "field"), [(name, field) for name, fields in cli.FILES.items() for field in fields]
+)
+def test_a_file_that_is_not_there_is_named_before_the_job_is_imported(
+    command, field, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats").mkdir()
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail("imported the job first"))
+    assert cli.main([*command.split(), f"{field}=catz"]) == 2
+    assert capsys.readouterr().err == f"imgtok: {field}: catz: no such file or folder; did you mean cats?\n"
+
+
+def test_files_that_are_not_looked_for(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "x.yaml").write_text("data: {kind: folder, path: absent}\n")
+    for arguments in (["x.yaml", "data.path=cats"], ["x.yaml", "data.kind=shapes"], ["data.path=part-{0..3}.tar"]):
+        cli.refuse_absent_models("train tokenizer", arguments)
+    with pytest.raises(FileNotFoundError, match=r"data\.path: s3://x/y: .* \(only local files are read: download it\)"):
+        cli.refuse_absent_models("train tokenizer", ["data.path=s3://x/y"])
