@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from imgtok import announce, runs
 from imgtok.cli import run_job
@@ -31,8 +34,8 @@ class Config:
     model: str
     """Any name of a model: a folder, Hub name, or lone file of published weights."""
     out: Path
-    """Folder of the new config.json and weights, which are replaced; for a model that is published as a lone file, that
-    file (.pth or .safetensors)."""
+    """Folder of the new config.json and weights; for a model that is published as a lone file, that file (.pth or
+    .safetensors). Those of the same model are replaced, those of another are not."""
     layout: Literal["imgtok", "published"] = "published"
     """Whose: "imgtok" as every program here reads it, "published" as the code that the model was published with."""
     vae: str | None = None
@@ -57,9 +60,12 @@ def main(config: Config) -> None:
     announce.begins("export", model=found.in_words, layout=config.layout, out=config.out)
     model = load(found, raw=config.raw)
     if config.layout == "published":
-        writer_of(model).save(model, config.out)
+        writer = writer_of(model)
+        protect({config.out: model})
+        writer.save(model, config.out)
     else:
         decoder = find_decoder(config, found, model)
+        protect({config.out: model, config.out / "tokenizer": decoder})
         model.save_pretrained(config.out)
         if decoder is not None:
             decoder.save_pretrained(config.out / "tokenizer")
@@ -80,6 +86,31 @@ def writer_of(model: Any) -> Any:
             f"known for models of kind {known}"
         )
     return next(iter(found.values()))
+
+
+def protect(models: Mapping[Path, Any]) -> None:
+    """Raises ValueError where one of the folders or files holds a model with other weights than the one that is to be
+    written there.
+    """
+    others = [place for place, model in models.items() if model is not None and _is_another(place, model)]
+    if others:
+        raise ValueError(
+            f"out: {' and '.join(map(str, others))} holds another model; choose another place with out=PATH, or delete "
+            "it"
+        )
+
+
+def _is_another(place: Path, model: Any) -> bool:
+    if not place.exists():
+        return False
+    try:
+        before = load(str(place.absolute()))  # no name on the Hub
+    except FileNotFoundError:
+        return False  # a folder without a model
+    except ValueError as error:
+        raise ValueError(f"out: {place} cannot be replaced: {error}; choose another place with out=PATH") from error
+    old, new = before.state_dict(), model.state_dict()
+    return old.keys() != new.keys() or not all(torch.equal(old[name], new[name]) for name in new)
 
 
 def find_decoder(config: Config, found: Found, model: Any) -> Any:

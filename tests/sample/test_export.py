@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def test_an_autoencoder_for_diffusers_and_back(vae):
     assert main(["export", "theirs", "out=again", "layout=imgtok"]) == 0
     assert imgtok.load("again").config == SMALL
     assert imgtok.load("again").fingerprint() == vae.fingerprint()
+
+
+@pytest.mark.parametrize(("layout", "weights"), [
+    ("imgtok", "model.safetensors"), ("published", "diffusion_pytorch_model.safetensors"),
+])  # fmt: skip
+def test_another_model_is_not_replaced(vae, capsys, layout, weights):
+    arguments = ["export", "ours", f"layout={layout}", "out=there"]
+    assert main(arguments) == 0
+    assert main(arguments) == 0  # the same model replaces itself
+    before = Path("there", weights).read_bytes()
+    VAE(SMALL).save_pretrained("ours")  # which was trained further
+    assert main(arguments) == 2
+    assert "out: there holds another model; choose another place with out=PATH, or delete it" in capsys.readouterr().err
+    assert Path("there", weights).read_bytes() == before
+    assert main([*arguments[:-1], "out=elsewhere"]) == 0
+    shutil.rmtree("there")
+    assert main(arguments) == 0
 
 
 def test_a_lone_file_becomes_a_folder(vae):
