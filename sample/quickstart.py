@@ -6,6 +6,7 @@ lists them. An untrained tokenizer and an untrained generator go through the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -13,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +26,8 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, read_yaml
 from imgtok.files import replacing
 from imgtok.runtime import peak_rss_mib
+from imgtok.sample import reconstruct
+from imgtok.sample.evaluate import results
 from imgtok.sample.report import Run, write_page
 
 if TYPE_CHECKING:
@@ -64,9 +67,8 @@ def main(config: Config) -> None:
     run = Run(seed=config.seed, data=data)
     peaks: list[float] = []
     for title, arguments in plan.stages():
-        if arguments[0] in ("evaluate", "reconstruct"):
-            forget_results(arguments)
-        seconds, peak = run_stage(title, arguments, config.out / "stages.json")
+        with set_aside(results_of(arguments)):
+            seconds, peak = run_stage(title, arguments, config.out / "stages.json")
         peaks.append(peak)
         run.stages.append((title, shlex.join(["imgtok", *arguments]), seconds))
     run.figures = {
@@ -226,12 +228,31 @@ def _stage(arguments: list[str], sender: Connection) -> None:
     sys.exit(status)
 
 
-def forget_results(arguments: Sequence[str]) -> None:
-    """Deletes what an earlier quickstart found: results of another request would not be replaced."""
+def results_of(arguments: Sequence[str]) -> list[Path]:
+    """The files of a stage whose command does not replace those of another request or another model; else none."""
     out = next(Path(word.removeprefix("out=")) for word in arguments if word.startswith("out="))
-    files = [out / "grid.png", out / "rates.json"] if out.is_dir() else map(out.with_suffix, (".json", ".csv", ".png"))
-    for file in files:
-        file.unlink(missing_ok=True)
+    commands = {"evaluate": results.files_of, "reconstruct": reconstruct.files_of}
+    return commands[arguments[0]](out) if arguments[0] in commands else []
+
+
+@contextlib.contextmanager
+def set_aside(files: Sequence[Path]) -> Iterator[None]:
+    """While a stage makes new files, those of an earlier quickstart are called otherwise. They are deleted once it has,
+    and put back if it fails.
+    """
+    aside = {file: file.with_name(f".{file.name}.before") for file in files}
+    for file, old in aside.items():
+        if file.exists():
+            file.replace(old)
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        for file, old in aside.items():
+            if old.exists():
+                old.replace(file)
+        raise
+    for old in aside.values():
+        old.unlink(missing_ok=True)
 
 
 def figures_of(out: Path, suffix: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig
 from imgtok.data.loaders import eval_loader
+from imgtok.data.sources import places_all_over
 from imgtok.data.trained_on import Named, Training
 from imgtok.files import name_after, replacing
 from imgtok.hub import Found, load, resolve
@@ -52,7 +53,8 @@ class Config:
     """Folder or any other name of a tokenizer or an autoencoder, such as shapes32."""
     out: Path | None = None
     """Folder of `grid.png` and `rates.json`, which says what the model and the data were; null takes
-    outputs/reconstructions/NAME, with the model's name. Those of another request are not replaced."""
+    outputs/reconstructions/NAME, with the model's name and the step of training at which it was. Those of another
+    request, or of another model, are not replaced."""
     data: DataConfig | None = None
     """Images; null takes those that the model was trained on."""
     image_size: PositiveInt | None = None
@@ -62,7 +64,7 @@ class Config:
     training kept apart of its own images, and all of others. A part of its own that `data` has (`val/`, `val_path`) is
     taken whole."""
     num: PositiveInt = 16
-    """Images to reconstruct."""
+    """Images to reconstruct, from all over `data`, of each class its share."""
     rates: tuple[int | str, ...] = ()
     """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05; empty takes the
     tokenizer's own list, such as the powers of two up to all tokens."""
@@ -84,10 +86,9 @@ class Config:
         for rate in self.rates:
             Rate.parse(rate)
 
-    @property
-    def result(self) -> Path:
-        """Where the picture and the scores go."""
-        return self.out or Path("outputs/reconstructions") / name_after(self.model)
+    def result(self, step: int | None = None) -> Path:
+        """Where the picture and the scores go, of a model after `step` steps of training if that is known."""
+        return self.out or Path("outputs/reconstructions") / name_after(self.model, step)
 
 
 def main(config: Config) -> None:
@@ -103,12 +104,13 @@ def main(config: Config) -> None:
     chosen = Named.of(config.data, named).to_show(size, config.held_out)
     source = chosen.source
     blocks = Blocks(state.device, config.exact, config.threads)
-    places = spread_indices(len(source), config.num)
+    num = min(config.num, len(source))
+    places: list[int] = places_all_over(len(source), num, source.labels if source.num_classes else None).tolist()
     number = {place: number for number, place in enumerate(places)}
     fewer = len(places) if len(places) < len(source) else None
     data = {**to_dict(chosen.data), "held_out": chosen.held_out, "image_size": source.size, "num": len(places)}
     made_of = {"model": named.about(), "data": data, "seed": config.seed, "decoding": to_dict(decoding)}
-    out = config.result
+    out = config.result(named.step)
     protect(out, made_of, [name_of(rate) for rate in rates])
     announce.begins("reconstruct", data=chosen.words, num=fewer, model=named.in_words, on=state.device, out=out)
     scorers = {rate: open_scorers(model, rate, len(places)) for rate in rates}
@@ -176,12 +178,6 @@ def rates_of(model: Tokenizer | Autoencoder, asked: Sequence[int | str]) -> tupl
     return tuple(dict.fromkeys(rates))
 
 
-def spread_indices(length: int, num: int) -> range:
-    """At most `num` indices in equal steps over the whole source: the first ones may all be of one class."""
-    step = max(1, length // num)
-    return range(0, length, step)[:num]
-
-
 # ---------------------------------------------------------------- the work
 
 
@@ -237,26 +233,34 @@ def join(parts: Sequence[Reconstruction]) -> Reconstruction:
 # ---------------------------------------------------------------- what is written
 
 
+PICTURE, RECORD = "grid.png", "rates.json"
+
+
+def files_of(out: Path) -> list[Path]:
+    """The files that are written in the folder `out`."""
+    return [out / PICTURE, out / RECORD]
+
+
 def name_of(rate: Rate | None) -> str:
     """Of a row in rates.json."""
     return "latents" if rate is None else str(rate)
 
 
 def protect(out: Path, made_of: Mapping[str, Any], rows: Sequence[str]) -> None:
-    """Raises ValueError where `out` holds the result of another request, or pictures of unknown origin."""
-    picture, path = out / "grid.png", out / "rates.json"
-    if not picture.exists() and not path.exists():
+    """Raises ValueError where `out` holds the result of another request or model, or pictures of unknown origin."""
+    there = [path for path in files_of(out) if path.exists()]
+    if not there:
         return
-    asked = {**json.loads(json.dumps(made_of)), "rates": list(rows), "model": made_of["model"]["path"]}
+    asked = {**json.loads(json.dumps(made_of)), "rates": list(rows), "model": made_of["model"]["fingerprint"]}
     try:
-        before: Any = json.loads(path.read_text(encoding="utf-8"))
-        before |= {"rates": list(before["rates"]), "model": before["model"]["path"]}  # which may be trained further
+        before: Any = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        before |= {"rates": list(before["rates"]), "model": before["model"]["fingerprint"]}  # not where it lies
     except (OSError, ValueError, KeyError, TypeError):
         before = {}
     if changed := [name for name, value in asked.items() if before.get(name) != value]:
         raise ValueError(
             f"out: {out} holds reconstructions of another request (different: {', '.join(changed)}); choose another "
-            f"folder with out=FOLDER, or delete {' and '.join(str(file) for file in (picture, path) if file.exists())}"
+            f"folder with out=FOLDER, or delete {' and '.join(map(str, there))}"
         )
 
 
@@ -296,14 +300,14 @@ def write_results(
         enlarge=max(1, -(-64 // originals.shape[-1])),  # less than elsewhere: the rows are long
         row_titles=["original", *(row_title(rate, scores[rate]) for rate in rows)],
     )
-    pictures.save_png(grid, out / "grid.png")
+    pictures.save_png(grid, out / PICTURE)
     record = {name_of(rate): dict(found) for rate, found in scores.items()}
-    with replacing(out / "rates.json") as temporary:
+    with replacing(out / RECORD) as temporary:
         temporary.write_text(json.dumps({**made_of, "rates": record}, indent=2) + "\n", encoding="utf-8")
     for name, found in record.items():
         cost = f"{found['tokens']:.1f} tokens, {found['bits']:.0f} bits, " if "tokens" in found else ""
         logger.info("%8s: %s%.2f dB", name, cost, found["psnr"])
-    announce.ends(out / "grid.png", out / "rates.json")
+    announce.ends(*files_of(out))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ class Config:
     """Also writes the statistics of the real images: to .safetensors, or .npz with mu and sigma for other tools."""
     out: Path | None = None
     """Result file; beside it the same name with .csv and, at several token counts, with .png for the curves. null
-    takes outputs/evaluate/NAME.json, with the name of what is scored. Scores of another request are not replaced."""
+    takes outputs/evaluate/NAME.json, with the name of what is scored and the step of training at which a model was.
+    Scores of another request, of another model or of other samples are not replaced."""
     precision: Precision = "fp32"
     """Arithmetic of `model` and its decoder; bf16 is faster where the hardware has it, and changes images a little."""
     exact: bool = False
@@ -158,12 +159,11 @@ class Config:
         check(self)
         check_inputs(self)
 
-    @property
-    def result(self) -> Path:
-        """Where the scores go."""
+    def result(self, step: int | None = None) -> Path:
+        """Where the scores go, of a model after `step` steps of training if that is known."""
         if self.out is not None:
             return self.out
-        return Path("outputs/evaluate") / f"{name_after(str(self.images or self.model or self.tokenizer))}.json"
+        return Path("outputs/evaluate") / f"{name_after(str(self.images or self.model or self.tokenizer), step)}.json"
 
     @property
     def chosen_rates(self) -> tuple[Rate, ...]:

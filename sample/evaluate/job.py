@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ import imgtok
 from imgtok.cli import run_job
 from imgtok.config import to_dict
 from imgtok.files import replacing
+from imgtok.hub import Found
+from imgtok.metrics.saved_images import RECORD as SAMPLES
 from imgtok.runtime import on_cpu
 from imgtok.sample.evaluate.config import Config
-from imgtok.sample.evaluate.results import Evaluation, draw, panels, table, write_csv
-from imgtok.sample.evaluate.scoring import evaluate, with_data
+from imgtok.sample.evaluate.results import Evaluation, draw, files_of, panels, table, write_csv
+from imgtok.sample.evaluate.scoring import evaluate, models_of, with_data
 
 __all__ = ["Config", "describe_result", "main"]
 
@@ -41,10 +43,13 @@ def main(config: Config) -> None:
     from accelerate import Accelerator  # costs seconds to import
 
     config, named = with_data(config)
-    protect(config)
+    models = models_of(config, named)
+    step = next((found.step for found in models.values()), None)
+    config = replace(config, out=config.result(step))
+    protect(config, models)
     accelerator = Accelerator(cpu=on_cpu())
     start = time.perf_counter()
-    found = evaluate(config, accelerator, named)
+    found = evaluate(config, accelerator, models, named)
     if accelerator.is_main_process:
         written = write(config, found, time.perf_counter() - start)
         notes = "".join(f"note: {note}\n" for note in found.notes)
@@ -53,11 +58,11 @@ def main(config: Config) -> None:
 
 def write(config: Config, found: Evaluation, seconds: float) -> list[Path]:
     """The result's files, without any that an earlier run of the same request left and this one does not make."""
-    out = config.result
+    written = files_of(config.result())
+    out = written[0]
     record = describe_result(config, found, seconds)
     with replacing(out) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    written = [out, out.with_suffix(".csv"), out.with_suffix(".png")]
     write_csv(found.rows, written[1])
     if shown := panels(found.rows):
         draw(shown, written[2], f"{found.scored} {found.procedure.images}")
@@ -68,21 +73,26 @@ def write(config: Config, found: Evaluation, seconds: float) -> list[Path]:
 
 # ---------------------------------------------------------------- what is there already
 
+
 FREE = ("out", "batch_size", "threads")
 """Fields on which scores do not depend."""
 PATHS = ("images", "originals", "reference", "model", "tokenizer")
 
 
-def protect(config: Config) -> None:
-    """Raises ValueError where the result's files are those of another request, or of unknown origin."""
-    out = config.result
-    beside = [path for path in (out, out.with_suffix(".csv"), out.with_suffix(".png")) if path.exists()]
+def protect(config: Config, models: Mapping[str, Found]) -> None:
+    """Raises ValueError where the result's files are those of another request, of another model or other samples, or of
+    unknown origin.
+    """
+    out = config.result()
+    beside = [path for path in files_of(out) if path.exists()]
     same = False
     if out.exists():
         previous = _request_of(out)
         if previous is None:
             raise ValueError(f"out: {out} is no result of imgtok evaluate; choose another file with out=FILE.json")
-        request = _request(to_dict(config), Path.cwd())
+        request = _request(to_dict(config), Path.cwd()) | _origin(
+            {name: found.weights_sha256() for name, found in models.items()}, samples_of(config)
+        )
         if changed := [name for name in request if previous.get(name, request[name]) != request[name]]:
             raise ValueError(
                 f"out: {out} holds scores of another request (different: {', '.join(changed)}); choose another file "
@@ -103,7 +113,8 @@ def _request_of(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         folder = Path(record.get("folder") or Path.cwd())  # older files do not say it
-        return _request(record["config"], folder) if record["config"]["job"] == "evaluate" else None
+        request = _request(record["config"], folder) if record["config"]["job"] == "evaluate" else None
+        return request and request | _origin(record.get("weights", {}), record.get("samples"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -118,6 +129,32 @@ def _request(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(data := request.get("data"), dict) and data.get("path"):
         request["data"] = {**data, "path": os.path.normpath(folder / Path(data["path"]).expanduser())}
     return request
+
+
+def _origin(weights: Mapping[str, str], samples: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What tells the images that are scored from others of the same name: the same folder may hold a model that was
+    trained further, or new samples. By the words of the message for it; what is not known is left out.
+    """
+    origin: dict[str, Any] = {f"weights of the {name}": digest for name, digest in weights.items()}
+    return origin if samples is None else {**origin, "what the samples were drawn by": samples}
+
+
+def samples_of(config: Config) -> dict[str, Any] | None:
+    """By folder, what the images of a path were drawn by, where `imgtok sample` drew them; None for those of a model.
+
+    A sample folder may be one class of a larger one.
+    """
+    if config.images is None:
+        return None
+    folder = config.images.expanduser()
+    folder = folder.parent if folder.name == "samples.npz" else folder
+    drawn = {}
+    for path in (folder / SAMPLES, *sorted(folder.glob(f"*/{SAMPLES}"))):
+        try:
+            drawn[str(path.parent.relative_to(folder))] = json.loads(path.read_text(encoding="utf-8"))["request"]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # none of ours
+    return drawn
 
 
 # ---------------------------------------------------------------- the record
@@ -146,6 +183,7 @@ def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[s
         },
         "notes": list(found.notes),
         "weights": found.weights,
+        "samples": samples_of(config),
         "seconds": round(seconds, 1),
         "versions": {
             "imgtok": imgtok.__version__,

@@ -100,6 +100,11 @@ class Panel:
 # ---------------------------------------------------------------- text
 
 
+def files_of(out: Path) -> list[Path]:
+    """The files that are written: the result `out`, its table, and its curves, which not every result has."""
+    return [out, out.with_suffix(".csv"), out.with_suffix(".png")]
+
+
 def table(rows: Sequence[Row]) -> str:
     """The scores as text: a row a rate, or a line a score where there is one version only."""
     rates, keys = _rates(rows), _keys(rows)

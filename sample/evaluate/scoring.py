@@ -19,8 +19,9 @@ from imgtok import announce
 from imgtok.data.images import in_words, open_images
 from imgtok.data.trained_on import Chosen, Named
 from imgtok.files import check_there, file_sha256
+from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import pipeline
-from imgtok.hub import resolve
+from imgtok.hub import Found, resolve
 from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS, find_lpips_weights
 from imgtok.metrics import probe as probes
@@ -100,15 +101,33 @@ def with_data(config: Config) -> tuple[Config, Named | None]:
     return replace(config, data=named.data, held_out=named.share_to_show(config.held_out)), named
 
 
-def evaluate(config: Config, accelerator: Accelerator, named: Named | None = None) -> Evaluation:
-    """Scores what the configuration names, of which `with_data` found the images that are reconstructed."""
+def models_of(config: Config, named: Named | None) -> dict[str, Found]:
+    """The models whose images are scored, by what a result calls them: "model" with its "tokenizer" (which may be an
+    autoencoder), or what reconstructs the images `named`, "tokenizer" or "autoencoder"; none for files.
+
+    Raises FileNotFoundError for what is not there, ValueError for a model of another kind.
+    """
+    if named is not None:
+        return {"autoencoder" if issubclass(named.found.model_class, Autoencoder) else "tokenizer": named.found}
+    if config.model is None:
+        return {}
+    model = resolve(config.model, expect=ConditionalGenerator)
+    return {"model": model, "tokenizer": model.part() if config.tokenizer is None else resolve(config.tokenizer)}
+
+
+def evaluate(
+    config: Config, accelerator: Accelerator, models: Mapping[str, Found], named: Named | None = None
+) -> Evaluation:
+    """Scores what the configuration names, of which `models_of` found the models and `with_data` the images that are
+    reconstructed.
+    """
     weights: dict[str, str] = {}
     files = _open_files(config, accelerator.device)
     real_file = open_real_file(config)
     lite = _open_lite0(config, weights)
     extractors = _open_extractors(config, lite, accelerator, weights)
     judges = _open_judges(config, lite, accelerator.device, weights)
-    source = files or _open_model(config, accelerator.device, weights, named)
+    source = files or _open_model(config, accelerator.device, weights, models, named)
     _check_source(config, source, judges)
     probe = _open_probe(config, source, extractors, accelerator, weights)
     networks, real = _with_references(config, source, real_file, extractors, accelerator)
@@ -359,7 +378,7 @@ def _begins(config: Config, device: torch.device, **what: object) -> None:
     if config.against_others:
         real = config.reference or (None if config.data is None else in_words(config.data))
     metrics = ", ".join(config.chosen_metrics)
-    announce.begins("evaluate", **what, metrics=metrics, compared_with=real, on=device, out=config.result)
+    announce.begins("evaluate", **what, metrics=metrics, compared_with=real, on=device, out=config.result())
 
 
 def _open_files(config: Config, device: torch.device) -> FileSource | None:
@@ -382,20 +401,25 @@ def _open_files(config: Config, device: torch.device) -> FileSource | None:
     )
 
 
-def _open_model(config: Config, device: torch.device, weights: dict[str, str], named: Named | None) -> Source:
-    if config.model is not None:
+def _open_model(
+    config: Config,
+    device: torch.device,
+    weights: dict[str, str],
+    models: Mapping[str, Found],
+    named: Named | None,
+) -> Source:
+    if named is None:
         pipe = pipeline(
-            config.model,
-            tokenizer=config.tokenizer,
+            models["model"],
+            tokenizer=models["tokenizer"],
             device=device,
             dtype=config.precision,
             exact=config.exact,
             threads=config.threads,
         )
-        assert pipe.found is not None, "it was loaded by its name"
-        model, decoder = (found.in_words for found in pipe.found)
+        model, decoder = (found.in_words for found in models.values())
         _begins(config, device, model=model, decoder=decoder, num=config.num or SAMPLES_OF_A_MODEL)
-        weights["model"], weights["tokenizer"] = (found.weights_sha256() for found in pipe.found)
+        weights |= {name: found.weights_sha256() for name, found in models.items()}
         return GeneratorSource(
             pipe,
             config.num or SAMPLES_OF_A_MODEL,
@@ -405,12 +429,11 @@ def _open_model(config: Config, device: torch.device, weights: dict[str, str], n
             sampling=config.sampling.over(pipe.sampling, "sampling"),
             decoding=config.decoding.over(pipe.decoding, "decoding"),
         )
-    assert named is not None, "see with_data"
     found = named.found
     tokenizer = open_model(found).to(device)
     chosen = named.to_show(size_for(tokenizer, config.image_size, found), config.held_out)
     _begins(config, device, data=chosen.words, model=found.in_words)
-    weights["autoencoder" if isinstance(tokenizer, Autoencoder) else "tokenizer"] = found.weights_sha256()
+    weights |= {name: model.weights_sha256() for name, model in models.items()}
     return ReconstructionSource(
         tokenizer,
         chosen.source,

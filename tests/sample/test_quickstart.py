@@ -77,6 +77,30 @@ def test_seconds_of_finished_work_are_kept(tmp_path):
     assert set(json.loads(times.read_text())) == {"version", "other"}
 
 
+def test_results_of_an_earlier_quickstart_go_when_there_are_new_ones(config, monkeypatch):
+    """Results of another request are not replaced, so they are moved; a stage that fails puts them back."""
+    before = [config.out / f"reconstruction.{suffix}" for suffix in ("json", "csv", "png")]
+    others = [config.out / f"reconstructions.{suffix}" for suffix in ("json", "csv", "png")]  # beside a folder
+    for path in (*before, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("before")
+
+    def stage(title, arguments, times):
+        if arguments[0] == "evaluate":
+            assert not any(path.exists() for path in before)
+            before[0].write_text("half of it")
+            raise ValueError("no space left")
+        return 1.0, 1.0
+
+    monkeypatch.setattr(quickstart, "run_stage", stage)
+    with pytest.raises(ValueError, match="no space"):
+        quickstart.main(config)
+    assert [path.read_text() for path in (*before, *others)] == ["before"] * 6
+    with quickstart.set_aside(before):
+        before[0].write_text("now")
+    assert sorted(path.name for path in config.out.iterdir() if "ions" not in path.name) == ["reconstruction.json"]
+
+
 def write_scores(path, scores):
     rows = [{"key": key, "rate": rate, "value": value} for (key, rate), value in scores.items()]
     path.write_text(json.dumps({"scores": rows}))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from imgtok.cli import main as command_line
-from imgtok.data.images import open_images
+from imgtok.data.images import ImageFolderConfig, open_images
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.metrics.reconstruction import psnr
-from imgtok.pictures import to_uint8
+from imgtok.pictures import save_png, to_uint8
 from imgtok.runtime import Blocks
-from imgtok.sample.reconstruct import Config, main, spread_indices
+from imgtok.sample.reconstruct import Config, main
 from imgtok.sample.reconstruct import reconstruct as reconstruct_images
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Rate
@@ -99,9 +101,22 @@ def test_only_one_process_of_several_writes(tokenizer, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_images_are_taken_from_everywhere():
-    assert list(spread_indices(100, 4)) == [0, 25, 50, 75]
-    assert list(spread_indices(3, 16)) == [0, 1, 2]
+def test_images_are_taken_from_everywhere(tokenizer, tmp_path):
+    """The first 16 of 31 images were taken, all of one class where the classes lie one after the other."""
+    pixels = torch.arange(31, dtype=torch.uint8)[:, None, None, None] * torch.ones(1, 3, 16, 16, dtype=torch.uint8)
+    for place, image in enumerate(pixels):
+        save_png(image, tmp_path / "set" / ("cat" if place < 16 else "dog") / f"{place}.png")
+    seen: list[int] = []
+
+    def write(out, originals, *rest) -> None:
+        seen.extend(originals[:, 0, 0, 0].tolist())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imgtok.sample.reconstruct.write_results", write)
+        data = ImageFolderConfig(path=tmp_path / "set")
+        main(Config(model=str(tokenizer), data=data, held_out=1, num=16, rates=(1,), out=tmp_path / "out"))
+    assert len(seen) == 16
+    assert sum(pixel >= 16 for pixel in seen) in (7, 8)
 
 
 def test_seed_and_rates_are_chosen(tokenizer, tmp_path):
@@ -146,6 +161,27 @@ def test_reconstructions_of_another_request_are_kept(tokenizer, tmp_path):
 
 
 def test_results_are_called_as_the_model(tmp_path):
-    assert Config(model="outputs/cats/final").result == Path("outputs/reconstructions/cats-final")
-    assert Config(model="owner/model").result == Path("outputs/reconstructions/owner-model")
-    assert Config(model="m", out=tmp_path).result == tmp_path
+    assert Config(model="outputs/cats/final").result() == Path("outputs/reconstructions/cats-final")
+    assert Config(model="outputs/cats").result(20) == Path("outputs/reconstructions/cats-step_0000020")
+    assert Config(model="owner/model").result() == Path("outputs/reconstructions/owner-model")
+    assert Config(model="m", out=tmp_path).result(20) == tmp_path
+
+
+def test_those_of_a_model_that_is_trained_further_are_kept(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tokenizer, "run/final")
+    weights = load_file("run/final/model.safetensors")
+
+    def show(step: int, more: float, **fields) -> None:
+        save_file({key: value + more for key, value in weights.items()}, "run/final/model.safetensors")
+        Path("run/final/state.json").write_text(json.dumps({"step": step, "files": {}}))
+        main(Config(model="run/final", data=DATA, num=2, rates=(1,), **fields))
+
+    show(1000, 0.0)
+    show(2000, 0.1)
+    show(2000, 0.1)  # the same model replaces its own
+    with pytest.raises(ValueError, match=r"another request \(different: model\); choose another folder"):
+        show(2000, 0.2)
+    show(2000, 0.2, out=Path("again"))
+    found = sorted(path.name for path in Path("outputs/reconstructions").iterdir())
+    assert found == ["run-final-step_0001000", "run-final-step_0002000"]

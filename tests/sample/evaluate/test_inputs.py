@@ -312,14 +312,33 @@ def test_scores_of_another_request_are_kept(adm, capsys):
 
 
 def test_results_are_called_as_what_was_scored():
-    def name(**fields) -> str:
-        return str(Config(**fields, metrics=("is",)).result)
+    def name(step: int | None = None, **fields) -> str:
+        return str(Config(**fields, metrics=("is",)).result(step))
 
     assert name(images=Path("outputs/samples")) == "outputs/evaluate/samples.json"
     assert name(model="outputs/cifar10/gpt/final") == "outputs/evaluate/cifar10-gpt-final.json"
     assert name(model="owner/repo") == "outputs/evaluate/owner-repo.json"
     assert name(images=Path("/data/runs/x/a b.npz")) == "outputs/evaluate/runs-x-a-b.npz.json"
     assert name(images=Path("..")) == "outputs/evaluate/unnamed.json"
+    assert name(2000, model="outputs/gpt") == "outputs/evaluate/gpt-step_0002000.json"
+    assert name(2000, model="gpt/checkpoints/step_0002000") == "outputs/evaluate/gpt-checkpoints-step_0002000.json"
+
+
+def test_scores_of_other_samples_are_kept(adm):
+    """The folder that `imgtok sample` wrote was deleted and drawn anew by a model that was trained further."""
+    for place in range(4):
+        Path("drawn").mkdir(exist_ok=True)
+        Image.fromarray(pictures(0, 4)[place]).save(f"drawn/{place:06d}.png")
+    record, fields = Path("drawn/samples.json"), {"images": Path("drawn"), "originals": Path("drawn")}
+    text = json.dumps({"request": {"model": "before"}, "labels": [0, 1, 2, 3]})
+    record.write_text(text)
+    main(Config(**fields, metrics=("psnr",)))
+    assert json.loads(Path("outputs/evaluate/drawn.json").read_text())["samples"] == {".": {"model": "before"}}
+    main(Config(**fields, metrics=("psnr",)))
+    record.write_text(text.replace("before", "after"))
+    with pytest.raises(ValueError, match=r"\(different: what the samples were drawn by\); choose another file"):
+        main(Config(**fields, metrics=("psnr",)))
+    main(Config(**fields, metrics=("psnr",), out=Path("after.json")))
 
 
 def test_what_scores_of_few_images_are_worth_is_printed_and_kept(adm, capsys):

@@ -19,7 +19,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from imgtok.cli import parse
 from imgtok.config import ConfigError, from_dict, load
@@ -168,6 +168,33 @@ def test_npz_gives_the_same_scores_whatever_the_batch(samples, tmp_path):
         run(tmp_path, images=path, **common)
     with pytest.raises(ValueError, match=r"num is 65, but .* holds 64"):
         run(tmp_path, images=samples, metrics=("oracle",), num=65)
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer"])
+def test_a_model_that_is_trained_further_has_scores_of_its_own(generator, tokenizer, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(generator if name == "model" else tokenizer, "run/final")
+    fields = {name: "run/final", "num": 2, "data": PROFILE, "metrics": ("oracle",), "held_out": 1}
+
+    def train(step: int) -> None:
+        weights = load_file("run/final/model.safetensors")
+        save_file({key: value + 0.01 for key, value in weights.items()}, "run/final/model.safetensors")
+        Path("run/final/state.json").write_text(json.dumps({"step": step, "files": {}}))
+
+    for step in (1000, 2000):
+        train(step)
+        main(Config(**fields))
+    main(Config(**fields))  # the same model replaces its own
+    folder = Path("outputs/evaluate")
+    assert sorted(path.name for path in folder.glob("*.json")) == [
+        "run-final-step_0001000.json", "run-final-step_0002000.json",
+    ]  # fmt: skip
+    train(2000)
+    before = (folder / "run-final-step_0002000.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"\(different: weights of the {name}\); choose another file with out=FILE"):
+        main(Config(**fields))
+    assert (folder / "run-final-step_0002000.json").read_bytes() == before
+    main(Config(**fields, out=Path("again.json")))
 
 
 def test_generator_without_files(generator, tmp_path):
