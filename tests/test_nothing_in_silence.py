@@ -158,7 +158,9 @@ def test_no_job_runs_on_images_that_nobody_named(made, tmp_path, capsys):
         assert "data.kind=shapes" in message
     message = refused(capsys, "evaluate", f"tokenizer={tmp_path}/tok", f"out={out}/s.json")
     assert f"data: is required, since {tmp_path}/tok has no record" in message
-    assert "data.kind: is required, must be one of 'folder'" in refused(capsys, *jobs[5], "data.path=x", f"out={out}")
+    assert "data.kind: is required, must be one of 'folder'" in refused(
+        capsys, *jobs[5], f"data.path={folder}", f"out={out}"
+    )
     message = refused(capsys, "evaluate", f"images={folder}/samples", "metrics=fd_shapes", f"out={out}/s.json")
     assert "fd_shapes compares with built-in shapes: say which, data.kind=shapes" in message
     assert not out.exists()
