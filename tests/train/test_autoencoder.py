@@ -184,7 +184,7 @@ def test_only_the_autoencoder_is_averaged_and_left_in_the_end(tmp_path):
     model = imgtok.load(final, expect=VAE)
     assert load_file(final / "model.safetensors").keys() == model.state_dict().keys()
     assert {path.name for path in final.iterdir()} == {
-        "README.md", "config.json", "config.yaml", "model.safetensors", "state.json",
+        "README.md", "config.json", "config.yaml", "identity.json", "model.safetensors", "state.json",
     }  # fmt: skip
     checkpoint = tmp_path / "checkpoints/step_0000004"
     averaged = load_file(checkpoint / "ema.safetensors")

@@ -308,7 +308,8 @@ def test_minilm_goes_from_captions_to_pictures(trained, t5, tmp_path):
 
 
 def test_a_mistyped_encoder_is_said_before_the_data_are_opened(tmp_path, capsys):
-    words = ["data.kind=folder", f"data.path={tmp_path / 'absent'}", f"out={tmp_path / 'out'}"]
+    (tmp_path / "empty").mkdir()
+    words = ["data.kind=folder", f"data.path={tmp_path / 'empty'}", f"out={tmp_path / 'out'}"]
     assert main(["cache", "text", "minilmm", *words]) == 2
     assert "there is no text encoder 'minilmm'" in capsys.readouterr().err
 
