@@ -83,6 +83,10 @@ def main(config: Config) -> None:
     announce.ends(page, config.out / "report.json")
 
 
+SHIPPED = Path("configs/quickstart")
+"""Names of configurations, which every program takes from a checkout or else from the package."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the stages share: the configuration files and what they say about images."""
@@ -95,9 +99,10 @@ class Plan:
     @classmethod
     def make(cls, config: Config) -> Plan:
         """Raises FileNotFoundError without configuration files, ValueError for an override of no training."""
-        configs = config.configs or shipped.folder() / "quickstart"
+        configs = config.configs or SHIPPED
+        folder = shipped.folder() / "quickstart" if config.configs is None and not SHIPPED.is_dir() else configs
         for name in ("tokenizer.yaml", "cache.yaml", "generator.yaml"):
-            if not (configs / name).is_file():
+            if not (folder / name).is_file():
                 raise FileNotFoundError(
                     f"configs: {configs} has no {name}; leave configs out to take those that ship with imgtok, "
                     "which `imgtok config quickstart/tokenizer` and the like print"
@@ -110,7 +115,7 @@ class Plan:
                     f"overrides: {text!r} must begin with tokenizer. or generator., then model. or training.; "
                     "images are set in the files of configs=FOLDER, for all stages"
                 )
-        data = read_yaml(configs / "tokenizer.yaml")["data"]
+        data = read_yaml(folder / "tokenizer.yaml")["data"]
         return cls(config, configs, data)
 
     def stages(self) -> list[tuple[str, list[str]]]:

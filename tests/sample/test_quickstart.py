@@ -56,6 +56,13 @@ def test_an_override_of_no_training_is_refused(config, tmp_path, text):
         quickstart.Plan.make(quickstart.Config(out=tmp_path, overrides=(text,)))
 
 
+def test_the_commands_are_the_same_in_a_checkout_and_without_one(tmp_path, monkeypatch):
+    here = quickstart.Plan.make(quickstart.Config()).stages()
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.Plan.make(quickstart.Config()).stages() == here
+    assert here[0][1][2] == "configs/quickstart/tokenizer.yaml"
+
+
 def test_configs_elsewhere_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.yaml; leave configs out"):
         quickstart.Plan.make(quickstart.Config(configs=tmp_path))
