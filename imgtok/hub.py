@@ -54,8 +54,11 @@ from imgtok.weights import (
     write_tensors,
 )
 
-TOKENIZERS: dict[str, str] = {"flextok": "imgtok.tokenizers.flextok:FlexTok"}
-AUTOENCODERS: dict[str, str] = {"vae": "imgtok.tokenizers.vae:VAE"}
+TOKENIZERS: dict[str, str] = {"flextok": "imgtok.tokenizers.flextok:FlexTok", "karl": "imgtok.tokenizers.karl:KARL"}
+AUTOENCODERS: dict[str, str] = {
+    "vae": "imgtok.tokenizers.vae:VAE",
+    "maskgit_vqgan": "imgtok.tokenizers.maskgit_vqgan:MaskGITVQGAN",
+}
 GENERATORS: dict[str, str] = {"gpt": "imgtok.generators.gpt:GPT", "xar": "imgtok.generators.xar:XAR"}
 """`kind` in config.json -> class. Strings, so that a module is imported when its kind is asked for and not before."""
 KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
@@ -63,7 +66,9 @@ KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
 
 READERS: dict[str, str] = {
     "flextok": "imgtok.published.flextok",
+    "karl": "imgtok.published.karl",
     "kl16": "imgtok.published.kl16",
+    "maskgit_vqgan": "imgtok.published.maskgit_vqgan",
     "diffusers": "imgtok.published.diffusers",
     "xar": "imgtok.generators.published.xar",
 }

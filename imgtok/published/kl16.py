@@ -86,7 +86,7 @@ def recognise(description: Mapping[str, Any], names: Set[str]) -> bool:
 
 def configuration(found: Found) -> VAEConfig:
     """The shape as the tensors tell it. Raises ValueError for tensors of anything else."""
-    return _config(found.weights().blank, found)
+    return config_of(found.weights().blank, found)
 
 
 def load(
@@ -102,23 +102,24 @@ def load(
     if dropped:
         logger.info("%s: left out %d tensors of its training (%s*)", found.path, len(dropped), "*, ".join(LEFTOVERS))
     stored = whole.select({name: name for name in whole if name not in dropped})
-    config = _config(stored.blank, found)
+    config = config_of(stored.blank, found)
     vae = skeleton(lambda: VAE(config))
     blank = vae.autoencoder.state_dict()
     names = {name: published_name(name, len(config.block_channels)) for name in blank}
-    wanted = {names[name]: _as_published(names[name], value) for name, value in blank.items()}
+    wanted = {names[name]: as_published(names[name], value) for name, value in blank.items()}
     check_tensors(stored.blank, wanted, found.path, "KL autoencoder that its first and last layers")
     pairs = ((f"autoencoder.{name}", stored[theirs].reshape(blank[name].shape)) for name, theirs in names.items())
     return fill(vae, pairs, map_location=map_location, dtype=dtype)
 
 
-def _as_published(published: str, value: Tensor) -> Tensor:
+def as_published(published: str, value: Tensor) -> Tensor:
+    """A tensor of `VAE.autoencoder` in the shape that it has in a file."""
     return value[..., None, None] if is_kernel(published) else value
 
 
-def _config(tensors: Mapping[str, Tensor], found: Found) -> VAEConfig:
+def config_of(tensors: Mapping[str, Tensor], found: Found) -> VAEConfig:
     """The shape as the tensors tell it; how far the others agree with these is for the caller to check."""
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
     firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
     missing = [name for name in (*firsts, "post_quant_conv.weight") if name not in tensors]
     if missing or not levels:
@@ -131,7 +132,7 @@ def _config(tensors: Mapping[str, Tensor], found: Found) -> VAEConfig:
         return VAEConfig(
             latent_channels=tensors["post_quant_conv.weight"].shape[0],
             block_channels=tuple(tensors[name].shape[0] for name in firsts),
-            layers_per_block=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+            layers_per_block=count_of(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
             norm_groups=KL16.norm_groups,
             scaling_factor=found.config.get("scaling_factor", KL16.scaling_factor),
             encoder_attention=f"encoder.down.{levels - 1}.attn.0.norm.weight" in tensors,
@@ -140,7 +141,7 @@ def _config(tensors: Mapping[str, Tensor], found: Found) -> VAEConfig:
         raise ValueError(f"{found.path}: an autoencoder that imgtok cannot stand for: {error}") from error
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
+def count_of(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number at a place in the names; 0 without any."""
     matches = (re.match(pattern, name) for name in names)
     return max((int(match[1]) + 1 for match in matches if match), default=0)

@@ -6,7 +6,7 @@ lengths, and the slots where there are any (`Tokens.save`, `Tokens.load`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -25,12 +25,13 @@ class Tokens:
     """`ids` (B, K) int64, of which the first `lengths[b]` of row b are meant; the rest is padding.
 
     `slots` (B, K) int64 says which of the tokenizer's slots each id came from, increasing along a row; None means that
-    column k is slot k.
+    column k is slot k. Tokens that are no entries of a table are `vectors` (B, K, n), and their ids are all 0.
     """
 
     ids: Tensor
     lengths: Tensor
     slots: Tensor | None = None
+    vectors: Tensor | None = None
 
     @classmethod
     def full(cls, ids: Tensor) -> Tokens:
@@ -39,13 +40,16 @@ class Tokens:
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """The rows of several batches, padded to the longest; either all of them have slots or none does."""
+        """The rows of several batches, padded to the longest; either all of them have slots (vectors) or none does."""
         columns = max(part.ids.shape[1] for part in parts)
-        slots = [_widen(part.slots, columns) for part in parts if part.slots is not None]
-        if slots and len(slots) < len(parts):
-            raise ValueError(f"cat: {len(slots)} of {len(parts)} batches of tokens have slots")
         ids, lengths = [_widen(part.ids, columns) for part in parts], [part.lengths for part in parts]
-        return cls(torch.cat(ids), torch.cat(lengths), torch.cat(slots) if slots else None)
+        further = {}
+        for name in ("slots", "vectors"):
+            found = [_widen(value, columns) for part in parts if (value := getattr(part, name)) is not None]
+            if found and len(found) < len(parts):
+                raise ValueError(f"cat: {len(found)} of {len(parts)} batches of tokens have {name}")
+            further[name] = torch.cat(found) if found else None
+        return Tokens(torch.cat(ids), torch.cat(lengths), **further)
 
     @property
     def mask(self) -> Tensor:
@@ -71,7 +75,12 @@ class Tokens:
             raise TypeError(f"rows of tokens are chosen by numbers, slices or truth values, not {type(rows).__name__}")
         if not isinstance(chosen, slice | Tensor):
             chosen = torch.from_numpy(_as_rows(chosen))
-        return Tokens(self.ids[chosen], self.lengths[chosen], None if self.slots is None else self.slots[chosen])
+        return Tokens(self.ids[chosen], self.lengths[chosen], *self._each(lambda values: values[chosen]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Slots and vectors, where there are any, after a change."""
+        slots, vectors = (None if values is None else change(values) for values in (self.slots, self.vectors))
+        return slots, vectors
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +90,7 @@ class Tokens:
     def to(self, device: torch.device | str) -> Tokens:
         """The same on another device."""
         ids, lengths = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.lengths))
-        return Tokens(ids, lengths, None if self.slots is None else self.slots.to(device, non_blocking=True))
+        return Tokens(ids, lengths, *self._each(lambda values: values.to(device, non_blocking=True)))
 
     def truncate(self, num_tokens: int | Sequence[int]) -> Tokens:
         """Keeps at most the first `num_tokens` of each row (at least 1), a number each or one for all."""
@@ -92,13 +101,14 @@ class Tokens:
             raise ValueError(f"a sequence keeps at least 1 token, not {min(counts)}")
         lengths = torch.minimum(self.lengths, torch.tensor(counts, device=self.lengths.device))
         most = max(counts, default=0)
-        return Tokens(self.ids[:, :most], lengths, None if self.slots is None else self.slots[:, :most])
+        return Tokens(self.ids[:, :most], lengths, *self._each(lambda values: values[:, :most]))
 
     def padded(self) -> Tokens:
         """The same with zeros for padding."""
         padding = ~self.mask
         slots = None if self.slots is None else self.slots.masked_fill(padding, 0)
-        return Tokens(self.ids.masked_fill(padding, 0), self.lengths, slots)
+        vectors = None if self.vectors is None else self.vectors.masked_fill(padding[..., None], 0)
+        return Tokens(self.ids.masked_fill(padding, 0), self.lengths, slots, vectors)
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file: ids (sum of lengths,), lengths (B,), and slots (sum of lengths,) if there are any.
@@ -112,8 +122,12 @@ class Tokens:
     def packed(self) -> dict[str, np.ndarray]:
         """`ids`, and `slots` if there are any, without padding: the rows one after the other, in 16, 32 or 64 bits.
 
-        Raises ValueError for negative ones.
+        Raises ValueError for negative ones, and for tokens that are vectors.
         """
+        if self.vectors is not None:
+            raise ValueError(
+                "these tokens are vectors, and files hold ids: a tokenizer that rounds them to ids is needed here"
+            )
         meant = self.mask.cpu()
         arrays = {"ids": self.ids} | ({} if self.slots is None else {"slots": self.slots})
         return {name: _narrow(name, tensor.cpu()[meant].numpy()) for name, tensor in arrays.items()}
@@ -158,7 +172,8 @@ def _as_rows(rows: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _widen(rows: Tensor, columns: int) -> Tensor:
-    return torch.nn.functional.pad(rows, (0, columns - rows.shape[1]))
+    """(B, K, ...) -> (B, columns, ...)."""
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.ndim - 2) + (0, columns - rows.shape[1]))
 
 
 def _narrow(name: str, array: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ def draw(entry: Mapping[str, Any], seed: int) -> Tensor:
     if entry.get("kind") == "literal":
         return torch.tensor(entry["value"])
     shape, name = tuple(entry["shape"]), entry.get("recipe_name", entry["name"])
-    if entry.get("kind") == "integers":
+    if "integers" in (entry.get("kind"), entry.get("function")):
         return torch.from_numpy(recipe.integers(name, shape, entry["high"], seed))
     values = getattr(recipe, entry["function"] if "function" in entry else entry["kind"])(name, shape, seed)
     return torch.from_numpy(values * np.float32(entry.get("scale", 1.0)))

@@ -1,0 +1,72 @@
+"""Vector quantization (arXiv 1711.00937): the nearest of a table of learned vectors, a token is its row.
+
+The table learns by gradient, from a loss of two terms: the *codebook* term pulls a row to the vectors that it stands
+for, the *commitment* term these vectors to their row. Vectors and rows may be brought to unit length first, so that the
+nearest row is that of the largest cosine (arXiv 2110.04627); gradients then go through that step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What became of vectors (..., n)."""
+
+    codes: Tensor
+    """Rows of the table (..., n), with the straight-through gradient."""
+    ids: Tensor
+    """Their numbers (...), int64."""
+    commitment: Tensor
+    """Mean squared distance of the vectors, which get the gradient, from their rows; a scalar."""
+    codebook: Tensor
+    """The same number, for which the rows get the gradient."""
+
+
+class VectorQuantizer(nn.Module):
+    """Quantizer for a table of `vocab_size` rows: z (..., n) <-> codes (..., n) <-> ids (...); float32 whatever z is."""
+
+    def __init__(self, vocab_size: int, width: int, *, unit_length: bool = False) -> None:
+        """`width` is n; `unit_length` compares directions alone."""
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.unit_length = unit_length
+        self.table = nn.Parameter(torch.empty(vocab_size, width).uniform_(-1 / vocab_size, 1 / vocab_size))
+
+    def forward(self, z: Tensor) -> Quantized:
+        """The nearest row of each vector, and what the two terms of the loss are, means over all numbers of z."""
+        with torch.autocast(z.device.type, enabled=False):
+            z, rows = self._compared(z.float()), self.rows()
+            ids = self._nearest(z.detach(), rows.detach())
+            codes = F.embedding(ids, rows)
+            commitment, codebook = F.mse_loss(z, codes.detach()), F.mse_loss(codes, z.detach())
+            return Quantized(z + (codes - z).detach(), ids, commitment, codebook)
+
+    def rows(self) -> Tensor:
+        """The table (V, n) as it is compared with, float32."""
+        return self._compared(self.table.float())
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Ids (...) of the rows nearest to vectors z (..., n)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self._nearest(self._compared(z.float()), self.rows())
+
+    def ids_to_codes(self, ids: Tensor) -> Tensor:
+        """Ids in [0, vocab_size) -> float32 codes (..., n). Raises ValueError outside that range."""
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
+            raise ValueError(f"token ids must lie in [0, {self.vocab_size}); got {int(ids.min())} to {int(ids.max())}")
+        return F.embedding(ids, self.rows())
+
+    def _compared(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.unit_length else vectors
+
+    def _nearest(self, z: Tensor, rows: Tensor) -> Tensor:
+        """The row of the smallest |row|^2 / 2 - z row, which differs from the distance by what all rows share."""
+        similarity = z @ rows.T
+        if not self.unit_length:
+            similarity = similarity - rows.square().sum(dim=-1) / 2
+        return similarity.argmax(dim=-1)

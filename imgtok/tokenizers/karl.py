@@ -1,0 +1,738 @@
+"""KARL (arXiv 2507.07995): an image says in one pass how many tokens it needs for an error that is allowed.
+
+A transformer reads [condition | cells of the autoencoder's latent grid | T learned slots]; the condition is a learned
+vector of the mean absolute pixel error that may remain. Each slot becomes a short vector, rounded to the nearest of a
+table, and a probability that it is *not* needed: slots above a threshold are dropped, the others are the tokens
+(`Encoder`). A second transformer reads [a query for each cell | the tokens], and predicts the latents or codes of the
+autoencoder, which decodes them to pixels (`Decoder`).
+
+What teaches it to stop is that a training step runs the network twice (`KARL.forward_drawn`): first with a random
+number of slots, whatever error e that leaves; then with all slots and the condition e, when the slots beyond the first
+run's number are to be halted. What the first run achieved is what the second is asked for.
+
+`encode_plainly` and `decode_plainly` say the algorithm as it is published, with dropped slots behind a mask. What is
+used is `encode`, and `decode`, which sees only the tokens that are kept: the same, since nothing sees a dropped slot.
+
+Shapes: B batch, N grid cells, T slots, K kept tokens, W and D widths of encoder and decoder, n numbers of a token.
+Errors are those of pixels in [0, 1]; images lie in [-1, 1] as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imgtok import randomness
+from imgtok.flow import OnStep
+from imgtok.layers.attention import Attention, Look
+from imgtok.layers.recompute import call_block
+from imgtok.quantizers.vq import VectorQuantizer
+from imgtok.tokenizers.base import Losses, Rate, Tokenizer, latents_of_moments, powers_of_two
+from imgtok.tokenizers.checks import check_images, check_tokens
+from imgtok.tokenizers.karl_config import KARLConfig, KARLTraining, TransformerConfig
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
+from imgtok.tokenizers.tokens import Tokens
+from imgtok.tokenizers.vae import VAE, VAEConfig
+
+__all__ = ["KARL", "KARLConfig", "KARLTokens", "KARLTraining", "TransformerConfig"]
+
+PASSES = 3
+"""How often `encode` may encode an image to meet the error that is allowed."""
+
+# ---------------------------------------------------------------- encoder and decoder
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer with GELU, each after a norm and beside a skip."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, config.num_heads, bias=True)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp_in = nn.Linear(config.width, 4 * config.width)
+        self.mlp_out = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, needed: slice | None = None) -> Tensor:
+        """X (B, L, D); with `needed` only what comes of these positions. `mask` is as attention takes it."""
+        normed = self.attention_norm(x)
+        if needed is None:
+            x = x + self.attention(normed, mask=mask)
+        else:
+            x = x[:, needed] + self.attention(normed, looks=[Look(needed, slice(None), mask)])
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, needed: slice, mask: Tensor | None, recompute: bool) -> Tensor:
+    """X (B, L, D) through all blocks; of the last one only the positions that are `needed`."""
+    for index, block in enumerate(blocks):
+        part = needed if index == len(blocks) - 1 else None
+        x = call_block(block, x, mask, part, recompute=recompute)
+    return x
+
+
+def read_table(table: Tensor, side: int) -> Tensor:
+    """A learned table (D, P, P), resized to `side` rows and columns by taking the nearest: (side * side, D)."""
+    cells = torch.arange(side, device=table.device) * table.shape[-1] // side
+    return table.index_select(1, cells).index_select(2, cells).flatten(1).T
+
+
+class Encoder(nn.Module):
+    """Cells of the grid and slots -> what each slot says, and whether it is needed."""
+
+    def __init__(self, config: KARLConfig) -> None:
+        super().__init__()
+        width, base = config.encoder.width, config.required_base
+        scale = width**-0.5
+        self.grid = config.grid
+        self.patch_proj = nn.Conv2d(3, width - base.latent_channels, base.factor, stride=base.factor)
+        self.positions = nn.Parameter(scale * torch.randn(width, config.position_grid, config.position_grid))
+        published = torch.tensor(config.tolerances)[:, None].repeat(1, width)
+        start = published if config.condition_start == "published" else scale * torch.randn(published.shape)
+        self.conditions = nn.Parameter(start)
+        self.slots = nn.Parameter(scale * torch.randn(config.max_tokens, width))
+        self.input_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))
+        self.halting_norm = nn.LayerNorm(width)
+        self.halting_hidden = nn.Linear(width, config.halting_width)
+        self.halting_out = nn.Linear(config.halting_width, 1)
+        self.readout_norm = nn.LayerNorm(width)
+        self.readout = nn.Linear(width, config.token_width)
+        self.recompute = False
+
+    def cells(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] beside what the autoencoder's encoder gives (B, C, h, w), as (B, N, W)."""
+        patches = self.patch_proj(pixels.to(self.patch_proj.weight.dtype))
+        return torch.cat([patches, features.to(patches.dtype)], dim=1).flatten(2).transpose(1, 2)
+
+    def forward(self, cells: Tensor, bins: Tensor, count: int) -> Tensor:
+        """The first `count` slots (B, T, W) under the conditions `bins` (B,), numbers of tolerances."""
+        batch, start = len(cells), 1 + cells.shape[1]
+        condition = self.conditions[bins][:, None].to(cells.dtype)
+        placed = cells + read_table(self.positions, self.grid).to(cells.dtype)
+        slots = self.slots[:count].to(cells.dtype).expand(batch, -1, -1)
+        x = self.input_norm(torch.cat([condition, placed, slots], dim=1))
+        return run_blocks(self.blocks, x, slice(start, start + count), None, self.recompute)
+
+    def halting(self, hidden: Tensor) -> Tensor:
+        """Logits (B, T), float32, of a slot's not being needed."""
+        logits: Tensor = self.halting_out(torch.tanh(self.halting_hidden(self.halting_norm(hidden))))
+        return logits.squeeze(-1).float()
+
+    def vectors(self, hidden: Tensor) -> Tensor:
+        """The short vectors (B, T, n)."""
+        vectors: Tensor = self.readout(self.readout_norm(hidden))
+        return vectors
+
+
+class Decoder(nn.Module):
+    """Tokens -> what the autoencoder's decoder is to be given in each cell of its grid."""
+
+    def __init__(self, config: KARLConfig) -> None:
+        super().__init__()
+        width, scale = config.decoder.width, config.encoder.width**-0.5  # the encoder's, as published
+        self.grid = config.grid
+        self.code_proj = nn.Linear(config.token_width, width)
+        self.slot_positions = nn.Parameter(scale * torch.randn(config.max_tokens, width))
+        self.query = nn.Parameter(scale * torch.randn(width))
+        self.positions = nn.Parameter(scale * torch.randn(width, config.position_grid, config.position_grid))
+        self.input_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config.decoder) for _ in range(config.decoder.depth))
+        self.output_norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 2 * width)
+        self.readout = nn.Linear(2 * width, config.outputs)
+        self.recompute = False
+
+    def sequence(self, codes: Tensor, slots: Tensor | None) -> Tensor:
+        """[a query for each cell | tokens], (B, N + K, D); `slots` (B, K) are those of the codes, by default 0, 1, ..."""
+        places = self.slot_positions[: codes.shape[1]] if slots is None else F.embedding(slots, self.slot_positions)
+        tokens = self.code_proj(codes.to(self.code_proj.weight.dtype))
+        tokens = tokens + places.to(tokens.dtype)
+        queries = (self.query + read_table(self.positions, self.grid)).to(tokens.dtype)
+        return torch.cat([queries.expand(len(codes), -1, -1), tokens], dim=1)
+
+    def forward(self, codes: Tensor, slots: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+        """Codes (B, K, n) -> (B, N, outputs). Nothing looks at a token where `kept` (B, K) is False: that is what the
+        published mask comes to, as of dropped tokens nothing is read.
+        """
+        x = self.sequence(codes, slots)
+        mask = None if kept is None else F.pad(kept, (x.shape[1] - kept.shape[1], 0), value=True)[:, None, None]
+        cells = slice(0, x.shape[1] - codes.shape[1])
+        return self.output(run_blocks(self.blocks, self.input_norm(x), cells, mask, self.recompute))
+
+    def plainly(self, codes: Tensor, kept: Tensor) -> Tensor:
+        """The published algorithm: a dropped slot and any other position do not see each other."""
+        x = self.input_norm(self.sequence(codes, None))
+        num_cells = x.shape[1] - codes.shape[1]
+        dropped = F.pad(~kept, (num_cells, 0))
+        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        mask = ~(dropped[:, :, None] | dropped[:, None, :]) | itself
+        for block in self.blocks:
+            x = block(x, mask[:, None])
+        return self.output(x[:, :num_cells])
+
+    def output(self, x: Tensor) -> Tensor:
+        out: Tensor = self.readout(torch.tanh(self.hidden(self.output_norm(x))))
+        return out
+
+
+# ---------------------------------------------------------------- what is given and returned
+
+
+@dataclass(frozen=True)
+class KARLTokens(Tokens):
+    """The kept tokens of each image, in the order of their slots, and what the encoder said of all T slots.
+
+    `lengths` are the counts, the complexity of the images; the first `lengths[b]` columns of `ids` (or `vectors`) and
+    `slots` are meant. Rows that are taken out of them, saved or joined are plain `Tokens`.
+    """
+
+    probabilities: Tensor | None = None
+    """(B, T) float32: the probability of each slot's not being needed."""
+    kept: Tensor | None = None
+    """(B, T) bool: which slots are kept; one at least, that which is needed most."""
+    bins: Tensor | None = None
+    """(B,) int64: which of the tolerances each image was encoded for."""
+    errors: Tensor | None = None
+    """(B,) float32: the error of the decoded image, where it was measured (`verify`)."""
+
+    def updated(self, rows: Tensor, others: KARLTokens, chosen: Tensor) -> KARLTokens:
+        """The same with other tokens in some rows: the `chosen` ones of `others`, which were encoded alike."""
+        pairs = {field.name: (getattr(self, field.name), getattr(others, field.name)) for field in fields(self)}
+        return KARLTokens(
+            **{
+                name: None if mine is None else mine.index_copy(0, rows, theirs[chosen])
+                for name, (mine, theirs) in pairs.items()
+            }
+        )
+
+    @property
+    def soft_counts(self) -> Tensor:
+        """(B,) the sum of the probabilities of being needed: a count that has a gradient."""
+        assert self.probabilities is not None
+        return (1 - self.probabilities).sum(dim=1)
+
+
+class Draws(NamedTuple):
+    """What is random in a training step of B images."""
+
+    posterior: Tensor | None
+    """Noise of the autoencoder's posterior (B, C, h, w); None where there is none or its mean is taken."""
+    count: int
+    """Slots of the first run."""
+    bins: Tensor
+    """(B,): the tolerances that the first run is asked for."""
+    augmented: Tensor
+    """A scalar, bool: whether the second run's are changed, at the numbers of slots where they may be."""
+    changes: Tensor
+    """(B,) in [0, 1): how much."""
+
+
+class Runs(NamedTuple):
+    """What the two runs of a training step give."""
+
+    losses: Losses
+    images: tuple[Tensor, ...]
+    """In stage "finetune" the images that the two runs decoded, (B, 3, H, W) in about [-1, 1], not clamped."""
+    errors: Tensor
+    """(B,) of the first run."""
+
+
+class Run(NamedTuple):
+    """One of them."""
+
+    logits: Tensor
+    """Of the halting head, (B, T)."""
+    kept: Tensor | None
+    """(B, T), where the decoder does not see all slots."""
+    ids: Tensor | None
+    """(B, T), of quantized tokens."""
+    quantizer: Tensor | None
+    """The quantizer's loss, a scalar."""
+    out: Tensor
+    """What the decoder gives, (B, N, outputs)."""
+
+
+class Seen(NamedTuple):
+    """What the autoencoder makes of images."""
+
+    features: Tensor
+    """(B, C, h, w): what the encoder reads."""
+    targets: Tensor
+    """What the decoder is to predict: ids of codes (B, N), or latents (B, N, C)."""
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+class KARL(Tokenizer):
+    """The whole tokenizer. Calling it gives the training losses; see `encode`, `count` and `decode` for its use."""
+
+    config_class: ClassVar[type] = KARLConfig
+    stands_on = "base"
+    card_example = """images = imgtok.preprocess(["photo.jpg"], model.image_size)  # (1, 3, H, W) in [-1, 1]
+tokens = model.encode(images, eps=0.05)
+print(tokens.lengths)  # how many tokens the image needs for a mean absolute error of 0.05
+pictures = imgtok.to_pil(model.decode(tokens))
+"""
+    tolerance_bits: Tensor
+
+    def __init__(self, config: KARLConfig) -> None:
+        super().__init__()
+        self.config = config
+        base = config.required_base
+        self.base = VAE(base) if isinstance(base, VAEConfig) else MaskGITVQGAN(base)
+        self.base.requires_grad_(config.training.stage == "finetune")
+        if isinstance(self.base, MaskGITVQGAN):  # whose codes are what decoded images are mixed of, in no stage trained
+            self.base.quantizer.requires_grad_(False)
+        self.encoder = Encoder(config)
+        self.quantizer = (
+            VectorQuantizer(config.vocab_size, config.token_width, unit_length=True) if config.quantized else None
+        )
+        self.decoder = Decoder(config)
+        # As whole numbers, which a change of precision leaves alone: 0.05 in bfloat16 would be another bin.
+        tolerances = torch.tensor(config.tolerances, dtype=torch.float32)
+        self.register_buffer("tolerance_bits", tolerances.view(torch.int32), persistent=False)
+        for part in (self.encoder, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+                if isinstance(module, Attention):
+                    nn.init.xavier_uniform_(module.qkv_proj.weight)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.max_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """1 for tokens that are vectors, whose ids say nothing."""
+        return self.quantizer.vocab_size if self.quantizer is not None else 1
+
+    @property
+    def num_slots(self) -> int:
+        return self.config.max_tokens
+
+    @property
+    def fixed_length(self) -> bool:
+        return False
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the autoencoder that gives the decoded images."""
+        return self.base.last_layer
+
+    def rates(self) -> list[Rate]:
+        """Fixed numbers of tokens, the powers of two from an eighth of the budget on, then the budget under errors from
+        0.09 to 0.03; any other number and error will do as well.
+        """
+        budget = self.config.budget
+        fixed = [Rate(count) for count in powers_of_two(budget) if count * 8 >= budget]
+        return fixed + [Rate(budget, tolerance) for tolerance in (0.09, 0.05, 0.03)]
+
+    def check_rate(self, rate: Rate) -> None:
+        """Raises ValueError for more tokens than there are slots."""
+        if rate.num_tokens > self.num_tokens:
+            raise ValueError(f"rates: this tokenizer has 1 to {self.num_tokens} tokens an image, given {rate}")
+
+    def bits(self, tokens: Tokens) -> Tensor:
+        """As for any tokenizer; a token that is a vector takes 32 bits for each of its numbers."""
+        bits = super().bits(tokens)
+        return bits if self.quantizer is not None else bits + 32 * self.config.token_width * tokens.lengths.double()
+
+    # ------------------------------------------------ training
+
+    def recompute_activations(self) -> None:
+        """From now on compute both transformers' activations again in the backward pass."""
+        self.encoder.recompute = self.decoder.recompute = True
+
+    def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses:
+        """The losses of both runs for images (B, 3, H, W) in [-1, 1], with the curriculum as it is at the start; in
+        stage "finetune" decoded images are judged by their mean absolute error alone.
+
+        Training calls a module around this one, which has the curriculum and judges better (`karl_training.py`).
+        """
+        runs = self.forward_drawn(images, self.draw(images, generator))
+        total, parts = runs.losses
+        for name, decoded in zip(("first", "second"), runs.images, strict=False):
+            parts[f"{name}_l1"] = (decoded - images).abs().mean() / 2
+            total = total + parts[f"{name}_l1"]
+        return Losses(total, parts)
+
+    def draw(self, images: Tensor, generator: torch.Generator, curriculum: Tensor | None = None) -> Draws:
+        """All random numbers of a training step. `curriculum` says how often each tolerance is asked for in the first
+        run, (19,); by default as at the start.
+        """
+        batch, device, counts = len(images), images.device, self.config.slot_counts
+        count = counts[int(torch.randint(len(counts), (), generator=generator))]
+        upto = (self.start_of_curriculum() if curriculum is None else curriculum).double().cumsum(0)
+        uniform = torch.rand(3, batch, generator=generator, device=generator.device).to(device)
+        bins = torch.searchsorted(upto, uniform[0] * upto[-1], right=True)  # of the sum, which is only nearly 1
+        augmented = uniform[1, 0] < self.config.training.augment
+        return Draws(self._draw_posterior(images, generator), count, bins, augmented, uniform[2])
+
+    def start_of_curriculum(self) -> Tensor:
+        """(19,): equally often each tolerance that is small enough, and no other."""
+        asked = self.tolerances <= self.config.training.curriculum_from
+        return asked.float() / asked.sum()
+
+    def _draw_posterior(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
+        if isinstance(self.base, MaskGITVQGAN) or self.config.posterior == "mean":
+            return None
+        shape = (len(images), self.base.config.latent_channels, self.config.grid, self.config.grid)
+        return torch.randn(shape, generator=generator, device=generator.device).to(images.device)
+
+    def forward_drawn(self, images: Tensor, draws: Draws) -> Runs:
+        """Both runs with their random numbers given: a function of tensors, which `training.compile` makes one graph.
+
+        Section 3 of the paper: the error that the first run leaves is what the second is asked for, and all its slots
+        beyond the first run's are to be halted.
+        """
+        budget = self.config.budget
+        seen = self.look(images, draws.posterior)
+        cells = self.encoder.cells((images + 1) / 2, seen.features)
+        first = self.run(cells, draws.bins, draws.count)
+        decoded, terms = self._reconstruct(first, seen)
+        parts = self._parts("first", first, draws.count, terms)
+        with torch.no_grad():
+            estimate = self.to_images(self.to_latents(first.out)) if decoded is None else decoded
+            errors = (estimate.float() - images).abs().mean(dim=(1, 2, 3)) / 2
+        bins = self.augment(self.bin_of(errors), draws)
+        second = self.run(cells, bins, budget, masked=True)
+        decoded_again, terms = self._reconstruct(second, seen)
+        parts |= self._parts("second", second, min(draws.count, budget), terms)
+        total = torch.stack(list(parts.values())).sum()
+        images_of_both = () if decoded is None or decoded_again is None else (decoded, decoded_again)
+        return Runs(Losses(total, parts | self._told(second, errors)), images_of_both, errors)
+
+    def run(self, cells: Tensor, bins: Tensor, count: int, *, masked: bool = False) -> Run:
+        """Encodes with `count` slots and decodes; `masked` hides from the decoder the slots that are not needed."""
+        hidden = self.encoder(cells, bins, count)
+        logits, codes = self.encoder.halting(hidden), self.encoder.vectors(hidden)
+        kept = logits.sigmoid() <= self.config.threshold if masked else None
+        if self.quantizer is None:
+            return Run(logits, kept, None, None, self.decoder(codes, None, kept))
+        codes, ids, commitment, codebook = self.quantizer(codes)
+        loss = self.config.commitment_weight * commitment + codebook
+        return Run(logits, kept, ids, loss, self.decoder(codes, None, kept))
+
+    def augment(self, bins: Tensor, draws: Draws) -> Tensor:
+        """The second run's tolerances (B,), changed in some steps: at the largest number of slots to stricter ones, at
+        the smallest to looser ones. So it learns of errors that it cannot keep within, or could have.
+        """
+        counts, last = self.config.slot_counts, len(self.config.tolerances) - 1
+        if draws.count >= self.config.budget:
+            changed = 1 + (draws.changes * bins).floor().long()
+        elif draws.count == counts[0]:
+            changed = (bins + draws.changes * (last - bins)).floor().long()
+        else:
+            return bins
+        return torch.where(draws.augmented, changed, bins)
+
+    def _parts(self, name: str, run: Run, needed: int, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of a run, by name: of its halting head, when the first slots are `needed`, and the others."""
+        config, parts = self.config.training, {}
+        head = run.logits
+        parts["keep"] = config.halting_weight * F.softplus(head[:, :needed]).mean()
+        if needed < head.shape[1]:
+            parts["drop"] = config.halting_weight * F.softplus(-head[:, needed:]).mean()
+        if run.quantizer is not None:
+            parts["quantizer"] = config.quantizer_weight * run.quantizer
+        return {f"{name}_{part}": value for part, value in (parts | terms).items()}
+
+    def _reconstruct(self, run: Run, seen: Seen) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The decoded images in stage "finetune"; else how far the prediction is from the autoencoder's own."""
+        if self.config.training.stage == "finetune":
+            return self.to_images(self.to_latents(run.out)), {}
+        out = run.out.float()
+        if isinstance(self.base, MaskGITVQGAN):
+            wanted = F.embedding(seen.targets, self.base.quantizer.rows().detach())
+            codes = self.expected_codes(out)
+            token = F.cross_entropy(out.flatten(0, 1), seen.targets.flatten())
+            return None, {"token": token, "code": (codes - wanted).square().mean()}
+        return None, {"latent": (out - seen.targets.float()).square().mean()}
+
+    @torch.no_grad()
+    def _told(self, run: Run, errors: Tensor) -> dict[str, Tensor]:
+        """Figures for the log: the first run's mean error, the second's mean number of tokens, and the share of the
+        table that its kept tokens use.
+        """
+        assert run.kept is not None
+        told = {"error": errors.mean(), "kept": run.kept.sum(dim=1).float().mean()}
+        if run.ids is not None:
+            used = torch.zeros(self.vocab_size, device=run.ids.device)
+            used = used.scatter_reduce(0, run.ids.flatten(), run.kept.flatten().float(), "amax")
+            told["used"] = used.mean()
+        return told
+
+    # ------------------------------------------------ images <-> latents
+
+    def look(self, images: Tensor, noise: Tensor | None) -> Seen:
+        """What the autoencoder makes of images in [-1, 1]; `noise` (B, C, h, w) samples a posterior."""
+        if isinstance(self.base, MaskGITVQGAN):
+            features = self.base.features(images)
+            cells = features.detach().flatten(2).transpose(1, 2)
+            return Seen(features, self.base.quantizer.nearest(cells))
+        given = (images + 1) / 2 if self.config.base_use == "published" else images
+        latents = latents_of_moments(self.base.moments(given), noise, self.base.config.scaling_factor)
+        return Seen(latents, latents.flatten(2).transpose(1, 2))
+
+    def to_latents(self, out: Tensor) -> Tensor:
+        """What the decoder gives (B, N, outputs) as latents (B, C, h, w): of logits the mean of the codes."""
+        cells = self.expected_codes(out) if isinstance(self.base, MaskGITVQGAN) else out
+        return cells.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+
+    def expected_codes(self, logits: Tensor) -> Tensor:
+        """The mean (B, N, C), float32, of the autoencoder's codes under logits (B, N, V) of them."""
+        assert isinstance(self.base, MaskGITVQGAN)
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.float().softmax(dim=-1) @ self.base.quantizer.rows().detach()
+
+    def to_images(self, guess: Tensor) -> Tensor:
+        """Images in about [-1, 1], not clamped, of latents (B, C, h, w)."""
+        if isinstance(self.base, MaskGITVQGAN):
+            return self.base.to_pixels(guess)
+        if self.config.base_use == "published":  # pixels in [0, 1], and latents as large as they are
+            guess = guess * self.base.config.scaling_factor
+            return self.base.decode(guess) * 2 - 1
+        return self.base.decode(guess)
+
+    @property
+    def tolerances(self) -> Tensor:
+        """(19,) float32."""
+        return self.tolerance_bits.view(torch.float32)
+
+    def bin_of(self, errors: Tensor) -> Tensor:
+        """The number of the smallest tolerance that is not below each error; of the last one where all are."""
+        return torch.searchsorted(self.tolerances, errors.float()).clamp(max=len(self.config.tolerances) - 1)
+
+    # ------------------------------------------------ the algorithm, plainly
+
+    @torch.no_grad()
+    def encode_plainly(self, images: Tensor, budget: int, eps: float, noise: Tensor | None = None) -> KARLTokens:
+        """All `budget` slots of images in [-1, 1], kept or not; `encode` gives the kept ones."""
+        cells = self.encoder.cells((images + 1) / 2, self.look(images, noise).features)
+        bins = self.bin_of(torch.full((len(images),), eps, device=images.device))
+        hidden = self.encoder(cells, bins, budget)
+        probabilities = self.encoder.halting(hidden).sigmoid()
+        ids, vectors = self._tokens(hidden)
+        counts = torch.full_like(bins, budget)
+        kept = probabilities <= self.config.threshold
+        return KARLTokens(ids, counts, None, vectors, probabilities=probabilities, kept=kept, bins=bins)
+
+    @torch.no_grad()
+    def decode_plainly(self, tokens: KARLTokens) -> Tensor:
+        """Images of what `encode_plainly` gave: every slot goes through the decoder, dropped ones behind a mask."""
+        assert tokens.kept is not None
+        out = self.decoder.plainly(self._codes(tokens), tokens.kept)
+        return self.to_images(self.to_latents(out)).clamp(-1, 1)
+
+    # ------------------------------------------------ tokens
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        budget: int | None = None,
+        eps: float | Sequence[float] | Tensor | None = None,
+        *,
+        rate: Rate | None = None,
+        fixed: bool = False,
+        threshold: float | None = None,
+        verify: bool = False,
+        posterior_seed: int = 0,
+    ) -> KARLTokens:
+        """Images (B, 3, H, W) in [-1, 1] -> the tokens that they need; nothing is decoded.
+
+        `budget` is the most tokens of an image, in 1..max_tokens; `eps` the mean absolute error that may remain, one
+        for all images or one each, which is a request and no promise. Both have defaults in the configuration. `fixed`
+        keeps exactly `budget` tokens of every image, and asks for the smallest error. A `rate` says both: with a
+        tolerance it is a budget and an eps, without one a fixed number of tokens. `threshold` replaces the
+        configuration's. `verify` decodes and measures: images whose error is larger than allowed are encoded again, at
+        the next stricter tolerance, three times in all at the most; of passes that all fail the best one is kept.
+        Images get the noise of (`posterior_seed`, 0) for the posterior of the autoencoder, where it is sampled. Raises
+        ValueError for images that the model does not take, a budget outside 1..max_tokens and an eps below 0.
+        """
+        if rate is not None:
+            if budget is not None or eps is not None or fixed:
+                raise ValueError("rate: says how many tokens and which error; leave budget, eps and fixed out")
+            self.check_rate(rate)
+            budget, eps, fixed = rate.num_tokens, rate.tolerance, rate.tolerance is None
+        if fixed and verify:
+            raise ValueError("verify: a fixed number of tokens is not chosen by the error; leave one of the two out")
+        budget = self._budget(budget)
+        errors = self._tolerated(0.0 if fixed else eps, images)
+        threshold = self._threshold(threshold)
+        cells = self._cells(images, posterior_seed)
+        bins = self.bin_of(errors)
+        tokens = self._encode(cells, bins, budget, threshold, fixed)
+        return self._verified(images, cells, errors, tokens, threshold) if verify else tokens
+
+    def encode_at(self, images: Tensor, rates: Sequence[Rate]) -> list[Tokens]:
+        """Encodes at each rate what the autoencoder gives once."""
+        for rate in rates:
+            self.check_rate(rate)
+        found: list[Tokens] = []
+        with torch.no_grad():
+            cells = self._cells(images, 0)
+            for rate in rates:
+                bins = self.bin_of(self._tolerated(rate.tolerance or 0.0, images))
+                fixed = rate.tolerance is None
+                found.append(self._encode(cells, bins, rate.num_tokens, self.config.threshold, fixed))
+        return found
+
+    @torch.no_grad()
+    def count(
+        self,
+        images: Tensor,
+        eps: float | Sequence[float] | Tensor | None = None,
+        *,
+        budget: int | None = None,
+        threshold: float | None = None,
+        posterior_seed: int = 0,
+    ) -> Tensor:
+        """How many tokens images need, (B,) int64: their complexity. The arguments are those of `encode`, of which this
+        does what is needed for the lengths.
+        """
+        budget, errors = self._budget(budget), self._tolerated(eps, images)
+        hidden = self.encoder(self._cells(images, posterior_seed), self.bin_of(errors), budget)
+        kept = self.encoder.halting(hidden).sigmoid() <= self._threshold(threshold)
+        return kept.sum(dim=1).clamp(min=1)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tokens,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: object | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of tokens, rows of any length, with their slots; without them slot k has
+        token k. Nothing is drawn, and there are no settings. Raises ValueError for a slot that there is not.
+        """
+        check_tokens(tokens, indices, self.num_tokens)
+        device = self.decoder.query.device
+        tokens = tokens.to(device).padded()
+        fewest, most = torch.stack(tokens.lengths.aminmax()).tolist()
+        tokens = tokens.truncate(most)
+        slots = tokens.slots
+        if slots is not None and not 0 <= int(slots.min()) <= int(slots.max()) < self.num_slots:
+            raise ValueError(
+                f"slots: this tokenizer has the slots 0 to {self.num_slots - 1}, given {int(slots.min())} to "
+                f"{int(slots.max())}"
+            )
+        out = self.decoder(self._codes(tokens), slots, tokens.mask if fewest < most else None)
+        return self.to_images(self.to_latents(out)).clamp(-1, 1)
+
+    def _cells(self, images: Tensor, posterior_seed: int) -> Tensor:
+        """What the encoder reads of images, (B, N, W). Raises ValueError for images that it does not take."""
+        check_images(images, self.image_size)
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"this tokenizer takes images of {self.image_size} x {self.image_size} pixels, given "
+                f"{images.shape[-2]} x {images.shape[-1]}; imgtok.preprocess(pictures, {self.image_size}) makes them so"
+            )
+        noise = None
+        if isinstance(self.base, VAE) and self.config.posterior == "sample":
+            shape = (self.base.config.latent_channels, self.config.grid, self.config.grid)
+            noise = randomness.normal(posterior_seed, [0], shape, "posterior").to(images.device)
+        images = images.to(self.decoder.query.dtype)
+        return self.encoder.cells((images + 1) / 2, self.look(images, noise).features)
+
+    def _encode(self, cells: Tensor, bins: Tensor, budget: int, threshold: float, fixed: bool) -> KARLTokens:
+        hidden = self.encoder(cells, bins, budget)
+        probabilities = self.encoder.halting(hidden).sigmoid()
+        kept = torch.ones_like(probabilities, dtype=torch.bool) if fixed else keep(probabilities, threshold)
+        lengths = kept.sum(dim=1)
+        slots = kept.byte().argsort(dim=1, descending=True, stable=True)  # kept ones first, in order
+        ids, vectors = self._tokens(hidden.gather(1, slots[..., None].expand_as(hidden)))
+        packed = Tokens(ids, lengths, slots, vectors).padded()
+        return KARLTokens(
+            packed.ids, lengths, packed.slots, packed.vectors, probabilities=probabilities, kept=kept, bins=bins
+        )
+
+    def _tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ids (B, T) of what slots say, or zeros and the vectors (B, T, n)."""
+        vectors = self.encoder.vectors(hidden)
+        if self.quantizer is not None:
+            return self.quantizer.nearest(vectors), None
+        return torch.zeros(vectors.shape[:-1], dtype=torch.long, device=vectors.device), vectors
+
+    def _codes(self, tokens: Tokens) -> Tensor:
+        """What the decoder reads, (B, K, n). Raises ValueError for tokens of the other kind."""
+        if self.quantizer is not None and tokens.vectors is None:
+            return self.quantizer.ids_to_codes(tokens.ids)
+        if self.quantizer is None and tokens.vectors is not None:
+            return tokens.vectors
+        kinds = ("ids", "vectors") if self.quantizer is not None else ("vectors", "ids")
+        raise ValueError(f"tokens: this tokenizer decodes {kinds[0]}, and these are {kinds[1]}")
+
+    def _verified(
+        self, images: Tensor, cells: Tensor, allowed: Tensor, tokens: KARLTokens, threshold: float
+    ) -> KARLTokens:
+        """Those tokens, or for images that miss the error `allowed` (B,) those of a stricter tolerance."""
+        best = replace(tokens, errors=self._errors(images, tokens))
+        bins = tokens.bins
+        for _ in range(PASSES - 1):
+            assert best.errors is not None and bins is not None and best.kept is not None
+            rows = ((best.errors > allowed) & (bins > 0)).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            bins = bins.index_add(0, rows, torch.full_like(rows, -1))
+            again = self._encode(cells[rows], bins[rows], best.kept.shape[1], threshold, False)
+            again = replace(again, errors=self._errors(images[rows], again))
+            assert again.errors is not None
+            better = again.errors < best.errors[rows]
+            best = best.updated(rows[better], again, better)
+        return best
+
+    def _errors(self, images: Tensor, tokens: Tokens) -> Tensor:
+        """Mean absolute errors (B,) of the decoded images."""
+        return (self.decode(tokens).float() - images.float().clamp(-1, 1)).abs().mean(dim=(1, 2, 3)) / 2
+
+    def _budget(self, budget: int | None) -> int:
+        if budget is None:
+            return self.config.budget
+        if not 1 <= budget <= self.num_tokens:
+            raise ValueError(f"budget: this tokenizer has 1 to {self.num_tokens} tokens an image, given {budget}")
+        return budget
+
+    def _threshold(self, threshold: float | None) -> float:
+        if threshold is None:
+            return self.config.threshold
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: a probability between 0 and 1, given {threshold}")
+        return threshold
+
+    def _tolerated(self, eps: float | Sequence[float] | Tensor | None, images: Tensor) -> Tensor:
+        """The errors (B,) that are allowed, float32 on the images' device. Raises ValueError for others."""
+        if not isinstance(images, Tensor):
+            check_images(images, self.image_size)  # which says what it is
+        given = torch.as_tensor(self.config.tolerance if eps is None else eps, dtype=torch.float32)
+        if given.ndim > 1 or (given.ndim and len(given) != len(images)):
+            raise ValueError(f"eps: a number, or one for each of the {len(images)} images; given {tuple(given.shape)}")
+        if not bool((given >= 0).all()):
+            raise ValueError(f"eps: an error that is allowed is a number from 0 on, given {eps}")
+        return given.to(images.device).expand(len(images))
+
+
+def keep(probabilities: Tensor, threshold: float) -> Tensor:
+    """Which slots are kept (B, T): those whose probability of not being needed (B, T) is at most the threshold, and of
+    an image where that is none the one that is needed most, since an image has at least one token.
+    """
+    kept = probabilities <= threshold
+    most_needed = F.one_hot(probabilities.argmin(dim=1), probabilities.shape[1]).bool()
+    return kept | (most_needed & ~kept.any(dim=1, keepdim=True))
