@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from imgtok.data.images import ImageSource
 from imgtok.data.loaders import Batch, train_loader
+from imgtok.groups import ParameterGroup, each
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.train.config import TrainingConfig
-from imgtok.train.loop import Job, ParameterGroup
-from imgtok.train.optim import each, whole_model
+from imgtok.train.loop import Job
+from imgtok.train.optim import whole_model
 
 
 class ImageJob(Job):

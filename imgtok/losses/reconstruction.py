@@ -155,6 +155,22 @@ class ReconstructionLossConfig:
         return network
 
 
+def distances(
+    config: ReconstructionLossConfig, decoded: Tensor, images: Tensor, perceptual: Perceptual | None = None
+) -> Losses:
+    """The losses of `decoded` for `images`, both (B, 3, H, W) in [-1, 1], that need no discriminator."""
+    l1 = F.l1_loss(decoded, images)
+    mse = F.mse_loss(decoded, images)
+    total = config.l1 * l1 + config.mse * mse
+    parts = {"l1": l1, "mse": mse}
+    if perceptual is not None:
+        assert config.perceptual_term is not None, "the configuration asks for no perceptual distance"
+        name, share = config.perceptual_term
+        parts[name] = perceptual(decoded, images).mean()
+        total = total + share * parts[name]
+    return Losses(total, parts)
+
+
 class ReconstructionLoss(nn.Module):
     """The losses of decoded images, and the discriminator if there is one."""
 
@@ -191,15 +207,7 @@ class ReconstructionLoss(nn.Module):
             weight = config.adversarial * (self.seen >= self.start)  # on the device: no step waits to look at it
             if config.adaptive == "images":
                 decoded, judged = balance(decoded.float(), weight)
-        l1 = F.l1_loss(decoded, images)
-        mse = F.mse_loss(decoded, images)
-        total = config.l1 * l1 + config.mse * mse
-        parts = {"l1": l1, "mse": mse}
-        if perceptual is not None:
-            assert config.perceptual_term is not None, "the configuration asks for no perceptual distance"
-            name, share = config.perceptual_term
-            parts[name] = perceptual(decoded, images).mean()
-            total = total + share * parts[name]
+        total, parts = distances(config, decoded, images, perceptual)
         if self.discriminator is not None:
             parts["adversarial"] = adversarial_loss(self.discriminator, judged, config.game)
             if config.adaptive == "last_layer":

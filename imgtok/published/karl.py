@@ -114,9 +114,7 @@ def autoencoder_as_ours(base: VAE | MaskGITVQGAN, weights: Mapping[str, Tensor])
     return _renamed(autoencoder_names(base), base.state_dict(), weights)
 
 
-def _renamed(
-    names: Mapping[str, str], state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _renamed(names: Mapping[str, str], state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {mine: weights[theirs].reshape(state[mine].shape) for mine, theirs in names.items()}
 
 
@@ -155,7 +153,6 @@ def config_of(tensors: Mapping[str, Tensor], found: Found) -> KARLConfig:
     try:
         base = _base_of(tensors, found)
         table = tensors.get("quantize.embedding.weight")
-        quantized = {} if table is None else {"vocab_size": table.shape[0]}
         conditions = len(tensors["rec_loss_embeddings"])
         if conditions != len(KARLConfig.tolerances):
             raise ValueError(f"{conditions} tolerances, where published models have {len(KARLConfig.tolerances)}")
@@ -164,13 +161,13 @@ def config_of(tensors: Mapping[str, Tensor], found: Found) -> KARLConfig:
             base=base,
             base_use="published",
             quantized=table is not None,
+            vocab_size=KARLConfig.vocab_size if table is None else len(table),
             token_width=len(tensors["pre_quantizer_mlp.weight"]),
             encoder=_transformer(tensors, "encoder", "latent_tokens"),
             decoder=_transformer(tensors, "decoder", "decoder_latent_tokens_timestep_embed"),
             max_tokens=len(tensors["latent_tokens"]),
             position_grid=tensors["encoder_positional_embedding"].shape[-1],
             halting_width=len(tensors["halting_mlp.0.weight"]),
-            **quantized,
         )
     except KeyError as error:
         raise ValueError(f"{found.path}: not a whole KARL: it lacks {error}") from error

@@ -65,7 +65,9 @@ def load(
     names = {name: published_name(name) for name in model.state_dict()}
     wanted = {names[name]: value for name, value in model.state_dict().items()}
     check_tensors(stored.blank, wanted, found.path, "VQGAN that its first and last layers")
-    return fill(model, ((name, stored[theirs]) for name, theirs in names.items()), map_location=map_location, dtype=dtype)
+    return fill(
+        model, ((name, stored[theirs]) for name, theirs in names.items()), map_location=map_location, dtype=dtype
+    )
 
 
 def config_of(tensors: Mapping[str, Tensor], found: Found) -> MaskGITVQGANConfig:

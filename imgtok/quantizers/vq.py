@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Quantizer for a table of `vocab_size` rows: z (..., n) <-> codes (..., n) <-> ids (...); float32 whatever z is."""
+    """Quantizer for a table of `vocab_size` rows: z (..., n) <-> codes (..., n) <-> ids (...); in float32."""
 
     def __init__(self, vocab_size: int, width: int, *, unit_length: bool = False) -> None:
         """`width` is n; `unit_length` compares directions alone."""

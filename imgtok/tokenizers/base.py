@@ -130,7 +130,7 @@ class ImageModel(nn.Module, Pretrained):
         several discriminators; by default None: the losses of the job where it `reconstructs`, else the model's own.
 
         It is called with images, `generator=` and `perceptual=` (the distance that `loss` asks for, or None), gives
-        `Losses`, and declares its parameters by `groups()`, a list of `imgtok.train.optim.ParameterGroup`, each with
+        `Losses`, and declares its parameters by `groups()`, a list of `imgtok.groups.ParameterGroup`, each with
         its rhythm.
         What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer step.
         `loss` is the job's section, None where none was given.

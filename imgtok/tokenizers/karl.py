@@ -12,6 +12,7 @@ run's number are to be halted. What the first run achieved is what the second is
 
 `encode_plainly` and `decode_plainly` say the algorithm as it is published, with dropped slots behind a mask. What is
 used is `encode`, and `decode`, which sees only the tokens that are kept: the same, since nothing sees a dropped slot.
+The transformers are in `karl_networks.py`, what training puts around the model in `karl_training.py`.
 
 Shapes: B batch, N grid cells, T slots, K kept tokens, W and D widths of encoder and decoder, n numbers of a token.
 Errors are those of pixels in [0, 1]; images lie in [-1, 1] as everywhere.
@@ -20,8 +21,8 @@ Errors are those of pixels in [0, 1]; images lie in [-1, 1] as everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,193 +30,26 @@ from torch import Tensor, nn
 
 from imgtok import randomness
 from imgtok.flow import OnStep
-from imgtok.layers.attention import Attention, Look
-from imgtok.layers.recompute import call_block
+from imgtok.layers.attention import Attention
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import Losses, Rate, Tokenizer, latents_of_moments, powers_of_two
 from imgtok.tokenizers.checks import check_images, check_tokens
 from imgtok.tokenizers.karl_config import KARLConfig, KARLTraining, TransformerConfig
-from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
+from imgtok.tokenizers.karl_networks import Decoder, Encoder
+from imgtok.tokenizers.karl_tokens import KARLTokens, keep
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAE, VAEConfig
+
+if TYPE_CHECKING:
+    from imgtok.losses.reconstruction import ReconstructionLossConfig
 
 __all__ = ["KARL", "KARLConfig", "KARLTokens", "KARLTraining", "TransformerConfig"]
 
 PASSES = 3
 """How often `encode` may encode an image to meet the error that is allowed."""
 
-# ---------------------------------------------------------------- encoder and decoder
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer with GELU, each after a norm and beside a skip."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = Attention(config.width, config.num_heads, bias=True)
-        self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp_in = nn.Linear(config.width, 4 * config.width)
-        self.mlp_out = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, needed: slice | None = None) -> Tensor:
-        """X (B, L, D); with `needed` only what comes of these positions. `mask` is as attention takes it."""
-        normed = self.attention_norm(x)
-        if needed is None:
-            x = x + self.attention(normed, mask=mask)
-        else:
-            x = x[:, needed] + self.attention(normed, looks=[Look(needed, slice(None), mask)])
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
-
-
-def run_blocks(blocks: nn.ModuleList, x: Tensor, needed: slice, mask: Tensor | None, recompute: bool) -> Tensor:
-    """X (B, L, D) through all blocks; of the last one only the positions that are `needed`."""
-    for index, block in enumerate(blocks):
-        part = needed if index == len(blocks) - 1 else None
-        x = call_block(block, x, mask, part, recompute=recompute)
-    return x
-
-
-def read_table(table: Tensor, side: int) -> Tensor:
-    """A learned table (D, P, P), resized to `side` rows and columns by taking the nearest: (side * side, D)."""
-    cells = torch.arange(side, device=table.device) * table.shape[-1] // side
-    return table.index_select(1, cells).index_select(2, cells).flatten(1).T
-
-
-class Encoder(nn.Module):
-    """Cells of the grid and slots -> what each slot says, and whether it is needed."""
-
-    def __init__(self, config: KARLConfig) -> None:
-        super().__init__()
-        width, base = config.encoder.width, config.required_base
-        scale = width**-0.5
-        self.grid = config.grid
-        self.patch_proj = nn.Conv2d(3, width - base.latent_channels, base.factor, stride=base.factor)
-        self.positions = nn.Parameter(scale * torch.randn(width, config.position_grid, config.position_grid))
-        published = torch.tensor(config.tolerances)[:, None].repeat(1, width)
-        start = published if config.condition_start == "published" else scale * torch.randn(published.shape)
-        self.conditions = nn.Parameter(start)
-        self.slots = nn.Parameter(scale * torch.randn(config.max_tokens, width))
-        self.input_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))
-        self.halting_norm = nn.LayerNorm(width)
-        self.halting_hidden = nn.Linear(width, config.halting_width)
-        self.halting_out = nn.Linear(config.halting_width, 1)
-        self.readout_norm = nn.LayerNorm(width)
-        self.readout = nn.Linear(width, config.token_width)
-        self.recompute = False
-
-    def cells(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [0, 1] beside what the autoencoder's encoder gives (B, C, h, w), as (B, N, W)."""
-        patches = self.patch_proj(pixels.to(self.patch_proj.weight.dtype))
-        return torch.cat([patches, features.to(patches.dtype)], dim=1).flatten(2).transpose(1, 2)
-
-    def forward(self, cells: Tensor, bins: Tensor, count: int) -> Tensor:
-        """The first `count` slots (B, T, W) under the conditions `bins` (B,), numbers of tolerances."""
-        batch, start = len(cells), 1 + cells.shape[1]
-        condition = self.conditions[bins][:, None].to(cells.dtype)
-        placed = cells + read_table(self.positions, self.grid).to(cells.dtype)
-        slots = self.slots[:count].to(cells.dtype).expand(batch, -1, -1)
-        x = self.input_norm(torch.cat([condition, placed, slots], dim=1))
-        return run_blocks(self.blocks, x, slice(start, start + count), None, self.recompute)
-
-    def halting(self, hidden: Tensor) -> Tensor:
-        """Logits (B, T), float32, of a slot's not being needed."""
-        logits: Tensor = self.halting_out(torch.tanh(self.halting_hidden(self.halting_norm(hidden))))
-        return logits.squeeze(-1).float()
-
-    def vectors(self, hidden: Tensor) -> Tensor:
-        """The short vectors (B, T, n)."""
-        vectors: Tensor = self.readout(self.readout_norm(hidden))
-        return vectors
-
-
-class Decoder(nn.Module):
-    """Tokens -> what the autoencoder's decoder is to be given in each cell of its grid."""
-
-    def __init__(self, config: KARLConfig) -> None:
-        super().__init__()
-        width, scale = config.decoder.width, config.encoder.width**-0.5  # the encoder's, as published
-        self.grid = config.grid
-        self.code_proj = nn.Linear(config.token_width, width)
-        self.slot_positions = nn.Parameter(scale * torch.randn(config.max_tokens, width))
-        self.query = nn.Parameter(scale * torch.randn(width))
-        self.positions = nn.Parameter(scale * torch.randn(width, config.position_grid, config.position_grid))
-        self.input_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(config.decoder) for _ in range(config.decoder.depth))
-        self.output_norm = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, 2 * width)
-        self.readout = nn.Linear(2 * width, config.outputs)
-        self.recompute = False
-
-    def sequence(self, codes: Tensor, slots: Tensor | None) -> Tensor:
-        """[a query for each cell | tokens], (B, N + K, D); `slots` (B, K) are those of the codes, by default 0, 1, ..."""
-        places = self.slot_positions[: codes.shape[1]] if slots is None else F.embedding(slots, self.slot_positions)
-        tokens = self.code_proj(codes.to(self.code_proj.weight.dtype))
-        tokens = tokens + places.to(tokens.dtype)
-        queries = (self.query + read_table(self.positions, self.grid)).to(tokens.dtype)
-        return torch.cat([queries.expand(len(codes), -1, -1), tokens], dim=1)
-
-    def forward(self, codes: Tensor, slots: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
-        """Codes (B, K, n) -> (B, N, outputs). Nothing looks at a token where `kept` (B, K) is False: that is what the
-        published mask comes to, as of dropped tokens nothing is read.
-        """
-        x = self.sequence(codes, slots)
-        mask = None if kept is None else F.pad(kept, (x.shape[1] - kept.shape[1], 0), value=True)[:, None, None]
-        cells = slice(0, x.shape[1] - codes.shape[1])
-        return self.output(run_blocks(self.blocks, self.input_norm(x), cells, mask, self.recompute))
-
-    def plainly(self, codes: Tensor, kept: Tensor) -> Tensor:
-        """The published algorithm: a dropped slot and any other position do not see each other."""
-        x = self.input_norm(self.sequence(codes, None))
-        num_cells = x.shape[1] - codes.shape[1]
-        dropped = F.pad(~kept, (num_cells, 0))
-        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        mask = ~(dropped[:, :, None] | dropped[:, None, :]) | itself
-        for block in self.blocks:
-            x = block(x, mask[:, None])
-        return self.output(x[:, :num_cells])
-
-    def output(self, x: Tensor) -> Tensor:
-        out: Tensor = self.readout(torch.tanh(self.hidden(self.output_norm(x))))
-        return out
-
-
 # ---------------------------------------------------------------- what is given and returned
-
-
-@dataclass(frozen=True)
-class KARLTokens(Tokens):
-    """The kept tokens of each image, in the order of their slots, and what the encoder said of all T slots.
-
-    `lengths` are the counts, the complexity of the images; the first `lengths[b]` columns of `ids` (or `vectors`) and
-    `slots` are meant. Rows that are taken out of them, saved or joined are plain `Tokens`.
-    """
-
-    probabilities: Tensor | None = None
-    """(B, T) float32: the probability of each slot's not being needed."""
-    kept: Tensor | None = None
-    """(B, T) bool: which slots are kept; one at least, that which is needed most."""
-    bins: Tensor | None = None
-    """(B,) int64: which of the tolerances each image was encoded for."""
-    errors: Tensor | None = None
-    """(B,) float32: the error of the decoded image, where it was measured (`verify`)."""
-
-    def updated(self, rows: Tensor, others: KARLTokens, chosen: Tensor) -> KARLTokens:
-        """The same with other tokens in some rows: the `chosen` ones of `others`, which were encoded alike."""
-        pairs = {field.name: (getattr(self, field.name), getattr(others, field.name)) for field in fields(self)}
-        return KARLTokens(
-            **{
-                name: None if mine is None else mine.index_copy(0, rows, theirs[chosen])
-                for name, (mine, theirs) in pairs.items()
-            }
-        )
-
-    @property
-    def soft_counts(self) -> Tensor:
-        """(B,) the sum of the probabilities of being needed: a count that has a gradient."""
-        assert self.probabilities is not None
-        return (1 - self.probabilities).sum(dim=1)
 
 
 class Draws(NamedTuple):
@@ -223,7 +57,7 @@ class Draws(NamedTuple):
 
     posterior: Tensor | None
     """Noise of the autoencoder's posterior (B, C, h, w); None where there is none or its mean is taken."""
-    count: int
+    num_slots: int
     """Slots of the first run."""
     bins: Tensor
     """(B,): the tolerances that the first run is asked for."""
@@ -357,6 +191,12 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """From now on compute both transformers' activations again in the backward pass."""
         self.encoder.recompute = self.decoder.recompute = True
 
+    def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module:
+        """With its curriculum, and in stage "finetune" with the judges of decoded images."""
+        from imgtok.tokenizers.karl_training import Taught  # which knows this class
+
+        return Taught(self, loss, accumulate)
+
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses:
         """The losses of both runs for images (B, 3, H, W) in [-1, 1], with the curriculum as it is at the start; in
         stage "finetune" decoded images are judged by their mean absolute error alone.
@@ -402,16 +242,16 @@ pictures = imgtok.to_pil(model.decode(tokens))
         budget = self.config.budget
         seen = self.look(images, draws.posterior)
         cells = self.encoder.cells((images + 1) / 2, seen.features)
-        first = self.run(cells, draws.bins, draws.count)
+        first = self.run(cells, draws.bins, draws.num_slots)
         decoded, terms = self._reconstruct(first, seen)
-        parts = self._parts("first", first, draws.count, terms)
+        parts = self._parts("first", first, draws.num_slots, terms)
         with torch.no_grad():
             estimate = self.to_images(self.to_latents(first.out)) if decoded is None else decoded
             errors = (estimate.float() - images).abs().mean(dim=(1, 2, 3)) / 2
         bins = self.augment(self.bin_of(errors), draws)
         second = self.run(cells, bins, budget, masked=True)
         decoded_again, terms = self._reconstruct(second, seen)
-        parts |= self._parts("second", second, min(draws.count, budget), terms)
+        parts |= self._parts("second", second, min(draws.num_slots, budget), terms)
         total = torch.stack(list(parts.values())).sum()
         images_of_both = () if decoded is None or decoded_again is None else (decoded, decoded_again)
         return Runs(Losses(total, parts | self._told(second, errors)), images_of_both, errors)
@@ -432,9 +272,9 @@ pictures = imgtok.to_pil(model.decode(tokens))
         the smallest to looser ones. So it learns of errors that it cannot keep within, or could have.
         """
         counts, last = self.config.slot_counts, len(self.config.tolerances) - 1
-        if draws.count >= self.config.budget:
+        if draws.num_slots >= self.config.budget:
             changed = 1 + (draws.changes * bins).floor().long()
-        elif draws.count == counts[0]:
+        elif draws.num_slots == counts[0]:
             changed = (bins + draws.changes * (last - bins)).floor().long()
         else:
             return bins
@@ -445,8 +285,9 @@ pictures = imgtok.to_pil(model.decode(tokens))
         config, parts = self.config.training, {}
         head = run.logits
         parts["keep"] = config.halting_weight * F.softplus(head[:, :needed]).mean()
-        if needed < head.shape[1]:
-            parts["drop"] = config.halting_weight * F.softplus(-head[:, needed:]).mean()
+        if name == "second":  # the log wants the same parts of each step: 0 where no slot is to be halted
+            halted = F.softplus(-head[:, needed:])
+            parts["drop"] = config.halting_weight * (halted.mean() if needed < head.shape[1] else halted.sum())
         if run.quantizer is not None:
             parts["quantizer"] = config.quantizer_weight * run.quantizer
         return {f"{name}_{part}": value for part, value in (parts | terms).items()}
@@ -572,12 +413,11 @@ pictures = imgtok.to_pil(model.decode(tokens))
         if fixed and verify:
             raise ValueError("verify: a fixed number of tokens is not chosen by the error; leave one of the two out")
         budget = self._budget(budget)
-        errors = self._tolerated(0.0 if fixed else eps, images)
         threshold = self._threshold(threshold)
         cells = self._cells(images, posterior_seed)
-        bins = self.bin_of(errors)
-        tokens = self._encode(cells, bins, budget, threshold, fixed)
-        return self._verified(images, cells, errors, tokens, threshold) if verify else tokens
+        allowed = self._tolerated(0.0 if fixed else eps, images)
+        tokens = self._encode(cells, self.bin_of(allowed), budget, threshold, fixed)
+        return self._verified(images, cells, allowed, tokens, budget, threshold) if verify else tokens
 
     def encode_at(self, images: Tensor, rates: Sequence[Rate]) -> list[Tokens]:
         """Encodes at each rate what the autoencoder gives once."""
@@ -605,10 +445,10 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """How many tokens images need, (B,) int64: their complexity. The arguments are those of `encode`, of which this
         does what is needed for the lengths.
         """
-        budget, errors = self._budget(budget), self._tolerated(eps, images)
-        hidden = self.encoder(self._cells(images, posterior_seed), self.bin_of(errors), budget)
-        kept = self.encoder.halting(hidden).sigmoid() <= self._threshold(threshold)
-        return kept.sum(dim=1).clamp(min=1)
+        budget, threshold = self._budget(budget), self._threshold(threshold)
+        cells = self._cells(images, posterior_seed)
+        hidden = self.encoder(cells, self.bin_of(self._tolerated(eps, images)), budget)
+        return keep(self.encoder.halting(hidden).sigmoid(), threshold).sum(dim=1)
 
     @torch.no_grad()
     def decode(
@@ -681,22 +521,22 @@ pictures = imgtok.to_pil(model.decode(tokens))
         raise ValueError(f"tokens: this tokenizer decodes {kinds[0]}, and these are {kinds[1]}")
 
     def _verified(
-        self, images: Tensor, cells: Tensor, allowed: Tensor, tokens: KARLTokens, threshold: float
+        self, images: Tensor, cells: Tensor, allowed: Tensor, tokens: KARLTokens, budget: int, threshold: float
     ) -> KARLTokens:
         """Those tokens, or for images that miss the error `allowed` (B,) those of a stricter tolerance."""
-        best = replace(tokens, errors=self._errors(images, tokens))
-        bins = tokens.bins
+        errors, bins = self._errors(images, tokens), tokens.bins
+        assert bins is not None
+        best = replace(tokens, errors=errors)
         for _ in range(PASSES - 1):
-            assert best.errors is not None and bins is not None and best.kept is not None
-            rows = ((best.errors > allowed) & (bins > 0)).nonzero().squeeze(1)
+            rows = ((errors > allowed) & (bins > 0)).nonzero().squeeze(1)
             if not len(rows):
                 break
             bins = bins.index_add(0, rows, torch.full_like(rows, -1))
-            again = self._encode(cells[rows], bins[rows], best.kept.shape[1], threshold, False)
-            again = replace(again, errors=self._errors(images[rows], again))
-            assert again.errors is not None
-            better = again.errors < best.errors[rows]
-            best = best.updated(rows[better], again, better)
+            again = self._encode(cells[rows], bins[rows], budget, threshold, False)
+            found = self._errors(images[rows], again)
+            better = found < errors[rows]
+            best = best.updated(rows[better], replace(again, errors=found), better)
+            errors = errors.index_copy(0, rows[better], found[better])
         return best
 
     def _errors(self, images: Tensor, tokens: Tokens) -> Tensor:
@@ -719,20 +559,9 @@ pictures = imgtok.to_pil(model.decode(tokens))
 
     def _tolerated(self, eps: float | Sequence[float] | Tensor | None, images: Tensor) -> Tensor:
         """The errors (B,) that are allowed, float32 on the images' device. Raises ValueError for others."""
-        if not isinstance(images, Tensor):
-            check_images(images, self.image_size)  # which says what it is
         given = torch.as_tensor(self.config.tolerance if eps is None else eps, dtype=torch.float32)
         if given.ndim > 1 or (given.ndim and len(given) != len(images)):
             raise ValueError(f"eps: a number, or one for each of the {len(images)} images; given {tuple(given.shape)}")
         if not bool((given >= 0).all()):
             raise ValueError(f"eps: an error that is allowed is a number from 0 on, given {eps}")
         return given.to(images.device).expand(len(images))
-
-
-def keep(probabilities: Tensor, threshold: float) -> Tensor:
-    """Which slots are kept (B, T): those whose probability of not being needed (B, T) is at most the threshold, and of
-    an image where that is none the one that is needed most, since an image has at least one token.
-    """
-    kept = probabilities <= threshold
-    most_needed = F.one_hot(probabilities.argmin(dim=1), probabilities.shape[1]).bool()
-    return kept | (most_needed & ~kept.any(dim=1, keepdim=True))

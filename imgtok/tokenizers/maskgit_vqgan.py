@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -102,7 +103,7 @@ class Blocks(nn.Module):
     def __init__(self, given: int, made: int, config: MaskGITVQGANConfig, *, doubles: bool = False) -> None:
         super().__init__()
         widths = [given, *[made] * config.layers_per_block]
-        self.block = nn.ModuleList(Block(a, b, config.norm_groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(Block(a, b, config.norm_groups) for a, b in pairwise(widths))
         self.upsample = nn.ModuleDict({"conv": nn.Conv2d(made, made, 3, padding=1)}) if doubles else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +216,8 @@ class MaskGITVQGAN(Autoencoder):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that gives the decoded images."""
-        return self.decoder.conv_out.weight
+        conv: nn.Conv2d = self.decoder.conv_out
+        return conv.weight  # type: ignore[return-value]
 
     def moments(self, images: Tensor) -> Tensor:
         """Each cell's code, not scaled, and the log-variance -30, which stands for none: (B, 2 C, H / f, W / f)."""

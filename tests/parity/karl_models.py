@@ -30,9 +30,7 @@ def base_config(about: dict[str, Any]) -> VAEConfig | MaskGITVQGANConfig:
 def config(case: Case, training: KARLTraining) -> KARLConfig:
     about = case.about["model"]
     sizes = {
-        part: TransformerConfig(
-            width=about[part]["width"], depth=about[part]["layers"], num_heads=about[part]["heads"]
-        )
+        part: TransformerConfig(width=about[part]["width"], depth=about[part]["layers"], num_heads=about[part]["heads"])
         for part in ("encoder", "decoder")
     }
     return KARLConfig(

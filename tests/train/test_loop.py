@@ -15,13 +15,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy_job import DEFAULTS, ToyBatch, ToyConfig, ToyJob, ToyModel, final, same, toy_config, train
 
 from imgtok import config as configuration
+from imgtok.groups import each
 from imgtok.tokenizers.base import CodedLosses, Losses
 from imgtok.train import loop
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
 from imgtok.train.log import Log, Window, check_trackers
 from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
-from imgtok.train.optim import check_groups, each, parameter_groups
+from imgtok.train.optim import check_groups, parameter_groups
 from imgtok.train.state import complete_steps
 
 

@@ -21,10 +21,10 @@ import imgtok
 from imgtok import hub
 from imgtok.cli import main
 from imgtok.generators.gpt import GPTConfig
+from imgtok.groups import each
 from imgtok.losses.adversarial import PatchDiscriminator, adversarial_loss, discriminator_loss
 from imgtok.tokenizers.base import Losses, Reconstruction
 from imgtok.train.loop import ParameterGroup, Trainer
-from imgtok.train.optim import each
 from imgtok.vision import lite0
 
 DATA = ["data={kind: shapes, num_images: 64}"]

@@ -1,0 +1,179 @@
+"""What training puts around a KARL: the curriculum, and in the second stage the judges of decoded images.
+
+Both stages take the two runs of `KARL.forward_drawn`. The curriculum, which tolerances the first run is asked for, is
+a buffer, and so a part of every checkpoint. In stage "finetune" the images that both runs decode are judged by the
+job's section `loss` (imgtok/losses/reconstruction.py), and from `loss.adversarial_start` on by a discriminator, or by
+one of several: for each eighth of the budget that the first run's slots fill there is another, as far as they go.
+
+With `loss.discriminator_every` above 1 the players take turns: after each so many steps it is the discriminators'
+turn alone, and the model is only asked for images, without a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from imgtok.groups import ParameterGroup, each
+from imgtok.losses.adversarial import (
+    PatchDiscriminator,
+    adversarial_loss,
+    balance,
+    discriminator_loss,
+    last_layer_weight,
+)
+from imgtok.losses.reconstruction import Perceptual, ReconstructionLossConfig, distances
+from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.karl import KARL, Draws, Runs
+
+
+class Curriculum(nn.Module):
+    """How often each tolerance is asked for in the first run: at first the strict ones equally often."""
+
+    probabilities: Tensor
+    """(19,), which sum to 1."""
+
+    def __init__(self, model: KARL) -> None:
+        super().__init__()
+        self.decay = model.config.training.curriculum_decay
+        self.register_buffer("probabilities", model.start_of_curriculum())
+
+    @torch.no_grad()
+    def update(self, tolerances: Tensor, errors: Tensor) -> None:
+        """Ask less often for the tolerances (19,) that all images' errors (B,) keep within; those of all processes."""
+        smallest = errors.min()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        weights = torch.where(tolerances >= smallest, self.decay * self.probabilities, self.probabilities)
+        self.probabilities.copy_(weights / weights.sum())
+
+
+class Taught(nn.Module):
+    """A KARL with what teaches it: what is trained and checkpointed. Calling it gives the losses of both players."""
+
+    seen: Tensor
+
+    def __init__(self, model: KARL, loss: ReconstructionLossConfig | None, accumulate: int) -> None:
+        """It is called `accumulate` times an optimizer step. Raises ValueError for a `loss` in stage "distill"."""
+        super().__init__()
+        self.model = model
+        self.curriculum = Curriculum(model)
+        self.accumulate = accumulate
+        self.judges = model.config.training.stage == "finetune"
+        if loss is not None and not self.judges:
+            raise ValueError(
+                "loss: in model.training.stage=distill a KARL is trained by what its autoencoder gives, and no image "
+                "is judged; leave loss out, or choose model.training.stage=finetune"
+            )
+        self.loss = loss or ReconstructionLossConfig()
+        count = model.config.training.discriminators if self.loss.adversarial and self.judges else 0
+        self.discriminators = nn.ModuleList(
+            PatchDiscriminator(
+                self.loss.discriminator_channels, self.loss.discriminator_layers, self.loss.discriminator_norm
+            )
+            for _ in range(count)
+        )
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self._calls: int | None = None
+
+    def forward(self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None) -> Losses:
+        """The losses for images (B, 3, H, W) in [-1, 1]."""
+        if self._calls is None:
+            self._calls = int(self.seen)  # once, after a checkpoint was loaded; from here on both count
+        step = self._calls // self.accumulate
+        self._calls += 1
+        self.seen += 1
+        draws = self.model.draw(images, generator, self.curriculum.probabilities)
+        if not self.judges:
+            runs = self.model.forward_drawn(images, draws)
+            losses = runs.losses
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_turn_of_judges(step)):
+                runs = self.model.forward_drawn(images, draws)
+            losses = self.judged(images, draws, runs, step, perceptual)
+        self.curriculum.update(self.model.tolerances, runs.errors)
+        return losses
+
+    def plays(self, step: int) -> bool:
+        """Whether the adversarial game is on at an optimizer step."""
+        return bool(self.discriminators) and step >= self.loss.adversarial_start
+
+    def is_turn_of_judges(self, step: int) -> bool:
+        """Whether the discriminators alone learn at a step."""
+        every = self.loss.discriminator_every
+        return self.plays(step) and every > 1 and each(every)(step)
+
+    def groups(self) -> list[ParameterGroup]:
+        """The model, and the discriminators if there are any, with their own rate, decay, clip and rhythm."""
+        model = ParameterGroup(
+            name="model",
+            parameters=list(self.model.parameters()),
+            due=lambda step: not self.is_turn_of_judges(step),
+        )
+        if not self.discriminators:
+            return [model]
+        its_turn = each(self.loss.discriminator_every)
+        discriminators = ParameterGroup(
+            name="discriminators",
+            parameters=list(self.discriminators.parameters()),
+            rate=self.loss.discriminator_rate,
+            weight_decay=self.loss.discriminator_decay,
+            due=lambda step: self.plays(step) and its_turn(step),
+            averaged=False,
+        )
+        return [model, discriminators]
+
+    # ------------------------------------------------ stage "finetune"
+
+    def judged(
+        self, images: Tensor, draws: Draws, runs: Runs, step: int, perceptual: Perceptual | None = None
+    ) -> Losses:
+        """Those of the runs, and what is said of the images that they decoded."""
+        total, parts = runs.losses
+        for name, decoded in zip(("first", "second"), runs.images, strict=True):
+            losses = self.judge(decoded, images, draws.num_slots, step, perceptual)
+            total = total + losses.total
+            parts |= {f"{name}_{part}": value for part, value in losses.parts.items()}
+        return Losses(total, parts)
+
+    def judge(
+        self, decoded: Tensor, images: Tensor, num_slots: int, step: int, perceptual: Perceptual | None = None
+    ) -> Losses:
+        """The losses of the images (B, 3, H, W) that one run decoded, of those players whose turn it is."""
+        zero, weight = images.new_zeros(()), self.adversarial_weight(step)
+        alone, plays = self.is_turn_of_judges(step), self.plays(step)
+        discriminator = self.discriminator(num_slots) if plays else None
+        reconstructed = judged = decoded.float()
+        if discriminator is not None and not alone and self.loss.adaptive == "images":
+            reconstructed, judged = balance(reconstructed, torch.as_tensor(weight, device=images.device))
+        total, parts = distances(self.loss, reconstructed, images, perceptual)
+        if not self.discriminators:
+            return Losses(total, parts)
+        adaptive = ["adaptive_weight"] if self.loss.adaptive == "last_layer" else []
+        parts |= dict.fromkeys(["adversarial", *adaptive, "discriminator"], zero)  # the log wants the same of each step
+        if discriminator is not None and not alone:
+            parts["adversarial"] = adversarial_loss(discriminator, judged, self.loss.game)
+            share: float | Tensor = weight
+            if adaptive:
+                last_layer = self.model.last_layer
+                parts["adaptive_weight"] = last_layer_weight(total, parts["adversarial"], last_layer)
+                share = weight * parts["adaptive_weight"]
+            total = total + share * parts["adversarial"]
+        if discriminator is not None and (alone or self.loss.discriminator_every == 1):
+            parts["discriminator"] = discriminator_loss(discriminator, images, decoded, self.loss.game)
+            total = parts["discriminator"] if alone else total + parts["discriminator"]
+        return Losses(total, parts)
+
+    def adversarial_weight(self, step: int) -> float:
+        """The factor on the adversarial term at an optimizer step."""
+        training = self.model.config.training
+        if training.late_weight is not None and step >= training.late_start:
+            return training.late_weight
+        return self.loss.adversarial
+
+    def discriminator(self, num_slots: int) -> PatchDiscriminator:
+        """The one that judges both runs of a step whose first run had so many slots."""
+        budget, count = self.model.config.budget, len(self.discriminators)
+        eighths = 8 * min(num_slots, budget) // budget
+        chosen: PatchDiscriminator = self.discriminators[max(0, min(count, eighths) - 1)]
+        return chosen
