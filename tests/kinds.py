@@ -26,6 +26,8 @@ from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
 from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.flextok_fast import GuidedDecoder
+from imgtok.tokenizers.karl import KARLConfig, KARLTraining, TransformerConfig
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
 
@@ -48,6 +50,8 @@ class Line:
     tokens whether all of them have."""
     without_gradient: dict[str, str] = field(default_factory=dict)
     """Trainable parameters that the loss does not reach, each with the reason."""
+    draws: bool = True
+    """Whether training draws random numbers."""
 
 
 def gpt_step(model: Any, device: torch.device) -> Step:
@@ -88,9 +92,24 @@ def xar_step(model: Any, device: torch.device) -> Step:
     return lambda x: network.velocity(x, 1, plans[1].times[1]), (x,)
 
 
+def karl_step(model: Any, device: torch.device) -> Step:
+    """Pixels of tokens of two numbers, kept ones before padding."""
+    given = tokens(model, 2).to(device)
+    codes, mask = model._codes(given), given.mask
+    return lambda codes: model.to_images(model.to_latents(model.decoder(codes, given.slots, mask))), (codes,)
+
+
 TRUNK = TrunkConfig(width=32, depth=2, head_dim=16)
 SMALL_VAE = VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=4)
 FLEXTOK: dict[str, Any] = {"image_size": 16, "num_registers": 8, "encoder": TRUNK, "decoder": TRUNK}
+SMALL_VQGAN = MaskGITVQGANConfig(
+    latent_channels=4, vocab_size=16, block_channels=(8, 16), layers_per_block=1, norm_groups=4
+)
+TRANSFORMER, SHORTER = (TransformerConfig(width=32, depth=depth, num_heads=2) for depth in (2, 1))
+KARL: dict[str, Any] = {
+    "image_size": 16, "encoder": TRANSFORMER, "decoder": SHORTER, "vocab_size": 32, "token_width": 4,
+    "max_tokens": 12, "budget": 8, "position_grid": 8, "halting_width": 16,
+}  # fmt: skip
 GPT: dict[str, Any] = {"vocab_size": 60, "num_tokens": 9, "width": 32, "depth": 2, "num_heads": 2, "mlp_multiple": 16}
 XAR: dict[str, Any] = {"latent_channels": 4, "grid": 4, "width": 32, "depth": 2, "num_heads": 2}
 TEXT = TextCrossAttention(text_width=12, text_length=5)
@@ -108,6 +127,14 @@ LINES: dict[str, Line] = {
         step=flextok_step,
         short=FEW_STEPS,
         long=MORE_STEPS,
+    ),
+    "maskgit_vqgan": Line(
+        config=SMALL_VQGAN, step=lambda model, device: (model.decode, (latents(model, 2).to(device),)), draws=False
+    ),
+    "karl": Line(config=KARLConfig(**KARL, base=SMALL_VQGAN), step=karl_step),
+    "karl-vectors": Line(
+        config=KARLConfig(**KARL, base=SMALL_VAE, quantized=False, training=KARLTraining(stage="finetune")),
+        step=karl_step,
     ),
     "gpt": Line(config=GPTConfig(**GPT), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
     "gpt-prefix": Line(
@@ -192,6 +219,8 @@ def tokens(model: Any, count: int) -> Tokens:
     )
     ragged = is_tokenizer or model.config.ends
     lengths = columns - torch.arange(count) * 2 % columns if ragged else torch.full((count,), columns)
+    if is_tokenizer and vocabulary == 1:  # tokens that are vectors
+        return Tokens(ids, lengths, slots, random(count, columns, model.config.token_width)).padded()
     return Tokens(ids, lengths, slots).padded()
 
 

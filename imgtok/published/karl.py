@@ -166,6 +166,7 @@ def config_of(tensors: Mapping[str, Tensor], found: Found) -> KARLConfig:
             encoder=_transformer(tensors, "encoder", "latent_tokens"),
             decoder=_transformer(tensors, "decoder", "decoder_latent_tokens_timestep_embed"),
             max_tokens=len(tensors["latent_tokens"]),
+            budget=min(KARLConfig.budget, len(tensors["latent_tokens"])),
             position_grid=tensors["encoder_positional_embedding"].shape[-1],
             halting_width=len(tensors["halting_mlp.0.weight"]),
         )

@@ -564,4 +564,4 @@ pictures = imgtok.to_pil(model.decode(tokens))
             raise ValueError(f"eps: a number, or one for each of the {len(images)} images; given {tuple(given.shape)}")
         if not bool((given >= 0).all()):
             raise ValueError(f"eps: an error that is allowed is a number from 0 on, given {eps}")
-        return given.to(images.device).expand(len(images))
+        return given.to(images.device).expand(len(images)).contiguous()

@@ -179,7 +179,7 @@ def test_the_same_draws_give_the_same_loss(line):
     arguments = kinds.inputs(model, 4)
     first, again, other = (kinds.train(model, arguments, seed=seed) for seed in (4, 4, 6))
     assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert torch.equal(first, other) != line.draws
 
 
 def test_bfloat16_autocast_gives_a_finite_loss_and_gradients(line):

@@ -47,6 +47,8 @@ def ours() -> dict[str, set[str]]:
         "xar": {*places(drawn.state_dict(), xar.NAMES, {}), "mask"},
         "kl16": {kl16.published_name(name, 5) for name in decoded.autoencoder.state_dict()} | {"loss.logvar"},
         "flextok": {*flextok.flextok_places(tokenizer.state_dict())},
+        "maskgit_vqgan": without("base_tokenizer.vqgan.", karl("vqgan")),
+        "karl": karl("vae", stage=2),
     }
 
 
@@ -65,10 +67,6 @@ OTHERS = {
     "TokenBridge base": tokenbridge("base"),
     "TokenBridge large": tokenbridge("large"),
     "MAR": tokenbridge("base") | {"diffloss.net.input_proj.weight"},
-    "KARL over a VQGAN": karl("vqgan"),
-    "KARL over a VAE": karl("vae"),
-    "KARL, stage 2": karl("vae", stage=2),
-    "the VQGAN alone": without("base_tokenizer.vqgan.", karl("vqgan")),
     "a VQGAN with the layers of a KL autoencoder": KL_NAMES | {"quantize.embedding.weight"},
     "LlamaGen's GPT": {*recorded("gpt/c2i_tiny")["shapes"]},
 }
@@ -85,8 +83,9 @@ def test_files_of_other_methods_are_taken_for_none(names, tmp_path):
             imgtok.load(tmp_path / file)
 
 
-def test_the_autoencoder_inside_a_karl_is_a_kl16():
+def test_a_karl_and_the_autoencoder_inside_it():
     assert known_by(KL_NAMES) == ["kl16"]
+    assert known_by(karl("vqgan")) == known_by(karl("vae")) == known_by(karl("vqgan", stage=2)) == ["karl"]
 
 
 def test_folders_are_known_by_their_description():

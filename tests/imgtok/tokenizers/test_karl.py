@@ -1,0 +1,378 @@
+"""KARL as its users call it: tokens, counts, gathering against masking, verification; what training draws and when."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from imgtok import randomness
+from imgtok.cli import main
+from imgtok.losses.reconstruction import ReconstructionLossConfig
+from imgtok.tokenizers.base import Rate
+from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTokens, KARLTraining, TransformerConfig
+from imgtok.tokenizers.karl_training import Curriculum, Taught
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
+from imgtok.tokenizers.tokens import Tokens
+from imgtok.tokenizers.vae import VAEConfig
+
+VQGAN = MaskGITVQGANConfig(latent_channels=4, vocab_size=16, block_channels=(8, 16), layers_per_block=1, norm_groups=4)
+VAE = VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=4, scaling_factor=0.5)
+TRANSFORMER = TransformerConfig(width=32, depth=2, num_heads=2)
+SIZES = {
+    "image_size": 16, "encoder": TRANSFORMER, "decoder": TransformerConfig(width=16, depth=1, num_heads=2),
+    "vocab_size": 64, "token_width": 4, "max_tokens": 24, "budget": 16, "position_grid": 16, "halting_width": 16,
+}  # fmt: skip
+CONFIGS = {
+    "vqgan": KARLConfig(**SIZES, base=VQGAN),
+    "vae": KARLConfig(**SIZES, base=VAE, quantized=False),
+}
+
+
+def built(config: KARLConfig) -> KARL:
+    """With a halting head that says different things of different slots."""
+    torch.manual_seed(0)
+    model = KARL(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.encoder.halting_out.weight.mul_(30)
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
+def model(request) -> KARL:
+    return built(request.param)
+
+
+@pytest.fixture(scope="module")
+def vqgan() -> KARL:
+    return built(CONFIGS["vqgan"])
+
+
+def images(count: int = 6, side: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def code_of(tokens: Tokens, row: int, slot: int) -> torch.Tensor:
+    column = int((tokens.slots[row, : tokens.lengths[row]] == slot).nonzero())
+    return (tokens.ids if tokens.vectors is None else tokens.vectors)[row, column]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_kept_slots_are_the_tokens(model):
+    tokens = model.encode(images(), 24, 0.05, threshold=0.5)
+    assert isinstance(tokens, KARLTokens)
+    assert torch.equal(tokens.lengths, tokens.kept.sum(dim=1))
+    assert len(tokens.lengths.unique()) > 1, "the test wants images of different counts"
+    assert torch.equal(tokens.kept, tokens.probabilities <= 0.5)
+    plain = model.encode_plainly(images(), 24, 0.05, noise_of(model))
+    for row in range(6):
+        slots = tokens.slots[row, : tokens.lengths[row]]
+        assert torch.equal(slots, tokens.kept[row].nonzero().squeeze(1))
+        for slot in slots.tolist():
+            whole = (plain.ids if plain.vectors is None else plain.vectors)[row, slot]
+            torch.testing.assert_close(code_of(tokens, row, slot), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.soft_counts, (1 - tokens.probabilities).sum(1))
+
+
+def noise_of(model: KARL) -> torch.Tensor | None:
+    """That of seed 0, which every image gets."""
+    return randomness.normal(0, [0], (4, 8, 8), "posterior") if model.quantizer is None else None
+
+
+def test_gathering_is_masking(model):
+    """For random sets of kept slots, in a batch and one by one."""
+    generator = torch.Generator().manual_seed(2)
+    plain = model.encode_plainly(images(), 24, 0.05, noise_of(model))
+    kept = torch.rand(6, 24, generator=generator) < torch.rand(6, 1, generator=generator)
+    kept[:, 5] = True
+    masked = model.decode_plainly(KARLTokens(plain.ids, plain.lengths, None, plain.vectors, kept=kept))
+    order = kept.byte().argsort(dim=1, descending=True, stable=True)
+    ids = plain.ids.gather(1, order)
+    vectors = None if plain.vectors is None else plain.vectors.gather(1, order[..., None].expand_as(plain.vectors))
+    tokens = Tokens(ids, kept.sum(dim=1), order, vectors)
+    assert len(tokens.lengths.unique()) > 3
+    torch.testing.assert_close(model.decode(tokens), masked, atol=1e-5, rtol=0)
+    for row in range(6):
+        torch.testing.assert_close(model.decode(tokens[row]), masked[row : row + 1], atol=1e-5, rtol=0)
+
+
+def test_one_by_one_is_the_batch(model):
+    given = images()
+    together = model.encode(given, threshold=0.5)
+    for row in range(6):
+        alone = model.encode(given[row : row + 1], threshold=0.5)
+        assert torch.equal(alone.ids, together.ids[row : row + 1])
+        assert torch.equal(alone.slots, together.slots[row : row + 1])
+    assert torch.equal(model.count(given, threshold=0.5), together.lengths)
+
+
+def test_an_error_for_each_image(model):
+    given, asked = images(3), [0.0, 0.05, 0.3]
+    together = model.encode(given, eps=asked)
+    assert together.bins.tolist() == [0, 5, 17]
+    for row, eps in enumerate(asked):
+        alone = model.encode(given[row : row + 1], eps=eps)
+        torch.testing.assert_close(alone.probabilities, together.probabilities[row : row + 1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.count(given, torch.tensor(asked)), together.lengths)
+
+
+def test_a_fixed_number(model):
+    tokens = model.encode(images(), 7, fixed=True)
+    assert tokens.lengths.tolist() == [7] * 6
+    assert torch.equal(tokens.slots, torch.arange(7).expand(6, 7))
+    assert tokens.bins.tolist() == [0] * 6
+    assert torch.equal(model.encode(images(), rate=Rate(7)).ids, tokens.ids)
+
+
+def test_rates(model):
+    rates = model.rates()
+    assert [str(rate) for rate in rates] == ["2", "4", "8", "16", "16@0.09", "16@0.05", "16@0.03"]
+    for rate, found in zip(rates, model.encode_at(images(), rates), strict=True):
+        alone = model.encode(images(), rate=rate)
+        assert torch.equal(found.ids, alone.ids)
+        assert torch.equal(found.lengths, alone.lengths)
+    assert torch.equal(model.encode(images(), rate=Rate(16, 0.05)).ids, model.encode(images()).ids)
+
+
+def test_an_image_without_a_needed_slot_keeps_one(vqgan):
+    model = copy.deepcopy(vqgan)
+    with torch.no_grad():
+        model.encoder.halting_out.bias.fill_(1e3)
+    model.encoder.halting_out.weight.data.mul_(10)
+    tokens = model.encode(images())
+    assert tokens.lengths.tolist() == [1] * 6
+    assert torch.equal(tokens.slots[:, 0], tokens.probabilities.argmin(dim=1))
+    assert torch.equal(model.count(images()), tokens.lengths)
+
+
+def test_files_hold_slots(vqgan, tmp_path):
+    tokens = vqgan.encode(images(), threshold=0.5)
+    tokens.save(tmp_path / "tokens.safetensors")
+    loaded = Tokens.load(tmp_path / "tokens.safetensors")
+    assert torch.equal(vqgan.decode(loaded), vqgan.decode(tokens))
+    assert loaded.ids.shape[1] == tokens.lengths.max()
+
+
+def test_bits(model):
+    tokens = model.encode(images(2), 8, fixed=True)
+    number_and_slots = torch.tensor([24.0, 735471.0]).log2().sum()  # of 24 numbers, and of (24 over 8) choices
+    each = 6 if model.quantizer is not None else 32 * 4
+    assert model.bits(tokens).tolist() == pytest.approx([8 * each + number_and_slots.item()] * 2, abs=1e-3)
+
+
+def test_vectors_are_not_cached():
+    tokens = built(CONFIGS["vae"]).encode(images(2))
+    with pytest.raises(ValueError, match="these tokens are vectors, and files hold ids"):
+        tokens.packed()
+    joined = Tokens.cat([tokens[:1], tokens[1:]])
+    torch.testing.assert_close(joined.vectors, tokens.vectors)
+    with pytest.raises(ValueError, match="1 of 2 batches of tokens have vectors"):
+        Tokens.cat([tokens, Tokens(tokens.ids, tokens.lengths, tokens.slots)])
+
+
+# ---------------------------------------------------------------- verification
+
+
+def test_verified_tokens_meet_the_error_or_are_the_best_of_three(vqgan, monkeypatch):
+    """Errors are invented: of the image that had tolerance b, (number + b) / 100."""
+    passes: list[list[int]] = []
+    encode = KARL._encode
+
+    def watched(self, cells, bins, *rest):
+        passes.append(bins.tolist())
+        return encode(self, cells, bins, *rest)
+
+    def errors(self, given, tokens):
+        return (given[:, 0, 0, 0] * 10 + tokens.bins) / 100
+
+    monkeypatch.setattr(KARL, "_encode", watched)
+    monkeypatch.setattr(KARL, "_errors", errors)
+    given = images(4)
+    given[:, 0, 0, 0] = torch.tensor([-0.5, 0.05, 0.1, 1.0])
+    tokens = vqgan.encode(given, eps=0.05, verify=True)
+    assert passes == [[5, 5, 5, 5], [4, 4, 4], [3, 3]] or passes == [[5, 5, 5, 5], [4, 4, 4], [3]]
+    assert tokens.bins.tolist()[0] == 5
+    assert tokens.bins.tolist()[3] == 3, "three passes at the most, and the best of them"
+    assert bool((tokens.errors[:3] <= 0.05).all())
+    alone = vqgan.encode(given[3:], eps=0.03)  # tolerance 3
+    assert torch.equal(alone.ids[0], tokens.ids[3])
+
+
+def test_verified_errors_are_those_of_the_decoded_images(model):
+    tokens = model.encode(images(3), eps=0.3, verify=True)
+    measured = (model.decode(tokens) - images(3)).abs().mean(dim=(1, 2, 3)) / 2
+    torch.testing.assert_close(tokens.errors, measured, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- what is refused
+
+REFUSED = {
+    "eps: an error that is allowed is a number from 0 on, given -0.1": {"eps": -0.1},
+    "eps: an error that is allowed is a number from 0 on, given nan": {"eps": float("nan")},
+    r"eps: a number, or one for each of the 6 images; given \(2,\)": {"eps": [0.1, 0.2]},
+    "budget: this tokenizer has 1 to 24 tokens an image, given 0": {"budget": 0},
+    "budget: this tokenizer has 1 to 24 tokens an image, given 25": {"budget": 25},
+    "rates: this tokenizer has 1 to 24 tokens an image, given 25@0.1": {"rate": Rate(25, 0.1)},
+    "rate: says how many tokens and which error": {"rate": Rate(4), "eps": 0.1},
+    "threshold: a probability between 0 and 1, given 2": {"threshold": 2},
+    "verify: a fixed number of tokens is not chosen": {"fixed": True, "verify": True},
+}
+
+
+@pytest.mark.parametrize(("message", "asked"), REFUSED.items(), ids=[str(list(value)) for value in REFUSED.values()])
+def test_what_cannot_be_asked_for(vqgan, message, asked):
+    with pytest.raises(ValueError, match=message):
+        vqgan.encode(images(), **asked)
+
+
+def test_images_and_tokens_of_others(model):
+    with pytest.raises(ValueError, match=r"takes images of 16 x 16 pixels, given 32 x 32; imgtok.preprocess"):
+        model.encode(images(2, side=32))
+    with pytest.raises(ValueError, match=r"as in \[0, 1\]: give images \* 2 - 1"):
+        model.encode((images() + 1) / 2)
+    tokens = model.encode(images(2), 4, fixed=True)
+    with pytest.raises(ValueError, match="slots: this tokenizer has the slots 0 to 23, given 0 to 24"):
+        model.decode(Tokens(tokens.ids, tokens.lengths, torch.tensor([[0, 1, 2, 24]] * 2), tokens.vectors))
+    other = Tokens(
+        tokens.ids, tokens.lengths, tokens.slots, None if tokens.vectors is not None else torch.zeros(2, 4, 4)
+    )
+    with pytest.raises(ValueError, match=r"this tokenizer decodes (ids|vectors), and these are (vectors|ids)"):
+        model.decode(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": None}, "base: a KARL stands on an autoencoder; name one, such as vae=FOLDER in training"),
+        ({"budget": 25}, "budget: 25 is more than max_tokens = 24"),
+        (
+            {"encoder": TransformerConfig(width=4, num_heads=2)},
+            "encoder.width: 4 leaves no channel for pixels beside t",
+        ),
+        (
+            {"image_size": 17},
+            "image_size: 17 must be a multiple of 2, the pixels a side of a latent cell, and at most 32",
+        ),
+        ({"image_size": 34}, "image_size: 34 must be .* which position_grid = 16 covers"),
+        ({"tolerances": (0.1, 0.1)}, "tolerances: must be ascending numbers"),
+        ({"training": KARLTraining(slot_counts=(30,))}, "training.slot_counts: 30 is more than max_tokens = 24"),
+        ({"training": KARLTraining(curriculum_from=0.001)}, "training.curriculum_from: 0.001 is below tolerances"),
+    ],
+)
+def test_configurations_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        KARL(KARLConfig(**{**SIZES, "base": VQGAN, **changes}))
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_fresh_model_does_not_see_what_it_is_asked_for():
+    """The published start, a constant vector for each error, which the norm takes away; another one can be had."""
+    for start, seen in (("published", False), ("normal", True)):
+        torch.manual_seed(0)
+        model = KARL(KARLConfig(**SIZES, base=VQGAN, condition_start=start))
+        some, others = (model.encode(images(), eps=eps).probabilities for eps in (0.0, 0.3))
+        assert ((some - others).abs().max() > 1e-5) == seen
+
+
+def test_draws(vqgan):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [vqgan.draw(images(64), generator) for _ in range(40)]
+    assert {draw.num_slots for draw in drawn} <= set(range(1, 17))
+    assert len({draw.num_slots for draw in drawn}) > 10
+    assert set(torch.cat([draw.bins for draw in drawn]).tolist()) == {0, 1, 2, 3, 4}
+    curriculum = torch.zeros(19)
+    curriculum[[2, 18]] = 0.5
+    bins = vqgan.draw(images(64), generator, curriculum).bins
+    assert set(bins.tolist()) == {2, 18}
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "expected"), [(16, [1, 1, 3, 10]), (1, [9, 9, 11, 18]), (8, [0, 1, 4, 18])], ids=["all", "1", "8"]
+)
+def test_the_second_run_is_sometimes_asked_for_another_error(num_slots, expected):
+    """Stricter ones (never the strictest) where no slot is to be halted, looser ones at the fewest slots."""
+    model = KARL(KARLConfig(**SIZES, base=VQGAN, training=KARLTraining(augment=0.45)))
+    bins, half = torch.tensor([0, 1, 4, 18]), torch.full((4,), 0.5)
+    found = model.augment(bins, Draws(None, num_slots, bins, torch.tensor(True), half))
+    assert found.tolist() == expected
+    assert torch.equal(model.augment(bins, Draws(None, num_slots, bins, torch.tensor(False), half)), bins)
+
+
+def test_curriculum():
+    curriculum = Curriculum(KARL(CONFIGS["vqgan"]))
+    start = curriculum.probabilities.clone()
+    assert start.tolist() == pytest.approx([0.2] * 5 + [0] * 14)
+    tolerances = torch.tensor(CONFIGS["vqgan"].tolerances)
+    for _ in range(300):
+        curriculum.update(tolerances, torch.tensor([0.5, 0.015]))
+    assert curriculum.probabilities.sum().item() == pytest.approx(1)
+    assert curriculum.probabilities[:2].tolist() == pytest.approx([0.5 / (1 + 1.5 * 0.99**300)] * 2, rel=1e-4)
+
+
+LOSS = ReconstructionLossConfig(
+    adversarial=0.1, adversarial_start=2, adaptive="last_layer", discriminator_channels=4, discriminator_layers=1,
+    discriminator_every=3,
+)  # fmt: skip
+
+
+def test_players_take_turns():
+    torch.manual_seed(0)
+    training = KARLTraining(stage="finetune", discriminators=2, late_start=4, late_weight=0.5, slot_counts=(4, 16))
+    model = KARL(KARLConfig(**SIZES, base=VQGAN, training=training))
+    taught = model.for_training(LOSS, accumulate=2)
+    assert isinstance(taught, Taught)
+    reached, parts = [], []
+    for call in range(12):
+        losses = taught(images(2), generator=torch.Generator().manual_seed(call))
+        losses.total.backward()
+        players = {name.split(".")[0] for name, p in taught.named_parameters() if p.grad is not None}
+        reached.append(players)
+        parts.append(losses.parts.keys())
+        taught.zero_grad()
+    assert all(names == parts[0] for names in parts), "the log wants the same parts of every step"
+    assert reached == [{"model"}] * 4 + [{"discriminators"}] * 2 + [{"model"}] * 4 + [{"discriminators"}] * 2
+    assert [taught.adversarial_weight(step) for step in (3, 4)] == [0.1, 0.5]
+    model_group, judges = taught.groups()
+    assert [model_group.due(step) for step in range(6)] == [True, True, False, True, True, False]
+    assert [judges.due(step) for step in range(6)] == [False, False, True, False, False, True]
+    assert taught.discriminator(3) is taught.discriminators[0]
+    assert taught.discriminator(4) is taught.discriminators[1]
+    assert int(taught.seen) == 12
+    again = copy.deepcopy(taught)
+    again._calls = None  # as after a checkpoint was loaded
+    assert not again.is_turn_of_judges(6)
+    again(images(2), generator=torch.Generator())
+    assert again._calls == 13
+    assert "curriculum.probabilities" in taught.state_dict()
+
+
+def test_the_table_of_the_vqgan_is_never_trained():
+    for stage, trained in (("distill", False), ("finetune", True)):
+        model = KARL(KARLConfig(**SIZES, base=VQGAN, training=KARLTraining(stage=stage)))
+        assert model.base.last_layer.requires_grad == trained
+        assert not model.base.quantizer.table.requires_grad
+
+
+def test_a_loss_where_nothing_is_judged():
+    with pytest.raises(ValueError, match="loss: in model.training.stage=distill a KARL is trained by what its autoenc"):
+        KARL(CONFIGS["vqgan"]).for_training(LOSS, 1)
+
+
+# ---------------------------------------------------------------- programs
+
+
+def test_the_programs_take_it_without_knowing_it(vqgan, tmp_path):
+    vqgan.save_pretrained(tmp_path / "karl")
+    data = ["data.kind=shapes", "data.num_images=40"]
+    words = [f"tokenizer={tmp_path / 'karl'}", f"out={tmp_path / 'tokens'}", "rate=16@0.05"]
+    assert main(["cache", *words, *data]) == 0
+    rates = "rates=[4,16@0.05]"
+    assert main(["reconstruct", str(tmp_path / "karl"), f"out={tmp_path / 'shown'}", rates, "num=2", *data]) == 0
+    assert main(["evaluate", words[0], "metrics=[mae]", f"out={tmp_path / 'scores.json'}", rates, *data]) == 0
