@@ -1,0 +1,112 @@
+"""Our KARL against the published code, in one interleaved run with the same weights.
+
+    git clone https://github.com/ShivamDuggal4/karl PATH
+    python benchmarks/karl.py --peer PATH
+
+Two processes, one per implementation, build the same model from the same drawn weights. Before a case is timed, both
+decode the same image, and must agree within 1e-4 of the largest pixel. Then they take turns, one call each a round,
+every second round in the other order, and a ratio is of the two calls of one round. Prints a Markdown table; the goals
+in its last column are measured, not asserted.
+
+The published call encodes and decodes an image, always, and takes one at a time: a batch is as many calls of it. Ours
+gives tokens alone (`tokens`), or tokens and the image (`both`), with as many tokens kept as the drawn weights say, or
+with `--kept` of the 256, for which the threshold is moved; the published code's time does not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interleaved import Row, Worker, apart, make_parser, report, run_size
+from karl_case import SIZES, VARIANTS, Case, parse_size
+from protocol import Setup
+
+from imgtok import randomness
+
+NEEDS = """\
+    git clone https://github.com/ShivamDuggal4/karl {path}
+    git -C {path} checkout 5c1a569
+    {python} -m pip install einops PyYAML
+Its repository names no licence; nothing of it is copied into this one."""
+
+
+def compare(ours: Worker, peer: Worker, case: Case, folder: Path) -> tuple[str, bool]:
+    """The images that both decode of the first image, with the tokens that the model itself keeps."""
+    case = replace(case, what="both", batch=1, kept=None)
+    noise = randomness.normal(0, [0], (16, 16, 16), "posterior")
+    np.savez(folder / "draws.npz", noise=noise.numpy())
+    ours.ask("run", case=asdict(case), save=str(folder / "ours.npy"))
+    peer.ask("run", case=asdict(case), save=str(folder / "peer.npy"), draws=str(folder / "draws.npz"))
+    return apart(np.load(folder / "ours.npy"), np.load(folder / "peer.npy"))
+
+
+def goal(case: Case, device: str) -> float | None:
+    """The least ratio that the project asks for: tokens alone, 32 kept at batch 1, a batch, and on a GPU."""
+    if device != "cpu":
+        return 3.0 if case.batch >= 32 else None
+    if case.what == "tokens":
+        return 2.0
+    if case.batch > 1:
+        return 1.5
+    return 1.3 if case.kept is not None and case.kept <= 32 else None
+
+
+def cases(size: str, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Every case of one size, not yet measured."""
+    for batch in arguments.batch:
+        yield Row(size, Case("tokens", batch), what="tokens", goal=goal(Case("tokens", batch), arguments.device))
+        for kept in (*arguments.kept, None):
+            case = Case("both", batch, kept)
+            words = "as many kept as it says" if kept is None else f"{kept} kept"
+            yield Row(size, case, what=f"tokens and image, {words}", goal=goal(case, arguments.device))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__, "ShivamDuggal4/karl")
+    add = parser.add_argument
+    known = f"{', '.join(SIZES)} / {', '.join(VARIANTS)}"
+    add("--sizes", nargs="+", default=["small/vqgan", "small/vae"], metavar="SIZE", help=f"{known} (small/vqgan ...)")
+    add("--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="images of a call (1 8)")
+    add("--kept", nargs="*", type=int, default=[32], metavar="K", help="tokens kept of 256 (32)")
+    add("--peer-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision of the peer (fp32)")
+    arguments = parser.parse_args(argv)
+    arguments.peer = arguments.peer.resolve()
+    for size in arguments.sizes:
+        try:
+            parse_size(size)
+        except ValueError:
+            parser.error(f"--sizes: {size} is none of {known}")
+    if not (arguments.peer / "kolmogorov_tokenizers").is_dir():
+        parser.exit(2, f"{arguments.peer} is no checkout of KARL. It comes from:\n{needs(arguments)}\n")
+    return arguments
+
+
+def needs(arguments: argparse.Namespace) -> str:
+    return NEEDS.format(path=arguments.peer, python=arguments.python)
+
+
+def run(size: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    setup = Setup(
+        size=size,
+        device=arguments.device,
+        dtype=arguments.peer_dtype,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        shapes={},
+    )
+    return run_size("karl", setup, cases(size, arguments), compare, needs(arguments), arguments)
+
+
+def main() -> None:
+    arguments = parse()
+    report(partial(run, arguments=arguments), arguments, arguments.peer_dtype)
+
+
+if __name__ == "__main__":
+    main()
