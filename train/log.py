@@ -76,8 +76,8 @@ class Window:
         """
         if self.codes is None:
             self.codes = ids.new_zeros(size)
-        ids = ids.clamp(0, size - 1)  # a NaN has no id, and the run has to come as far as finding it
-        self.codes.scatter_add_(0, ids, torch.ones_like(ids))
+        known = ids.clamp(0, size - 1)  # a NaN has no id, and the run has to come as far as finding it
+        self.codes.scatter_add_(0, known, (ids >= 0).to(ids.dtype))
 
     def add_norm(self, norm: Tensor, position: int, must_be_finite: bool) -> None:
         """Take in the gradient norm of one step; fp16 may overflow and skip the step, the others may not."""

@@ -32,7 +32,15 @@ from imgtok import randomness
 from imgtok.flow import OnStep
 from imgtok.layers.attention import Attention
 from imgtok.quantizers.vq import VectorQuantizer
-from imgtok.tokenizers.base import Losses, Rate, Tokenizer, latents_of_moments, powers_of_two
+from imgtok.tokenizers.base import (
+    CodedLosses,
+    Losses,
+    Rate,
+    Tokenizer,
+    latents_of_moments,
+    powers_of_two,
+    rebuilt,
+)
 from imgtok.tokenizers.checks import check_images, check_tokens
 from imgtok.tokenizers.karl_config import KARLConfig, KARLTraining, TransformerConfig
 from imgtok.tokenizers.karl_networks import Decoder, Encoder
@@ -70,7 +78,8 @@ class Draws(NamedTuple):
 class Runs(NamedTuple):
     """What the two runs of a training step give."""
 
-    losses: Losses
+    losses: Losses | CodedLosses
+    """With quantized tokens also how often each code is among those that the second run keeps."""
     images: tuple[Tensor, ...]
     """In stage "finetune" the images that the two runs decoded, (B, 3, H, W) in about [-1, 1], not clamped."""
     errors: Tensor
@@ -197,18 +206,18 @@ pictures = imgtok.to_pil(model.decode(tokens))
 
         return Taught(self, loss, accumulate)
 
-    def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses:
+    def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses | CodedLosses:
         """The losses of both runs for images (B, 3, H, W) in [-1, 1], with the curriculum as it is at the start; in
         stage "finetune" decoded images are judged by their mean absolute error alone.
 
         Training calls a module around this one, which has the curriculum and judges better (`karl_training.py`).
         """
         runs = self.forward_drawn(images, self.draw(images, generator))
-        total, parts = runs.losses
+        total, parts = runs.losses.total, runs.losses.parts
         for name, decoded in zip(("first", "second"), runs.images, strict=False):
             parts[f"{name}_l1"] = (decoded - images).abs().mean() / 2
             total = total + parts[f"{name}_l1"]
-        return Losses(total, parts)
+        return rebuilt(total, parts, runs.losses)
 
     def draw(self, images: Tensor, generator: torch.Generator, curriculum: Tensor | None = None) -> Draws:
         """All random numbers of a training step. `curriculum` says how often each tolerance is asked for in the first
@@ -254,7 +263,12 @@ pictures = imgtok.to_pil(model.decode(tokens))
         parts |= self._parts("second", second, min(draws.num_slots, budget), terms)
         total = torch.stack(list(parts.values())).sum()
         images_of_both = () if decoded is None or decoded_again is None else (decoded, decoded_again)
-        return Runs(Losses(total, parts | self._told(second, errors)), images_of_both, errors)
+        assert second.kept is not None
+        parts |= {"error": errors.mean(), "kept": second.kept.sum(dim=1).float().mean()}  # for the log
+        losses: Losses | CodedLosses = Losses(total, parts)
+        if second.ids is not None:
+            losses = CodedLosses(total, parts, second.ids.masked_fill(~second.kept, -1), self.vocab_size)
+        return Runs(losses, images_of_both, errors)
 
     def run(self, cells: Tensor, bins: Tensor, count: int, *, masked: bool = False) -> Run:
         """Encodes with `count` slots and decodes; `masked` hides from the decoder the slots that are not needed."""
@@ -303,19 +317,6 @@ pictures = imgtok.to_pil(model.decode(tokens))
             token = F.cross_entropy(out.flatten(0, 1), seen.targets.flatten())
             return None, {"token": token, "code": (codes - wanted).square().mean()}
         return None, {"latent": (out - seen.targets.float()).square().mean()}
-
-    @torch.no_grad()
-    def _told(self, run: Run, errors: Tensor) -> dict[str, Tensor]:
-        """Figures for the log: the first run's mean error, the second's mean number of tokens, and the share of the
-        table that its kept tokens use.
-        """
-        assert run.kept is not None
-        told = {"error": errors.mean(), "kept": run.kept.sum(dim=1).float().mean()}
-        if run.ids is not None:
-            used = torch.zeros(self.vocab_size, device=run.ids.device)
-            used = used.scatter_reduce(0, run.ids.flatten(), run.kept.flatten().float(), "amax")
-            told["used"] = used.mean()
-        return told
 
     # ------------------------------------------------ images <-> latents
 

@@ -23,7 +23,7 @@ from imgtok.losses.adversarial import (
     last_layer_weight,
 )
 from imgtok.losses.reconstruction import Perceptual, ReconstructionLossConfig, distances
-from imgtok.tokenizers.base import Losses
+from imgtok.tokenizers.base import CodedLosses, Losses, rebuilt
 from imgtok.tokenizers.karl import KARL, Draws, Runs
 
 
@@ -76,7 +76,9 @@ class Taught(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self._calls: int | None = None
 
-    def forward(self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None) -> Losses:
+    def forward(
+        self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None
+    ) -> Losses | CodedLosses:
         """The losses for images (B, 3, H, W) in [-1, 1]."""
         if self._calls is None:
             self._calls = int(self.seen)  # once, after a checkpoint was loaded; from here on both count
@@ -127,14 +129,14 @@ class Taught(nn.Module):
 
     def judged(
         self, images: Tensor, draws: Draws, runs: Runs, step: int, perceptual: Perceptual | None = None
-    ) -> Losses:
+    ) -> Losses | CodedLosses:
         """Those of the runs, and what is said of the images that they decoded."""
-        total, parts = runs.losses
+        total, parts = runs.losses.total, runs.losses.parts
         for name, decoded in zip(("first", "second"), runs.images, strict=True):
             losses = self.judge(decoded, images, draws.num_slots, step, perceptual)
             total = total + losses.total
             parts |= {f"{name}_{part}": value for part, value in losses.parts.items()}
-        return Losses(total, parts)
+        return rebuilt(total, parts, runs.losses)
 
     def judge(
         self, decoded: Tensor, images: Tensor, num_slots: int, step: int, perceptual: Perceptual | None = None

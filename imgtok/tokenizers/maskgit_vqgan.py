@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
 from imgtok.quantizers.vq import VectorQuantizer
-from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Reconstruction
+from imgtok.tokenizers.base import Autoencoder, CodedLosses, NoDecoding, Reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +200,8 @@ class MaskGITVQGAN(Autoencoder):
         """`forward`: a function of tensors, which `training.compile` makes one graph."""
         codes, ids, commitment, codebook = self.quantizer(channels_last(self.features(images)))
         loss = self.config.commitment_weight * commitment + self.config.codebook_weight * codebook
-        used = torch.zeros_like(self.quantizer.table[:, 0]).index_fill(0, ids.flatten(), 1.0).mean()
-        return Reconstruction(self.to_pixels(channels_first(codes)), Losses(loss, {"codes": loss, "used": used}))
+        losses = CodedLosses(loss, {"quantizer": loss}, ids, self.quantizer.vocab_size)
+        return Reconstruction(self.to_pixels(channels_first(codes)), losses)
 
     def features(self, images: Tensor) -> Tensor:
         """What the encoder gives for images (B, 3, H, W) in [-1, 1], before the nearest code: (B, C, H / f, W / f)."""

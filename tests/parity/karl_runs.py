@@ -301,7 +301,8 @@ def step(
 
     model.run = run  # type: ignore[method-assign]
     runs = model.forward_drawn(images, draws)
-    total, parts = runs.losses if judges is None else judges.judged(images, draws, runs, number, perceptual)
+    losses = runs.losses if judges is None else judges.judged(images, draws, runs, number, perceptual)
+    total, parts = losses.total, losses.parts
     curriculum = Curriculum(model)
     if about.get("curriculum_start") == "uniform":
         curriculum.probabilities.fill_(1 / 19)
