@@ -35,8 +35,8 @@ class Losses(NamedTuple):
 
 class CodedLosses(NamedTuple):
     """`Losses` of a model with a codebook. `codes` are the token ids of a batch, int64 of any shape in [0, num_codes),
-    of the `num_codes` that there are: the log counts them, and tells how much of the codebook is used. Those below 0 are
-    of tokens that were not kept, and do not count.
+    of the `num_codes` that there are: the log counts them, and tells how much of the codebook is used. Ids below 0 are
+    those of tokens that were not kept, and do not count.
 
     A tuple, so that it passes through DDP and Accelerate whole.
     """

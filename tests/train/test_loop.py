@@ -107,7 +107,7 @@ def test_codes_are_counted_in_one_place():
     assert counted(window, torch.tensor([[0, 1], [1, 1]]), 3) == [1, 3, 0]
     assert window.codes is not None
     place = window.codes.data_ptr()
-    assert counted(window, torch.tensor([2]), 3) == [1, 3, 1]
+    assert counted(window, torch.tensor([2, -1, -1]), 3) == [1, 3, 1]  # tokens that were not kept
     window.reset()
     assert counted(window, torch.tensor([2, 2]), 3) == [0, 0, 2]
     assert window.codes.data_ptr() == place
