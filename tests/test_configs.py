@@ -10,22 +10,28 @@ import importlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import imgtok
+from imgtok import hub
 from imgtok.cli import JOBS, main
 from imgtok.config import from_dict, load, read_yaml
 from imgtok.generators.gpt import GPT, flextok_size
 from imgtok.tokenizers.flextok import FlexTok
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig, load_vae
 from imgtok.train.loop import Trainer
 from imgtok.train.state import complete_steps
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PUBLISHED_VAES = {"EPFL-VILAB/flextok_vae_c16": VAEConfig(latent_channels=16)}
+PUBLISHED_VAES = {
+    "EPFL-VILAB/flextok_vae_c16": VAEConfig(latent_channels=16),
+    "vqgan.ckpt": MaskGITVQGANConfig(),
+}
 PUBLISHED_SIZES = {
     "d12-d12": (85_185_798, 172_251_712),
     "d18-d18": (287_031_174, 578_292_544),
@@ -58,22 +64,39 @@ def name(path: Path) -> str:
     return path.relative_to(CONFIGS).as_posix()
 
 
-def autoencoder(name: str) -> VAEConfig:
+def trained_by(name: str) -> Any:
+    """The section `model` of the file whose run leaves a model under this name."""
+    return {f"{data.get('out')}/final": data.get("model") for data in map(read_yaml, CONFIGS.rglob("*.yaml"))}[name]
+
+
+def autoencoder(name: str) -> Any:
     """Of the autoencoder that a configuration names: published, packaged, or what another file trains."""
     if name in PUBLISHED_VAES:
         return PUBLISHED_VAES[name]
     if "/" not in name:
         return load_vae(name).config
-    trained = {f"{data.get('out')}/final": data.get("model") for data in map(read_yaml, CONFIGS.rglob("*.yaml"))}
-    return from_dict(VAEConfig, trained[name])
+    section = trained_by(name)
+    return from_dict(hub.config_class(section["kind"]), section)
+
+
+def tokenizer(config: Any) -> Any:
+    """The configuration of the tokenizer that a file trains, on its autoencoder or after `init`; it checks itself."""
+    if config.init is not None:
+        module = importlib.import_module("imgtok.train.tokenizer")
+        for path in CONFIGS.rglob("*.yaml"):
+            if f"{read_yaml(path).get('out')}/final" == config.init:
+                return config.model.over(tokenizer(load(module.Config, path)))
+        raise AssertionError(f"no file trains {config.init}")
+    facts = {hub.model_class(config.model.kind).stands_on: autoencoder(config.vae)} if config.vae is not None else None
+    return config.model.over(facts=facts)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name)
 def test_every_configuration_is_valid(path):
     module, _ = JOBS[job_of(path).replace("-", " ")]
     config = load(importlib.import_module(module).Config, path)
-    if job_of(path) == "train-tokenizer" and config.vae is not None:
-        config.model.over(facts={"vae": autoencoder(config.vae)})  # whose own check knows the size of a patch
+    if job_of(path) == "train-tokenizer":
+        tokenizer(config)
     words = " ".join(command(path)[:-1])
     assert f"imgtok {words} configs/{name(path)}" in path.read_text(), "the file does not say how it is run"
 

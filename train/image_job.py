@@ -75,9 +75,10 @@ class ImageJob(Job):
         return losses
 
     def resumed(self, step: int) -> None:
-        """Let the adversarial term count its micro-batches in steps of the size that they have now."""
-        if isinstance(self.model, Judged) and self.model.judge.discriminator is not None:
-            self.model.judge.seen.fill_(step * self.training.accumulate)
+        """Let what is trained count its micro-batches in steps of the size that they have now."""
+        own: Any = getattr(self.model, "resumed", None)
+        if own is not None:
+            own(step * self.training.accumulate)
 
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""
@@ -120,6 +121,11 @@ class Judged(nn.Module):
         decoded, own = self.model(images, generator=generator)
         judged = self.judge(decoded, images, perceptual=perceptual, last_layer=self.model.last_layer)
         return rebuilt(judged.total + own.total, {**judged.parts, **own.parts}, own)
+
+    def resumed(self, calls: int) -> None:
+        """Let the adversarial term go on after so many micro-batches."""
+        if self.judge.discriminator is not None:
+            self.judge.seen.fill_(calls)
 
     def groups(self) -> list[ParameterGroup]:
         """The model, and the discriminator if there is one, with its own rate, decay, clip and rhythm."""

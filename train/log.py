@@ -13,7 +13,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,24 +51,33 @@ class Window:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.names: tuple[str, ...] = ()
+        self.names: list[str] = []  # in the order in which they first came; a part need not be there at each step
         self.zero = torch.zeros((), device=device)
-        self.sum = self.values = self.norm = self.zero
-        self.count = 0
+        self.sum = self.values = torch.zeros(0, device=device)
+        self.norm = self.zero
+        self.counts: list[int] = []
         self.codes: Tensor | None = None  # how often each has occurred, int64; None without a codebook
         self.bad_at = torch.full((), HEALTHY, dtype=torch.int64, device=device)
 
     def add(self, losses: Losses | CodedLosses, position: int) -> None:
         """Take in one micro-batch. `values` stays at the first micro-batch whose total is not finite."""
-        if not self.names:
-            self.names = ("loss", *(f"loss/{name}" for name in losses.parts))
-        values = torch.stack([losses.total, *losses.parts.values()]).detach().float()
+        found = {"loss": losses.total, **{f"loss/{name}": part for name, part in losses.parts.items()}}
+        self._name(found)
+        values = torch.stack([found.get(name, self.zero) for name in self.names]).detach().float()
         self.sum = self.sum + values
-        self.count += 1
+        self.counts = [count + (name in found) for name, count in zip(self.names, self.counts, strict=True)]
         if isinstance(losses, CodedLosses) and losses.num_codes <= MOST_CODES:
             self._count(losses.codes.detach().flatten(), losses.num_codes)
         self.values = torch.where(self.bad_at == HEALTHY, values, self.values)
         self._note(values[0], position)
+
+    def _name(self, names: Iterable[str]) -> None:
+        """Make room for parts that have not been there before."""
+        new = [name for name in names if name not in self.names]
+        if new:
+            self.names += new
+            self.counts += [0] * len(new)
+            self.sum, self.values = (torch.nn.functional.pad(each, (0, len(new))) for each in (self.sum, self.values))
 
     def _count(self, ids: Tensor, size: int) -> None:
         """Count the codes (N,) into the one tensor (size,) that there is for them: a new one for each micro-batch would
@@ -99,11 +108,22 @@ class Window:
         return None if first == HEALTHY else first
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over window and processes, the latest gradient norm and, with a codebook, the share of its codes that
-        was used and the perplexity, 2 to the entropy of the codes. Waits for the device.
+        """Means over window and processes, of each part over the micro-batches that had it; the latest gradient norm;
+        with a codebook the share of its codes that was used and the perplexity, 2 to the entropy of the codes. Waits
+        for the device.
         """
-        means = accelerator.reduce(self.sum / self.count, reduction="mean").tolist()
-        found = {**dict(zip(self.names, means, strict=True)), "grad_norm": self.norm.item()}
+        from accelerate.utils import gather_object
+
+        if accelerator.num_processes > 1:  # each of which may have met other parts, in another order
+            self._name(sorted(set(gather_object(list(self.names)))))
+        order = ["loss", *sorted(set(self.names) - {"loss"})]
+        sums = self.sum[[self.names.index(name) for name in order]]
+        counts = self.sum.new_tensor([self.counts[self.names.index(name)] for name in order])
+        sums, counts = accelerator.reduce(torch.stack([sums, counts]), reduction="sum")
+        told = dict(zip(order, (sums / counts.clamp(min=1)).tolist(), strict=True))
+        seen = dict(zip(order, counts.tolist(), strict=True))
+        found = {name: told[name] for name in self.names if seen[name]}
+        found["grad_norm"] = self.norm.item()
         if self.codes is not None:
             used = Histogram.of(accelerator.reduce(self.codes, reduction="sum"))
             found |= {"codebook_use": round(used.use, 6), "codebook_perplexity": round(used.perplexity, 3)}
@@ -115,7 +135,7 @@ class Window:
 
     def reset(self) -> None:
         """Start the next window."""
-        self.sum, self.count = self.zero, 0
+        self.sum, self.counts = torch.zeros_like(self.sum), [0] * len(self.counts)
         if self.codes is not None:
             self.codes.zero_()
 

@@ -91,7 +91,7 @@ def fit(job: Job, config: TrainingConfig, out: Path, resolved: Any) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resolved = spelled_out(resolved)
-    accelerator = make_accelerator(config, out)
+    accelerator = make_accelerator(config, out, rests=getattr(job.model, "rests_parameters", False))
     start = prepare_folder(accelerator, config, out, resolved, job.identity)
     if start.done:
         logger.info("the run in %s is complete (%d steps): nothing to do", out, config.steps)

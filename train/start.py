@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
-    """Accelerate as `config` wants it; the environment chooses only the processes and their devices."""
+def make_accelerator(config: TrainingConfig, out: Path, *, rests: bool = False) -> Accelerator:
+    """Accelerate as `config` wants it; the environment chooses only the processes and their devices.
+
+    With `rests` processes do not wait for the gradients of parameters that a step does not use.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
     check_trackers(config)
     if config.precision == "fp16" and on_cpu():
@@ -37,6 +40,7 @@ def make_accelerator(config: TrainingConfig, out: Path) -> Accelerator:
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         gradient_accumulation_steps=config.accumulate,
         log_with=list(config.trackers) or None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if rests else None,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard")),
     )
 

@@ -131,9 +131,10 @@ class ImageModel(nn.Module, Pretrained):
         several discriminators; by default None: the losses of the job where it `reconstructs`, else the model's own.
 
         It is called with images, `generator=` and `perceptual=` (the distance that `loss` asks for, or None), gives
-        `Losses`, and declares its parameters by `groups()`, a list of `imgtok.groups.ParameterGroup`, each with
-        its rhythm.
-        What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer step.
+        `Losses`, and declares its parameters by `groups()`, a list of `imgtok.groups.ParameterGroup`, each with its
+        rhythm. What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer
+        step, and where it has a method `resumed(calls)`, that is called once a checkpoint has been read, after which so
+        many calls count as done. `rests_parameters = True` says that some calls use only some of its parameters.
         `loss` is the job's section, None where none was given.
         """
         return None

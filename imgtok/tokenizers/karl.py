@@ -299,9 +299,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
         config, parts = self.config.training, {}
         head = run.logits
         parts["keep"] = config.halting_weight * F.softplus(head[:, :needed]).mean()
-        if name == "second":  # the log wants the same parts of each step: 0 where no slot is to be halted
-            halted = F.softplus(-head[:, needed:])
-            parts["drop"] = config.halting_weight * (halted.mean() if needed < head.shape[1] else halted.sum())
+        if needed < head.shape[1]:
+            parts["drop"] = config.halting_weight * F.softplus(-head[:, needed:]).mean()
         if run.quantizer is not None:
             parts["quantizer"] = config.quantizer_weight * run.quantizer
         return {f"{name}_{part}": value for part, value in (parts | terms).items()}

@@ -96,6 +96,16 @@ class Taught(nn.Module):
         self.curriculum.update(self.model.tolerances, runs.errors)
         return losses
 
+    @property
+    def rests_parameters(self) -> bool:
+        """Whether there are steps that use only some of the parameters: those of one player, or one discriminator."""
+        return bool(self.discriminators)
+
+    def resumed(self, calls: int) -> None:
+        """Go on after so many micro-batches."""
+        self.seen.fill_(calls)
+        self._calls = calls
+
     def plays(self, step: int) -> bool:
         """Whether the adversarial game is on at an optimizer step."""
         return bool(self.discriminators) and step >= self.loss.adversarial_start
@@ -142,21 +152,17 @@ class Taught(nn.Module):
         self, decoded: Tensor, images: Tensor, num_slots: int, step: int, perceptual: Perceptual | None = None
     ) -> Losses:
         """The losses of the images (B, 3, H, W) that one run decoded, of those players whose turn it is."""
-        zero, weight = images.new_zeros(()), self.adversarial_weight(step)
+        weight = self.adversarial_weight(step)
         alone, plays = self.is_turn_of_judges(step), self.plays(step)
         discriminator = self.discriminator(num_slots) if plays else None
         reconstructed = judged = decoded.float()
         if discriminator is not None and not alone and self.loss.adaptive == "images":
             reconstructed, judged = balance(reconstructed, torch.as_tensor(weight, device=images.device))
         total, parts = distances(self.loss, reconstructed, images, perceptual)
-        if not self.discriminators:
-            return Losses(total, parts)
-        adaptive = ["adaptive_weight"] if self.loss.adaptive == "last_layer" else []
-        parts |= dict.fromkeys(["adversarial", *adaptive, "discriminator"], zero)  # the log wants the same of each step
         if discriminator is not None and not alone:
             parts["adversarial"] = adversarial_loss(discriminator, judged, self.loss.game)
             share: float | Tensor = weight
-            if adaptive:
+            if self.loss.adaptive == "last_layer":
                 last_layer = self.model.last_layer
                 parts["adaptive_weight"] = last_layer_weight(total, parts["adversarial"], last_layer)
                 share = weight * parts["adaptive_weight"]

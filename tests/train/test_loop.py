@@ -23,6 +23,7 @@ from imgtok.train.ema import EMA
 from imgtok.train.log import Log, Window, check_trackers
 from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
 from imgtok.train.optim import check_groups, parameter_groups
+from imgtok.train.start import make_accelerator
 from imgtok.train.state import complete_steps
 
 
@@ -99,6 +100,18 @@ def test_codes_of_nothing_finite_and_of_huge_codebooks_do_no_harm():
     assert counts is not None
     assert sum(counts) == 0  # and the loop goes on to find the loss that is not finite
     assert counted(Window(torch.device("cpu")), broken, 1 << 25) is None
+
+
+def test_a_part_that_some_steps_do_not_have_is_the_mean_of_the_others():
+    accelerator = make_accelerator(TrainingConfig(steps=1, batch_size=1, learning_rate=1.0, trackers=()), Path())
+    window = Window(torch.device("cpu"))
+    for step, parts in enumerate([{"a": 1.0}, {"b": 5.0, "a": 3.0}, {"a": 2.0}]):
+        losses = Losses(torch.tensor(float(step)), {name: torch.tensor(value) for name, value in parts.items()})
+        window.add(losses, step)
+    assert window.means(accelerator) == {"loss": 1.0, "loss/a": 2.0, "loss/b": 5.0, "grad_norm": 0.0}
+    window.reset()
+    window.add(Losses(torch.tensor(7.0), {"a": torch.tensor(4.0)}), 3)
+    assert window.means(accelerator) == {"loss": 7.0, "loss/a": 4.0, "grad_norm": 0.0}
 
 
 def test_codes_are_counted_in_one_place():
