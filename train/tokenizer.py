@@ -51,8 +51,9 @@ class Config:
     init_drop: tuple[str, ...] = ()
     """Patterns of the parameters of `init` that are left out."""
     vae: str | None = None
-    """The frozen autoencoder under the tokenizer, by any name: a folder or a Hub name, of imgtok's or of a diffusers
-    AutoencoderKL, a file in the layout of `kl16.ckpt`, or one that ships with imgtok (`shapes32`)."""
+    """The autoencoder under the tokenizer, by any name: a folder or a Hub name, of imgtok's or of a diffusers
+    AutoencoderKL, a published file (`kl16.ckpt`, `vqgan.ckpt`), or one that ships with imgtok (`shapes32`). It stays as
+    it is, unless the model says that it is trained too."""
     vae_scaling_factor: PositiveFloat | None = None
     """Factor on the autoencoder's latents; null takes its own."""
     loss: ReconstructionLossConfig | None = None

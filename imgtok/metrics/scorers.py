@@ -383,8 +383,8 @@ class CodeScorer:
     """What the images cost at a rate: tokens, bits, and how much of the codebook they use.
 
     `bits` is `Tokenizer.bits`, the mean over the images. `codebook_use` is the share of the ids that occur in the
-    scored images, `codebook_perplexity` 2 to the entropy of the ids; neither is given for a vocabulary of more than
-    2^24, of which no set of images uses a share worth knowing.
+    scored images, `codebook_perplexity` 2 to the entropy of the ids; neither is given for tokens that are vectors, nor
+    for a vocabulary of more than 2^24, of which no set of images uses a share worth knowing.
     """
 
     KEYS = ("tokens", "bits", "codebook_use", "codebook_perplexity")
@@ -392,7 +392,8 @@ class CodeScorer:
 
     def __init__(self, tokenizer: Tokenizer, num: int) -> None:
         self._tokenizer, self._rows = tokenizer, Rows(num, 2)
-        self._ids = Histogram(tokenizer.vocab_size) if tokenizer.vocab_size <= self.LARGEST else None
+        coded = tokenizer.vector_width is None and tokenizer.vocab_size <= self.LARGEST
+        self._ids = Histogram(tokenizer.vocab_size) if coded else None
 
     def update(self, batch: ScoredBatch) -> None:
         """Raises ValueError without tokens."""
@@ -425,7 +426,8 @@ class CodeScorer:
     def _formula(self) -> str:
         """How bits are counted, see `Tokenizer.bits`."""
         tokenizer = self._tokenizer
-        parts = [f"log2({tokenizer.vocab_size}) a token"]
+        width = tokenizer.vector_width
+        parts = [f"log2({tokenizer.vocab_size}) a token" if width is None else f"32 x {width} a token"]
         if not tokenizer.fixed_length:
             parts.append(f"log2({tokenizer.num_tokens}) for their number")
         if tokenizer.num_slots is not None:

@@ -194,6 +194,11 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
         return ()
 
     @property
+    def vector_width(self) -> int | None:
+        """Numbers of a token that is a vector (`Tokens.vectors`); None where tokens are ids."""
+        return None
+
+    @property
     def num_slots(self) -> int | None:
         """Slots that a token can come from, `Tokens.slots` in [0, num_slots); None if token k comes from slot k."""
         return None
@@ -227,11 +232,11 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
     def bits(self, tokens: Tokens) -> Tensor:
         """What each image costs when nothing is known of how often its tokens occur, (B,) float64.
 
-        k tokens of a vocabulary of V take k log2 V bits. An image with a number of tokens of its own takes log2 K more,
+        k tokens of a vocabulary of V take k log2 V bits, and vectors 32 for each of their numbers. An image with a number of tokens of its own takes log2 K more,
         K = `num_tokens`, to say which; and where tokens name their slots, log2 of (S over k) to say which of the S.
         """
         lengths = tokens.lengths.double()
-        bits = lengths * math.log2(self.vocab_size)
+        bits = lengths * (math.log2(self.vocab_size) if self.vector_width is None else 32 * self.vector_width)
         if not self.fixed_length:
             bits = bits + math.log2(self.num_tokens)
         if self.num_slots is not None:

@@ -164,6 +164,10 @@ pictures = imgtok.to_pil(model.decode(tokens))
         return self.quantizer.vocab_size if self.quantizer is not None else 1
 
     @property
+    def vector_width(self) -> int | None:
+        return self.config.token_width if self.quantizer is None else None
+
+    @property
     def num_slots(self) -> int:
         return self.config.max_tokens
 
@@ -177,22 +181,17 @@ pictures = imgtok.to_pil(model.decode(tokens))
         return self.base.last_layer
 
     def rates(self) -> list[Rate]:
-        """Fixed numbers of tokens, the powers of two from an eighth of the budget on, then the budget under errors from
-        0.09 to 0.03; any other number and error will do as well.
+        """Fixed numbers of tokens, the powers of two from an eighth of the budget on, then the budget under errors
+        around the default one, 0.09 to 0.03 of the published models; any other number and error will do as well.
         """
-        budget = self.config.budget
+        budget, tolerance = self.config.budget, self.config.tolerance
         fixed = [Rate(count) for count in powers_of_two(budget) if count * 8 >= budget]
-        return fixed + [Rate(budget, tolerance) for tolerance in (0.09, 0.05, 0.03)]
+        return fixed + [Rate(budget, round(tolerance * factor, 4)) for factor in (1.8, 1, 0.6)]
 
     def check_rate(self, rate: Rate) -> None:
         """Raises ValueError for more tokens than there are slots."""
         if rate.num_tokens > self.num_tokens:
             raise ValueError(f"rates: this tokenizer has 1 to {self.num_tokens} tokens an image, given {rate}")
-
-    def bits(self, tokens: Tokens) -> Tensor:
-        """As for any tokenizer; a token that is a vector takes 32 bits for each of its numbers."""
-        bits = super().bits(tokens)
-        return bits if self.quantizer is not None else bits + 32 * self.config.token_width * tokens.lengths.double()
 
     # ------------------------------------------------ training
 

@@ -30,7 +30,9 @@ from imgtok.shapes.classifier import ShapesNet
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig
+from imgtok.tokenizers.karl import KARL, KARLConfig, TransformerConfig
 from imgtok.tokenizers.tokens import Tokens
+from imgtok.tokenizers.vae import VAEConfig
 from imgtok.vision.features import Features
 
 ALL = ("fid", "sfid", "is", "precision_recall")
@@ -396,3 +398,20 @@ def test_a_vocabulary_beyond_counting_has_no_use(toytok, monkeypatch):
     assert list(values(scorer)) == ["tokens", "bits"]
     with pytest.raises(ValueError, match="not decoded from tokens"):
         scorer.update(ScoredBatch([0], torch.zeros(1, 3, 16, 16)))
+
+
+def test_tokens_that_are_vectors_have_no_codebook_and_cost_their_numbers():
+    transformer = TransformerConfig(width=16, depth=1, num_heads=2)
+    base = VAEConfig(latent_channels=4, block_channels=(8, 8), norm_groups=4)
+    sizes = {"max_tokens": 16, "budget": 16, "position_grid": 8, "token_width": 5}
+    with torch.device("meta"):
+        config = KARLConfig(
+            image_size=16, encoder=transformer, decoder=transformer, base=base, quantized=False, **sizes
+        )
+        model = KARL(config)
+    scorer = CodeScorer(model, 1)
+    ids, slots = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 3]])
+    tokens = Tokens(ids, torch.tensor([2]), slots, torch.zeros(1, 2, 5))
+    scorer.update(ScoredBatch([0], torch.zeros(1, 3, 16, 16), tokens=tokens))
+    assert values(scorer) == pytest.approx({"tokens": 2, "bits": 2 * 32 * 5 + 4 + math.log2(120)})
+    assert "32 x 5 a token" in scorer.scores()[1].name
