@@ -232,8 +232,9 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
     def bits(self, tokens: Tokens) -> Tensor:
         """What each image costs when nothing is known of how often its tokens occur, (B,) float64.
 
-        k tokens of a vocabulary of V take k log2 V bits, and vectors 32 for each of their numbers. An image with a number of tokens of its own takes log2 K more,
-        K = `num_tokens`, to say which; and where tokens name their slots, log2 of (S over k) to say which of the S.
+        k tokens of a vocabulary of V take k log2 V bits, and vectors 32 for each of their numbers. An image with a
+        number of tokens of its own takes log2 K more, K = `num_tokens`, to say which; and where tokens name their
+        slots, log2 of (S over k) to say which of the S.
         """
         lengths = tokens.lengths.double()
         bits = lengths * (math.log2(self.vocab_size) if self.vector_width is None else 32 * self.vector_width)
