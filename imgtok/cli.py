@@ -50,6 +50,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "sample": ("imgtok.sample.images", "make new images with a trained generator"),
     "reconstruct": ("imgtok.sample.reconstruct", "show images beside their reconstructions at several token counts"),
     "evaluate": ("imgtok.sample.evaluate.job", "score images or a model"),
+    "complexity": ("imgtok.sample.complexity.job", "count how many tokens each image needs, and show them sorted"),
     "export": (
         "imgtok.sample.export",
         "write a model as the code that it was published with reads it, or a published one as imgtok's",
@@ -70,6 +71,7 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "sample": ("model", "tokenizer"),
     "reconstruct": ("model",),
     "evaluate": ("model", "tokenizer"),
+    "complexity": ("model",),
     "export": ("model", "vae"),
     "info": ("model",),
 }
@@ -83,10 +85,11 @@ FILES: Mapping[str, tuple[str, ...]] = {
     "cache latents": IMAGES,
     "cache text": IMAGES,
     "reconstruct": IMAGES,
+    "complexity": IMAGES,
     "evaluate": ("images", "originals", "reference", *IMAGES, "probe_data.path", "probe_data.val_path"),
 }
 """Command -> its fields that name files or folders, likewise."""
-LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "export", "info")
+LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "complexity", "export", "info")
 """Commands that take the first of these as a lone word."""
 
 TOOLS = {

@@ -38,8 +38,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "where to write": ("out", "format", "layout"),
     "how much": (
-        "training.steps", "training.batch_size", "num", "per_class", "num_tokens", "rates", "image_size", "held_out",
-        "batch_size", "seed",
+        "training.steps", "training.batch_size", "num", "per_class", "num_tokens", "rates", "eps", "budget",
+        "image_size", "held_out", "batch_size", "seed",
     ),
 }  # fmt: skip
 """What people ask for first, in every job that has it; what is required comes before, everything else after."""

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,27 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from imgtok import pictures
 from imgtok.files import replacing
 from imgtok.metrics.saved_images import RECORD
 from imgtok.sample.evaluate.results import Line, Panel, draw_panel
 from imgtok.sample.images import image_path, read_image
+from imgtok.sample.page import inline_file, inline_png, inline_svg, section, write_html
 from imgtok.shapes.oracle import read_classes
 from imgtok.shapes.world import CLASS_NAMES
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
-h1{margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #ddd} p.lead{color:#555;margin-top:0}
-table{border-collapse:collapse;margin:1rem 0} td,th{border:1px solid #ddd;padding:.3rem .8rem;text-align:right}
-td:first-child,th:first-child,td.left{text-align:left} th{background:#f6f6f6}
-code,pre{background:#f6f6f6;padding:.1rem .3rem}
-pre{padding:.8rem;overflow:auto} img{max-width:100%}
-svg{max-width:100%;height:auto} td.left code{overflow-wrap:anywhere}
-.samples{display:grid;grid-template-columns:repeat(8,1fr);gap:.5rem;font-size:.72rem;text-align:center;line-height:1.2}
-.samples img{width:100%;image-rendering:pixelated} .wrong{color:#b00020;font-weight:600} .right{color:#1a7f37}
-""".strip()
 
 
 @dataclass
@@ -66,11 +52,7 @@ def write_page(run: Run, out: Path) -> Path:
         section("Curves", curves(run, out)),
         section("What was run", commands(run.stages)),
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>imgtok quickstart</title><style>{STYLE}</style>"
-    path = out / "index.html"
-    with replacing(path) as temporary:
-        temporary.write_text(page + "".join(sections) + "</html>\n", encoding="utf-8")
-    return path
+    return write_html(out / "index.html", "imgtok quickstart", "".join(sections))
 
 
 RECONSTRUCTION_TEXT = """<p>Held-out images above, and what the tokenizer makes of their first 1, 2, 4, ... tokens.
@@ -81,10 +63,6 @@ compares an image with renders of every shape and colour; no network is involved
 UNTRAINED_TEXT = (
     "<p>Random tokens through the trained tokenizer: what of the above the generator did not have to learn.</p>"
 )
-
-
-def section(title: str, body: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{body}"
 
 
 # ---------------------------------------------------------------- figures
@@ -125,19 +103,6 @@ def commands(stages: Sequence[tuple[str, str, float]]) -> str:
 
 
 # ---------------------------------------------------------------- pictures
-
-
-def inline_png(image: Tensor) -> str:
-    """A uint8 image (3, H, W) as an <img> element."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "png")
-    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}' alt=''>"
-
-
-def inline_file(path: Path) -> str:
-    return f"<p><img src='data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}' alt='{path.stem}'></p>"
 
 
 def reconstruction_pictures(out: Path) -> str:
@@ -199,10 +164,7 @@ def curves(run: Run, out: Path) -> str:
         steps, losses = read_log(out / folder / "log.jsonl")
         axis.plot(steps, losses)
         axis.set(xlabel="step", title=title)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return inline_svg(figure)
 
 
 def read_log(path: Path) -> tuple[list[int], list[float]]:
