@@ -6,9 +6,18 @@ the class's embedding is added (FlexTok), or with the start vector alone while e
 of a caption (FlexTok from text); or it is as many slots as a caption may have features, which stand there (LlamaGen
 from text). Conditions are dropped now and then while training, so that sampling can be guided
 away from "no class" or the empty caption. Token sequences are ordered (learned positions; FlexTok) or a raster
-(two-dimensional rotary; LlamaGen), of one length or ended by an end mark; where a tokenizer picks slots (KARL), a
-token's slot is drawn before its id and read beside it. Training and sampling run the same `hidden` path; sampling hands
-it a cache.
+(two-dimensional rotary; LlamaGen), of one length or ended by an end mark. Training and sampling run the same `hidden`
+path; sampling hands it a cache.
+
+Where a tokenizer picks slots (KARL), a sequence is pairs of a slot and an id, slots s_1 < s_2 < ... < s_n, and
+
+    p = p(s_1) p(id_1 | s_1)  p(s_2 | pair 1) p(id_2 | s_2, pair 1)  ...  p(end | all pairs)
+
+where p(s | ...) is over the slots after the last one and the end, or for the first pair the slots alone; a sequence of
+the greatest length has no further factor. This holds for any increasing slots, prefixes or not, and adds up to 1. The
+slot comes before its id because it decides what the id means. Both are read out of one state, so that a pair costs one
+pass, as a token without a slot does. The end is one more slot, which comes after all the others: so the length is drawn
+too, and a simple image takes fewer passes.
 
 Shapes: B batch, L tokens, D width, V vocabulary (and end mark), S slots.
 """

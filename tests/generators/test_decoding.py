@@ -400,15 +400,47 @@ def test_the_joint_law_of_slots_ids_and_ends():
     assert total == len(points)
 
 
-def test_a_loop_stops_when_all_have_ended(monkeypatch):
-    model, steps = build(vocab_size=2, num_tokens=64, ends=True), []
+@pytest.mark.parametrize("slots", [0, 70])
+def test_a_loop_stops_when_all_have_ended(slots):
+    """On a CPU at once; how often it looks on an accelerator, the fake one of `test_fake_cuda` counts."""
+    model, steps = build(vocab_size=2, num_tokens=64, ends=True, num_slots=slots), []
     patient = model.generate(some_condition(model), seed=0, indices=range(3), cached=False)
     assert 1 < patient.lengths.max() < 50
-    monkeypatch.setattr(decoding, "LOOK_EVERY", 4)
     drawn = model.generate(some_condition(model), seed=0, indices=range(3), on_step=steps.append)
-    assert len(steps) == -(-(int(patient.lengths.max()) + 1) // 4) * 4  # with the end, in whole fours
+    assert len(steps) == int(patient.lengths.max()) + 1  # with the end
     assert torch.equal(patient.ids, drawn.ids)
     assert torch.equal(patient.lengths, drawn.lengths)
+
+
+@pytest.mark.parametrize("columns", [3, 2])
+def test_the_probabilities_of_all_sequences_of_slots_and_ids_make_up_one(columns):
+    """Also where a sequence may be shorter than there are slots, and so ends by itself."""
+    model = build(vocab_size=2, num_tokens=columns, ends=True, num_slots=3, condition=ALWAYS)
+    total, count = 0.0, 0
+    for length in range(1, columns + 1):
+        for slots in itertools.combinations(range(3), length):
+            for ids in itertools.product(range(2), repeat=length):
+                tokens = Tokens(torch.tensor([ids]), torch.tensor([length]), torch.tensor([slots]))
+                with torch.no_grad():
+                    parts = model(tokens, torch.tensor([0]), generator=torch.Generator()).parts
+                nats = parts["cross_entropy"] * length + parts["slots"] * (length + (length < columns))
+                total += torch.exp(-nats.double()).item()
+                count += 1
+    assert count == {3: 26, 2: 18}[columns]
+    assert total == pytest.approx(1, abs=1e-5)
+
+
+def test_an_image_is_the_same_in_any_company():
+    """Rows that end early or late beside it, and where it stands; a batch of its own too."""
+    model = build(ends=True, num_slots=40)
+    sampling = TokenSampling(guidance=1.5)
+    labels = some_condition(model, 12)
+    whole = model.generate(labels, seed=2, indices=range(12), sampling=sampling)
+    assert len(whole.lengths.unique()) > 3
+    for rows in ([7], [11, 3], [5, 0, 9, 2]):
+        alone = model.generate(labels[rows], seed=2, indices=rows, sampling=sampling)
+        for name in ("ids", "lengths", "slots"):
+            assert torch.equal(getattr(alone, name), getattr(whole, name)[rows]), name
 
 
 @pytest.mark.parametrize("slots", [0, 20])
