@@ -97,6 +97,10 @@ class ToyTok(Tokenizer):
         budgets = (max(1, self.num_tokens // 4), self.num_tokens)
         return [Rate(budget, tolerance) for budget in budgets for tolerance in self.config.tolerances]
 
+    @property
+    def default_rate(self) -> Rate:
+        return Rate(self.num_tokens, self.config.tolerances[0])
+
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses:
         """Squared error of patches and of the blank ones; which are blank is drawn."""
         patches = patchify(images, self.config.patch_size)
@@ -107,7 +111,7 @@ class ToyTok(Tokenizer):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, rate: Rate | None = None) -> Tokens:
-        rate = rate or Rate(self.num_tokens, self.config.tolerances[0])
+        rate = rate or self.default_rate
         self.check_rate(rate)
         assert rate.tolerance is not None, "as all rates here"
         patches = patchify(images, self.config.patch_size)

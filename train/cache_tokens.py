@@ -19,7 +19,7 @@ from imgtok.config import NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import DataConfig, ImageSource, Views, require_labels
 from imgtok.data.loaders import UnreadableImages, eval_loader
 from imgtok.data.shards import as_begun
-from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter
+from imgtok.data.tokens import TokenCacheInfo, TokenShardWriter, lengths_of
 from imgtok.data.trained_on import Named
 from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
@@ -105,6 +105,11 @@ def main(config: Config) -> None:
     state = process_state()
     found = resolve(config.tokenizer, expect=Tokenizer)
     tokenizer = load(found).to(state.device)
+    if tokenizer.vector_width is not None:
+        raise ValueError(
+            f"tokenizer: the tokens of {config.tokenizer} are vectors, and a cache of tokens holds ids, which a "
+            "generator of tokens draws: name a tokenizer that rounds its tokens to the entries of a table"
+        )
     images = Named.of(config.data, found).to_encode(tokenizer.image_size, config.split, config.held_out)
     config, source = replace(config, data=images.data), images.source
     require_labels(source, "a cache of tokens")
@@ -112,13 +117,14 @@ def main(config: Config) -> None:
     rate = None if config.rate is None else Rate.parse(config.rate)
     if rate is not None:
         tokenizer.check_rate(rate)
+    used = rate or tokenizer.default_rate
     info = TokenCacheInfo(
         fingerprint=found.fingerprint(),
         dataset=source.identity,
         split=config.split,
         image_size=tokenizer.image_size,
         vocab_size=tokenizer.vocab_size,
-        num_tokens=tokenizer.num_tokens if rate is None else rate.num_tokens,
+        num_tokens=used.num_tokens,
         fixed_length=tokenizer.fixed_length,
         num_slots=tokenizer.num_slots,
         rate=None if rate is None else str(rate),
@@ -133,11 +139,18 @@ def main(config: Config) -> None:
         crop_seed=views.seed,
     )
     info = as_begun(config.out, info, images.data)
-    announce.begins("cache", data=images.words, tokenizer=found.in_words, rate=rate, on=state.device, out=config.out)
+    announced = rate if tokenizer.fixed_length else used
+    announce.begins(
+        "cache", data=images.words, tokenizer=found.in_words, rate=announced, on=state.device, out=config.out
+    )
     writer = TokenShardWriter(config.out, info, rank=state.process_index, world=state.num_processes)
     encode = functools.partial(encode_rows, config, tokenizer, rate, source, UnreadableImages(len(source)))
     write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache")
-    say_what_is_there(config.out, info, state, f"{views.count} crop(s) each")
+    what = f"{views.count} crop(s) each"
+    if state.is_main_process and not tokenizer.fixed_length:
+        lengths = lengths_of(config.out)
+        what += f", {announce.counts_in_words(lengths)}" if lengths else ""
+    say_what_is_there(config.out, info, state, what)
 
 
 def encode_rows(

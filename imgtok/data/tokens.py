@@ -205,6 +205,16 @@ class TokenDataset:
         return TokenBatch(self.tokens(rows), self.labels[chosen], names)
 
 
+def lengths_of(folder: Path) -> list[int]:
+    """How many tokens each row of a cache has. Raises as `TokenDataset` for a cache that is not whole."""
+    _, paths = open_cache(folder, TokenCacheInfo)
+    found: list[int] = []
+    for path in paths:
+        with safe_open(path, framework="np") as file:
+            found += file.get_tensor("lengths").tolist()
+    return found
+
+
 def _names(info: TokenCacheInfo) -> tuple[str, ...]:
     """The arrays of a shard."""
     return ("ids", "lengths", "labels", "indices", "views", *(() if info.num_slots is None else ("slots",)))

@@ -212,6 +212,11 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
         """The rates that reports show, the cheapest first; one of all tokens where nothing can be chosen."""
         return [Rate(self.num_tokens)]
 
+    @property
+    def default_rate(self) -> Rate:
+        """That at which `encode` works unless it is given another."""
+        return Rate(self.num_tokens)
+
     def check_rate(self, rate: Rate) -> None:
         """Raises ValueError for a rate at which this tokenizer does not encode: by default any but those of `rates`."""
         if rate not in self.rates():

@@ -188,6 +188,11 @@ pictures = imgtok.to_pil(model.decode(tokens))
         fixed = [Rate(count) for count in powers_of_two(budget) if count * 8 >= budget]
         return fixed + [Rate(budget, round(tolerance * factor, 4)) for factor in (1.8, 1, 0.6)]
 
+    @property
+    def default_rate(self) -> Rate:
+        """The configuration's budget, and the error that an image may have."""
+        return Rate(self.config.budget, self.config.tolerance)
+
     def check_rate(self, rate: Rate) -> None:
         """Raises ValueError for more tokens than there are slots."""
         if rate.num_tokens > self.num_tokens:
