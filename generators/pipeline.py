@@ -98,6 +98,13 @@ class Made(NamedTuple):
     """What they were decoded from."""
 
 
+class Images(list[Image.Image]):
+    """The images of a call; `images.tokens.lengths` are how many tokens each of them took."""
+
+    tokens: Tokens | None = None
+    """What they were decoded from, on the CPU; None of a generator of latents."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Where a call is, as its callback is told."""
@@ -227,6 +234,11 @@ class Pipeline:
         return self.generator.learns_from == "tokens"
 
     @property
+    def own_lengths(self) -> bool:
+        """Whether each image has a number of tokens of its own."""
+        return self.draws_tokens and not self.decoder.fixed_length
+
+    @property
     def reads_text(self) -> bool:
         """Whether it draws for prompts, and not for classes."""
         return self.generator.config.reads_text
@@ -285,9 +297,10 @@ class Pipeline:
         callback: Callback | None = None,
         control: Control | None = None,
         **settings: Any,
-    ) -> list[Image.Image]:
+    ) -> Images:
         """Images of classes, by number (-1 for none) or by name (`pipe.class_names`), or, from a generator that reads
-        text, of prompts ("" for none), which may also stand in the first place: `pipe("a red circle")`.
+        text, of prompts ("" for none), which may also stand in the first place: `pipe("a red circle")`. They are a
+        list, whose `tokens` are what the images were decoded from.
 
         num_per_condition: images of each, which follow one another.
         seed, indices: image k has the noise and draws of (seed, indices[k]); indices count from 0 unless given.
@@ -304,21 +317,23 @@ class Pipeline:
         """
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
         sampling, decoder = self.settings(settings, decoding)
-        found: list[Image.Image] = []
+        found, drawn = Images(), list[Drawn]()
         with progress_bar(len(subjects), progress, callback) as (bar, told):
             for rows in self.blocks.of(len(subjects), batch_size):
-                images = self.images(
+                made = self.images_at(
+                    (num_tokens,),
                     [subjects[row] for row in rows],
                     [indices[row] for row in rows],
                     seed=seed,
                     sampling=sampling,
                     decoding=decoder,
-                    num_tokens=num_tokens,
                     callback=told,
                     control=control,
-                )
-                found += to_pil(images)
+                )[num_tokens]
+                found += to_pil(made.images)
+                drawn.append(made.drawn)
                 bar.update(len(rows))
+        found.tokens = cast(Tokens, self._joined(drawn)) if self.draws_tokens else None
         return found
 
     def tokens(self, classes: Asked = None, prompts: str | Sequence[str] | None = None, **options: Any) -> Tokens:

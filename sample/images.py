@@ -28,12 +28,13 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
 from imgtok.data.files import OVERVIEW, numbered_images, overview_of
 from imgtok.files import replacing
-from imgtok.generators.pipeline import Pipeline, Precision, Subject, batches_of, pipeline
+from imgtok.generators.pipeline import Made, Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.arrays import open_npz
 from imgtok.metrics.saved_images import RECORD
 from imgtok.runtime import process_state
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
+from imgtok.tokenizers.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ POSITIONAL = "model"
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Draws images from a generator: PNGs named by their index, `samples.json` with their labels (classes, or numbers
-    of prompts), and beside their folder a picture of many of them.
+    of prompts) and, where images have numbers of tokens of their own, these; and beside their folder a picture of many
+    of them.
     """
 
     job: Literal["sample"] = "sample"
@@ -134,7 +136,7 @@ def main(config: Config) -> None:
         raise signals.Stopped(number, f"{signals.name_of(number)}: stopped; {where}") from None
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(config, plan, folder, pipe.class_names)
+        finish(config, plan, folder, pipe)
 
 
 def say_what_is_drawn(config: Config, plan: Plan, pipe: Pipeline) -> None:
@@ -205,13 +207,14 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
 
     A request of which no image was finished, because a setting or a file was wrong, does not count. A larger or
     smaller number of images is the same request: what is there already is kept. With order=by_class it is
-    another one, since the classes of the images then depend on it.
+    another one, since the classes of the images then depend on it. The record of the same images stays as it is.
     """
     path = config.out / RECORD
     drawn = (path for folder in (config.out, config.out / ".parts") for path in numbered_images(folder).values())
     images = [*config.out.glob("samples.npz"), *drawn]
     if images and path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8")).get("request")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        previous = record.get("request")
         if previous != request:
             known = previous if isinstance(previous, dict) else {}
             changed = [key for key in request | known if known.get(key) != request.get(key)]
@@ -219,13 +222,19 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
                 f"{config.out} holds images of another request (different: {', '.join(changed)}); "
                 "choose another folder with out=FOLDER, or delete it"
             )
+        if record.get("labels") == list(labels):
+            return
     elif images:
         raise ValueError(
             f"{config.out} holds {images[0].name} but no {RECORD}, so it is not known what was drawn there; "
             "choose another folder with out=FOLDER, or delete it"
         )
+    write_record(path, {"request": request, "labels": list(labels)})
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"request": request, "labels": list(labels)}) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, Any]:
@@ -258,10 +267,12 @@ def draw_images(
 ) -> None:
     """Draws the images of the missing indices and writes each to its own file."""
     with tqdm(total=len(missing), unit="image", desc="sample", disable=not show_progress) as progress:
-        for indices, images in generate(config, pipe, plan, missing):
+        for indices, made in generate(config, pipe, plan, missing):
+            counts = made.drawn.lengths.tolist() if isinstance(made.drawn, Tokens) and pipe.own_lengths else None
             with signals.deferred() as requests:  # what is drawn is kept
-                for index, image in zip(indices, images, strict=True):
-                    pictures.save_png(image, image_path(folder, index))
+                for place, index in enumerate(indices):
+                    comment = "" if counts is None else in_comment(counts[place])
+                    pictures.save_png(made.images[place], image_path(folder, index), comment)
             progress.update(len(indices))
             if requests.number:
                 raise signals.Stopped(requests.number)
@@ -269,18 +280,32 @@ def draw_images(
 
 def generate(
     config: Config, pipe: Pipeline, plan: Plan, indices: Sequence[int]
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Batches of (indices, uint8 images (B, 3, H, W))."""
+) -> Iterator[tuple[Sequence[int], Made]]:
+    """Batches of indices, and what is made for them."""
     for chunk in batches_of(indices, config.batch_size):
-        images = pipe.images(
+        made = pipe.images_at(
+            (config.num_tokens,),
             plan.subjects(chunk),
             chunk,
             seed=config.seed,
             sampling=plan.sampling,
             decoding=plan.decoding,
-            num_tokens=config.num_tokens,
         )
-        yield chunk, images
+        yield chunk, made[config.num_tokens]
+
+
+def in_comment(count: int) -> str:
+    """What the file of an image says of the number of its tokens: so an interrupted job need not draw it again."""
+    return f"tokens: {count}"
+
+
+def count_of(path: Path) -> int:
+    """The number of tokens that the file of an image tells of. Raises ValueError for a file that does not."""
+    with Image.open(path) as image:
+        before, _, count = image.info.get("Comment", "").partition(in_comment(0)[:-1])
+    if before or not count.isdecimal():
+        raise ValueError(f"{path}: the file does not tell how many tokens its image took; delete it and start again")
+    return int(count)
 
 
 def image_path(folder: Path, index: int) -> Path:
@@ -292,14 +317,19 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
-def finish(config: Config, plan: Plan, folder: Path, names: Sequence[str]) -> None:
-    """Writes the grid, and packs the .npz. `names` are those of the model's classes, where they have any."""
-    labels = plan.labels
-    overview = save_grid(draw_grid(plan, names, folder, config.grid), config.out) if config.grid else None
+def finish(config: Config, plan: Plan, folder: Path, pipe: Pipeline) -> None:
+    """Writes the grid and the numbers of tokens, and packs the .npz."""
+    labels, arrays, note = plan.labels, {labels_name(config): plan.labels}, None
+    overview = save_grid(draw_grid(plan, pipe.class_names, folder, config.grid), config.out) if config.grid else None
+    if pipe.own_lengths:
+        arrays["tokens"] = counts = [count_of(image_path(folder, index)) for index in range(len(labels))]
+        record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
+        write_record(config.out / RECORD, record | {"tokens": counts})
+        note = announce.counts_in_words(counts)
     if config.format == "npz":
-        pack_npz(folder, labels, npz_path(config), labels_name(config))
+        pack_npz(folder, npz_path(config), arrays)
         folder = npz_path(config)
-    announce.ends(folder, *([overview] if overview else []))
+    announce.ends(folder, *([overview] if overview else []), note=note)
 
 
 def save_grid(grid: Tensor, out: Path) -> Path | None:
@@ -370,20 +400,23 @@ def unpack_npz(path: Path, folder: Path) -> None:
     if not path.is_file():
         return
     with open_npz(path) as arrays:
+        counts = arrays["tokens"].tolist() if "tokens" in arrays else None
         for index, image in enumerate(torch.from_numpy(arrays["arr_0"])):
-            pictures.save_png(image.permute(2, 0, 1), image_path(folder, index))
+            comment = "" if counts is None else in_comment(counts[index])
+            pictures.save_png(image.permute(2, 0, 1), image_path(folder, index), comment)
 
 
-def pack_npz(folder: Path, labels: Sequence[int], path: Path, labels_as: str = "arr_1") -> None:
-    """arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64, in index order: in turn over the classes, as the ADM evaluator's
-    IS needs it, unless another order was asked for.
+def pack_npz(folder: Path, path: Path, numbers: dict[str, list[int]]) -> None:
+    """arr_0 (n, H, W, 3) uint8 and each list of n numbers, such as the labels arr_1, in index order: in turn over the
+    classes, as the ADM evaluator's IS needs it, unless another order was asked for.
     """
+    count = len(next(iter(numbers.values())))
     _, height, width = read_image(image_path(folder, 0)).shape
-    images = np.empty((len(labels), height, width, 3), np.uint8)
-    for i in range(len(labels)):
+    images = np.empty((count, height, width, 3), np.uint8)
+    for i in range(count):
         images[i] = read_image(image_path(folder, i)).permute(1, 2, 0).numpy()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = {"arr_0": images, labels_as: np.array(labels)}
+        arrays: dict[str, Any] = {"arr_0": images} | {name: np.array(values) for name, values in numbers.items()}
         np.savez(file, **arrays)
     shutil.rmtree(folder)
 

@@ -21,6 +21,7 @@ from imgtok import hub
 from imgtok.cli import JOBS, main
 from imgtok.config import from_dict, load, read_yaml
 from imgtok.generators.gpt import GPT, flextok_size
+from imgtok.tokenizers.base import Tokenizer
 from imgtok.tokenizers.flextok import FlexTok
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig, load_vae
@@ -186,7 +187,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, path, monkeypat
 @pytest.mark.parametrize("path", paths("train-generator"), ids=name)
 def test_a_generator_is_sampled_from_and_scored(finished, path):
     model, samples = Path(read_yaml(path)["out"]) / "final", Path("samples") / path.stem
-    assert isinstance(imgtok.load(model / "tokenizer"), FlexTok if isinstance(imgtok.load(model), GPT) else VAE)
+    assert isinstance(imgtok.load(model / "tokenizer"), Tokenizer if isinstance(imgtok.load(model), GPT) else VAE)
     run("sample", model, "--num", 5, "--out", samples)
     assert sorted(file.name for file in samples.iterdir()) == [
         *(f"{index:06d}.png" for index in range(5)),
@@ -198,6 +199,8 @@ def test_a_generator_is_sampled_from_and_scored(finished, path):
     assert scores == [row for row in direct if row["key"].startswith("oracle")]
     costs = {row["key"] for row in direct} - {row["key"] for row in scores}
     assert costs == ({"tokens", "bits", "codebook_use", "codebook_perplexity"} if "gpt" in path.stem else set())
+    own = "tokens" in json.loads((samples / "samples.json").read_text())
+    assert own == ("karl" in path.stem)
 
 
 TOKENIZERS = [Path(read_yaml(path)["out"]) for path in paths("train-tokenizer")]

@@ -226,7 +226,7 @@ def test_a_signal_leaves_whole_images_and_the_next_start_draws_the_rest(
     generator, samples, tmp_path, monkeypatch, capfd, moment
 ):
     """While the third batch is drawn, or when the fourth image of the second one is saved: then the batch is kept."""
-    draw, save, calls = Pipeline.images, images.pictures.save_png, []
+    draw, save, calls = Pipeline.images_at, images.pictures.save_png, []
     here = (1, 16 + 4) if moment == "while saving" else (3, 0)
 
     def count(kind: int) -> None:
@@ -244,7 +244,7 @@ def test_a_signal_leaves_whole_images_and_the_next_start_draws_the_rest(
 
     words = [f"model={generator}", f"out={tmp_path}", f"num={NUM}", "batch_size=16", "sampling.guidance=1.5"]
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "images", watched_draw)
+        patch.setattr(Pipeline, "images_at", watched_draw)
         patch.setattr(images.pictures, "save_png", watched_save)
         assert command_line(["sample", *words, "exact=true"]) == 143
     assert f"SIGTERM: stopped; what is finished is in {tmp_path}; start" in capfd.readouterr().err
@@ -257,7 +257,7 @@ def test_ctrl_c_says_where_the_images_are(generator, tmp_path, monkeypatch, capf
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "images", interrupt)
+    monkeypatch.setattr(Pipeline, "images_at", interrupt)
     assert command_line(["sample", str(generator), f"out={tmp_path}", "num=2"]) == 130
     assert f"SIGINT: stopped; what is finished is in {tmp_path}; start the same" in capfd.readouterr().err
 
@@ -269,7 +269,7 @@ def test_a_request_that_failed_does_not_keep_the_folder(generator, tmp_path, mon
     with pytest.raises(ValueError, match="num_tokens: the generator draws 1 to 8 tokens"):
         sample(generator, tmp_path, num=2, num_tokens=99)
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "images", lambda *_, **__: 1 / 0)
+        patch.setattr(Pipeline, "images_at", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sample(generator, tmp_path, num=2, seed=7)
     sample(generator, tmp_path, num=2, seed=3)
@@ -417,7 +417,7 @@ def test_npz_holds_the_same_images_and_labels(generator, samples, tmp_path):
 def test_a_finished_npz_is_not_drawn_again(generator, tmp_path, monkeypatch):
     sample(generator, tmp_path, format="npz", num=3, grid=0)
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "images", None)
+        patch.setattr(Pipeline, "images_at", None)
         sample(generator, tmp_path, format="npz", num=3, grid=0)
     assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -425,13 +425,13 @@ def test_a_finished_npz_is_not_drawn_again(generator, tmp_path, monkeypatch):
 def test_a_finished_npz_can_be_made_larger(generator, samples, tmp_path, monkeypatch):
     sample(generator, tmp_path, format="npz", num=3, grid=0)
     drawn = []
-    images = Pipeline.images
+    images = Pipeline.images_at
 
-    def seen(self, indices, *rest, **settings):
-        drawn.extend(indices)
-        return images(self, indices, *rest, **settings)
+    def seen(self, counts, subjects, *rest, **settings):
+        drawn.extend(subjects)
+        return images(self, counts, subjects, *rest, **settings)
 
-    monkeypatch.setattr(Pipeline, "images", seen)
+    monkeypatch.setattr(Pipeline, "images_at", seen)
     sample(generator, tmp_path, format="npz", num=5, grid=0)
     assert drawn == [3, 4]
     with np.load(tmp_path / "samples.npz") as arrays:

@@ -40,7 +40,7 @@ PLACES = {
     "Trainer.preview": "drawing",
     "Trainer.step": "in a step",
     "encode_rows": "in a step",
-    "Pipeline.images": "in a step",
+    "Pipeline.images_at": "in a step",
     "Trainer.__init__": "resuming",
     "Trainer.run": "between steps",
     "write_missing": "between steps",
