@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from imgtok import randomness
 from imgtok.flow import OnStep
 from imgtok.layers.attention import Attention
+from imgtok.layers.convolution import by_picture, speed_up
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import (
     CodedLosses,
@@ -130,6 +131,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
         self.config = config
         base = config.required_base
         self.base = VAE(base) if isinstance(base, VAEConfig) else MaskGITVQGAN(base)
+        speed_up(self.base)
         self.base.requires_grad_(config.training.stage == "finetune")
         if isinstance(self.base, MaskGITVQGAN):  # whose codes are what decoded images are mixed of, in no stage trained
             self.base.quantizer.requires_grad_(False)
@@ -330,7 +332,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
             cells = features.detach().flatten(2).transpose(1, 2)
             return Seen(features, self.base.quantizer.nearest(cells))
         given = (images + 1) / 2 if self.config.base_use == "published" else images
-        latents = latents_of_moments(self.base.moments(given), noise, self.base.config.scaling_factor)
+        moments = by_picture(self.base.moments, given)
+        latents = latents_of_moments(moments, noise, self.base.config.scaling_factor)
         return Seen(latents, latents.flatten(2).transpose(1, 2))
 
     def to_latents(self, out: Tensor) -> Tensor:
@@ -350,8 +353,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
             return self.base.to_pixels(guess)
         if self.config.base_use == "published":  # pixels in [0, 1], and latents as large as they are
             guess = guess * self.base.config.scaling_factor
-            return self.base.decode(guess) * 2 - 1
-        return self.base.decode(guess)
+            return by_picture(self.base.decode, guess) * 2 - 1
+        return by_picture(self.base.decode, guess)
 
     @property
     def tolerances(self) -> Tensor:

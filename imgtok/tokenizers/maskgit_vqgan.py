@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
+from imgtok.layers.convolution import by_picture, silu, speed_up, transforms
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, NoDecoding, Reconstruction
 
@@ -92,11 +93,6 @@ class Block(nn.Module):
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
 
 
-def silu(x: Tensor) -> Tensor:
-    """In place where nobody needs `x`, the output of a normalisation, as it was."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
 class Blocks(nn.Module):
     """The residual blocks of one level, and in the decoder what doubles the sides after them."""
 
@@ -141,7 +137,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.conv_in(as_rows_of_channels(pixels))
+        x = self.conv_in(pixels)
         for level, blocks in enumerate(self.down):
             x = blocks(x if level == 0 else F.avg_pool2d(x, 2))
         features: Tensor = self.conv_out(silu(self.norm_out(self.mid(x))))
@@ -164,16 +160,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(as_rows_of_channels(latents)))
+        x = self.mid(self.conv_in(latents))
         for level in reversed(range(len(self.up))):
             x = self.up[level](x)
         pixels: Tensor = self.conv_out(silu(self.norm_out(x)))
         return pixels
-
-
-def as_rows_of_channels(x: Tensor) -> Tensor:
-    """The same numbers with the channels of a position side by side, which convolutions are fastest with."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- the autoencoder
@@ -191,6 +182,7 @@ class MaskGITVQGAN(Autoencoder):
         self.encoder = Encoder(config)
         self.quantizer = VectorQuantizer(config.vocab_size, config.latent_channels)
         self.decoder = Decoder(config)
+        self._transformed = speed_up(self)
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
         """Decodes each image's codes; the loss besides is the quantizer's. Nothing is drawn."""
@@ -205,13 +197,20 @@ class MaskGITVQGAN(Autoencoder):
 
     def features(self, images: Tensor) -> Tensor:
         """What the encoder gives for images (B, 3, H, W) in [-1, 1], before the nearest code: (B, C, H / f, W / f)."""
-        features: Tensor = self.encoder((images.to(self.last_layer.dtype) + 1) / 2)
-        return features
+        return self._through(self.encoder, (images.to(self.last_layer.dtype) + 1) / 2)
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Images in about [-1, 1], not clamped, of latents (B, C, h, w) that are not scaled."""
-        pixels: Tensor = self.decoder(latents.to(self.last_layer.dtype))
-        return pixels * 2 - 1
+        return self._through(self.decoder, latents.to(self.last_layer.dtype)) * 2 - 1
+
+    def _through(self, network: nn.Module, x: Tensor) -> Tensor:
+        """`network(x)` in the memory format that its convolutions are fastest with: the channels of a position side by
+        side, unless they are transformed.
+        """
+        if self._transformed and transforms(x):
+            return by_picture(network, x.contiguous())
+        out: Tensor = network(x.contiguous(memory_format=torch.channels_last))
+        return out
 
     @property
     def last_layer(self) -> nn.Parameter:
