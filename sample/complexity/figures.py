@@ -65,7 +65,7 @@ def error_over_tokens(summary: Mapping[str, Any]) -> str:
     fixed, adaptive = summary["curve"]["fixed"], summary["curve"]["adaptive"]
     for points, label, marker, colour in (
         (fixed, "the same number of tokens for every image", "o-", MAIN),
-        (adaptive, "as many as each image needs, at eps = ...", "s--", OTHERS[0]),
+        (adaptive, "as many as each image needs, at the eps beside it", "s--", OTHERS[0]),
     ):
         points = sorted(points, key=lambda point: point["tokens"])
         if points:
@@ -75,7 +75,8 @@ def error_over_tokens(summary: Mapping[str, Any]) -> str:
     for point in adaptive:
         place = (point["tokens"], point["error"])
         axis.annotate(text(point["eps"]), place, (6, 5), textcoords="offset points", fontsize=9)
-    axis.set(xlabel="tokens of an image, mean", ylabel="error, mean", ylim=(0, None))
+    highest = max(point["error"] for point in [*fixed, *adaptive])
+    axis.set(xlabel="tokens of an image, mean", ylabel="error, mean", ylim=(0, 1.12 * highest))
     axis.legend(fontsize=8)
     return inline_svg(figure)
 

@@ -264,14 +264,13 @@ def notes(found: Measured, summary: Mapping[str, Any], asked: int, there: int) -
         if part > 0.5:
             beyond[eps] = part
         elif len(found) > 1 and percentiles["0"] == percentiles["100"]:
-            told.append(
-                f"At eps = {text(eps)} all images have {page.tokens_in_words(percentiles['0'])}: it says nothing."
-            )
+            count = page.tokens_in_words(percentiles["0"])
+            told.append(f"eps = {text(eps)} does not tell images apart: all of them have {count}.")
     if beyond:
-        parts = ", ".join(f"at eps = {text(eps)} on {page.share(part)} of them" for eps, part in beyond.items())
+        parts = ", ".join(f"eps = {text(eps)} on {page.share(part)} of the images" for eps, part in beyond.items())
         told.append(
-            f"On most images the model cannot do what it is asked for: all {found.request.budget} tokens leave a "
-            f"larger error, {parts}. A larger eps tells images apart better."
+            f"What is asked for is mostly out of reach: all {found.request.budget} tokens leave an error above "
+            f"{parts}. A larger eps tells images apart better."
         )
     return told
 

@@ -32,7 +32,7 @@ STYLE = """
 figure{margin:0;font-size:.72rem;line-height:1.25;text-align:center;min-width:0}
 figure img{width:100%;display:block;margin-bottom:2px} img.small{image-rendering:pixelated}
 .row{display:grid;grid-template-columns:repeat(10,1fr);gap:.45rem;margin:.6rem 0}
-.steps{grid-template-columns:repeat(11,1fr)} .letters{grid-template-columns:repeat(5,1fr);max-width:44rem}
+.steps{grid-template-columns:repeat(11,1fr)} .letters{grid-template-columns:repeat(5,1fr);gap:1rem}
 .letters div{display:grid;grid-template-columns:repeat(3,1fr);gap:2px}
 .list{display:grid;grid-template-columns:repeat(auto-fill,minmax(4rem,1fr));gap:.35rem}
 .note{background:#fff6e0;border-left:4px solid #e0a81f;padding:.4rem .8rem} p.small,li{font-size:.92rem}
@@ -228,10 +228,14 @@ def steps(found: Measured, at: float, choice: Choice, pictures: Pictures) -> str
 def _cell(found: Measured, at: float, row: int, pictures: Pictures, before: str = "") -> str:
     count = int(found.tokens[at][row])
     error = f"<br>error {found.errors[at][row]:.3f}" if found.request.errors else ""
-    label = f"<br>{html.escape(found.labels[row])}" if found.labels is not None else ""
+    label = f"<br>{html.escape(_label(found.labels[row]))}" if found.labels is not None else ""
     decoded = pictures.decoded.get((row, Rate(found.request.budget, at)), "")
     caption = f"{before}{tokens_in_words(count)}{error}{label}"
     return f"<figure>{pictures.large[row]}{decoded}<figcaption>{caption}</figcaption></figure>"
+
+
+def _label(name: str) -> str:
+    return f"class {name}" if name.isdecimal() else name
 
 
 def structure(found: Measured, at: float, choice: Choice, pictures: Pictures) -> str:
@@ -244,7 +248,7 @@ def structure(found: Measured, at: float, choice: Choice, pictures: Pictures) ->
         shown = [pictures.large[row], *(pictures.decoded[row, Rate(count)] for count in (fewest, most))]
         count = int(found.tokens[at][row])
         cells.append(
-            f"<figure><div>{''.join(shown)}</div><figcaption><b>{letter}</b>: {tokens_in_words(count)}, "
+            f"<figure><div>{''.join(shown)}</div><figcaption><b>{letter}</b> {tokens_in_words(count)}, "
             f"delta {gain[row]:.3f}</figcaption></figure>"
         )
     return f"""<p>Two kinds of images need many tokens. Where there is <b>structure</b>, more tokens make the picture
@@ -298,8 +302,8 @@ def curve(found: Measured, summary: Mapping[str, Any]) -> str:
         for point in summary["curve"]["adaptive"]
     )
     return (
-        "<p>What tokens are good for, as means of all images. A point below the line means that tokens are better "
-        "spent where they are needed than given out evenly.</p>"
+        "<p>What tokens are good for, as means of all images. A square below the line means that tokens are better "
+        "spent where they are needed than given out evenly; what eps was asked for stands beside it.</p>"
         f"{figures.error_over_tokens(summary)}<table><tr><th>tokens<th>mean<th>error, mean{fixed}{adaptive}</table>"
     )
 

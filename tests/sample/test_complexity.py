@@ -345,7 +345,7 @@ def test_it_says_what_it_works_on_and_what_it_found(model, images, tmp_path, cap
     assert "eps: 0.001,0.1, at most 64 tokens" in first
     assert any("eps 0.1:" in message and "tokens on average" in message for message in caplog.messages)
     assert "8 of 24 images, taken from all over them" in caplog.text
-    assert "cannot do what it is asked for" in caplog.text
+    assert "out of reach: all 64 tokens leave an error above eps = 0.001 on" in caplog.text
     assert caplog.messages[-1].startswith(f"written to {tmp_path}/index.html, ")
 
 
