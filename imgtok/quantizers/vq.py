@@ -40,20 +40,26 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """The nearest row of each vector, and what the two terms of the loss are, means over all numbers of z."""
         with torch.autocast(z.device.type, enabled=False):
-            z, rows = self._compared(z.float()), self.rows()
+            z, rows = self.compared(z.float()), self.rows()
             ids = self._nearest(z.detach(), rows.detach())
             codes = F.embedding(ids, rows)
             commitment, codebook = F.mse_loss(z, codes.detach()), F.mse_loss(codes, z.detach())
             return Quantized(z + (codes - z).detach(), ids, commitment, codebook)
 
+    @torch.no_grad()
+    def write(self, vectors: Tensor, first: int) -> None:
+        """Make vectors (N, n), at most `vocab_size`, the rows from `first` on; after the last comes row 0."""
+        places = (first + torch.arange(len(vectors), device=vectors.device)) % self.vocab_size
+        self.table[places] = self.compared(vectors.to(self.table.dtype))
+
     def rows(self) -> Tensor:
         """The table (V, n) as it is compared with, float32."""
-        return self._compared(self.table.float())
+        return self.compared(self.table.float())
 
     def nearest(self, z: Tensor) -> Tensor:
         """Ids (...) of the rows nearest to vectors z (..., n)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self._nearest(self._compared(z.float()), self.rows())
+            return self._nearest(self.compared(z.float()), self.rows())
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
         """Ids in [0, vocab_size) -> float32 codes (..., n). Raises ValueError outside that range."""
@@ -61,7 +67,8 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"token ids must lie in [0, {self.vocab_size}); got {int(ids.min())} to {int(ids.max())}")
         return F.embedding(ids, self.rows())
 
-    def _compared(self, vectors: Tensor) -> Tensor:
+    def compared(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., n) as they are compared with rows."""
         return F.normalize(vectors, dim=-1) if self.unit_length else vectors
 
     def _nearest(self, z: Tensor, rows: Tensor) -> Tensor:
@@ -70,3 +77,16 @@ class VectorQuantizer(nn.Module):
         if not self.unit_length:
             similarity = similarity - rows.square().sum(dim=-1) / 2
         return similarity.argmax(dim=-1)
+
+
+def isotropy_loss(directions: Tensor) -> Tensor:
+    """How far vectors (B, ..., n) of unit length are from pointing everywhere equally often; a scalar, 0 at the least.
+
+    It is the squared distance of their covariance over the batch, times n, from the identity, divided by n. Without it
+    a quantizer that starts afresh gives all images nearly the same few rows: deviations alone could be large along one
+    line.
+    """
+    centred = (directions - directions.mean(dim=0)).flatten(0, -2)
+    width = directions.shape[-1]
+    covariance = width * centred.T @ centred / len(centred)
+    return (covariance - torch.eye(width, device=directions.device)).square().sum() / width

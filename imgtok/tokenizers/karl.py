@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from imgtok import randomness
 from imgtok.flow import OnStep
-from imgtok.layers.attention import Attention
 from imgtok.layers.convolution import by_picture, speed_up
-from imgtok.quantizers.vq import VectorQuantizer
+from imgtok.quantizers.vq import VectorQuantizer, isotropy_loss
 from imgtok.tokenizers.base import (
     CodedLosses,
     Losses,
@@ -45,6 +44,7 @@ from imgtok.tokenizers.base import (
 from imgtok.tokenizers.checks import check_images, check_tokens
 from imgtok.tokenizers.karl_config import KARLConfig, KARLTraining, TransformerConfig
 from imgtok.tokenizers.karl_networks import Decoder, Encoder
+from imgtok.tokenizers.karl_start import initialise
 from imgtok.tokenizers.karl_tokens import KARLTokens, keep
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from imgtok.tokenizers.tokens import Tokens
@@ -74,6 +74,8 @@ class Draws(NamedTuple):
     """A scalar, bool: whether the second run's are changed, at the numbers of slots where they may be."""
     changes: Tensor
     """(B,) in [0, 1): how much."""
+    rounded: bool = True
+    """Whether tokens that are quantized are rounded."""
 
 
 class Runs(NamedTuple):
@@ -85,6 +87,8 @@ class Runs(NamedTuple):
     """In stage "finetune" the images that the two runs decoded, (B, 3, H, W) in about [-1, 1], not clamped."""
     errors: Tensor
     """(B,) of the first run."""
+    vectors: Tensor
+    """(B, T, n) of the second run, before they are quantized."""
 
 
 class Run(NamedTuple):
@@ -94,6 +98,8 @@ class Run(NamedTuple):
     """Of the halting head, (B, T)."""
     kept: Tensor | None
     """(B, T), where the decoder does not see all slots."""
+    vectors: Tensor
+    """(B, T, n), before they are quantized."""
     ids: Tensor | None
     """(B, T), of quantized tokens."""
     quantizer: Tensor | None
@@ -143,14 +149,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
         # As whole numbers, which a change of precision leaves alone: 0.05 in bfloat16 would be another bin.
         tolerances = torch.tensor(config.tolerances, dtype=torch.float32)
         self.register_buffer("tolerance_bits", tolerances.view(torch.int32), persistent=False)
-        for part in (self.encoder, self.decoder):
-            for module in part.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-                if isinstance(module, Attention):
-                    nn.init.xavier_uniform_(module.qkv_proj.weight)
+        initialise(self)
 
     @property
     def image_size(self) -> int:
@@ -257,14 +256,14 @@ pictures = imgtok.to_pil(model.decode(tokens))
         budget = self.config.budget
         seen = self.look(images, draws.posterior)
         cells = self.encoder.cells((images + 1) / 2, seen.features)
-        first = self.run(cells, draws.bins, draws.num_slots)
+        first = self.run(cells, draws.bins, draws.num_slots, rounded=draws.rounded)
         decoded, terms = self._reconstruct(first, seen)
         parts = self._parts("first", first, draws.num_slots, terms)
         with torch.no_grad():
             estimate = self.to_images(self.to_latents(first.out)) if decoded is None else decoded
             errors = (estimate.float() - images).abs().mean(dim=(1, 2, 3)) / 2
         bins = self.augment(self.bin_of(errors), draws)
-        second = self.run(cells, bins, budget, masked=True)
+        second = self.run(cells, bins, budget, masked=True, rounded=draws.rounded)
         decoded_again, terms = self._reconstruct(second, seen)
         parts |= self._parts("second", second, min(draws.num_slots, budget), terms)
         total = torch.stack(list(parts.values())).sum()
@@ -274,18 +273,20 @@ pictures = imgtok.to_pil(model.decode(tokens))
         losses: Losses | CodedLosses = Losses(total, parts)
         if second.ids is not None:
             losses = CodedLosses(total, parts, second.ids.masked_fill(~second.kept, -1), self.vocab_size)
-        return Runs(losses, images_of_both, errors)
+        return Runs(losses, images_of_both, errors, second.vectors)
 
-    def run(self, cells: Tensor, bins: Tensor, count: int, *, masked: bool = False) -> Run:
+    def run(self, cells: Tensor, bins: Tensor, count: int, *, masked: bool = False, rounded: bool = True) -> Run:
         """Encodes with `count` slots and decodes; `masked` hides from the decoder the slots that are not needed."""
         hidden = self.encoder(cells, bins, count)
-        logits, codes = self.encoder.halting(hidden), self.encoder.vectors(hidden)
+        logits, vectors = self.encoder.halting(hidden), self.encoder.vectors(hidden)
         kept = logits.sigmoid() <= self.config.threshold if masked else None
         if self.quantizer is None:
-            return Run(logits, kept, None, None, self.decoder(codes, None, kept))
-        codes, ids, commitment, codebook = self.quantizer(codes)
+            return Run(logits, kept, vectors, None, None, self.decoder(vectors, None, kept))
+        if not rounded:
+            return Run(logits, kept, vectors, None, None, self.decoder(self.quantizer.compared(vectors), None, kept))
+        codes, ids, commitment, codebook = self.quantizer(vectors)
         loss = self.config.commitment_weight * commitment + codebook
-        return Run(logits, kept, ids, loss, self.decoder(codes, None, kept))
+        return Run(logits, kept, vectors, ids, loss, self.decoder(codes, None, kept))
 
     def augment(self, bins: Tensor, draws: Draws) -> Tensor:
         """The second run's tolerances (B,), changed in some steps: at the largest number of slots to stricter ones, at
@@ -309,6 +310,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
             parts["drop"] = config.halting_weight * F.softplus(-head[:, needed:]).mean()
         if run.quantizer is not None:
             parts["quantizer"] = config.quantizer_weight * run.quantizer
+        if self.quantizer is not None and config.spread_weight:
+            parts["spread"] = config.spread_weight * isotropy_loss(self.quantizer.compared(run.vectors.float()))
         return {f"{name}_{part}": value for part, value in (parts | terms).items()}
 
     def _reconstruct(self, run: Run, seen: Seen) -> tuple[Tensor | None, dict[str, Tensor]]:

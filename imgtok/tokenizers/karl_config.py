@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, PositiveInt, Range, check
+from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check
 from imgtok.tokenizers.base import NoDecoding
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.vae import VAEConfig
@@ -55,6 +55,13 @@ class KARLTraining:
     """Weight of the cross-entropies of the halting head."""
     quantizer_weight: NonNegativeFloat = 1.0
     """Weight of the quantizer's loss."""
+    spread_weight: NonNegativeFloat = 0.0
+    """Weight of a loss for short runs from fresh weights: the directions of quantized tokens have to differ between
+    images (`isotropy_loss`). Published ones have none."""
+    rounded_from: NonNegativeInt = 0
+    """Optimizer step from which tokens are rounded, for short runs from fresh weights. Before it the decoder reads
+    their directions, of which the table takes over the newest; so all its rows are used at once. Published ones have
+    0."""
     discriminators: PositiveInt = 1
     """Discriminators in stage "finetune": with several, each judges images of about so many slots; published are 8."""
     late_weight: NonNegativeFloat | None = None
@@ -104,6 +111,9 @@ class KARLConfig:
     tolerances: tuple[float, ...] = TOLERANCES
     """The errors that can be asked for, ascending; another one means the next larger. Errors are mean absolute ones of
     pixels in [0, 1]."""
+    initialisation: Literal["published", "aligned"] = "published"
+    """"aligned", for short runs from fresh weights, lets information flow from the first step: each slot starts out
+    looking at one cell, that cell at it, and tokens differ between images."""
     condition_start: Literal["published", "normal"] = "published"
     """How the learned vectors of the errors begin: "published" is a constant vector each, which the norm after it
     makes zero, so that a fresh model does not see them; "normal" are random ones."""
@@ -118,6 +128,8 @@ class KARLConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if not self.quantized and (self.training.spread_weight or self.training.rounded_from):
+            raise ValueError("training: spread_weight and rounded_from are for quantized tokens; leave them out")
         if self.budget > self.max_tokens:
             raise ValueError(f"budget: {self.budget} is more than max_tokens = {self.max_tokens}, the slots there are")
         if any(count > self.max_tokens for count in self.training.slot_counts):

@@ -23,6 +23,7 @@ from imgtok.losses.adversarial import (
     last_layer_weight,
 )
 from imgtok.losses.reconstruction import Perceptual, ReconstructionLossConfig, distances
+from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import CodedLosses, Losses, rebuilt
 from imgtok.tokenizers.karl import KARL, Draws, Runs
 
@@ -85,7 +86,8 @@ class Taught(nn.Module):
         step = self._calls // self.accumulate
         self._calls += 1
         self.seen += 1
-        draws = self.model.draw(images, generator, self.curriculum.probabilities)
+        rounded = step >= self.model.config.training.rounded_from
+        draws = self.model.draw(images, generator, self.curriculum.probabilities)._replace(rounded=rounded)
         if not self.judges:
             runs = self.model.forward_drawn(images, draws)
             losses = runs.losses
@@ -94,12 +96,24 @@ class Taught(nn.Module):
                 runs = self.model.forward_drawn(images, draws)
             losses = self.judged(images, draws, runs, step, perceptual)
         self.curriculum.update(self.model.tolerances, runs.errors)
+        if not rounded and self.model.quantizer is not None:
+            self.fill_table(self.model.quantizer, runs.vectors.detach().flatten(0, 1))
         return losses
+
+    def fill_table(self, quantizer: VectorQuantizer, vectors: Tensor) -> None:
+        """The quantizer's oldest rows become newer vectors (N, n), those of the first process."""
+        vectors = vectors[: quantizer.vocab_size].contiguous()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(vectors, 0)
+        assert self._calls is not None
+        quantizer.write(vectors, self._calls * len(vectors))
 
     @property
     def rests_parameters(self) -> bool:
-        """Whether there are steps that use only some of the parameters: those of one player, or one discriminator."""
-        return bool(self.discriminators)
+        """Whether there are steps that use only some of the parameters: those of one player, or of one discriminator,
+        or all but the quantizer's.
+        """
+        return bool(self.discriminators) or self.model.config.training.rounded_from > 0
 
     def resumed(self, calls: int) -> None:
         """Go on after so many micro-batches."""

@@ -18,6 +18,7 @@ from imgtok.cli import main
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.tokenizers.base import Rate
 from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTokens, KARLTraining, TransformerConfig
+from imgtok.tokenizers.karl_start import all_over
 from imgtok.tokenizers.karl_training import Curriculum, Taught
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokens import Tokens
@@ -403,6 +404,43 @@ def test_two_processes_use_some_of_the_discriminators_each(tmp_path, monkeypatch
     assert state["seen"] == 4
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert {"loss/first_adversarial", "loss/first_discriminator"} <= last.keys()  # of the window's two steps one each
+
+
+def test_tokens_are_rounded_after_a_while_to_rows_that_were_their_directions():
+    torch.manual_seed(0)
+    training = KARLTraining(rounded_from=2, spread_weight=0.5)
+    model = KARL(KARLConfig(**SIZES, base=VQGAN, initialisation="aligned", training=training))
+    taught = model.for_training(None, accumulate=1)
+    assert isinstance(taught, Taught)
+    assert taught.rests_parameters
+    assert model.quantizer is not None
+    table, seen = model.quantizer.table, []
+    for call in range(3):
+        before = table.detach().clone()
+        losses = taught(images(2), generator=torch.Generator().manual_seed(call))
+        losses.total.backward()
+        changed = (table.detach() != before).any(dim=1).nonzero().flatten().tolist()
+        seen.append(
+            (changed, table.grad is not None, "second_quantizer" in losses.parts, "second_spread" in losses.parts)
+        )
+        taught.zero_grad()
+    first, second = list(range(32)), list(range(32, 64))  # two images' 16 vectors, of a table of 64 rows
+    assert seen == [(second, False, False, True), (first, False, False, True), ([], True, True, True)]
+    ids = model.encode(images(2)).ids
+    assert len(ids.unique()) > 4
+
+
+def test_first_slots_face_cells_all_over_the_image():
+    for count in (1, 4, 16, 64, 256):
+        assert sorted(all_over(count).tolist()) == list(range(count))
+    cells = all_over(256)[:16]
+    quarters = (cells // 64) * 4 + cells % 16 // 4  # of the 16 squares of 4 x 4 cells
+    assert len(quarters.unique()) >= 12
+
+
+def test_what_is_for_quantized_tokens_alone():
+    with pytest.raises(ValueError, match="training: spread_weight and rounded_from are for quantized tokens"):
+        KARLConfig(**SIZES, base=VAE, quantized=False, training=KARLTraining(spread_weight=1.0))
 
 
 def test_the_table_of_the_vqgan_is_never_trained():
