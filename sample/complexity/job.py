@@ -32,7 +32,7 @@ from imgtok.sample.complexity import page
 from imgtok.sample.complexity.measuring import Measured, Request, measure, request_for
 from imgtok.sample.complexity.summary import summarise, text
 from imgtok.sample.page import inline_thumbnail, write_html
-from imgtok.sample.reconstruct import reconstruct, size_for
+from imgtok.sample.reconstruct import reconstruct
 from imgtok.sections import Settings
 from imgtok.tokenizers.base import Rate, Tokenizer
 
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     if config.sort_by not in (None, *request.eps):
         raise ValueError(f"sort_by: {config.sort_by} is none of the eps that are measured: {_listed(request.eps)}")
     decoding = config.decoding.over(model.config.decoding, "decoding")
-    chosen = Named.of(config.data, named).to_show(size_for(model, None, named), config.held_out)
+    chosen = Named.of(config.data, named).to_show(model.image_size, config.held_out)
     places = places_of(chosen.source, config.num)
     out = config.result(named.step)
     made_of = {
