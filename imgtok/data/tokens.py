@@ -135,7 +135,7 @@ class TokenBatch:
     """Token sequences that go through a generator together."""
 
     content: Tokens
-    """What the generator learns to draw: B rows, in as many columns as any row of the cache can have."""
+    """What the generator learns to draw: B rows, in about as many columns as the longest of them has."""
     labels: Tensor
     """(B,) int64."""
     names: tuple[str, ...]
@@ -152,6 +152,10 @@ class TokenBatch:
         """The same batch on another device."""
         captions = None if self.captions is None else self.captions.to(device)
         return TokenBatch(self.content.to(device), self.labels.to(device, non_blocking=True), self.names, captions)
+
+
+COLUMNS = 16
+"""Columns of a batch are a multiple of this, so that few shapes occur: `training.compile` is for each of them."""
 
 
 class TokenDataset:
@@ -187,8 +191,8 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def tokens(self, rows: Sequence[int] | Tensor) -> Tokens:
-        """The given rows of the cache, zeros for padding, in `info.num_tokens` columns."""
+    def tokens(self, rows: Sequence[int] | Tensor, *, columns: int | None = None) -> Tokens:
+        """The given rows of the cache, zeros for padding, in `columns`, by default `info.num_tokens`."""
         chosen = np.asarray(rows, dtype=np.int64)
         spans = [slice(self._starts[row], self._starts[row + 1]) for row in chosen]
         ids, slots = (
@@ -196,13 +200,17 @@ class TokenDataset:
             for packed in (self._ids, self._slots)
         )
         assert ids is not None, "a cache has ids"
-        return Tokens.unpacked(ids, self._lengths[chosen], slots, columns=self.info.num_tokens)
+        return Tokens.unpacked(ids, self._lengths[chosen], slots, columns=columns or self.info.num_tokens)
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
-        """The given rows of the cache with their labels."""
+        """The given rows of the cache with their labels, in a multiple of `COLUMNS` columns that has room for the
+        longest: of images with few tokens a generator does not compute what is padding in all of them.
+        """
         chosen = torch.as_tensor(rows, dtype=torch.int64)
+        longest = int(self._lengths[chosen.numpy()].max(initial=1))
+        columns = min(self.info.num_tokens, -(-longest // COLUMNS) * COLUMNS)
         names = tuple(f"{self.info.split}[{index}]" for index in self.indices[chosen].tolist())
-        return TokenBatch(self.tokens(rows), self.labels[chosen], names)
+        return TokenBatch(self.tokens(rows, columns=columns), self.labels[chosen], names)
 
 
 def lengths_of(folder: Path) -> list[int]:

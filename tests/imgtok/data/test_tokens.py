@@ -208,6 +208,19 @@ def test_lengths_and_slots_survive_the_cache(tmp_path):
     assert batch.condition is batch.labels
 
 
+def test_a_batch_is_about_as_wide_as_its_longest_row(tmp_path):
+    """Generators spend no time on what would be padding in all rows; few widths occur."""
+    info = replace(SLOTTED, num_tokens=40, num_slots=None, shard_size=4, num_images=4)
+    ids, lengths = torch.arange(160).view(4, 40), torch.tensor([3, 16, 17, 40])
+    TokenShardWriter(tmp_path, info).write(0, Tokens(ids, lengths), torch.zeros(4), range(4))
+    dataset = TokenDataset(tmp_path)
+    for rows, columns in (([0, 1], 16), ([2, 0], 32), ([1, 3], 40)):
+        content = dataset.batch(rows).content
+        assert content.ids.shape == (len(rows), columns)
+        assert torch.equal(content.ids, Tokens(ids, lengths)[rows].padded().ids[:, :columns])
+    assert dataset.tokens([0]).ids.shape == (1, 40)
+
+
 def test_a_shard_holds_no_padding(tmp_path):
     write_slotted(tmp_path)
     arrays = load_file(SLOTTED.shard_path(tmp_path, 0))
