@@ -28,6 +28,8 @@ from torch import Tensor
 from imgtok.generators.gpt import GPT, flextok_size
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig, xar_size
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
+from imgtok.tokenizers.karl import KARL, KARLConfig, TransformerConfig
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.train.loop import compile_forward
 
@@ -80,6 +82,17 @@ def sampling(setup: Setup, build: Callable[[], Any], call: Callable[[Any], Any])
     return run
 
 
+def karl(tiny: bool) -> KARLConfig:
+    """The published small one on the VQGAN of MaskGIT; its pictures are as large as FlexTok's."""
+    if not tiny:
+        return KARLConfig(base=MaskGITVQGANConfig())
+    base = MaskGITVQGANConfig(
+        latent_channels=8, vocab_size=16, block_channels=(8, 16), layers_per_block=1, norm_groups=4
+    )
+    trunk = TransformerConfig(width=64, depth=2, num_heads=2)
+    return KARLConfig(image_size=32, base=base, encoder=trunk, decoder=trunk, max_tokens=32, budget=16)
+
+
 class Models:
     """The models of all rows, and their inputs."""
 
@@ -89,6 +102,7 @@ class Models:
         self.gpt = replace(flextok_size(2), num_tokens=16, vocab_size=1000) if tiny else flextok_size(12)
         self.xar = XARConfig(width=64, depth=1, num_heads=2) if tiny else xar_size("B")
         self.flextok = FlexTokConfig(image_size=32 if tiny else 256, patch_size=8, encoder=trunk, decoder=trunk)
+        self.karl = karl(tiny)
         self.steps = 2 if tiny else 25
         self.flow = FlowSampling(steps=(2 if tiny else 40,), guidance=(2.7,))
 
@@ -109,12 +123,17 @@ class Models:
         """Drawing, decoding and encoding at one batch size."""
         labels, indices = self.labels(batch), range(batch)
         few, pictures = self.ids(batch, 16), self.pictures(batch)
+        slots = torch.arange(min(32, self.karl.budget), device=self.setup.device).expand(batch, -1)
+        lengths = torch.full((batch,), slots.shape[1], device=self.setup.device)
+        kept = Tokens(torch.zeros_like(slots), lengths, slots)
         decoding = FlexTokDecoding(steps=self.steps, guidance=7.5)
         calls = {
             ("gpt", f"sample {self.gpt.num_tokens} ids"): lambda m: m.generate(labels, seed=0, indices=indices),
             ("xar", "sample"): lambda m: m.generate(labels, seed=0, indices=indices, sampling=self.flow),
             ("flextok", f"decode 16 ids, {self.steps} steps"): lambda m: m.decode(few, decoding=decoding),
             ("flextok", "encode"): lambda m: m.encode(pictures),
+            ("karl", f"encode, budget {self.karl.budget}"): lambda m: m.encode(pictures),
+            ("karl", f"decode {slots.shape[1]} tokens"): lambda m: m.decode(kept),
         }
         for (name, what), call in calls.items():
             yield Row(name, what, batch, partial(sampling, self.setup, self.builder(name), call))
@@ -135,6 +154,7 @@ class Models:
             "gpt": lambda: GPT(self.gpt),
             "xar": lambda: XAR(self.xar),
             "flextok": lambda: FlexTok(self.flextok),
+            "karl": lambda: KARL(self.karl),
         }
         return makers[name]
 

@@ -1,8 +1,11 @@
-"""The published KARL (ShivamDuggal4/karl) as a worker: its `encode`, which decodes too, one image a call.
+"""The published KARL (ShivamDuggal4/karl) as a worker: its `encode`, which decodes too, one image a call, and the
+generator's step of its second stage's training loop.
 
 It was written for CUDA. On a CPU `.cuda()` leaves a tensor where it is, and `get_device()` gives the tensor's own
 device in place of -1. Packages that it imports for its training are stood in for by empty ones, and where OmegaConf is
-missing, by a reader of the flat YAML files that it has. No arithmetic of the peer's own is touched.
+missing, by a reader of the flat YAML files that it has. VGG16 comes without weights, since all are drawn. No arithmetic
+of the peer's own is touched, but the dropout of its LPIPS, which draws, is turned off, and where fewer tokens are to be
+kept its threshold is moved.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,8 +24,25 @@ from unittest.mock import patch
 
 import recipe
 import torch
+import torchvision
 import yaml
-from karl_case import BUDGET, IMAGE_SIZE, SIZES, TOLERANCE, Case, parse_size
+from karl_case import (
+    BETAS,
+    BUDGET,
+    CLIP,
+    DECAY,
+    EMA_DECAY,
+    IMAGE_SIZE,
+    JUDGES,
+    RATE,
+    SIZES,
+    SLOTS,
+    TOLERANCE,
+    WEIGHT,
+    Case,
+    parse_size,
+    training,
+)  # fmt: skip
 from protocol import Setup, autocast, serve
 from torch import Tensor
 
@@ -46,11 +67,18 @@ if importlib.util.find_spec("omegaconf") is None:
 if importlib.util.find_spec("pytorch_lightning") is None:
     stand_in("pytorch_lightning", LightningModule=torch.nn.Module)
 
+for name in ("wandb", "requests"):
+    if importlib.util.find_spec(name) is None:
+        stand_in(name)
+vgg16 = torchvision.models.vgg16
+torchvision.models.vgg16 = lambda weights: vgg16(weights=None)
 ROOT = Path(importlib.util.find_spec("kolmogorov_tokenizers").submodule_search_locations[0]).parent  # type: ignore
 os.chdir(ROOT)  # it opens files by relative paths when it is imported
 sys.path.insert(0, str(ROOT / "base_tokenizers"))
 
 import kolmogorov_tokenizers as published  # noqa: E402
+from engines.utils import update_ema  # noqa: E402
+from utils.misc import add_weight_decay  # noqa: E402
 
 
 class Peer:
@@ -66,25 +94,71 @@ class Peer:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.cuda.set_device(device)
         self.model = build(setup.size).to(device).eval()
-        self.shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        self.shapes = {name: list(value.shape) for name, value in self.model.named_parameters()}
         with torch.no_grad():
-            for name, value in self.model.state_dict().items():
+            for name, value in self.model.named_parameters():
                 value.copy_(torch.from_numpy(recipe.weight(name, tuple(value.shape), setup.seed)))
         self.draws: Mapping[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
+        self.model.halting_mlp.register_forward_hook(self.watch("probabilities", torch.sigmoid))
+        self.model.pre_quantizer_mlp.register_forward_hook(self.watch("tokens"))
+        if self.model.quantize_latent:
+            ids = self.watch("tokens", lambda out: out[1]["min_encoding_indices"])
+            self.model.quantize.register_forward_hook(ids)
+        if training(setup.size):
+            self.model.train()
+            self.model.all_token_counts = torch.tensor([SLOTS])
+            self.model.logged_min_loss_values_prob = torch.nn.functional.one_hot(torch.tensor(0), 19).float()
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            self.average = deepcopy(self.model)
+            groups = add_weight_decay(self.model, DECAY)
+            self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS)
+
+    def watch(self, name: str, of: Callable[[Any], Tensor] = lambda out: out) -> Callable[..., None]:
+        """A hook that keeps what a module gives."""
+
+        def hook(module: torch.nn.Module, inputs: Any, out: Any) -> None:
+            self.seen[name] = of(out).detach()
+
+        return hook
 
     def start_from(self, draws: Mapping[str, Tensor]) -> None:
         self.draws = draws
 
     def prepare(self, case: Case) -> Callable[[], Tensor]:
         pixels = recipe.uniform("images", (case.batch, 3, IMAGE_SIZE, IMAGE_SIZE), self.setup.seed)
-        return partial(self.call, torch.from_numpy(pixels).to(self.setup.device))
+        images = torch.from_numpy(pixels).to(self.setup.device)
+        if case.what == "train":
+            return partial(self.step, images)
+        vars(self.model).pop("prepare_decoder_latents", None)
+        if case.kept is not None:
+            self.call(images[:1], case)
+            threshold = float(self.seen["probabilities"].flatten().sort().values[case.kept - 1])
+            self.model.prepare_decoder_latents = partial(self.model.prepare_decoder_latents, halting_prob=threshold)
+        return partial(self.call, images, case)
 
     @torch.no_grad()
-    def call(self, images: Tensor) -> Tensor:
-        """The images that it decodes, which it does whatever is asked for."""
+    def call(self, images: Tensor, case: Case) -> Tensor:
+        """The images that it decodes, which it does whatever is asked for; if that is tokens, those of the last one."""
         with autocast(self.setup), self.given():
             found = [self.model.encode(image[None], [BUDGET], TOLERANCE)[1][0] for image in images]
-        return torch.cat(found).clamp(0, 1)
+        return torch.cat(found).clamp(0, 1) if case.what == "both" else self.seen["tokens"]
+
+    def step(self, images: Tensor) -> Tensor:
+        """What its loop does with a batch, at rate 0 as its schedule begins: the loss and the norm of the gradient."""
+        with autocast(self.setup):
+            loss, _ = self.model(images, epoch=50, gan_optimizer_idx=0, gan_loss_weight=WEIGHT)
+        loss.backward()
+        trained = [value for name, value in self.model.named_parameters() if JUDGES not in name]
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_ema(self.average, self.model, EMA_DECAY)
+        return torch.stack([loss.detach(), norm])
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -100,12 +174,16 @@ def build(size: str) -> Any:
     name, base, quantized = parse_size(size)
     width, depth, heads = SIZES[name]
     autoencoder = published.base_tokenizers[base](
-        id=base, pretrained_ckpt_path=None, embed_dim={"vqgan": 256}.get(base, 16)
+        id=base,
+        pretrained_ckpt_path=None,
+        embed_dim={"vqgan": 256}.get(base, 16),
+        is_requires_grad=training(size),
     )
     shape = {"width": width, "num_layers": depth, "num_heads": heads}
     sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in shape.items()}
+    stage = "full_finetuning" if training(size) else "latent_distillation_pretrain"
     settings = {**published.kolmogorov_tokenizer_args[base], "quantize_latent": quantized}
-    return published.kolmogorov_tokenizers[base](base_tokenizer=autoencoder, **sizes, **settings)
+    return published.kolmogorov_tokenizers[base](base_tokenizer=autoencoder, **sizes, **settings, train_stage=stage)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 import json
 import os
 import subprocess
@@ -466,3 +467,20 @@ def test_the_programs_take_it_without_knowing_it(vqgan, tmp_path):
     rates = "rates=[4,16@0.05]"
     assert main(["reconstruct", str(tmp_path / "karl"), f"out={tmp_path / 'shown'}", rates, "num=2", *data]) == 0
     assert main(["evaluate", words[0], "metrics=[mae]", f"out={tmp_path / 'scores.json'}", rates, *data]) == 0
+
+
+def test_all_of_it_in_bfloat16(model):
+    """Under autocast, and with its weights so: the same tolerances, nearly the same probabilities and images."""
+    wanted, given = model.encode(images(), 16, fixed=True), images()
+    low = copy.deepcopy(model).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {"autocast": (model.encode(given, 16, fixed=True), model.decode(wanted))}
+    vectors = None if wanted.vectors is None else wanted.vectors.bfloat16()
+    found["weights"] = low.encode(given, 16, fixed=True), low.decode(replace(wanted, vectors=vectors))
+    for name, (tokens, decoded) in found.items():
+        assert torch.equal(tokens.bins, wanted.bins), name
+        assert torch.equal(low.bin_of(model.tolerances), model.bin_of(model.tolerances))
+        torch.testing.assert_close(tokens.probabilities, wanted.probabilities, atol=0.1, rtol=0)
+        assert (decoded.float() - model.decode(wanted)).square().mean().sqrt() < 0.05
+        if wanted.vectors is None:
+            assert (tokens.ids == wanted.ids).float().mean() > 0.8
