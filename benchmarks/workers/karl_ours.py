@@ -14,7 +14,6 @@ from karl_case import (
     CLIP,
     DECAY,
     EMA_DECAY,
-    IMAGE_SIZE,
     JUDGE,
     JUDGES,
     RATE,
@@ -23,6 +22,8 @@ from karl_case import (
     TOLERANCE,
     WEIGHT,
     Case,
+    image_size,
+    levels,
     parse_size,
     training,
 )  # fmt: skip
@@ -72,7 +73,8 @@ class Ours:
 
     @torch.no_grad()
     def prepare(self, case: Case) -> Callable[[], Tensor]:
-        pixels = recipe.uniform("images", (case.batch, 3, IMAGE_SIZE, IMAGE_SIZE), self.setup.seed)
+        side = image_size(self.setup.size)
+        pixels = recipe.uniform("images", (case.batch, 3, side, side), self.setup.seed)
         images = torch.from_numpy(pixels).to(self.setup.device) * 2 - 1
         if case.what == "train":
             assert self.lesson is not None, f"{self.setup.size} has no judges"
@@ -171,9 +173,10 @@ def configuration(size: str) -> KARLConfig:
     name, base, quantized = parse_size(size)
     width, depth, num_heads = SIZES[name]
     transformer = TransformerConfig(width=width, depth=depth, num_heads=num_heads)
+    vqgan = MaskGITVQGANConfig(block_channels=tuple(128 * width for width in levels(size)))
     return KARLConfig(
-        image_size=IMAGE_SIZE,
-        base=MaskGITVQGANConfig() if base == "vqgan" else KL16,
+        image_size=image_size(size),
+        base=vqgan if base == "vqgan" else KL16,
         base_use="published",
         quantized=quantized,
         encoder=transformer,

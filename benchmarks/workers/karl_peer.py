@@ -32,7 +32,6 @@ from karl_case import (
     CLIP,
     DECAY,
     EMA_DECAY,
-    IMAGE_SIZE,
     JUDGES,
     RATE,
     SIZES,
@@ -40,7 +39,10 @@ from karl_case import (
     TOLERANCE,
     WEIGHT,
     Case,
+    image_size,
+    levels,
     parse_size,
+    patch_size,
     training,
 )  # fmt: skip
 from protocol import Setup, autocast, serve
@@ -77,6 +79,7 @@ os.chdir(ROOT)  # it opens files by relative paths when it is imported
 sys.path.insert(0, str(ROOT / "base_tokenizers"))
 
 import kolmogorov_tokenizers as published  # noqa: E402
+from base_tokenizers.taming.models import vqgan  # noqa: E402
 from engines.utils import update_ema  # noqa: E402
 from utils.misc import add_weight_decay  # noqa: E402
 
@@ -128,7 +131,8 @@ class Peer:
         self.draws = draws
 
     def prepare(self, case: Case) -> Callable[[], Tensor]:
-        pixels = recipe.uniform("images", (case.batch, 3, IMAGE_SIZE, IMAGE_SIZE), self.setup.seed)
+        side = image_size(self.setup.size)
+        pixels = recipe.uniform("images", (case.batch, 3, side, side), self.setup.seed)
         images = torch.from_numpy(pixels).to(self.setup.device)
         if case.what == "train":
             return partial(self.step, images)
@@ -170,9 +174,16 @@ class Peer:
             yield
 
 
+def reshaped(part: Any, widths: tuple[int, ...], **settings: Any) -> Any:
+    """The VQGAN's encoder or decoder with other levels than its file says."""
+    return part(**{**settings, "ch_mult": widths})
+
+
 def build(size: str) -> Any:
     name, base, quantized = parse_size(size)
     width, depth, heads = SIZES[name]
+    encoder, decoder = vqgan.Encoder, vqgan.Decoder
+    vqgan.Encoder, vqgan.Decoder = (partial(reshaped, part, levels(size)) for part in (encoder, decoder))
     autoencoder = published.base_tokenizers[base](
         id=base,
         pretrained_ckpt_path=None,
@@ -182,7 +193,11 @@ def build(size: str) -> Any:
     shape = {"width": width, "num_layers": depth, "num_heads": heads}
     sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in shape.items()}
     stage = "full_finetuning" if training(size) else "latent_distillation_pretrain"
-    settings = {**published.kolmogorov_tokenizer_args[base], "quantize_latent": quantized}
+    settings = {
+        **published.kolmogorov_tokenizer_args[base],
+        "quantize_latent": quantized,
+        "patch_size": patch_size(size),
+    }
     return published.kolmogorov_tokenizers[base](base_tokenizer=autoencoder, **sizes, **settings, train_stage=stage)
 
 
