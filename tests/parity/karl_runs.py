@@ -295,8 +295,8 @@ def step(
     runs_seen: list[tuple[Tensor, Run]] = []
     original = model.run
 
-    def run(cells: Tensor, bins: Tensor, count: int, *, masked: bool = False) -> Run:
-        runs_seen.append((bins, original(cells, bins, count, masked=masked)))
+    def run(cells: Tensor, bins: Tensor, count: int, **rest: Any) -> Run:
+        runs_seen.append((bins, original(cells, bins, count, **rest)))
         return runs_seen[-1][1]
 
     model.run = run  # type: ignore[method-assign]
@@ -334,7 +334,9 @@ def step(
 def judged_pixels(parts: Mapping[str, Tensor], weight: float, which: str) -> Outputs:
     """What is recorded of the maker's losses besides: "rec" has the perceptual distance in it."""
     pixels = parts["l1"] / 2 + parts["lpips"]
-    total = pixels + weight * parts["adaptive_weight"] * parts["adversarial"]
+    total = pixels
+    if "adversarial" in parts:  # no term of a game that is not yet on
+        total = total + weight * parts["adaptive_weight"] * parts["adversarial"]
     return {f"{which}_{name}_loss": value for name, value in (("nll", pixels), ("rec", pixels), ("total", total))}
 
 
