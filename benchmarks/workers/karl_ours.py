@@ -49,6 +49,7 @@ class Ours:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.shapes = setup.shapes
+        self.thresholds: dict[int, float] = {}
         if setup.device != "cpu":
             torch.backends.cuda.matmul.allow_tf32 = True
         self.model = KARL(configuration(setup.size)).eval()
@@ -85,9 +86,11 @@ class Ours:
         """With which the first image keeps so many tokens, and the others about as many."""
         if kept is None:
             return None
-        probabilities = self.model.encode(images[:1], BUDGET, TOLERANCE).probabilities
-        assert probabilities is not None
-        return float(probabilities[0].sort().values[kept - 1])
+        if kept not in self.thresholds:
+            probabilities = self.model.encode(images[:1], BUDGET, TOLERANCE).probabilities
+            assert probabilities is not None
+            self.thresholds[kept] = float(probabilities[0].sort().values[kept - 1])
+        return self.thresholds[kept]
 
     @torch.no_grad()
     def call(self, images: Tensor, threshold: float | None, case: Case) -> Tensor:

@@ -103,6 +103,7 @@ class Peer:
                 value.copy_(torch.from_numpy(recipe.weight(name, tuple(value.shape), setup.seed)))
         self.draws: Mapping[str, Tensor] = {}
         self.seen: dict[str, Tensor] = {}
+        self.thresholds: dict[int, float] = {}
         self.model.halting_mlp.register_forward_hook(self.watch("probabilities", torch.sigmoid))
         self.model.pre_quantizer_mlp.register_forward_hook(self.watch("tokens"))
         if self.model.quantize_latent:
@@ -138,8 +139,11 @@ class Peer:
             return partial(self.step, images)
         vars(self.model).pop("prepare_decoder_latents", None)
         if case.kept is not None:
-            self.call(images[:1], case)
-            threshold = float(self.seen["probabilities"].flatten().sort().values[case.kept - 1])
+            threshold = self.thresholds.get(case.kept)
+            if threshold is None:
+                self.call(images[:1], case)
+                threshold = float(self.seen["probabilities"].flatten().sort().values[case.kept - 1])
+                self.thresholds[case.kept] = threshold
             self.model.prepare_decoder_latents = partial(self.model.prepare_decoder_latents, halting_prob=threshold)
         return partial(self.call, images, case)
 
