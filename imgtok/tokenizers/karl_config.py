@@ -128,6 +128,11 @@ class KARLConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.training.rounded_from and self.training.stage == "finetune":
+            raise ValueError(
+                f"training.rounded_from: {self.training.rounded_from} is for fresh weights in stage=distill; "
+                "the second stage begins with a table that is to be kept: rounded_from=0"
+            )
         if not self.quantized and (self.training.spread_weight or self.training.rounded_from):
             raise ValueError("training: spread_weight and rounded_from are for quantized tokens; leave them out")
         if self.budget > self.max_tokens:

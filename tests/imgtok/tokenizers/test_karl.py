@@ -444,6 +444,12 @@ def test_what_is_for_quantized_tokens_alone():
         KARLConfig(**SIZES, base=VAE, quantized=False, training=KARLTraining(spread_weight=1.0))
 
 
+def test_the_second_stage_keeps_the_table():
+    """A configuration that starts from a first stage has its fields, among them one that would overwrite the table."""
+    with pytest.raises(ValueError, match="training.rounded_from: 150 is for fresh weights.*rounded_from=0"):
+        KARLConfig(**SIZES, base=VAE, training=KARLTraining(stage="finetune", rounded_from=150))
+
+
 def test_the_table_of_the_vqgan_is_never_trained():
     for stage, trained in (("distill", False), ("finetune", True)):
         model = KARL(KARLConfig(**SIZES, base=VQGAN, training=KARLTraining(stage=stage)))
