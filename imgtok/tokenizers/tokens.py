@@ -1,7 +1,7 @@
 """Token sequences of different lengths in one batch: what every tokenizer returns and accepts.
 
 A file of them holds only what is meant: the rows one after the other, 16 bits a token where the ids allow it, the
-lengths, and the slots where there are any (`Tokens.save`, `Tokens.load`).
+lengths, and the slots and vectors where there are any (`Tokens.save`, `Tokens.load`).
 """
 
 from __future__ import annotations
@@ -111,26 +111,27 @@ class Tokens:
         return Tokens(self.ids.masked_fill(padding, 0), self.lengths, slots, vectors)
 
     def save(self, path: Path | str) -> None:
-        """Writes a safetensors file: ids (sum of lengths,), lengths (B,), and slots (sum of lengths,) if there are any.
+        """Writes a safetensors file: ids (sum of lengths,), lengths (B,), and if there are any slots (sum of lengths,)
+        and vectors (sum of lengths, n).
 
-        Ids and slots take 16, 32 or 64 bits, whatever they fit.
+        Ids and slots take 16, 32 or 64 bits, whatever they fit; vectors are float32.
         """
         arrays = {"lengths": self.lengths.cpu().numpy().astype(np.int32)} | self.packed()
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(arrays, {"imgtok": "tokens"}))
 
     def packed(self) -> dict[str, np.ndarray]:
-        """`ids`, and `slots` if there are any, without padding: the rows one after the other, in 16, 32 or 64 bits.
+        """`ids`, and `slots` and `vectors` if there are any, without padding: the rows one after the other; ids and
+        slots in 16, 32 or 64 bits.
 
-        Raises ValueError for negative ones, and for tokens that are vectors.
+        Raises ValueError for negative ones.
         """
-        if self.vectors is not None:
-            raise ValueError(
-                "these tokens are vectors, and files hold ids: a tokenizer that rounds them to ids is needed here"
-            )
         meant = self.mask.cpu()
-        arrays = {"ids": self.ids} | ({} if self.slots is None else {"slots": self.slots})
-        return {name: _narrow(name, tensor.cpu()[meant].numpy()) for name, tensor in arrays.items()}
+        numbers = {"ids": self.ids} | ({} if self.slots is None else {"slots": self.slots})
+        arrays = {name: _narrow(name, tensor.cpu()[meant].numpy()) for name, tensor in numbers.items()}
+        if self.vectors is not None:
+            arrays["vectors"] = self.vectors.detach().cpu()[meant].float().numpy()
+        return arrays
 
     @classmethod
     def load(cls, path: Path | str) -> Tokens:
@@ -140,27 +141,34 @@ class Tokens:
                 if (file.metadata() or {}).get("imgtok") != "tokens":
                     raise ValueError(f"{path}: not a file of tokens (Tokens.save writes one)")
                 ids, lengths = (file.get_tensor(name) for name in ("ids", "lengths"))
-                slots = file.get_tensor("slots") if "slots" in set(file.keys()) else None
+                further = {name: file.get_tensor(name) for name in ("slots", "vectors") if name in set(file.keys())}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole file of tokens ({error}); copy it again") from error
-        packed = [ids] if slots is None else [ids, slots]
-        if any(lengths.sum() != array.size for array in packed) or (lengths.size and lengths.min() < 1):
+        packed = [ids, *further.values()]
+        if any(lengths.sum() != len(array) for array in packed) or (lengths.size and lengths.min() < 1):
             raise ValueError(f"{path}: {ids.size} tokens in {lengths.size} rows of other lengths; copy it again")
-        return cls.unpacked(ids, lengths, slots)
+        return cls.unpacked(ids, lengths, **further)
 
     @classmethod
     def unpacked(
-        cls, ids: np.ndarray, lengths: np.ndarray, slots: np.ndarray | None = None, columns: int | None = None
+        cls,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        slots: np.ndarray | None = None,
+        columns: int | None = None,
+        vectors: np.ndarray | None = None,
     ) -> Tokens:
         """Rows of `columns`, by default as many as the longest has, from what `packed` gave and the lengths (B,)."""
         most = int(lengths.max(initial=0)) if columns is None else columns
-        rows = [_spread(array, lengths, most) for array in (ids, slots) if array is not None]
-        return cls(rows[0], torch.from_numpy(lengths.astype(np.int64)), None if slots is None else rows[1])
+        rows, *further = (None if a is None else _spread(a, lengths, most) for a in (ids, slots, vectors))
+        assert rows is not None
+        return cls(rows, torch.from_numpy(lengths.astype(np.int64)), *further)
 
 
 def _spread(packed: np.ndarray, lengths: np.ndarray, columns: int) -> Tensor:
-    """(B, columns) int64, zeros for padding."""
-    rows = np.zeros((lengths.size, columns), dtype=np.int64)
+    """(B, columns) int64, or (B, columns, n) float32 of vectors (N, n); zeros for padding."""
+    kind = np.float32 if packed.ndim == 2 else np.int64
+    rows = np.zeros((lengths.size, columns, *packed.shape[1:]), dtype=kind)
     rows[np.arange(columns) < lengths[:, None]] = packed
     return torch.from_numpy(rows)
 

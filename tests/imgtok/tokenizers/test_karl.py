@@ -167,11 +167,11 @@ def test_an_image_without_a_needed_slot_keeps_one(vqgan):
     assert torch.equal(model.count(images()), tokens.lengths)
 
 
-def test_files_hold_slots(vqgan, tmp_path):
-    tokens = vqgan.encode(images(), threshold=0.5)
+def test_files_hold_slots_and_vectors(model, tmp_path):
+    tokens = model.encode(images(), threshold=0.5)
     tokens.save(tmp_path / "tokens.safetensors")
     loaded = Tokens.load(tmp_path / "tokens.safetensors")
-    assert torch.equal(vqgan.decode(loaded), vqgan.decode(tokens))
+    assert torch.equal(model.decode(loaded), model.decode(tokens))
     assert loaded.ids.shape[1] == tokens.lengths.max()
 
 
@@ -182,10 +182,8 @@ def test_bits(model):
     assert model.bits(tokens).tolist() == pytest.approx([8 * each + number_and_slots.item()] * 2, abs=1e-3)
 
 
-def test_vectors_are_not_cached():
+def test_vectors_are_joined():
     tokens = built(CONFIGS["vae"]).encode(images(2))
-    with pytest.raises(ValueError, match="these tokens are vectors, and files hold ids"):
-        tokens.packed()
     joined = Tokens.cat([tokens[:1], tokens[1:]])
     torch.testing.assert_close(joined.vectors, tokens.vectors)
     with pytest.raises(ValueError, match="1 of 2 batches of tokens have vectors"):
