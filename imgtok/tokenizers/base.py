@@ -223,6 +223,10 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
             known = ", ".join(map(str, self.rates()))
             raise ValueError(f"rates: this tokenizer does not have the rate {rate}; it has {known}")
 
+    def asked(self, rate: Rate) -> Rate:
+        """What `encode` asks for at a rate: another one where a tokenizer takes an error for one that it knows."""
+        return rate
+
     def encode(self, images: Tensor, *, rate: Rate | None = None) -> Tokens:
         """The tokens of each image at a rate; the default is all of them.
 

@@ -14,7 +14,8 @@ run's number are to be halted. What the first run achieved is what the second is
 used is `encode`, and `decode`, which sees only the tokens that are kept: the same, since nothing sees a dropped slot.
 The transformers are in `karl_networks.py`, what training puts around the model in `karl_training.py`.
 
-Shapes: B batch, N grid cells, T slots, K kept tokens, W and D widths of encoder and decoder, n numbers of a token.
+Shapes: B batch, N grid cells, T slots, K kept tokens, W and D widths of encoder and decoder, n numbers of a token, E
+tolerances, the errors that a model can be asked for.
 Errors are those of pixels in [0, 1]; images lie in [-1, 1] as everywhere.
 """
 
@@ -182,12 +183,15 @@ pictures = imgtok.to_pil(model.decode(tokens))
         return self.base.last_layer
 
     def rates(self) -> list[Rate]:
-        """Fixed numbers of tokens, the powers of two from an eighth of the budget on, then the budget under errors
-        around the default one, 0.09 to 0.03 of the published models; any other number and error will do as well.
+        """Fixed numbers of tokens, the powers of two from an eighth of the budget on, then the budget under up to three
+        of the configuration's tolerances: those nearest to 1.8, 1 and 0.6 times the default one, which are 0.09, 0.05
+        and 0.03 of the published models. Any other number will do as well, and any other error as `asked` says.
         """
-        budget, tolerance = self.config.budget, self.config.tolerance
+        budget, known = self.config.budget, self.config.tolerances
         fixed = [Rate(count) for count in powers_of_two(budget) if count * 8 >= budget]
-        return fixed + [Rate(budget, round(tolerance * factor, 4)) for factor in (1.8, 1, 0.6)]
+        wanted = [factor * self.config.tolerance for factor in (1.8, 1, 0.6)]
+        nearest = [min(known, key=lambda tolerance: abs(tolerance - error)) for error in wanted]
+        return fixed + [Rate(budget, tolerance) for tolerance in dict.fromkeys(nearest)]
 
     @property
     def default_rate(self) -> Rate:
@@ -198,6 +202,13 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """Raises ValueError for more tokens than there are slots."""
         if rate.num_tokens > self.num_tokens:
             raise ValueError(f"rates: this tokenizer has 1 to {self.num_tokens} tokens an image, given {rate}")
+
+    def asked(self, rate: Rate) -> Rate:
+        """With the next larger of the configuration's tolerances, or the largest, in place of an error between them."""
+        if rate.tolerance is None:
+            return rate
+        number = self.bin_of(torch.tensor(rate.tolerance, device=self.tolerance_bits.device))
+        return replace(rate, tolerance=self.config.tolerances[int(number)])
 
     # ------------------------------------------------ training
 
@@ -226,7 +237,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
 
     def draw(self, images: Tensor, generator: torch.Generator, curriculum: Tensor | None = None) -> Draws:
         """All random numbers of a training step. `curriculum` says how often each tolerance is asked for in the first
-        run, (19,); by default as at the start.
+        run, (E,); by default as at the start.
         """
         batch, device, counts = len(images), images.device, self.config.slot_counts
         count = counts[int(torch.randint(len(counts), (), generator=generator))]
@@ -237,7 +248,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
         return Draws(self._draw_posterior(images, generator), count, bins, augmented, uniform[2])
 
     def start_of_curriculum(self) -> Tensor:
-        """(19,): equally often each tolerance that is small enough, and no other."""
+        """(E,): equally often each tolerance that is small enough, and no other."""
         asked = self.tolerances <= self.config.training.curriculum_from
         return asked.float() / asked.sum()
 
@@ -294,8 +305,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """
         counts, last = self.config.slot_counts, len(self.config.tolerances) - 1
         if draws.num_slots >= self.config.budget:
-            changed = 1 + (draws.changes * bins).floor().long()
-        elif draws.num_slots == counts[0]:
+            changed = (1 + (draws.changes * bins).floor().long()).clamp(max=last)  # where there is one tolerance alone
+        elif draws.num_slots == min(counts):
             changed = (bins + draws.changes * (last - bins)).floor().long()
         else:
             return bins
@@ -361,7 +372,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
 
     @property
     def tolerances(self) -> Tensor:
-        """(19,) float32."""
+        """(E,) float32, ascending."""
         return self.tolerance_bits.view(torch.float32)
 
     def bin_of(self, errors: Tensor) -> Tensor:
@@ -407,7 +418,9 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """Images (B, 3, H, W) in [-1, 1] -> the tokens that they need; nothing is decoded.
 
         `budget` is the most tokens of an image, in 1..max_tokens; `eps` the mean absolute error that may remain, one
-        for all images or one each, which is a request and no promise. Both have defaults in the configuration. `fixed`
+        for all images or one each, which is a request and no promise. What is asked for is the smallest of the
+        configuration's `tolerances` that is not below it, or the largest (`asked`): 0.11 is 0.12 to the published
+        models. Both have defaults in the configuration. `fixed`
         keeps exactly `budget` tokens of every image, and asks for the smallest error. A `rate` says both: with a
         tolerance it is a budget and an eps, without one a fixed number of tokens. `threshold` replaces the
         configuration's. `verify` decodes and measures: images whose error is larger than allowed are encoded again, at

@@ -32,7 +32,7 @@ class Curriculum(nn.Module):
     """How often each tolerance is asked for in the first run: at first the strict ones equally often."""
 
     probabilities: Tensor
-    """(19,), which sum to 1."""
+    """(E,), of E tolerances; they sum to 1."""
 
     def __init__(self, model: KARL) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Curriculum(nn.Module):
 
     @torch.no_grad()
     def update(self, tolerances: Tensor, errors: Tensor) -> None:
-        """Ask less often for the tolerances (19,) that all images' errors (B,) keep within; those of all processes."""
+        """Ask less often for the tolerances (E,) that all images' errors (B,) keep within; those of all processes."""
         smallest = errors.min()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)

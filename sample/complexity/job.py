@@ -226,7 +226,7 @@ def write(
     about = page.About(
         model=model_in_words,
         data=chosen.words,
-        notes=notes(found, summary, made_of["data"]["num"], len(chosen.source)),
+        notes=notes(found, summary, work.model, made_of["data"]["num"], len(chosen.source)),
         made_of=settings_in_words(found.request, config, made_of, model_in_words, chosen.words),
     )
     body = page.body(found, summary, choice, draw(found, work, at, choice, config.batch_size), about)
@@ -249,13 +249,20 @@ def write(
     announce.ends(*files_of(out))
 
 
-def notes(found: Measured, summary: Mapping[str, Any], asked: int, there: int) -> list[str]:
-    """What a reader should know first: images that are left out, and an eps that tells little."""
+def notes(found: Measured, summary: Mapping[str, Any], model: Tokenizer, asked: int, there: int) -> list[str]:
+    """What a reader should know first: images that are left out, an eps that the model takes for another one, and one
+    that tells little.
+    """
     told = []
     if asked < there:
         told.append(f"{asked:,} of {there:,} images, taken from all over them.")
     if len(found) < asked:
         told.append(f"{asked - len(found)} of {asked:,} images could not be read, and are left out.")
+    taken = {eps: model.asked(Rate(found.request.budget, eps)).tolerance for eps in found.request.eps}
+    if others := [
+        f"{text(eps)} is asked for as {text(other)}" for eps, other in taken.items() if other not in (None, eps)
+    ]:
+        told.append(f"The model cannot be asked for every eps: {', '.join(others)}.")
     beyond: dict[float, float] = {}
     for eps in found.request.eps:
         percentiles = summary["tokens"][text(eps)]["percentiles"]

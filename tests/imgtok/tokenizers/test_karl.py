@@ -156,6 +156,26 @@ def test_rates(model):
     assert torch.equal(model.encode(images(), rate=Rate(16, 0.05)).ids, model.encode(images()).ids)
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "expected"),
+    [(0.09, [0.16, 0.09, 0.05]), (0.0, [0.005]), (0.38, [0.38, 0.24])],
+    ids=["between", "smallest", "largest"],
+)
+def test_rates_have_errors_that_can_be_asked_for(tolerance, expected):
+    model = KARL(KARLConfig(**SIZES, base=VQGAN, tolerance=tolerance))
+    rates = [rate for rate in model.rates() if rate.tolerance is not None]
+    assert rates == [Rate(16, error) for error in expected]
+    assert [model.asked(rate) for rate in rates] == rates
+
+
+def test_an_error_between_two_that_can_be_asked_for_is_the_larger(vqgan):
+    asked = {error: vqgan.asked(Rate(8, error)) for error in (0.0, 0.05, 0.11, 0.5)}
+    assert asked == {0.0: Rate(8, 0.005), 0.05: Rate(8, 0.05), 0.11: Rate(8, 0.12), 0.5: Rate(8, 0.38)}
+    assert vqgan.asked(Rate(8)) == Rate(8)
+    found = [vqgan.encode(images(), rate=rate) for rate in (Rate(8, 0.11), vqgan.asked(Rate(8, 0.11)))]
+    assert torch.equal(found[0].bins, found[1].bins)
+
+
 def test_an_image_without_a_needed_slot_keeps_one(vqgan):
     model = copy.deepcopy(vqgan)
     with torch.no_grad():
@@ -323,6 +343,23 @@ def test_the_second_run_is_sometimes_asked_for_another_error(num_slots, expected
     assert torch.equal(model.augment(bins, Draws(None, num_slots, bins, torch.tensor(False), half)), bins)
 
 
+def test_the_fewest_slots_need_not_be_named_first():
+    training = KARLTraining(augment=1.0, slot_counts=(8, 2, 4))
+    model = KARL(KARLConfig(**SIZES, base=VQGAN, training=training))
+    bins, half = torch.tensor([0, 1, 4, 18]), torch.full((4,), 0.5)
+    found = {n: model.augment(bins, Draws(None, n, bins, torch.tensor(True), half)).tolist() for n in (8, 2, 4)}
+    assert found == {8: [0, 1, 4, 18], 2: [9, 9, 11, 18], 4: [0, 1, 4, 18]}
+
+
+def test_one_tolerance_is_never_changed_to_another():
+    training = KARLTraining(augment=1.0)
+    model = KARL(KARLConfig(**SIZES, base=VQGAN, tolerances=(0.04,), training=training))
+    bins = torch.zeros(2, dtype=torch.long)
+    for count in (16, 1):
+        draws = Draws(None, count, bins, torch.tensor(True), torch.tensor([0.0, 0.9]))
+        assert model.augment(bins, draws).tolist() == [0, 0]
+
+
 def test_curriculum():
     curriculum = Curriculum(KARL(CONFIGS["vqgan"]))
     start = curriculum.probabilities.clone()
@@ -332,6 +369,21 @@ def test_curriculum():
         curriculum.update(tolerances, torch.tensor([0.5, 0.015]))
     assert curriculum.probabilities.sum().item() == pytest.approx(1)
     assert curriculum.probabilities[:2].tolist() == pytest.approx([0.5 / (1 + 1.5 * 0.99**300)] * 2, rel=1e-4)
+
+
+def test_processes_share_the_curriculum(monkeypatch):
+    """An image of another process keeps within all tolerances but the first, so they get rarer here too."""
+
+    def all_reduce(tensor: torch.Tensor, operation: torch.distributed.ReduceOp) -> None:
+        assert operation == torch.distributed.ReduceOp.MIN
+        tensor.clamp_(max=0.006)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    curriculum = Curriculum(KARL(CONFIGS["vqgan"]))
+    curriculum.update(torch.tensor(CONFIGS["vqgan"].tolerances), torch.tensor([0.5, 0.7]))
+    total = 1 + 4 * 0.99
+    assert curriculum.probabilities[:5].tolist() == pytest.approx([1 / total] + [0.99 / total] * 4)
 
 
 LOSS = ReconstructionLossConfig(
