@@ -63,57 +63,57 @@ PASSES = 3
 
 
 class Draws(NamedTuple):
-    """What is random in a training step of B images."""
+    """The random numbers of a training step of B images."""
 
     posterior: Tensor | None
-    """Noise of the autoencoder's posterior (B, C, h, w); None where there is none or its mean is taken."""
+    """The noise (B, C, h, w) of the autoencoder's posterior; None where there is none or its mean is taken."""
     num_slots: int
-    """Slots of the first run."""
+    """How many slots the first run has."""
     bins: Tensor
-    """(B,): the tolerances that the first run is asked for."""
+    """The numbers (B,) of the tolerances that the first run is asked for."""
     augmented: Tensor
-    """A scalar, bool: whether the second run's are changed, at the numbers of slots where they may be."""
+    """A scalar, bool, that says whether `augment` changes the tolerances of the second run."""
     changes: Tensor
-    """(B,) in [0, 1): how much."""
+    """How much it changes them, (B,) in [0, 1)."""
     rounded: bool = True
     """Whether tokens that are quantized are rounded."""
 
 
 class Runs(NamedTuple):
-    """What the two runs of a training step give."""
+    """What the two runs of a training step give together."""
 
     losses: Losses | CodedLosses
-    """With quantized tokens also how often each code is among those that the second run keeps."""
+    """The sum of both runs' losses, and its parts; with quantized tokens also the ids that the second run keeps."""
     images: tuple[Tensor, ...]
     """In stage "finetune" the images that the two runs decoded, (B, 3, H, W) in about [-1, 1], not clamped."""
     errors: Tensor
-    """(B,) of the first run."""
+    """The mean absolute errors (B,) that the first run leaves."""
     vectors: Tensor
-    """(B, T, n) of the second run, before they are quantized."""
+    """The vectors (B, T, n) of the second run, before they are quantized."""
 
 
 class Run(NamedTuple):
-    """One of them."""
+    """What one run of the network gives, from images to the decoder's prediction."""
 
     logits: Tensor
-    """Of the halting head, (B, T)."""
+    """The logits (B, T) of the halting head, of a slot's not being needed."""
     kept: Tensor | None
-    """(B, T), where the decoder does not see all slots."""
+    """Which slots the decoder sees, (B, T) bool; None where it sees all of them."""
     vectors: Tensor
-    """(B, T, n), before they are quantized."""
+    """The vectors (B, T, n) of the slots, before they are quantized."""
     ids: Tensor | None
-    """(B, T), of quantized tokens."""
+    """The ids (B, T) of quantized tokens; None where they are vectors, or are not yet rounded."""
     quantizer: Tensor | None
-    """The quantizer's loss, a scalar."""
+    """The loss of the quantizer, a scalar; None where `ids` are."""
     out: Tensor
-    """What the decoder gives, (B, N, outputs)."""
+    """What the decoder predicts, (B, N, outputs): latents, or logits of the autoencoder's codes."""
 
 
 class Seen(NamedTuple):
     """What the autoencoder makes of images."""
 
     features: Tensor
-    """(B, C, h, w): what the encoder reads."""
+    """What the encoder reads beside the pixels, (B, C, h, w)."""
     targets: Tensor
     """What the decoder is to predict: ids of codes (B, N), or latents (B, N, C)."""
 
@@ -217,16 +217,16 @@ pictures = imgtok.to_pil(model.decode(tokens))
         self.encoder.recompute = self.decoder.recompute = True
 
     def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module:
-        """With its curriculum, and in stage "finetune" with the judges of decoded images."""
+        """A module that has the curriculum, and in stage "finetune" the losses of decoded images."""
         from imgtok.tokenizers.karl_training import Taught  # which knows this class
 
         return Taught(self, loss, accumulate)
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses | CodedLosses:
         """The losses of both runs for images (B, 3, H, W) in [-1, 1], with the curriculum as it is at the start; in
-        stage "finetune" decoded images are judged by their mean absolute error alone.
+        stage "finetune" decoded images have one loss alone, their mean absolute error.
 
-        Training calls a module around this one, which has the curriculum and judges better (`karl_training.py`).
+        Training calls a module around this one, which has the curriculum and more losses (`karl_training.py`).
         """
         runs = self.forward_drawn(images, self.draw(images, generator))
         total, parts = runs.losses.total, runs.losses.parts

@@ -19,7 +19,7 @@ TOLERANCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Size of one transformer."""
+    """One of the two transformers has this size."""
 
     width: PositiveInt = 1024
     """Channels; a multiple of num_heads."""
@@ -50,7 +50,7 @@ class KARLTraining:
     curriculum_from: NonNegativeFloat = 0.04
     """At first the first run is asked for each error up to this one equally often, and for no other."""
     curriculum_decay: Annotated[float, Range(low=0.0, high=1.0, exclusive_low=True)] = 0.99
-    """Factor, at each step, on how often errors are asked for that every image of the batch stays above."""
+    """Factor, at each optimizer step, on how often errors are asked for that every image of the batch stays above."""
     halting_weight: NonNegativeFloat = 1.0
     """Weight of the cross-entropies of the halting head."""
     quantizer_weight: NonNegativeFloat = 1.0
@@ -111,12 +111,11 @@ class KARLConfig:
     tolerances: tuple[float, ...] = TOLERANCES
     """The errors that can be asked for, ascending; another one means the next larger. Errors are mean absolute ones of
     pixels in [0, 1]."""
-    initialisation: Literal["published", "aligned"] = "published"
-    """"aligned", for short runs from fresh weights, lets information flow from the first step: each slot starts out
+    initialisation: Literal["published", "normal_conditions", "aligned"] = "published"
+    """What fresh weights are. In "published" the learned vector of each error is constant, and the norm after it makes
+    it zero, so that a fresh model does not see which error it is asked for. "normal_conditions" has random vectors
+    there. "aligned", for short runs, has them too, and lets information flow from the first step: each slot starts out
     looking at one cell, that cell at it, and tokens differ between images."""
-    condition_start: Literal["published", "normal"] = "published"
-    """How the learned vectors of the errors begin: "published" is a constant vector each, which the norm after it
-    makes zero, so that a fresh model does not see them; "normal" are random ones."""
     budget: PositiveInt = 256
     """Slots that an image may use unless another budget is asked for; the second run of a training step has as many."""
     tolerance: NonNegativeFloat = 0.05

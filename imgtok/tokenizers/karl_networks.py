@@ -61,9 +61,10 @@ class Encoder(nn.Module):
         self.grid = config.grid
         self.patch_proj = nn.Conv2d(3, width - base.latent_channels, base.factor, stride=base.factor)
         self.positions = nn.Parameter(scale * torch.randn(width, config.position_grid, config.position_grid))
-        published = torch.tensor(config.tolerances)[:, None].repeat(1, width)
-        start = published if config.condition_start == "published" else scale * torch.randn(published.shape)
-        self.conditions = nn.Parameter(start)
+        conditions = torch.tensor(config.tolerances)[:, None].repeat(1, width)
+        if config.initialisation == "normal_conditions":
+            conditions = scale * torch.randn(conditions.shape)
+        self.conditions = nn.Parameter(conditions)
         self.slots = nn.Parameter(scale * torch.randn(config.max_tokens, width))
         self.input_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config.encoder) for _ in range(config.encoder.depth))

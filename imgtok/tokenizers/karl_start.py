@@ -31,7 +31,7 @@ def initialise(model: KARL) -> None:
 
 
 def align(model: KARL) -> None:
-    """Slots and cells that see each other, and tokens that differ between images.
+    """Let slots and cells see each other, tokens differ between images, and conditions between tolerances.
 
     The published deviation is meant for a width of 1024; in narrow transformers, and in the first thousands of steps of
     wide ones, slots hear next to nothing of the image, all images get the same tokens, and the decoder learns to do

@@ -1,12 +1,13 @@
-"""What training puts around a KARL: the curriculum, and in the second stage the judges of decoded images.
+"""What training puts around a KARL: the curriculum, and in the second stage the losses of decoded images.
 
 Both stages take the two runs of `KARL.forward_drawn`. The curriculum, which tolerances the first run is asked for, is
-a buffer, and so a part of every checkpoint. In stage "finetune" the images that both runs decode are judged by the
-job's section `loss` (imgtok/losses/reconstruction.py), and from `loss.adversarial_start` on by a discriminator, or by
-one of several: for each eighth of the budget that the first run's slots fill there is another, as far as they go.
+a buffer, and so a part of every checkpoint; it changes once an optimizer step, by the errors of all its micro-batches
+and all processes. In stage "finetune" the images that both runs decode have the losses of the job's section `loss`
+(imgtok/losses/reconstruction.py), and from `loss.adversarial_start` on that of a discriminator, or of one of several:
+for each eighth of the budget that the first run's slots fill there is another, as far as they go.
 
-With `loss.discriminator_every` above 1 the players take turns: after each so many steps it is the discriminators'
-turn alone, and the model is only asked for images, without a graph.
+With `loss.discriminator_every` above 1 model and discriminators are trained in turn: one step in so many trains the
+discriminators alone, and the model then only gives images, without a graph.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from imgtok.tokenizers.karl import KARL, Draws, Runs
 
 
 class Curriculum(nn.Module):
-    """How often each tolerance is asked for in the first run: at first the strict ones equally often."""
+    """It says how often the first run is asked for each tolerance: at first for all strict ones equally often."""
 
     probabilities: Tensor
     """(E,), of E tolerances; they sum to 1."""
@@ -43,16 +44,36 @@ class Curriculum(nn.Module):
     def update(self, tolerances: Tensor, errors: Tensor) -> None:
         """Ask less often for the tolerances (E,) that all images' errors (B,) keep within; those of all processes."""
         smallest = errors.min()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if has_processes():
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         weights = torch.where(tolerances >= smallest, self.decay * self.probabilities, self.probabilities)
         self.probabilities.copy_(weights / weights.sum())
 
 
+def has_processes() -> bool:
+    """Whether training runs in processes that can talk to each other, of which there may be only one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def shared(draws: Draws) -> Draws:
+    """The same with the number of slots and the coin of the first process, which is what all of them use in a step: a
+    process with fewer slots would wait for those with more. What is drawn for each image stays its own.
+    """
+    if not has_processes():
+        return draws
+    device = draws.augmented.device
+    common = torch.stack([torch.tensor(draws.num_slots, device=device), draws.augmented.long()])
+    torch.distributed.broadcast(common, 0)
+    return draws._replace(num_slots=int(common[0]), augmented=common[1].bool())
+
+
 class Taught(nn.Module):
-    """A KARL with what teaches it: what is trained and checkpointed. Calling it gives the losses of both players."""
+    """A KARL with its curriculum and discriminators: what is trained and checkpointed. Calling it gives the losses of
+    the model and of the discriminators.
+    """
 
     seen: Tensor
+    """Micro-batches so far."""
 
     def __init__(self, model: KARL, loss: ReconstructionLossConfig | None, accumulate: int) -> None:
         """It is called `accumulate` times an optimizer step. Raises ValueError for a `loss` in stage "distill"."""
@@ -76,6 +97,7 @@ class Taught(nn.Module):
         )
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self._calls: int | None = None
+        self._smallest: Tensor | None = None  # error of the step at work; checkpoints are only written between steps
 
     def forward(
         self, images: Tensor, *, generator: torch.Generator, perceptual: Perceptual | None = None
@@ -87,7 +109,7 @@ class Taught(nn.Module):
         self._calls += 1
         self.seen += 1
         rounded = step >= self.model.config.training.rounded_from
-        draws = self.model.draw(images, generator, self.curriculum.probabilities)._replace(rounded=rounded)
+        draws = shared(self.model.draw(images, generator, self.curriculum.probabilities))._replace(rounded=rounded)
         if not self.judges:
             runs = self.model.forward_drawn(images, draws)
             losses = runs.losses
@@ -95,30 +117,39 @@ class Taught(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_turn_of_judges(step)):
                 runs = self.model.forward_drawn(images, draws)
             losses = self.judged(images, draws, runs, step, perceptual)
-        self.curriculum.update(self.model.tolerances, runs.errors)
+        self.learn_from(runs.errors)
         if not rounded and self.model.quantizer is not None:
             self.fill_table(self.model.quantizer, runs.vectors.detach().flatten(0, 1))
         return losses
 
+    def learn_from(self, errors: Tensor) -> None:
+        """Take in the errors (B,) of a micro-batch; after the last one of an optimizer step the curriculum changes."""
+        errors = errors.detach() if self._smallest is None else torch.cat([self._smallest, errors.detach()])
+        self._smallest = errors.min()[None]
+        assert self._calls is not None
+        if self._calls % self.accumulate == 0:
+            self.curriculum.update(self.model.tolerances, self._smallest)
+            self._smallest = None
+
     def fill_table(self, quantizer: VectorQuantizer, vectors: Tensor) -> None:
         """The quantizer's oldest rows become newer vectors (N, n), those of the first process."""
         vectors = vectors[: quantizer.vocab_size].contiguous()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if has_processes():
             torch.distributed.broadcast(vectors, 0)
         assert self._calls is not None
         quantizer.write(vectors, self._calls * len(vectors))
 
     @property
     def rests_parameters(self) -> bool:
-        """Whether there are steps that use only some of the parameters: those of one player, or of one discriminator,
-        or all but the quantizer's.
+        """Whether there are steps that use only some of the parameters: those of the model alone, or of one
+        discriminator, or all but the quantizer's.
         """
         return bool(self.discriminators) or self.model.config.training.rounded_from > 0
 
     def resumed(self, calls: int) -> None:
         """Go on after so many micro-batches."""
         self.seen.fill_(calls)
-        self._calls = calls
+        self._calls, self._smallest = calls, None
 
     def plays(self, step: int) -> bool:
         """Whether the adversarial game is on at an optimizer step."""
@@ -154,7 +185,7 @@ class Taught(nn.Module):
     def judged(
         self, images: Tensor, draws: Draws, runs: Runs, step: int, perceptual: Perceptual | None = None
     ) -> Losses | CodedLosses:
-        """Those of the runs, and what is said of the images that they decoded."""
+        """The losses of the runs together with those of the images that they decoded."""
         total, parts = runs.losses.total, runs.losses.parts
         for name, decoded in zip(("first", "second"), runs.images, strict=True):
             losses = self.judge(decoded, images, draws.num_slots, step, perceptual)
@@ -165,7 +196,7 @@ class Taught(nn.Module):
     def judge(
         self, decoded: Tensor, images: Tensor, num_slots: int, step: int, perceptual: Perceptual | None = None
     ) -> Losses:
-        """The losses of the images (B, 3, H, W) that one run decoded, of those players whose turn it is."""
+        """The losses of the images (B, 3, H, W) that one run decoded, for what is trained at this step."""
         weight = self.adversarial_weight(step)
         alone, plays = self.is_turn_of_judges(step), self.plays(step)
         discriminator = self.discriminator(num_slots) if plays else None
@@ -194,7 +225,7 @@ class Taught(nn.Module):
         return self.loss.adversarial
 
     def discriminator(self, num_slots: int) -> PatchDiscriminator:
-        """The one that judges both runs of a step whose first run had so many slots."""
+        """The discriminator of both runs of a step whose first run had so many slots."""
         budget, count = self.model.config.budget, len(self.discriminators)
         eighths = 8 * min(num_slots, budget) // budget
         chosen: PatchDiscriminator = self.discriminators[max(0, min(count, eighths) - 1)]

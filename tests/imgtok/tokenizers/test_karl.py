@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from imgtok import randomness
 from imgtok.cli import main
 from imgtok.losses.reconstruction import ReconstructionLossConfig
-from imgtok.tokenizers.base import Rate
-from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTokens, KARLTraining, TransformerConfig
+from imgtok.tokenizers.base import Losses, Rate
+from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTokens, KARLTraining, Runs, TransformerConfig
 from imgtok.tokenizers.karl_start import all_over
-from imgtok.tokenizers.karl_training import Curriculum, Taught
+from imgtok.tokenizers.karl_training import Curriculum, Taught, shared
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
+from imgtok.train.ema import EMA
 
 ROOT = Path(__file__).parents[3]
 VQGAN = MaskGITVQGANConfig(latent_channels=4, vocab_size=16, block_channels=(8, 16), layers_per_block=1, norm_groups=4)
@@ -311,9 +312,9 @@ def test_configurations_that_make_no_sense(changes, message):
 
 def test_a_fresh_model_does_not_see_what_it_is_asked_for():
     """The published start, a constant vector for each error, which the norm takes away; another one can be had."""
-    for start, seen in (("published", False), ("normal", True)):
+    for start, seen in (("published", False), ("normal_conditions", True), ("aligned", True)):
         torch.manual_seed(0)
-        model = KARL(KARLConfig(**SIZES, base=VQGAN, condition_start=start)).double()
+        model = KARL(KARLConfig(**SIZES, base=VQGAN, initialisation=start)).double()
         cells = torch.randn(2, 64, 32, dtype=torch.float64)
         some, others = (model.encoder(cells, torch.tensor([tolerance] * 2), 16) for tolerance in (0, 17))
         assert ((some - others).abs().max() > 1e-10) == seen
@@ -384,6 +385,77 @@ def test_processes_share_the_curriculum(monkeypatch):
     curriculum.update(torch.tensor(CONFIGS["vqgan"].tolerances), torch.tensor([0.5, 0.7]))
     total = 1 + 4 * 0.99
     assert curriculum.probabilities[:5].tolist() == pytest.approx([1 / total] + [0.99 / total] * 4)
+
+
+def test_processes_have_one_number_of_slots_in_a_step(vqgan, monkeypatch):
+    """Those of the first process, whatever this one drew; what is drawn for each image stays."""
+    drawn = vqgan.draw(images(2), torch.Generator())._replace(num_slots=3, augmented=torch.tensor(False))
+    assert shared(drawn) is drawn, "alone, a process keeps what it drew"
+
+    def broadcast(tensor: torch.Tensor, source: int) -> None:
+        assert (source, tensor.tolist()) == (0, [3, 0])
+        tensor.copy_(torch.tensor([11, 1]))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    found = shared(drawn)
+    assert (found.num_slots, found.augmented.tolist(), found.augmented.dtype) == (11, True, torch.bool)
+    assert found.bins is drawn.bins
+    assert found.changes is drawn.changes
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *words: None)
+    counts: list[int] = []
+    monkeypatch.setattr(KARL, "draw", lambda *words: drawn)
+
+    def forward_drawn(self: KARL, given: torch.Tensor, draws: Draws) -> Runs:
+        counts.append(draws.num_slots)
+        return stub_runs(given)
+
+    monkeypatch.setattr(KARL, "forward_drawn", forward_drawn)
+    Taught(vqgan, None, 1)(images(2), generator=torch.Generator())
+    assert counts == [11]
+
+
+def stub_runs(given: torch.Tensor, error: float = 0.5) -> Runs:
+    """Runs that leave this error of each image."""
+    return Runs(Losses(given.mean(), {}), (), torch.full((len(given),), error), given)
+
+
+def test_the_curriculum_changes_once_an_optimizer_step(vqgan, monkeypatch):
+    """By the smallest error of all micro-batches, so that a step of several is one of a larger batch."""
+    errors = iter([0.015, 0.5, 0.025, 0.5, 0.5, 0.035])
+    monkeypatch.setattr(KARL, "forward_drawn", lambda self, given, draws: stub_runs(given, next(errors)))
+    taught = Taught(vqgan, None, 3)
+    start = taught.curriculum.probabilities.clone()
+    for call in range(6):
+        taught(images(2), generator=torch.Generator())
+        if call in (1, 4):
+            unchanged = taught.curriculum.probabilities
+            assert torch.equal(unchanged, start)
+        if call == 2:
+            start = taught.curriculum.probabilities.clone()
+            assert start[:5].tolist() == pytest.approx([1 / 4.97] * 2 + [0.99 / 4.97] * 3)
+    alone = Curriculum(vqgan)
+    for smallest in (0.015, 0.035):
+        alone.update(vqgan.tolerances, torch.tensor([smallest]))
+    assert torch.equal(taught.curriculum.probabilities, alone.probabilities)
+
+
+def test_the_average_of_the_weights_never_begins_again():
+    """The published code copies the live weights over the average at each epoch, here every 250 steps."""
+
+    def averaged(restarted: bool) -> float:
+        weight = torch.nn.Linear(1, 1, bias=False).double()
+        torch.nn.init.zeros_(weight.weight)
+        ema = EMA(weight, 0.999, warmup=False)
+        for step in range(500):
+            torch.nn.init.constant_(weight.weight, float(step >= 250))
+            if restarted and step % 250 == 0:
+                ema.restart()
+            ema.update(step)
+        return float(ema.average["weight"])
+
+    assert averaged(False) == pytest.approx(1 - 0.999**250)
+    assert averaged(True) == 1.0
 
 
 LOSS = ReconstructionLossConfig(
