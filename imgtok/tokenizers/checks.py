@@ -27,18 +27,53 @@ def token_counts(num_tokens: int | Sequence[int] | None, batch: int, most: int) 
     return counts
 
 
-def check_tokens(tokens: Tokens, indices: Sequence[int] | None, most: int) -> None:
-    """Raises ValueError for an empty batch, lengths outside 1..`most`, and another number of indices than rows."""
+def check_tokens(
+    tokens: object,
+    indices: Sequence[int] | None,
+    most: int,
+    *,
+    num_slots: int | None = None,
+    vocab_size: int | None = None,
+) -> tuple[int, int]:
+    """The fewest and the most tokens of an image, read from the device once.
+
+    Raises ValueError for what are no `Tokens`, an empty batch, lengths outside 1..`most`, and another number of indices
+    than rows; where `num_slots` is given for slots outside [0, num_slots) or that do not increase along a row, and
+    where `vocab_size` is for ids outside [0, vocab_size).
+    """
+    if not isinstance(tokens, Tokens):
+        raise ValueError(
+            f"decode takes Tokens, not a {type(tokens).__name__}; Tokens.full(ids) makes them of ids (B, K)"
+        )
     columns = tokens.ids.shape[1]
     if not len(tokens):
         raise ValueError("there are no tokens to decode: the batch is empty")
     if indices is not None and len(indices) != len(tokens):
         raise ValueError(f"indices: {len(indices)} numbers for {len(tokens)} sequences of tokens")
-    fewest, longest = torch.stack(tokens.lengths.aminmax()).tolist()
+    ids_of, slots = vocab_size is not None, tokens.slots if num_slots is not None else None
+    read = [*tokens.lengths.to(tokens.device).aminmax()]
+    if columns and (ids_of or slots is not None):
+        padding = ~tokens.mask
+        read += tokens.ids.masked_fill(padding, 0).aminmax() if ids_of else ()
+        if slots is not None:
+            stays = (slots.diff(dim=1) <= 0) & ~padding[:, 1:]
+            read += [*slots.masked_fill(padding, 0).aminmax(), stays.any().long()]
+    fewest, longest, *found = torch.stack(read).tolist()
     if columns > most or fewest < 1 or longest > columns:
         raise ValueError(
             f"decode takes 1 to {most} tokens an image, got lengths {fewest} to {longest} in {columns} columns"
         )
+    if vocab_size is not None:
+        low, high, *found = found
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"token ids must lie in [0, {vocab_size}); got {low} to {high}")
+    if num_slots is not None and found:
+        low, high, repeated = found
+        if low < 0 or high >= num_slots:
+            raise ValueError(f"slots: this tokenizer has the slots 0 to {num_slots - 1}, given {low} to {high}")
+        if repeated:
+            raise ValueError("slots: those of an image's tokens increase along its row, each of them once")
+    return fewest, longest
 
 
 OVERSHOOT = 1.5

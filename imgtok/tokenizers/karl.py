@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from operator import index
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, SupportsFloat, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +115,8 @@ class Seen(NamedTuple):
 
     features: Tensor
     """What the encoder reads beside the pixels, (B, C, h, w)."""
-    targets: Tensor
-    """What the decoder is to predict: ids of codes (B, N), or latents (B, N, C)."""
+    targets: Tensor | None
+    """What the decoder is to predict: ids of codes (B, N), or latents (B, N, C); None where nobody asks."""
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -199,9 +200,11 @@ pictures = imgtok.to_pil(model.decode(tokens))
         return Rate(self.config.budget, self.config.tolerance)
 
     def check_rate(self, rate: Rate) -> None:
-        """Raises ValueError for more tokens than there are slots."""
+        """Raises ValueError for more tokens than there are slots, and an error above 1, the largest of pixels."""
         if rate.num_tokens > self.num_tokens:
             raise ValueError(f"rates: this tokenizer has 1 to {self.num_tokens} tokens an image, given {rate}")
+        if rate.tolerance is not None and rate.tolerance > 1:
+            raise ValueError(f"rates: an error of pixels in [0, 1] is at most 1, given {rate}")
 
     def asked(self, rate: Rate) -> Rate:
         """With the next larger of the configuration's tolerances, or the largest, in place of an error between them."""
@@ -265,7 +268,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
         beyond the first run's are to be halted.
         """
         budget = self.config.budget
-        seen = self.look(images, draws.posterior)
+        seen = self.look(images, draws.posterior, targets=self.config.training.stage != "finetune")
         cells = self.encoder.cells((images + 1) / 2, seen.features)
         first = self.run(cells, draws.bins, draws.num_slots, rounded=draws.rounded)
         decoded, terms = self._reconstruct(first, seen)
@@ -330,6 +333,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
         if self.config.training.stage == "finetune":
             return self.to_images(self.to_latents(run.out)), {}
         out = run.out.float()
+        assert seen.targets is not None
         if isinstance(self.base, MaskGITVQGAN):
             wanted = F.embedding(seen.targets, self.base.quantizer.rows().detach())
             codes = self.expected_codes(out)
@@ -339,16 +343,18 @@ pictures = imgtok.to_pil(model.decode(tokens))
 
     # ------------------------------------------------ images <-> latents
 
-    def look(self, images: Tensor, noise: Tensor | None) -> Seen:
-        """What the autoencoder makes of images in [-1, 1]; `noise` (B, C, h, w) samples a posterior."""
+    def look(self, images: Tensor, noise: Tensor | None, *, targets: bool = False) -> Seen:
+        """What the autoencoder makes of images in [-1, 1]; `noise` (B, C, h, w) samples a posterior. Without `targets`
+        no code is looked for.
+        """
         if isinstance(self.base, MaskGITVQGAN):
             features = self.base.features(images)
             cells = features.detach().flatten(2).transpose(1, 2)
-            return Seen(features, self.base.quantizer.nearest(cells))
+            return Seen(features, self.base.quantizer.nearest(cells) if targets else None)
         given = (images + 1) / 2 if self.config.base_use == "published" else images
         moments = by_picture(self.base.moments, given)
         latents = latents_of_moments(moments, noise, self.base.config.scaling_factor)
-        return Seen(latents, latents.flatten(2).transpose(1, 2))
+        return Seen(latents, latents.flatten(2).transpose(1, 2) if targets else None)
 
     def to_latents(self, out: Tensor) -> Tensor:
         """What the decoder gives (B, N, outputs) as latents (B, C, h, w): of logits the mean of the codes."""
@@ -409,7 +415,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
         budget: int | None = None,
         eps: float | Sequence[float] | Tensor | None = None,
         *,
-        rate: Rate | None = None,
+        rate: Rate | str | None = None,
         fixed: bool = False,
         threshold: float | None = None,
         verify: bool = False,
@@ -422,19 +428,25 @@ pictures = imgtok.to_pil(model.decode(tokens))
         configuration's `tolerances` that is not below it, or the largest (`asked`): 0.11 is 0.12 to the published
         models. Both have defaults in the configuration. `fixed`
         keeps exactly `budget` tokens of every image, and asks for the smallest error. A `rate` says both: with a
-        tolerance it is a budget and an eps, without one a fixed number of tokens. `threshold` replaces the
-        configuration's. `verify` decodes and measures: images whose error is larger than allowed are encoded again, at
-        the next stricter tolerance, three times in all at the most; of passes that all fail the best one is kept.
+        tolerance it is a budget and an eps, without one a fixed number of tokens; text will do, "8@0.05". `threshold`
+        replaces the configuration's. `verify` decodes and measures: images whose error is larger than allowed are
+        encoded again, at the next stricter tolerance, three times in all at the most; of passes that all fail the best
+        one is kept.
         Images get the noise of (`posterior_seed`, 0) for the posterior of the autoencoder, where it is sampled. Raises
-        ValueError for images that the model does not take, a budget outside 1..max_tokens and an eps below 0.
+        ValueError for images that the model does not take, a budget outside 1..max_tokens, an eps outside 0..1, and for
+        an eps or a threshold beside `fixed`, which heeds neither.
         """
         if rate is not None:
+            rate = rate if isinstance(rate, Rate) else Rate.parse(rate)
             if budget is not None or eps is not None or fixed:
                 raise ValueError("rate: says how many tokens and which error; leave budget, eps and fixed out")
             self.check_rate(rate)
             budget, eps, fixed = rate.num_tokens, rate.tolerance, rate.tolerance is None
         if fixed and verify:
             raise ValueError("verify: a fixed number of tokens is not chosen by the error; leave one of the two out")
+        for name, value in (("eps", eps), ("threshold", threshold)):
+            if fixed and value is not None:
+                raise ValueError(f"{name}: a fixed number of tokens does not depend on it; leave one of the two out")
         budget = self._budget(budget)
         threshold = self._threshold(threshold)
         cells = self._cells(images, posterior_seed)
@@ -484,20 +496,16 @@ pictures = imgtok.to_pil(model.decode(tokens))
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of tokens, rows of any length, with their slots; without them slot k has
-        token k. Nothing is drawn, and there are no settings. Raises ValueError for a slot that there is not.
+        token k. Nothing is drawn, and there are no settings. Raises ValueError for settings, for ids and slots that
+        there are not, and for a slot twice.
         """
-        check_tokens(tokens, indices, self.num_tokens)
-        device = self.decoder.query.device
-        tokens = tokens.to(device).padded()
-        fewest, most = torch.stack(tokens.lengths.aminmax()).tolist()
-        tokens = tokens.truncate(most)
-        slots = tokens.slots
-        if slots is not None and not 0 <= int(slots.min()) <= int(slots.max()) < self.num_slots:
-            raise ValueError(
-                f"slots: this tokenizer has the slots 0 to {self.num_slots - 1}, given {int(slots.min())} to "
-                f"{int(slots.max())}"
-            )
-        out = self.decoder(self._codes(tokens), slots, tokens.mask if fewest < most else None)
+        if decoding is not None and not isinstance(decoding, self.decoding_class):
+            raise ValueError("decoding: this tokenizer's decoder has no settings; leave it out")
+        fewest, most = check_tokens(
+            tokens, indices, self.num_tokens, num_slots=self.num_slots, vocab_size=self.vocab_size
+        )
+        tokens = tokens.to(self.decoder.query.device).padded().truncate(most)
+        out = self.decoder(self._codes(tokens), tokens.slots, tokens.mask if fewest < most else None)
         return self.to_images(self.to_latents(out)).clamp(-1, 1)
 
     def _cells(self, images: Tensor, posterior_seed: int) -> Tensor:
@@ -512,7 +520,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
         if isinstance(self.base, VAE) and self.config.posterior == "sample":
             shape = (self.base.config.latent_channels, self.config.grid, self.config.grid)
             noise = randomness.normal(posterior_seed, [0], shape, "posterior").to(images.device)
-        images = images.to(self.decoder.query.dtype)
+        # Weights of 16 bits see pixels rounded in [0, 1], where dark ones are told apart more finely than near -1.
+        images = images.to(torch.promote_types(images.dtype, self.decoder.query.dtype))
         return self.encoder.cells((images + 1) / 2, self.look(images, noise).features)
 
     def _encode(self, cells: Tensor, bins: Tensor, budget: int, threshold: float, fixed: bool) -> KARLTokens:
@@ -535,9 +544,9 @@ pictures = imgtok.to_pil(model.decode(tokens))
         return torch.zeros(vectors.shape[:-1], dtype=torch.long, device=vectors.device), vectors
 
     def _codes(self, tokens: Tokens) -> Tensor:
-        """What the decoder reads, (B, K, n). Raises ValueError for tokens of the other kind."""
+        """What the decoder reads, (B, K, n); ids are not checked. Raises ValueError for tokens of the other kind."""
         if self.quantizer is not None and tokens.vectors is None:
-            return self.quantizer.ids_to_codes(tokens.ids)
+            return F.embedding(tokens.ids, self.quantizer.rows())  # as `ids_to_codes`, which waits for the device
         if self.quantizer is None and tokens.vectors is not None:
             return tokens.vectors
         kinds = ("ids", "vectors") if self.quantizer is not None else ("vectors", "ids")
@@ -566,9 +575,13 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """Mean absolute errors (B,) of the decoded images."""
         return (self.decode(tokens).float() - images.float().clamp(-1, 1)).abs().mean(dim=(1, 2, 3)) / 2
 
-    def _budget(self, budget: int | None) -> int:
+    def _budget(self, budget: object) -> int:
         if budget is None:
             return self.config.budget
+        if isinstance(budget, bool) or not isinstance(budget, SupportsIndex):
+            remedy = f"; a rate is given as rate={str(budget)!r}" if isinstance(budget, Rate) else ""
+            raise ValueError(f"budget: a whole number of tokens such as {self.config.budget}, given {budget!r}{remedy}")
+        budget = index(budget)
         if not 1 <= budget <= self.num_tokens:
             raise ValueError(f"budget: this tokenizer has 1 to {self.num_tokens} tokens an image, given {budget}")
         return budget
@@ -576,15 +589,24 @@ pictures = imgtok.to_pil(model.decode(tokens))
     def _threshold(self, threshold: float | None) -> float:
         if threshold is None:
             return self.config.threshold
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: a probability between 0 and 1, given {threshold}")
+        if isinstance(threshold, bool | str) or not isinstance(threshold, SupportsFloat) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: a probability between 0 and 1, given {threshold!r}")
         return threshold
 
     def _tolerated(self, eps: float | Sequence[float] | Tensor | None, images: Tensor) -> Tensor:
         """The errors (B,) that are allowed, float32 on the images' device. Raises ValueError for others."""
-        given = torch.as_tensor(self.config.tolerance if eps is None else eps, dtype=torch.float32)
+        try:
+            given = torch.as_tensor(self.config.tolerance if eps is None else eps, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"eps: a number, or one for each of the {len(images)} images; given {eps!r}, which is neither"
+            ) from error
         if given.ndim > 1 or (given.ndim and len(given) != len(images)):
             raise ValueError(f"eps: a number, or one for each of the {len(images)} images; given {tuple(given.shape)}")
         if not bool((given >= 0).all()):
             raise ValueError(f"eps: an error that is allowed is a number from 0 on, given {eps}")
+        if not bool((given <= 1).all()):
+            raise ValueError(
+                f"eps: an error of pixels in [0, 1] is at most 1, given {eps}; that of 12 grey levels is eps=12/255"
+            )
         return given.to(images.device).expand(len(images)).contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +16,8 @@ class KARLTokens(Tokens):
     """The kept tokens of each image, in the order of their slots, and what the encoder said of all T slots.
 
     `lengths` are the counts, the complexity of the images; the first `lengths[b]` columns of `ids` (or `vectors`) and
-    `slots` are meant. Rows that are taken out of them, saved or joined are plain `Tokens`.
+    `slots` are meant. On another device (`to`) they are the same; rows that are taken out of them, cut, padded, saved
+    or joined are plain `Tokens`.
     """
 
     probabilities: Tensor | None = None
@@ -26,6 +28,13 @@ class KARLTokens(Tokens):
     """(B,) int64: which of the tolerances each image was encoded for."""
     errors: Tensor | None = None
     """(B,) float32: the error of the decoded image, where it was measured (`verify`)."""
+
+    def to(self, device: torch.device | str) -> KARLTokens:
+        """The same on another device, with all that the encoder said."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: value.to(device, non_blocking=True) for name, value in values.items() if value is not None}
+        )
 
     def updated(self, rows: Tensor, others: KARLTokens, chosen: Tensor) -> KARLTokens:
         """The same with other tokens in some rows: the `chosen` ones of `others`, which were encoded alike."""

@@ -197,7 +197,10 @@ class MaskGITVQGAN(Autoencoder):
 
     def features(self, images: Tensor) -> Tensor:
         """What the encoder gives for images (B, 3, H, W) in [-1, 1], before the nearest code: (B, C, H / f, W / f)."""
-        return self._through(self.encoder, (images.to(self.last_layer.dtype) + 1) / 2)
+        # In [0, 1] first: 16 bits hold dark pixels more finely there than near -1.
+        dtype = self.last_layer.dtype
+        pixels = (images.to(torch.promote_types(images.dtype, dtype)) + 1) / 2
+        return self._through(self.encoder, pixels.to(dtype))
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Images in about [-1, 1], not clamped, of latents (B, C, h, w) that are not scaled."""

@@ -99,7 +99,10 @@ class Tokens:
             raise ValueError(f"truncate: {len(counts)} numbers of tokens for {len(self)} sequences")
         if counts and not min(counts) >= 1:
             raise ValueError(f"a sequence keeps at least 1 token, not {min(counts)}")
-        lengths = torch.minimum(self.lengths, torch.tensor(counts, device=self.lengths.device))
+        if isinstance(num_tokens, int):  # without a transfer to the device
+            lengths = self.lengths.clamp(max=num_tokens)
+        else:
+            lengths = torch.minimum(self.lengths, torch.tensor(counts, device=self.lengths.device))
         most = max(counts, default=0)
         return Tokens(self.ids[:, :most], lengths, *self._each(lambda values: values[:, :most]))
 

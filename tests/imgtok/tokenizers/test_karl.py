@@ -144,7 +144,9 @@ def test_a_fixed_number(model):
     assert tokens.lengths.tolist() == [7] * 6
     assert torch.equal(tokens.slots, torch.arange(7).expand(6, 7))
     assert tokens.bins.tolist() == [0] * 6
-    assert torch.equal(model.encode(images(), rate=Rate(7)).ids, tokens.ids)
+    for rate in (Rate(7), "7"):
+        assert torch.equal(model.encode(images(), rate=rate).ids, tokens.ids)
+    assert torch.equal(model.encode(images(), torch.tensor(7), fixed=True).ids, tokens.ids)
 
 
 def test_rates(model):
@@ -194,6 +196,35 @@ def test_files_hold_slots_and_vectors(model, tmp_path):
     loaded = Tokens.load(tmp_path / "tokens.safetensors")
     assert torch.equal(model.decode(loaded), model.decode(tokens))
     assert loaded.ids.shape[1] == tokens.lengths.max()
+
+
+def test_on_another_device_they_are_the_same(model):
+    tokens = model.encode(images(), threshold=0.5, verify=True).to("meta")
+    assert isinstance(tokens, KARLTokens)
+    for name in ("ids", "lengths", "slots", "probabilities", "kept", "bins", "errors"):
+        assert getattr(tokens, name).device.type == "meta", name
+    assert model.encode(images()).to("cpu").errors is None
+
+
+def test_decoding_reads_from_the_device_once(model, monkeypatch):
+    """What is behind the lengths counts for nothing; neither is a code of the autoencoder looked for in encoding."""
+    read: list[str] = []
+    for name in ("tolist", "item", "__int__", "__bool__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, name=name, method=method: read.append(name) or method(x))
+    looked: list[int] = []
+    if model.quantizer is not None:
+        nearest = type(model.base.quantizer).nearest
+        monkeypatch.setattr(type(model.quantizer), "nearest", lambda q, z: looked.append(q.vocab_size) or nearest(q, z))
+    tokens = model.encode(images(), threshold=0.5)
+    assert set(looked) <= {64}, "of KARL's own table"
+    longer = torch.full((6, 3), 99)
+    vectors = None if tokens.vectors is None else torch.cat([tokens.vectors, tokens.vectors[:, :3]], dim=1)
+    behind = Tokens(torch.cat([tokens.ids, longer], 1), tokens.lengths, torch.cat([tokens.slots, longer], 1), vectors)
+    wanted = model.decode(tokens)
+    read.clear()
+    assert (model.decode(behind) - wanted).abs().max().item() < 1e-5
+    assert read == ["tolist", "item"], "and the last of them is the test's own"
 
 
 def test_bits(model):
@@ -256,11 +287,23 @@ REFUSED = {
     "rates: this tokenizer has 1 to 24 tokens an image, given 25@0.1": {"rate": Rate(25, 0.1)},
     "rate: says how many tokens and which error": {"rate": Rate(4), "eps": 0.1},
     "threshold: a probability between 0 and 1, given 2": {"threshold": 2},
+    "threshold: a probability between 0 and 1, given '0.5'": {"threshold": "0.5"},
+    "eps: a number, or one for each of the 6 images; given '0.05', which is neither": {"eps": "0.05"},
+    r"eps: a number, or one for each of the 6 images; given \['a', 'b'\], which": {"eps": ["a", "b"]},
+    r"eps: an error of pixels in \[0, 1\] is at most 1, given 12; .*eps=12/255": {"eps": 12},
+    r"rates: an error of pixels in \[0, 1\] is at most 1, given 8@12": {"rate": "8@12"},
+    "budget: a whole number of tokens such as 16, given 4.5": {"budget": 4.5},
+    "budget: a whole number of tokens such as 16, given True": {"budget": True},
+    "budget: a whole number of tokens such as 16, given '4'": {"budget": "4"},
+    "budget: a whole number.*; a rate is given as rate='8@0.05'": {"budget": Rate(8, 0.05)},
+    "rates: 'many' is not a number of tokens such as 16": {"rate": "many"},
+    "eps: a fixed number of tokens does not depend on it": {"fixed": True, "eps": 0.3},
+    "threshold: a fixed number of tokens does not depend on it": {"rate": Rate(4), "threshold": 0.1},
     "verify: a fixed number of tokens is not chosen": {"fixed": True, "verify": True},
 }
 
 
-@pytest.mark.parametrize(("message", "asked"), REFUSED.items(), ids=[str(list(value)) for value in REFUSED.values()])
+@pytest.mark.parametrize(("message", "asked"), REFUSED.items(), ids=[str(value) for value in REFUSED.values()])
 def test_what_cannot_be_asked_for(vqgan, message, asked):
     with pytest.raises(ValueError, match=message):
         vqgan.encode(images(), **asked)
@@ -276,6 +319,14 @@ def test_images_and_tokens_of_others(model):
     tokens = model.encode(images(2), 4, fixed=True)
     with pytest.raises(ValueError, match="slots: this tokenizer has the slots 0 to 23, given 0 to 24"):
         model.decode(Tokens(tokens.ids, tokens.lengths, torch.tensor([[0, 1, 2, 24]] * 2), tokens.vectors))
+    with pytest.raises(ValueError, match="slots: those of an image's tokens increase along its row"):
+        model.decode(replace(tokens, slots=torch.tensor([[0, 1, 2, 3], [0, 3, 3, 4]])))
+    with pytest.raises(ValueError, match=r"decode takes Tokens, not a Tensor; Tokens.full\(ids\) makes them"):
+        model.decode(tokens.ids)
+    with pytest.raises(ValueError, match="decoding: this tokenizer's decoder has no settings"):
+        model.decode(tokens, decoding={"steps": 3})
+    with pytest.raises(ValueError, match=r"token ids must lie in \[0, (64|1)\); got 0 to 64"):
+        model.decode(replace(tokens, ids=torch.tensor([[0, 1, 2, 3], [0, 0, 0, 64]])))
     other = Tokens(
         tokens.ids, tokens.lengths, tokens.slots, None if tokens.vectors is not None else torch.zeros(2, 4, 4)
     )
@@ -595,6 +646,20 @@ def test_the_programs_take_it_without_knowing_it(vqgan, tmp_path):
     rates = "rates=[4,16@0.05]"
     assert main(["reconstruct", str(tmp_path / "karl"), f"out={tmp_path / 'shown'}", rates, "num=2", *data]) == 0
     assert main(["evaluate", words[0], "metrics=[mae]", f"out={tmp_path / 'scores.json'}", rates, *data]) == 0
+
+
+def test_weights_in_bfloat16_see_dark_pixels(model):
+    """In [-1, 1] bfloat16 does not tell apart a black pixel and one of a quarter of a grey level."""
+    low, seen = copy.deepcopy(model).bfloat16(), []
+    low.encoder.patch_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    if model.quantizer is not None:
+        low.base.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    dark = torch.full((1, 3, 16, 16), -1.0)
+    dark[..., 0] += 2 * 0.25 / 255
+    low.encode(dark)
+    for pixels in seen:
+        assert pixels.dtype == torch.bfloat16
+        assert pixels[0, 0, 0, :2].tolist() == pytest.approx([0.25 / 255, 0], rel=0.01)
 
 
 def test_all_of_it_in_bfloat16(model):
