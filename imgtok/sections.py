@@ -149,7 +149,9 @@ class Section(Unresolved):
             raise self._place.child("kind").error("is required")
         if base is not None and not isinstance(base, kind):
             mine, other = kind_name(kind), kind_name(type(base))
-            raise self._place.child("kind").error(f"given {mine!r}, but the model to start from is of kind {other!r}")
+            raise self._place.child("kind").error(
+                f"given {mine!r}, but the model to start from is of kind {other!r}; name another with init"
+            )
         data = _with_facts(kind, self.given, base, facts or {}, self._place, holder)
         return build(kind, data, self._place, base)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imgtok.config import from_dict, read_yaml
+from imgtok.config import from_dict, kind_name, read_yaml
 from imgtok.hub import Found, configuration, load, model_class, resolve
 from imgtok.runs import complete_steps
 from imgtok.sections import Section
@@ -92,10 +92,24 @@ def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), dro
     problems = _problems(kept, wanted, new)
     if problems:
         title = f"init: the weights in {init.weights.path} do not fit the model to train:"
+        title += _of_another_autoencoder(model, init.config, problems)
         raise ValueError("\n  ".join([title, *problems]))
     for name, tensor in kept.items():
         if tensor.shape == wanted[name].shape:
             wanted[name].copy_(tensor)
+
+
+def _of_another_autoencoder(model: nn.Module, start: Any, problems: Sequence[str]) -> str:
+    """What explains most of the problems where the start stands on an autoencoder of another shape; else nothing."""
+    field: str | None = getattr(model, "stands_on", None)
+    if field is None or not any(f": {field}." in line for line in problems):
+        return ""
+    there, here = (getattr(config, field, None) for config in (start, model.config))
+    if there is None or here is None or there == here:
+        return ""
+    kinds = [kind_name(type(each)) for each in (there, here)]
+    words = f"of kind {kinds[0]!r}, and here one of kind {kinds[1]!r}" if kinds[0] != kinds[1] else "of another shape"
+    return f" its autoencoder is {words}; leave vae out to keep that of init, or leave init out. Tensor by tensor:"
 
 
 def _problems(kept: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: Sequence[str]) -> list[str]:

@@ -131,6 +131,10 @@ def build_model(config: Config) -> tuple[Tokenizer, nn.Module]:
     model_config = configure(config.model, init, facts, holder)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = model_class(model_config)
+    if config.vae_scaling_factor is not None and not model.scales_latents:
+        raise ValueError(
+            f"vae_scaling_factor: a {model_class.__name__} on {config.vae} takes its codes as they are; leave it out"
+        )
     start_from(model, init, config.init_new, config.init_drop)
     if autoencoder is not None:
         getattr(model, str(model_class.stands_on)).load_state_dict(autoencoder.state_dict())

@@ -165,6 +165,11 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
     tokenizer that has none."""
 
     @property
+    def scales_latents(self) -> bool:
+        """Whether the scale of the autoencoder that it stands on changes what it reads or predicts."""
+        return True
+
+    @property
     def taps(self) -> Taps | None:
         """What `on_block` sees; None for a tokenizer that does not show its blocks."""
         return None

@@ -183,6 +183,11 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """The weight of the autoencoder that gives the decoded images."""
         return self.base.last_layer
 
+    @property
+    def scales_latents(self) -> bool:
+        """Not those of a quantized autoencoder, which are features and codes as they are."""
+        return isinstance(self.base, VAE)
+
     def rates(self) -> list[Rate]:
         """Fixed numbers of tokens, the powers of two from an eighth of the budget on, then the budget under up to three
         of the configuration's tolerances: those nearest to 1.8, 1 and 0.6 times the default one, which are 0.09, 0.05

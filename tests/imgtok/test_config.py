@@ -528,7 +528,10 @@ def test_a_base_gives_what_neither_the_section_nor_the_facts_have():
     assert model.kind is None
     found = model.over(base, {"grid": 4, "edge.classes": 7})
     assert found == Tiles(grid=4, tile=2, name="base", box=Box(width=9, height=5), edge=Edge(classes=7, drop=0.25))
-    with pytest.raises(ConfigError, match="model.kind: given 'box', but the model to start from is of kind 'tiles'"):
+    with pytest.raises(
+        ConfigError,
+        match="model.kind: given 'box', but the model to start from is of kind 'tiles'; name another with init",
+    ):
         chosen("model.kind=box").model.over(base)
     with pytest.raises(ConfigError, match="model.kind: is required"):
         model.over()

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imgtok import randomness
+from imgtok import hub, randomness
 from imgtok.cli import main
+from imgtok.config import load
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.tokenizers.base import Losses, Rate
 from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTokens, KARLTraining, Runs, TransformerConfig
@@ -25,6 +26,8 @@ from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
 from imgtok.train.ema import EMA
+from imgtok.train.initialise import Init, start_from
+from imgtok.train.tokenizer import Config, build_model
 
 ROOT = Path(__file__).parents[3]
 VQGAN = MaskGITVQGANConfig(latent_channels=4, vocab_size=16, block_channels=(8, 16), layers_per_block=1, norm_groups=4)
@@ -636,6 +639,34 @@ def test_a_loss_where_nothing_is_judged():
 
 
 # ---------------------------------------------------------------- programs
+
+
+def test_a_start_on_another_autoencoder_is_named_first(vqgan, tmp_path):
+    vqgan.save_pretrained(tmp_path / "first")
+    found = hub.resolve(tmp_path / "first")
+    other = KARL(CONFIGS["vae"])
+    with pytest.raises(
+        ValueError, match="do not fit the model to train: its autoencoder is of kind 'maskgit_vqgan', and"
+    ):
+        start_from(other, Init(vqgan.config, found))
+    smaller = KARL(KARLConfig(**SIZES, base=replace(VQGAN, block_channels=(4, 16))))
+    with pytest.raises(ValueError, match="its autoencoder is of another shape; leave vae out to keep that of init"):
+        start_from(smaller, Init(vqgan.config, found))
+    shorter = KARL(KARLConfig(**{**SIZES, "max_tokens": 20}, base=VQGAN))
+    with pytest.raises(ValueError, match="do not fit the model to train:\n"):
+        start_from(shorter, Init(vqgan.config, found))
+
+
+def test_a_scale_that_nothing_reads_is_refused(vqgan, model, tmp_path):
+    model.base.save_pretrained(tmp_path / "base")
+    words = [f"vae={tmp_path / 'base'}", "vae_scaling_factor=2", "data.kind=shapes", f"out={tmp_path / 'run'}"]
+    words += ["training={steps: 1, batch_size: 2, learning_rate: 1e-3}"]
+    config = replace(load(Config, None, [*words, "model.kind=karl"]), model=replace(model.config, base=None))
+    if model.quantizer is None:
+        assert build_model(config)[0].config.required_base.scaling_factor == 2
+    else:
+        with pytest.raises(ValueError, match="vae_scaling_factor: a KARL on .*base takes its codes as they are"):
+            build_model(config)
 
 
 def test_the_programs_take_it_without_knowing_it(vqgan, tmp_path):
