@@ -61,7 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     code = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.resolve() == path]
     assets = [path for path in (ROOT / "imgtok" / "assets").rglob("*") if path.is_file()]
-    configurations = list((ROOT / "configs").rglob("*.yaml"))
+    configurations = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
     places = [path.relative_to(ROOT) for path in [*code, *assets, *configurations, ROOT / "imgtok" / "py.typed"]]
     wanted = {(path if path.parts[0] == "imgtok" else "imgtok" / path).as_posix() for path in places}
     names = zipfile.ZipFile(wheel).namelist()

@@ -140,7 +140,10 @@ def test_a_damaged_checkpoint_is_passed_over_or_named(copy, caplog):
 def test_no_class_is_found_by_a_name_outside_the_tables(copy):
     path = step(copy / "tok", 4) / "config.yaml"
     state = json.loads((path.parent / "state.json").read_text())
-    for kind, message in (("os:system", "kind: given 'os:system', must be one of vae, flextok"), (None, "no section")):
+    for kind, message in (
+        ("os:system", "kind: given 'os:system', must be one of vae, maskgit_vqgan, flextok"),
+        (None, "no section"),
+    ):
         text = path.read_text() if kind is None else path.read_text().replace("kind: flextok", f"kind: {kind}")
         path.write_text(text.replace("\nmodel:", "\nmodels:") if kind is None else text)
         state["files"]["config.yaml"] = path.stat().st_size
