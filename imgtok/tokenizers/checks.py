@@ -56,8 +56,8 @@ def check_tokens(
         padding = ~tokens.mask
         read += tokens.ids.masked_fill(padding, 0).aminmax() if ids_of else ()
         if slots is not None:
-            stays = (slots.diff(dim=1) <= 0) & ~padding[:, 1:]
-            read += [*slots.masked_fill(padding, 0).aminmax(), stays.any().long()]
+            increases = (slots.diff(dim=1) > 0) | padding[:, 1:]
+            read += [*slots.masked_fill(padding, 0).aminmax(), increases.all().long()]
     fewest, longest, *found = torch.stack(read).tolist()
     if columns > most or fewest < 1 or longest > columns:
         raise ValueError(
@@ -68,10 +68,10 @@ def check_tokens(
         if low < 0 or high >= vocab_size:
             raise ValueError(f"token ids must lie in [0, {vocab_size}); got {low} to {high}")
     if num_slots is not None and found:
-        low, high, repeated = found
+        low, high, increase = found
         if low < 0 or high >= num_slots:
             raise ValueError(f"slots: this tokenizer has the slots 0 to {num_slots - 1}, given {low} to {high}")
-        if repeated:
+        if not increase:
             raise ValueError("slots: those of an image's tokens increase along its row, each of them once")
     return fewest, longest
 

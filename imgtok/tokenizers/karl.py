@@ -506,9 +506,8 @@ pictures = imgtok.to_pil(model.decode(tokens))
         """
         if decoding is not None and not isinstance(decoding, self.decoding_class):
             raise ValueError("decoding: this tokenizer's decoder has no settings; leave it out")
-        fewest, most = check_tokens(
-            tokens, indices, self.num_tokens, num_slots=self.num_slots, vocab_size=self.vocab_size
-        )
+        ids = None if self.quantizer is None else self.vocab_size
+        fewest, most = check_tokens(tokens, indices, self.num_tokens, num_slots=self.num_slots, vocab_size=ids)
         tokens = tokens.to(self.decoder.query.device).padded().truncate(most)
         out = self.decoder(self._codes(tokens), tokens.slots, tokens.mask if fewest < most else None)
         return self.to_images(self.to_latents(out)).clamp(-1, 1)

@@ -328,8 +328,9 @@ def test_images_and_tokens_of_others(model):
         model.decode(tokens.ids)
     with pytest.raises(ValueError, match="decoding: this tokenizer's decoder has no settings"):
         model.decode(tokens, decoding={"steps": 3})
-    with pytest.raises(ValueError, match=r"token ids must lie in \[0, (64|1)\); got 0 to 64"):
-        model.decode(replace(tokens, ids=torch.tensor([[0, 1, 2, 3], [0, 0, 0, 64]])))
+    if model.quantizer is not None:  # ids beside vectors say nothing
+        with pytest.raises(ValueError, match=r"token ids must lie in \[0, 64\); got 0 to 64"):
+            model.decode(replace(tokens, ids=torch.tensor([[0, 1, 2, 3], [0, 0, 0, 64]])))
     other = Tokens(
         tokens.ids, tokens.lengths, tokens.slots, None if tokens.vectors is not None else torch.zeros(2, 4, 4)
     )
