@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 from flextok_case import Case
-from interleaved import Row, Worker, apart, make_parser, measure, report, run_size
-from protocol import Setup
+from interleaved import Row, Worker, apart, make_parser, measure, report, run_size, setup_of
 
 from imgtok import randomness
 
@@ -118,15 +117,7 @@ def needs(arguments: argparse.Namespace) -> str:
 
 
 def run(size: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    setup = Setup(
-        size=size,
-        device=arguments.device,
-        dtype=arguments.peer_dtype,
-        threads=arguments.threads,
-        seed=arguments.seed,
-        shapes={},
-        attention=arguments.peer_attention,
-    )
+    setup = replace(setup_of(size, arguments), attention=arguments.peer_attention)
     return run_size("flextok", setup, cases(size, arguments), compare, needs(arguments), arguments)
 
 

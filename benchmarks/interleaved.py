@@ -230,6 +230,18 @@ Compare = Callable[[Worker, Worker, Any, Path], tuple[str, bool]]
 arrays."""
 
 
+def setup_of(size: str, arguments: argparse.Namespace) -> Setup:
+    """How a side builds its model of one size; the peer at the precision that is meant for it."""
+    return Setup(
+        size=size,
+        device=arguments.device,
+        dtype=arguments.peer_dtype,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        shapes={},
+    )
+
+
 def run_size(
     name: str,
     setup: Setup,

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import Row, Worker, apart, make_parser, report, run_size
+from interleaved import Row, Worker, apart, make_parser, report, run_size, setup_of
 from karl_case import SIZES, VARIANTS, Case, parse_size, training
-from protocol import Setup
 
 from imgtok import randomness
 
@@ -115,15 +114,7 @@ def needs(arguments: argparse.Namespace) -> str:
 
 
 def run(size: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    setup = Setup(
-        size=size,
-        device=arguments.device,
-        dtype=arguments.peer_dtype,
-        threads=arguments.threads,
-        seed=arguments.seed,
-        shapes={},
-    )
-    return run_size("karl", setup, cases(size, arguments), compare, needs(arguments), arguments)
+    return run_size("karl", setup_of(size, arguments), cases(size, arguments), compare, needs(arguments), arguments)
 
 
 def main() -> None:

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from interleaved import Row, Worker, apart, make_parser, report, run_size
-from protocol import Setup
+from interleaved import Row, Worker, apart, make_parser, report, run_size, setup_of
 from xar_case import CHANNELS, ENTITIES, TOKENS, Case, own_size
 
 from imgtok import randomness
@@ -125,15 +124,7 @@ def needs(arguments: argparse.Namespace) -> str:
 
 
 def run(size: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    setup = Setup(
-        size=size,
-        device=arguments.device,
-        dtype=arguments.peer_dtype,
-        threads=arguments.threads,
-        seed=arguments.seed,
-        shapes={},
-    )
-    return run_size("xar", setup, cases(size, arguments), compare, needs(arguments), arguments)
+    return run_size("xar", setup_of(size, arguments), cases(size, arguments), compare, needs(arguments), arguments)
 
 
 def main() -> None:

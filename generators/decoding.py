@@ -165,9 +165,8 @@ class Drawing:
     def has_ended(self, k: int) -> bool:
         """Whether nothing is left to draw after token k, as far as anyone looked."""
         look = self.alive.device.type == "cpu" or (k + 1) % LOOK_EVERY == 0
-        return (
-            self.model.config.ends and look and int(self.alive.sum()) == 0
-        )  # a number: the suite's fake GPU answers 1, and goes on
+        # a number, since the suite's fake GPU answers 1 and so goes on
+        return self.model.config.ends and look and int(self.alive.sum()) == 0
 
     def tokens(self) -> Tokens:
         """All of them, with zeros after the end of a row."""

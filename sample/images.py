@@ -294,15 +294,19 @@ def generate(
         yield chunk, made[config.num_tokens]
 
 
+TOKENS = "tokens: "
+"""Before the number, in the comment of an image's file."""
+
+
 def in_comment(count: int) -> str:
     """What the file of an image says of the number of its tokens: so an interrupted job need not draw it again."""
-    return f"tokens: {count}"
+    return f"{TOKENS}{count}"
 
 
 def count_of(path: Path) -> int:
     """The number of tokens that the file of an image tells of. Raises ValueError for a file that does not."""
     with Image.open(path) as image:
-        before, _, count = image.info.get("Comment", "").partition(in_comment(0)[:-1])
+        before, _, count = image.info.get("Comment", "").partition(TOKENS)
     if before or not count.isdecimal():
         raise ValueError(f"{path}: the file does not tell how many tokens its image took; delete it and start again")
     return int(count)

@@ -116,13 +116,13 @@ class Window:
 
         if accelerator.num_processes > 1:  # each of which may have met other parts, in another order
             self._name(sorted(set(gather_object(list(self.names)))))
-        order = ["loss", *sorted(set(self.names) - {"loss"})]
-        sums = self.sum[[self.names.index(name) for name in order]]
-        counts = self.sum.new_tensor([self.counts[self.names.index(name)] for name in order])
-        sums, counts = accelerator.reduce(torch.stack([sums, counts]), reduction="sum")
-        told = dict(zip(order, (sums / counts.clamp(min=1)).tolist(), strict=True))
-        seen = dict(zip(order, counts.tolist(), strict=True))
-        found = {name: told[name] for name in self.names if seen[name]}
+        order = sorted(self.names)
+        places = [self.names.index(name) for name in order]
+        both = torch.stack([self.sum, self.sum.new_tensor(self.counts)])[:, places]
+        sums, counts = accelerator.reduce(both, reduction="sum")
+        means = dict(zip(order, (sums / counts).tolist(), strict=True))
+        times = dict(zip(order, counts.tolist(), strict=True))
+        found = {name: means[name] for name in self.names if times[name]}
         found["grad_norm"] = self.norm.item()
         if self.codes is not None:
             used = Histogram.of(accelerator.reduce(self.codes, reduction="sum"))

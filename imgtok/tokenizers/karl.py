@@ -431,12 +431,12 @@ pictures = imgtok.to_pil(model.decode(tokens))
         `budget` is the most tokens of an image, in 1..max_tokens; `eps` the mean absolute error that may remain, one
         for all images or one each, which is a request and no promise. What is asked for is the smallest of the
         configuration's `tolerances` that is not below it, or the largest (`asked`): 0.11 is 0.12 to the published
-        models. Both have defaults in the configuration. `fixed`
-        keeps exactly `budget` tokens of every image, and asks for the smallest error. A `rate` says both: with a
-        tolerance it is a budget and an eps, without one a fixed number of tokens; text will do, "8@0.05". `threshold`
-        replaces the configuration's. `verify` decodes and measures: images whose error is larger than allowed are
-        encoded again, at the next stricter tolerance, three times in all at the most; of passes that all fail the best
-        one is kept.
+        models. Both have defaults in the configuration. `fixed` keeps exactly `budget` tokens of every image, and asks
+        for the smallest error. A `rate` says both: with a tolerance it is a budget and an eps, without one a fixed
+        number of tokens; text will do, "8@0.05". `threshold` replaces the configuration's. `verify` decodes and
+        measures: images whose error is larger than allowed are encoded again, at the next stricter tolerance, three
+        times in all at the most; of passes that all fail the best one is kept.
+
         Images get the noise of (`posterior_seed`, 0) for the posterior of the autoencoder, where it is sampled. Raises
         ValueError for images that the model does not take, a budget outside 1..max_tokens, an eps outside 0..1, and for
         an eps or a threshold beside `fixed`, which heeds neither.

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def ours(program):
     shapes = {
         name: list(as_published(name, place.view(state)).shape) for name, place in places(state, NAMES, {}).items()
     }
-    setup = program["Setup"](size=SIZE, device="cpu", dtype="fp32", threads=1, seed=0, shapes=shapes)
+    given = Namespace(device="cpu", peer_dtype="fp32", threads=1, seed=0)
+    setup = replace(program["setup_of"](SIZE, given), shapes=shapes)
     search = [str(FOLDER), str(FOLDER / "workers"), str(FOLDER.parent / "tests" / "parity")]
     sys.path[:0] = search
     try:
