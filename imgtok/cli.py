@@ -147,7 +147,7 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
             overrides.append(f"{positional}={word}")
             positional = None
         else:
-            raise _stray(word)
+            raise _stray(word, config_class)
     return load(config_class, path, overrides)
 
 
@@ -406,13 +406,22 @@ def _job_of(config_class: Any) -> str | None:
     return next((str(default_of(item)) for item in fields(config_class) if item.name == "job"), None)
 
 
-def _stray(word: str) -> ConfigError:
-    """The error for an argument that means nothing."""
+def _stray(word: str, config_class: Any) -> ConfigError:
+    """The error for an argument that means nothing; images are named by the section `data` of jobs that have one."""
     if (other := shipped.find(word)) is not None:
         job = str(read_yaml(other).get("job")).replace("-", " ")
         return ConfigError(f"command line: {word!r} is a configuration of `imgtok {job}`")
     hint = f"; did you mean the configuration {near!r}?" if (near := shipped.like(word)) else ""
+    if "data" in field_types(config_class) and (kind := _kind_of_data(Path(word))) is not None:
+        hint = f"; for the images in it write data.kind={kind} data.path={word}"
     return ConfigError(f"command line: {word!r} is neither a .yaml file nor key=value nor --key value{hint}")
+
+
+def _kind_of_data(path: Path) -> str | None:
+    """Which kind of data a path that exists could be, from its name."""
+    if path.is_dir():
+        return "folder"
+    return {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix) if path.is_file() else None
 
 
 def _check_help(argv: Sequence[str], known: Mapping[str, FieldHelp]) -> None:

@@ -156,6 +156,8 @@ def not_a_model(folder: Path) -> str:
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     inside = _models_in(folder)
     hint = f"; did you mean {' or '.join(map(str, inside[:3]))}?" if inside else ""
+    if not inside and any(entry.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for entry in folder.iterdir()):
+        hint = f"; a folder of images is given as data.kind=folder data.path={folder}, beside a model"
     return f"{folder} is not a model folder: it has no config.json (found: {found}){hint}"
 
 

@@ -36,7 +36,7 @@ from imgtok.published.karl import names_of
 from imgtok.published.kl16 import KL16
 from imgtok.published.names import Place
 from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTraining, TransformerConfig
-from imgtok.tokenizers.karl_training import Taught
+from imgtok.tokenizers.karl_training import TrainableKARL
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
@@ -115,7 +115,7 @@ class Lesson:
             discriminator_every=9,
         )
         taught = model.for_training(loss, 1)
-        assert isinstance(taught, Taught)
+        assert isinstance(taught, TrainableKARL)
         self.setup, self.taught = setup, taught.to(setup.device).train()
         shapes = {name: shape for name, shape in setup.shapes.items() if name.startswith(JUDGE)}
         numbers = {
@@ -141,7 +141,9 @@ class Lesson:
         with torch.enable_grad():
             with autocast(self.setup):
                 runs = model.forward_drawn(images, draws)
-                losses = self.taught.judged(images, draws, runs, 0, lambda a, b: self.lpips(unit(a), unit(b)))
+                losses = self.taught.with_image_losses(
+                    images, draws, runs, 0, lambda a, b: self.lpips(unit(a), unit(b))
+                )
             losses.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         set_rate(self.optimizer, 0.0)

@@ -226,9 +226,9 @@ pictures = imgtok.to_pil(model.decode(tokens))
 
     def for_training(self, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module:
         """A module that has the curriculum, and in stage "finetune" the losses of decoded images."""
-        from imgtok.tokenizers.karl_training import Taught  # which knows this class
+        from imgtok.tokenizers.karl_training import TrainableKARL  # which knows this class
 
-        return Taught(self, loss, accumulate)
+        return TrainableKARL(self, loss, accumulate)
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Losses | CodedLosses:
         """The losses of both runs for images (B, 3, H, W) in [-1, 1], with the curriculum as it is at the start; in

@@ -67,7 +67,7 @@ def shared(draws: Draws) -> Draws:
     return draws._replace(num_slots=int(common[0]), augmented=common[1].bool())
 
 
-class Taught(nn.Module):
+class TrainableKARL(nn.Module):
     """A KARL with its curriculum and discriminators: what is trained and checkpointed. Calling it gives the losses of
     the model and of the discriminators.
     """
@@ -81,14 +81,14 @@ class Taught(nn.Module):
         self.model = model
         self.curriculum = Curriculum(model)
         self.accumulate = accumulate
-        self.judges = model.config.training.stage == "finetune"
-        if loss is not None and not self.judges:
+        self.finetunes = model.config.training.stage == "finetune"
+        if loss is not None and not self.finetunes:
             raise ValueError(
                 "loss: in model.training.stage=distill a KARL is trained by what its autoencoder gives, and no image "
                 "is judged; leave loss out, or choose model.training.stage=finetune"
             )
         self.loss = loss or ReconstructionLossConfig()
-        count = model.config.training.discriminators if self.loss.adversarial and self.judges else 0
+        count = model.config.training.discriminators if self.loss.adversarial and self.finetunes else 0
         self.discriminators = nn.ModuleList(
             PatchDiscriminator(
                 self.loss.discriminator_channels, self.loss.discriminator_layers, self.loss.discriminator_norm
@@ -110,13 +110,13 @@ class Taught(nn.Module):
         self.seen += 1
         rounded = step >= self.model.config.training.rounded_from
         draws = shared(self.model.draw(images, generator, self.curriculum.probabilities))._replace(rounded=rounded)
-        if not self.judges:
+        if not self.finetunes:
             runs = self.model.forward_drawn(images, draws)
             losses = runs.losses
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_turn_of_judges(step)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_discriminator_turn(step)):
                 runs = self.model.forward_drawn(images, draws)
-            losses = self.judged(images, draws, runs, step, perceptual)
+            losses = self.with_image_losses(images, draws, runs, step, perceptual)
         self.learn_from(runs.errors)
         if not rounded and self.model.quantizer is not None:
             self.fill_table(self.model.quantizer, runs.vectors.detach().flatten(0, 1))
@@ -155,7 +155,7 @@ class Taught(nn.Module):
         """Whether the adversarial game is on at an optimizer step."""
         return bool(self.discriminators) and step >= self.loss.adversarial_start
 
-    def is_turn_of_judges(self, step: int) -> bool:
+    def is_discriminator_turn(self, step: int) -> bool:
         """Whether the discriminators alone learn at a step."""
         every = self.loss.discriminator_every
         return self.plays(step) and every > 1 and each(every)(step)
@@ -165,7 +165,7 @@ class Taught(nn.Module):
         model = ParameterGroup(
             name="model",
             parameters=list(self.model.parameters()),
-            due=lambda step: not self.is_turn_of_judges(step),
+            due=lambda step: not self.is_discriminator_turn(step),
         )
         if not self.discriminators:
             return [model]
@@ -182,30 +182,30 @@ class Taught(nn.Module):
 
     # ------------------------------------------------ stage "finetune"
 
-    def judged(
+    def with_image_losses(
         self, images: Tensor, draws: Draws, runs: Runs, step: int, perceptual: Perceptual | None = None
     ) -> Losses | CodedLosses:
         """The losses of the runs together with those of the images that they decoded."""
         total, parts = runs.losses.total, runs.losses.parts
         for name, decoded in zip(("first", "second"), runs.images, strict=True):
-            losses = self.judge(decoded, images, draws.num_slots, step, perceptual)
+            losses = self.image_losses(decoded, images, draws.num_slots, step, perceptual)
             total = total + losses.total
             parts |= {f"{name}_{part}": value for part, value in losses.parts.items()}
         return rebuilt(total, parts, runs.losses)
 
-    def judge(
+    def image_losses(
         self, decoded: Tensor, images: Tensor, num_slots: int, step: int, perceptual: Perceptual | None = None
     ) -> Losses:
         """The losses of the images (B, 3, H, W) that one run decoded, for what is trained at this step."""
         weight = self.adversarial_weight(step)
-        alone, plays = self.is_turn_of_judges(step), self.plays(step)
+        alone, plays = self.is_discriminator_turn(step), self.plays(step)
         discriminator = self.discriminator(num_slots) if plays else None
-        reconstructed = judged = decoded.float()
+        reconstructed = for_discriminator = decoded.float()
         if discriminator is not None and not alone and self.loss.adaptive == "images":
-            reconstructed, judged = balance(reconstructed, torch.as_tensor(weight, device=images.device))
+            reconstructed, for_discriminator = balance(reconstructed, torch.as_tensor(weight, device=images.device))
         total, parts = distances(self.loss, reconstructed, images, perceptual)
         if discriminator is not None and not alone:
-            parts["adversarial"] = adversarial_loss(discriminator, judged, self.loss.game)
+            parts["adversarial"] = adversarial_loss(discriminator, for_discriminator, self.loss.game)
             share: float | Tensor = weight
             if self.loss.adaptive == "last_layer":
                 last_layer = self.model.last_layer

@@ -45,6 +45,14 @@ class Config:
     net: Section = Section()
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithData:
+    """Pretend to look at images."""
+
+    model: Path = Path("none")
+    data: Section = Section()
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """A job `train toy` whose module records the configurations that it ran with; logging is put back."""
@@ -120,6 +128,16 @@ def test_mistakes_in_arguments(words: list[str], message: str) -> None:
         cli.parse(Config, words, "model")
     assert str(caught.value).startswith("command line: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("photos", "folder"), ("a.parquet", "parquet"), ("a.tar", "webdataset")])
+def test_a_second_word_that_names_images(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"") if path.suffix else path.mkdir()
+    with pytest.raises(ConfigError, match=f"neither a .yaml file .*write data.kind={kind} data.path={path}"):
+        cli.parse(WithData, ["runs/a", str(path)], "model")
+    with pytest.raises(ConfigError, match="neither a .yaml file nor key=value nor --key value$"):
+        cli.parse(Config, ["runs/a", str(path)], "model")
 
 
 # ------------------------------------------------------------------------------------------ commands

@@ -120,6 +120,12 @@ def test_the_folder_is_readable_by_others(folder: Path) -> None:
     assert f'imgtok.load("{folder}")' in (folder / "README.md").read_text()
 
 
+def test_a_folder_of_images_in_place_of_a_model_says_how_images_are_given(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"folder of images is given as data.kind=folder data.path={tmp_path}"):
+        imgtok.load(tmp_path)
+
+
 def test_saving_keeps_the_other_files_of_the_folder(folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "config.json").write_text("{}")

@@ -18,7 +18,7 @@ from imgtok.published import karl as published
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import latents_of_moments
 from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTraining, Run, TransformerConfig
-from imgtok.tokenizers.karl_training import Curriculum, Taught
+from imgtok.tokenizers.karl_training import Curriculum, TrainableKARL
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig, channels_first, channels_last
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train.config import TrainingConfig
@@ -283,7 +283,7 @@ def step(
     model: KARL,
     case: Case,
     name: str,
-    judges: Taught | None = None,
+    judges: TrainableKARL | None = None,
     *,
     number: int = 0,
     perceptual: Any = None,
@@ -301,7 +301,7 @@ def step(
 
     model.run = run  # type: ignore[method-assign]
     runs = model.forward_drawn(images, draws)
-    losses = runs.losses if judges is None else judges.judged(images, draws, runs, number, perceptual)
+    losses = runs.losses if judges is None else judges.with_image_losses(images, draws, runs, number, perceptual)
     total, parts = losses.total, losses.parts
     curriculum = Curriculum(model)
     if about.get("curriculum_start") == "uniform":
@@ -321,7 +321,7 @@ def step(
             f"{which}_decoded_every16": each.out[:, ::16],
         }
         found |= {f"{which}_{PARTS[part]}": value for part, value in parts_of(parts, which).items() if part in PARTS}
-        if judges is not None and not judges.is_turn_of_judges(number):
+        if judges is not None and not judges.is_discriminator_turn(number):
             found |= judged_pixels(parts_of(parts, which), judges.adversarial_weight(number), which)
         if runs.images and which == "second":
             found["second_error"] = (runs.images[1] - images).abs().mean(dim=(1, 2, 3)) / 2
@@ -407,7 +407,7 @@ def perceptual(images: Tensor, references: Tensor) -> Tensor:
     return judging_lpips()(unit(images), unit(references))
 
 
-def taught(model: KARL, adversarial: float, start: int = 0) -> Taught:
+def taught(model: KARL, adversarial: float, start: int = 0) -> TrainableKARL:
     """The case's judges around the model, which see images in [0, 1]."""
     loss = ReconstructionLossConfig(
         l1=0.5,  # of errors on the scale [-1, 1]
@@ -420,7 +420,7 @@ def taught(model: KARL, adversarial: float, start: int = 0) -> Taught:
         discriminator_every=9,
     )
     judges = model.for_training(loss, accumulate=1)
-    assert isinstance(judges, Taught)
+    assert isinstance(judges, TrainableKARL)
     numbers = discriminator_weights(judge_weights(), "gan_losses.1.discriminator.main.")
     missing = judges.discriminators[1].load_state_dict(numbers, strict=False)
     assert not missing.unexpected_keys

@@ -115,7 +115,7 @@ def test_the_maker_s_step_of_the_second_stage(monkeypatch):
     check(FINETUNE, ours | constants, without=("warmup_", "discriminator_"), gradient=5e-3)
 
 
-def norm_of_judges(judges: karl_training.Taught) -> torch.Tensor:
+def norm_of_judges(judges: karl_training.TrainableKARL) -> torch.Tensor:
     found = [p.grad.norm() for p in judges.discriminators.parameters() if p.grad is not None]
     return torch.stack(found).norm()
 

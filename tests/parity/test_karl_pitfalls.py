@@ -111,7 +111,7 @@ def test_4_the_judges_get_no_gradient_from_the_maker():
     judges = karl_runs.taught(model, 0.2)
     decoded = karl_runs.ours(case.input("image")).requires_grad_()
     judges.loss = replace_loss(judges.loss)
-    judges.judge(decoded, karl_runs.ours(case.input("image")), 64, 0).total.backward()
+    judges.image_losses(decoded, karl_runs.ours(case.input("image")), 64, 0).total.backward()
     assert decoded.grad is not None
     assert all(parameter.grad is None for parameter in judges.discriminators.parameters())
 

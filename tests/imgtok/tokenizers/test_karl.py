@@ -21,7 +21,7 @@ from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.tokenizers.base import Losses, Rate
 from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTokens, KARLTraining, Runs, TransformerConfig
 from imgtok.tokenizers.karl_start import all_over
-from imgtok.tokenizers.karl_training import Curriculum, Taught, shared
+from imgtok.tokenizers.karl_training import Curriculum, TrainableKARL, shared
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
@@ -466,7 +466,7 @@ def test_processes_have_one_number_of_slots_in_a_step(vqgan, monkeypatch):
         return stub_runs(given)
 
     monkeypatch.setattr(KARL, "forward_drawn", forward_drawn)
-    Taught(vqgan, None, 1)(images(2), generator=torch.Generator())
+    TrainableKARL(vqgan, None, 1)(images(2), generator=torch.Generator())
     assert counts == [11]
 
 
@@ -479,7 +479,7 @@ def test_the_curriculum_changes_once_an_optimizer_step(vqgan, monkeypatch):
     """By the smallest error of all micro-batches, so that a step of several is one of a larger batch."""
     errors = iter([0.015, 0.5, 0.025, 0.5, 0.5, 0.035])
     monkeypatch.setattr(KARL, "forward_drawn", lambda self, given, draws: stub_runs(given, next(errors)))
-    taught = Taught(vqgan, None, 3)
+    taught = TrainableKARL(vqgan, None, 3)
     start = taught.curriculum.probabilities.clone()
     for call in range(6):
         taught(images(2), generator=torch.Generator())
@@ -524,7 +524,7 @@ def test_players_take_turns():
     training = KARLTraining(stage="finetune", discriminators=2, late_start=4, late_weight=0.5, slot_counts=(4, 16))
     model = KARL(KARLConfig(**SIZES, base=VQGAN, training=training))
     taught = model.for_training(LOSS, accumulate=2)
-    assert isinstance(taught, Taught)
+    assert isinstance(taught, TrainableKARL)
     reached, parts = [], []
     for call in range(12):
         losses = taught(images(2), generator=torch.Generator().manual_seed(call))
@@ -548,7 +548,7 @@ def test_players_take_turns():
     assert (int(taught.seen), taught._calls) == (20, 20)
     again = copy.deepcopy(taught)
     again._calls = None  # as after a checkpoint was loaded
-    assert not again.is_turn_of_judges(6)
+    assert not again.is_discriminator_turn(6)
     again(images(2), generator=torch.Generator())
     assert again._calls == 21
     assert "curriculum.probabilities" in taught.state_dict()
@@ -589,7 +589,7 @@ def test_tokens_are_rounded_after_a_while_to_rows_that_were_their_directions():
     training = KARLTraining(rounded_from=2, spread_weight=0.5)
     model = KARL(KARLConfig(**SIZES, base=VQGAN, initialisation="aligned", training=training))
     taught = model.for_training(None, accumulate=1)
-    assert isinstance(taught, Taught)
+    assert isinstance(taught, TrainableKARL)
     assert taught.rests_parameters
     assert model.quantizer is not None
     table, seen = model.quantizer.table, []
