@@ -27,6 +27,7 @@ from imgtok.layers.attention import CrossAttention
 from imgtok.layers.cache import Memory
 from imgtok.layers.record import AttentionRecord
 from imgtok.text.captions import Captions
+from imgtok.tokenizers.base import Autoencoder
 
 Condition = Tensor | Captions
 """What images are made for: labels (B,), -1 for no class, or captions."""
@@ -104,6 +105,17 @@ class ClassModulation(FromClass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassBuffer(FromClass):
+    """Slots before the positions, `num_slots` of them, all hold the class's embedding; "no class" has one of its own
+    (MAR, TokenBridge). They are also what the network computes with while nearly nothing of the image is there.
+    """
+
+    kind: Literal["class_buffer"] = "class_buffer"
+    num_slots: PositiveInt = 64
+    """Slots that hold the class's embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextCrossAttention(FromText):
     """Every block attends to the caption's features, after a small MLP; none is the empty caption (FlexTok)."""
 
@@ -119,7 +131,7 @@ class TextPrefix(FromText):
     kind: Literal["text_prefix"] = "text_prefix"
 
 
-AnyCondition = ClassSlot | StartPlusClass | ClassModulation | TextPrefix | TextCrossAttention
+AnyCondition = ClassSlot | StartPlusClass | ClassModulation | ClassBuffer | TextPrefix | TextCrossAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +300,21 @@ class ConditionalGenerator(nn.Module, Pretrained):
         )
 
     def check_decoder(self, decoder: nn.Module) -> None:
-        """Raises ValueError for a tokenizer or autoencoder that cannot decode what this model draws."""
-        raise NotImplementedError
+        """Raises ValueError for a tokenizer or autoencoder that cannot decode what this model draws.
+
+        As it stands here, for a generator of latents: for anything but an autoencoder of as many channels.
+        """
+        if self.learns_from == "tokens":
+            raise NotImplementedError
+        if not isinstance(decoder, Autoencoder):
+            raise ValueError(f"the generator draws latents, which a {type(decoder).__name__} does not decode")
+        config: Any = self.config
+        drawn, decoded = config.latent_channels, decoder.config.latent_channels
+        if drawn != decoded:
+            raise ValueError(
+                f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were "
+                "not trained together"
+            )
 
     @property
     def null_class(self) -> int:

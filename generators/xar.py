@@ -44,7 +44,7 @@ from imgtok.layers.cache import KVCache, LayerCache, Memory, MemoryLayer
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
-from imgtok.tokenizers.base import Autoencoder, Losses
+from imgtok.tokenizers.base import Losses
 
 # ---------------------------------------------------------------- configuration
 
@@ -502,17 +502,6 @@ class XAR(ConditionalGenerator):
         draws = [randomness.normal(seed, indices, shape, f"entity {i}").flatten(1) for i, shape in enumerate(shapes)]
         parts = torch.cat(draws, dim=1).to(self.readout.weight.device).split([part.shape[1] for part in draws], dim=1)
         return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True)]
-
-    def check_decoder(self, decoder: nn.Module) -> None:
-        """Raises ValueError for anything but an autoencoder of latents with as many channels."""
-        if not isinstance(decoder, Autoencoder):
-            raise ValueError(f"the generator draws latents, which a {type(decoder).__name__} does not decode")
-        drawn, decoded = self.config.latent_channels, decoder.config.latent_channels
-        if drawn != decoded:
-            raise ValueError(
-                f"the generator draws latents of {drawn} channels, but the autoencoder decodes {decoded}: they were "
-                "not trained together"
-            )
 
     def _report(
         self, on_step: Callable[[int, Tensor | None], None], before: int, finished: Sequence[Tensor]

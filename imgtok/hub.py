@@ -59,7 +59,11 @@ AUTOENCODERS: dict[str, str] = {
     "vae": "imgtok.tokenizers.vae:VAE",
     "maskgit_vqgan": "imgtok.tokenizers.maskgit_vqgan:MaskGITVQGAN",
 }
-GENERATORS: dict[str, str] = {"gpt": "imgtok.generators.gpt:GPT", "xar": "imgtok.generators.xar:XAR"}
+GENERATORS: dict[str, str] = {
+    "gpt": "imgtok.generators.gpt:GPT",
+    "xar": "imgtok.generators.xar:XAR",
+    "tokenbridge": "imgtok.generators.tokenbridge:TokenBridge",
+}
 """`kind` in config.json -> class. Strings, so that a module is imported when its kind is asked for and not before."""
 KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
 """All of them: a view, so that a line in one of the three tables is the whole entry of a new method."""
@@ -71,6 +75,7 @@ READERS: dict[str, str] = {
     "maskgit_vqgan": "imgtok.published.maskgit_vqgan",
     "diffusers": "imgtok.published.diffusers",
     "xar": "imgtok.generators.published.xar",
+    "tokenbridge": "imgtok.generators.published.tokenbridge",
 }
 """A layout that models were published in -> the module that knows it. Such a module has
 

@@ -532,8 +532,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """`torch.save`, with OSError for a full disk, which it hides behind an error of its archive."""
+def write_pickle(tensors: Mapping[str, Any], path: Path) -> None:
+    """`torch.save` of tensors by name, or of entries that hold such; with OSError for a full disk, which it hides behind
+    an error of its archive.
+    """
     with path.open("wb") as file:
         try:
             torch.save(dict(tensors), file)

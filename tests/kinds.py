@@ -15,13 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import hub
-from imgtok.generators.conditioning import ConditionalGenerator, StartPlusClass, TextCrossAttention, TextPrefix
+from imgtok.generators import tokenbridge_fast
+from imgtok.generators.conditioning import (
+    ClassBuffer,
+    ConditionalGenerator,
+    StartPlusClass,
+    TextCrossAttention,
+    TextPrefix,
+)
 from imgtok.generators.decoding import LOOK_EVERY
+from imgtok.generators.dimension_head import Choice, StackConfig
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPTConfig
 from imgtok.generators.sampling import TokenSampling
+from imgtok.generators.tokenbridge import RevealSampling, TokenBridgeConfig
 from imgtok.generators.xar import FlowSampling, XARConfig, plan_entities
 from imgtok.generators.xar_fast import SamplingNetwork
+from imgtok.quantizers.normal import NormalConfig
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
 from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfig
@@ -92,6 +102,20 @@ def xar_step(model: Any, device: torch.device) -> Step:
     return lambda x: network.velocity(x, 1, plans[1].times[1]), (x,)
 
 
+def tokenbridge_step(model: Any, device: torch.device) -> Step:
+    """Three positions of two images, guided, when five are there."""
+    order = torch.arange(model.length, device=device).repeat(2, 1)
+    reading = model.reading(conditions(model, range(2), device))
+    uniforms = torch.full((6, model.config.latent_channels), 0.4, dtype=torch.float64, device=device)
+
+    def step(values: Tensor) -> Tensor:
+        found = tokenbridge_fast.features(model, values, order[:, -5:], order[:, -8:-5], reading, 2)
+        ids = model.head.draw(found.chunk(2)[0].flatten(0, 1), Choice(1.0, uniforms))
+        return model.quantizer.decode(ids)
+
+    return step, (torch.ones(2, model.length, model.config.latent_channels, device=device),)
+
+
 def karl_step(model: Any, device: torch.device) -> Step:
     """Pixels of tokens of two numbers, kept ones before padding."""
     given = tokens(model, 2).to(device)
@@ -112,6 +136,11 @@ KARL: dict[str, Any] = {
 }  # fmt: skip
 GPT: dict[str, Any] = {"vocab_size": 60, "num_tokens": 9, "width": 32, "depth": 2, "num_heads": 2, "mlp_multiple": 16}
 XAR: dict[str, Any] = {"latent_channels": 4, "grid": 4, "width": 32, "depth": 2, "num_heads": 2}
+TINY_STACK = StackConfig(width=32, depth=2, num_heads=2)
+TOKENBRIDGE: dict[str, Any] = {
+    "latent_channels": 4, "grid": 4, "encoder": TINY_STACK, "decoder": TINY_STACK, "head": TINY_STACK,
+    "quantizer": NormalConfig(levels=8),
+}  # fmt: skip
 TEXT = TextCrossAttention(text_width=12, text_length=5)
 FEW_IDS, MORE_IDS = {"num_tokens": 3}, {"num_tokens": 8}
 ENDS: dict[str, Any] = GPT | {"ends": True, "num_tokens": 2 * LOOK_EVERY + 2}  # long enough for two looks
@@ -162,6 +191,26 @@ LINES: dict[str, Line] = {
         step=xar_step,
         short=FEW_CALLS,
         long=MORE_CALLS,
+    ),
+}
+
+LINES |= {
+    "tokenbridge": Line(
+        config=TokenBridgeConfig(**TOKENBRIDGE, condition=ClassBuffer(num_slots=3)),
+        step=tokenbridge_step,
+        short={"sampling": RevealSampling(iterations=2)},
+        long={"sampling": RevealSampling(iterations=5)},
+    ),
+    "tokenbridge-confidence": Line(
+        config=TokenBridgeConfig(
+            **TOKENBRIDGE | {"decoder": StackConfig(width=48, depth=1, num_heads=2)},
+            condition=ClassBuffer(num_slots=1),
+            channel_order=(2, 0, 3, 1),
+            first_step="corrected",
+        ),
+        step=tokenbridge_step,
+        short={"sampling": RevealSampling(iterations=2, order="confidence", guidance=1.0)},
+        long={"sampling": RevealSampling(iterations=5, order="confidence")},
     ),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x_BLD).unflatten(-1, (3, self.num_heads, -1))  # einops takes longer
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, L, E)
         qk, v = qkv[:2], qkv[2]
-        if self.qk_norm:
-            qk = layer_norm(qk)
+        qk = self.normed(qk)
         if rotate is not None:
             qk = rotate(qk)
         q, k = qk
@@ -96,11 +96,31 @@ class Attention(nn.Module):
             out_BHLE = self._attend(q, k, v, mask, causal)
         return self.dropout(self.out_proj(out_BHLE.transpose(1, 2).flatten(2)))
 
+    def normed(self, qk: Tensor) -> Tensor:
+        """Queries and keys (2, B, H, L, E) as they are compared."""
+        return layer_norm(qk) if self.qk_norm else qk
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         dropped = self.weight_dropout if self.training else 0.0
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=as_dtype_of(q, mask), dropout_p=dropped, is_causal=causal, scale=self.scale
         )
+
+
+class NormedAttention(Attention):
+    """Self-attention whose queries and keys go through norms of their own, with scale and shift (a ViT's qk-norm)."""
+
+    def __init__(self, width: int, num_heads: int, *, eps: float, **options: Any) -> None:
+        super().__init__(width, num_heads, **options)
+        self.q_norm = nn.LayerNorm(width // num_heads, eps=eps)
+        self.k_norm = nn.LayerNorm(width // num_heads, eps=eps)
+
+    def normed(self, qk: Tensor) -> Tensor:
+        weight, bias = (
+            torch.stack([q, k])[:, None, None, None].to(qk.dtype)
+            for q, k in ((self.q_norm.weight, self.k_norm.weight), (self.q_norm.bias, self.k_norm.bias))
+        )
+        return torch.addcmul(bias, layer_norm(qk, self.q_norm.eps), weight)
 
 
 class CrossAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer that FlexTok and the GPTs share: down(silu(gate x) * up x)."""
+"""Feed-forward layers: the gated one that FlexTok and the GPTs share, down(silu(gate x) * up x), and that of a ViT."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ class SwiGLU(nn.Module):
         gate = F.silu(gate, inplace=in_place)
         gated = gate.mul_(up) if in_place else gate * up
         return self.dropout(self.down_proj(gated))
+
+
+class MLP(nn.Module):
+    """The plain one of a ViT: two projections with bias around an exact GELU (MAR, TokenBridge)."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(self.dropout(F.gelu(self.up_proj(x)))))

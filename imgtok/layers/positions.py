@@ -72,3 +72,8 @@ def rotate(x: Tensor, table_LP2: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)
+
+
+def at(x: Tensor, places: Tensor) -> Tensor:
+    """The rows (R, K, W) of x (R, L, W) at places (R, K), each row of R at its own."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

@@ -374,7 +374,11 @@ class Lookup:
                     place, cell, row = place[: len(part)], cell[: len(part)], row[: len(part)]
                 torch.add(offset, part, alpha=scale, out=place).clamp_(first, first + self.cells - 1)
                 cell.copy_(place)
-                torch.index_select(self.edges, 0, cell, out=place)
+                try:
+                    torch.index_select(self.edges, 0, cell, out=place)
+                except IndexError:  # numbers that are not finite have no cell
+                    check_finite(part)
+                    raise
                 torch.ge(part, place, out=row).add_(cell, alpha=2)
                 for table, whole in zip(tables, out, strict=True):
                     torch.index_select(table, 0, row, out=whole[channel, start : start + len(part)])

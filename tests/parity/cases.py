@@ -36,6 +36,10 @@ class Case:
     def runs(self) -> list[dict[str, Any]]:
         return self.about["runs"]
 
+    def named(self, name: str) -> dict[str, Any]:
+        """The run of that name, of cases that name their runs."""
+        return next(run for run in self.runs if run["name"] == name)
+
     def run(self, out: str) -> dict[str, Any]:
         return next(run for run in self.runs if run["out"] == out)
 
@@ -76,4 +80,6 @@ def draw(entry: Mapping[str, Any], seed: int) -> Tensor:
     if "integers" in (entry.get("kind"), entry.get("function")):
         return torch.from_numpy(recipe.integers(name, shape, entry["high"], seed))
     values = getattr(recipe, entry["function"] if "function" in entry else entry["kind"])(name, shape, seed)
+    if entry.get("then") == "argsort":
+        return torch.from_numpy(np.argsort(values, axis=-1, kind="stable"))
     return torch.from_numpy(values * np.float32(entry.get("scale", 1.0)))

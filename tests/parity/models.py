@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 from cases import Case
 from torch import nn
 
-from imgtok.generators.conditioning import ClassModulation, ClassSlot, TextPrefix
+from imgtok.generators.conditioning import ClassBuffer, ClassModulation, ClassSlot, TextPrefix
+from imgtok.generators.dimension_head import StackConfig
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.published import tokenbridge as published_tokenbridge
 from imgtok.generators.published import xar as published_xar
+from imgtok.generators.tokenbridge import PUBLISHED_ORDER, TokenBridge, TokenBridgeConfig
 from imgtok.generators.xar import XAR, XARConfig
 from imgtok.published.flextok import as_ours, flextok_places
 from imgtok.published.names import Place, places
+from imgtok.quantizers.normal import NormalConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 
@@ -133,4 +137,31 @@ def xar(case: Case) -> XAR:
     assert known.keys() == weights.keys(), f"the case has other weights: {known.keys() ^ weights.keys()}"
     for published, value in weights.items():
         known[published].view(state).copy_(published_xar.as_ours(published, value))
+    return model
+
+
+def tokenbridge(case: Case, *, drop: float = 0.1) -> TokenBridge:
+    """The case's TokenBridge."""
+    about = case.about["config"]
+    encoder, decoder, head = (
+        StackConfig(width=about[f"{part}_width"], depth=about[f"{part}_depth"], num_heads=about[f"{part}_heads"])
+        for part in ("encoder", "decoder", "head")
+    )
+    config = TokenBridgeConfig(
+        latent_channels=about["latent_channels"],
+        grid=about["image_size"] // about["vae_stride"],
+        condition=ClassBuffer(num_classes=about["classes"], num_slots=about["buffer_tokens"], drop=drop),
+        quantizer=NormalConfig(levels=about["levels"], range=tuple(about["range"]), cut=about["std_range"]),
+        channel_order=PUBLISHED_ORDER,
+        encoder=encoder,
+        decoder=decoder,
+        head=head,
+        dropout=about["dropout"],
+    )
+    model = TokenBridge(config).eval()
+    state = model.state_dict()
+    known, weights = published_tokenbridge.published_places(state, config.latent_channels), case.weights()
+    assert known.keys() == weights.keys(), f"the case has other weights: {known.keys() ^ weights.keys()}"
+    for published, value in weights.items():
+        known[published].view(state).copy_(published_tokenbridge.as_ours(published, value))
     return model
