@@ -77,7 +77,7 @@ them."""
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBridgeConfig(ConditionConfig):
-    """A TokenBridge; the defaults are TokenBridge-L for 256-pixel images in KL-16 latents, but for its channel order."""
+    """A TokenBridge; the defaults are TokenBridge-L for 256-pixel images in KL-16 latents but for their order."""
 
     kind: Literal["tokenbridge"] = "tokenbridge"
     latent_channels: Annotated[PositiveInt, FROM_DATA] = 16
@@ -438,8 +438,9 @@ class TokenBridge(ConditionalGenerator):
             mask = self._mask_of(known, batch)
             hidden = length - int(mask[:1].sum())
             keys = keys + mask.to(keys.device).double()  # what is known counts as revealed
-            exact = self.quantizer(self.positions_of(known.latents.to(device)), channel_dim=-1)[0]
-            values = torch.where(mask.to(device)[..., None], exact, values)
+            seen, latents = mask.to(device)[..., None], self.positions_of(known.latents.to(device))
+            exact = self.quantizer(latents.where(seen, 0), channel_dim=-1)[0]
+            values = torch.where(seen, exact, values)
         order = keys.argsort(dim=1, stable=True).to(device)
         return Start(values, order, uniforms, hidden)
 
@@ -459,8 +460,8 @@ class TokenBridge(ConditionalGenerator):
         counts = mask.sum(dim=1)
         if batch and bool((counts != counts[0]).any()):
             raise ValueError(
-                f"known.mask: {int(counts.min())} to {int(counts.max())} known positions; the rows of one call must have "
-                "as many: call generate once for each number"
+                f"known.mask: {int(counts.min())} to {int(counts.max())} known positions; the rows of one call must "
+                "have as many: call generate once for each number"
             )
         return mask
 

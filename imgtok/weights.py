@@ -533,8 +533,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def write_pickle(tensors: Mapping[str, Any], path: Path) -> None:
-    """`torch.save` of tensors by name, or of entries that hold such; with OSError for a full disk, which it hides behind
-    an error of its archive.
+    """`torch.save` of tensors by name, or of entries that hold such; with OSError for a full disk, which it hides
+    behind an error of its archive.
     """
     with path.open("wb") as file:
         try:

@@ -202,7 +202,7 @@ def tables(model: TokenBridge) -> dict[str, Tensor]:
     """What the published code keeps beside the weights, as ours computes it."""
     quantizer, channels = model.config.quantizer, model.config.latent_channels
     return {
-        "channel_mask": torch.ones(channels, channels).tril(),
+        "channel_mask": torch.full((channels, channels), -torch.inf).triu(1),
         "reconstruction_values": model.quantizer.levels,
         "boundaries": normal_boundaries(quantizer.levels, quantizer.cut).float(),
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -167,7 +168,7 @@ def test_positions_stay_once_they_are_there(order):
     plan = plan_reveals(RevealSampling(iterations=4), 16, 16)
     assert [int(there.sum()) for there in steps] == [2, 5, 10, 16]
     assert [reveal.count for reveal in plan] == [2, 3, 5, 6]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert (after | ~before).all()
 
 
