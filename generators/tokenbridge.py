@@ -159,7 +159,7 @@ class Reveal:
 def plan_reveals(sampling: RevealSampling, hidden: int, positions: int) -> list[Reveal]:
     """The iterations that reveal all of `hidden` positions out of `positions` (section 3.8 of MAR's and its code)."""
     plan, before = [], hidden
-    for step in range(sampling.iterations):
+    for step in range(sampling.iterations if hidden else 0):
         left = math.floor(hidden * math.cos(math.pi / 2 * (step + 1) / sampling.iterations))
         left = max(1, min(before - 1, left))
         last = step == sampling.iterations - 1

@@ -9,7 +9,7 @@ Shapes: B images, C channels, L positions, K positions that are drawn at once, P
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def features(
     *blocks, last = model.decoder_blocks
     for block in blocks:
         h = block(h)
-    return model.feature(wanted_only(last, h, places + model.num_slots), places)
+    return model.feature(wanted_only(cast("Block", last), h, places + model.num_slots), places)
 
 
 def wanted_only(block: Block, x: Tensor, wanted: Tensor) -> Tensor:

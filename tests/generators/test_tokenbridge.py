@@ -214,7 +214,8 @@ def test_every_image_hides_as_many_positions_of_its_own():
     assert len(counts) > 2
     for hidden, visible in seen:
         assert torch.equal(torch.cat([hidden, visible], dim=1).sort(dim=1).values, torch.arange(16).expand(3, -1))
-    assert not torch.equal(seen[0][0][0], seen[0][0][1])
+    some = next(hidden for hidden, _ in seen if hidden.shape[1] < 16)
+    assert not torch.equal(some[0], some[1])
 
 
 def test_hidden_positions_are_not_seen():
