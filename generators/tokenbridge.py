@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -182,11 +183,10 @@ class Known:
 
 
 def hidden_share(uniform: float, least: float) -> float:
-    """The share of positions that training hides: a quantile of the normal (1, 0.25) between `least` and 1."""
-    below = 0.5 * math.erfc((1 - least) / 0.25 / math.sqrt(2))
-    share = below + uniform * (0.5 - below)
-    quantile = torch.special.ndtri(torch.tensor(share, dtype=torch.float64)).item()
-    return min(1.0, max(least, 1 + 0.25 * quantile))
+    """The share of positions that training hides: a quantile of a normal around 1 that is cut at `least` and at 1."""
+    shares = NormalDist(1.0, 0.25)
+    below = shares.cdf(least)
+    return min(1.0, max(least, shares.inv_cdf(below + uniform * (0.5 - below))))
 
 
 # ---------------------------------------------------------------- blocks

@@ -107,10 +107,11 @@ def tokenbridge_step(model: Any, device: torch.device) -> Step:
     order = torch.arange(model.length, device=device).repeat(2, 1)
     reading = model.reading(conditions(model, range(2), device))
     uniforms = torch.full((6, model.config.latent_channels), 0.4, dtype=torch.float64, device=device)
+    choice = Choice(1.0, uniforms)
 
     def step(values: Tensor) -> Tensor:
         found = tokenbridge_fast.features(model, values, order[:, -5:], order[:, -8:-5], reading, 2)
-        ids = model.head.draw(found.chunk(2)[0].flatten(0, 1), Choice(1.0, uniforms))
+        ids = model.head.draw(found.chunk(2)[0].flatten(0, 1), choice)
         return model.quantizer.decode(ids)
 
     return step, (torch.ones(2, model.length, model.config.latent_channels, device=device),)

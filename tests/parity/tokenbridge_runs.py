@@ -62,7 +62,7 @@ def masks(case: Case) -> Outputs:
             model: Any = type("Positions", (), {"length": count})
             hidden = [TokenBridge.hide(model, torch.zeros(1, count), rate)[0].shape[1] for rate in rates]
             outputs[f"masked_{least}_{count}"] = torch.tensor(hidden)
-        grid = [hidden_share((number + 0.5) / 20_000, least) for number in range(20_000)]
+        grid = [hidden_share((number + 0.5) / 4_000, least) for number in range(4_000)]
         many = torch.tensor(grid, dtype=torch.float64)
         outputs[f"moments_{least}"] = torch.stack([many.mean(), many.std()])
     return outputs
