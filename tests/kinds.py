@@ -137,9 +137,9 @@ KARL: dict[str, Any] = {
 }  # fmt: skip
 GPT: dict[str, Any] = {"vocab_size": 60, "num_tokens": 9, "width": 32, "depth": 2, "num_heads": 2, "mlp_multiple": 16}
 XAR: dict[str, Any] = {"latent_channels": 4, "grid": 4, "width": 32, "depth": 2, "num_heads": 2}
-TINY_STACK = StackConfig(width=32, depth=2, num_heads=2)
+BLOCK, BLOCKS = (StackConfig(width=32, depth=depth, num_heads=2) for depth in (1, 2))
 TOKENBRIDGE: dict[str, Any] = {
-    "latent_channels": 4, "grid": 4, "encoder": TINY_STACK, "decoder": TINY_STACK, "head": TINY_STACK,
+    "latent_channels": 2, "grid": 4, "encoder": BLOCK, "decoder": BLOCKS, "head": BLOCK,
     "quantizer": NormalConfig(levels=8),
 }  # fmt: skip
 TEXT = TextCrossAttention(text_width=12, text_length=5)
@@ -206,7 +206,7 @@ LINES |= {
         config=TokenBridgeConfig(
             **TOKENBRIDGE | {"decoder": StackConfig(width=48, depth=1, num_heads=2)},
             condition=ClassBuffer(num_slots=1),
-            channel_order=(2, 0, 3, 1),
+            channel_order=(1, 0),
             first_step="corrected",
         ),
         step=tokenbridge_step,
