@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from interleaved import Row, Worker, apart, make_parser, report, run_size, setup_of
-from xar_case import CHANNELS, ENTITIES, TOKENS, Case, own_size
+from latent_case import CHANNELS, own_size
+from xar_case import ENTITIES, TOKENS, Case
 
 from imgtok import randomness
 

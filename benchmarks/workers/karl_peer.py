@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -46,14 +46,8 @@ from karl_case import (
     training,
 )  # fmt: skip
 from protocol import Setup, autocast, serve
+from stand_ins import stand_in, use
 from torch import Tensor
-
-
-def stand_in(name: str, **attributes: Any) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(attributes)
-    sys.modules[name] = module
-    return module
 
 
 class Section(dict):
@@ -90,12 +84,9 @@ class Peer:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         device = torch.device(setup.device)
+        use(device)
         if device.type == "cpu":
-            torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **rest: self
             torch.Tensor.get_device = lambda self: self.device
-        else:
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.cuda.set_device(device)
         self.model = build(setup.size).to(device).eval()
         self.shapes = {name: list(value.shape) for name, value in self.model.named_parameters()}
         with torch.no_grad():

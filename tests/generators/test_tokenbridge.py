@@ -218,6 +218,22 @@ def test_every_image_hides_as_many_positions_of_its_own():
     assert not torch.equal(some[0], some[1])
 
 
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 13), (0.3, 4), (0.0, 1)])
+def test_the_head_learns_from_a_share_of_what_is_hidden(share, expected):
+    """What is visible does not depend on it, and no visible position is asked for."""
+    found = []
+    for head_share in (1.0, share):
+        model = build(head_share=head_share)
+        with patch.object(model, "forward_drawn", side_effect=lambda *given: found.append(given[2:])):
+            model(latents(), LABELS, generator=torch.Generator().manual_seed(7))
+    (hidden, visible), (asked, seen) = found
+    assert hidden.shape[1] == 13
+    assert torch.equal(seen, visible)
+    assert asked.shape[1] == expected
+    assert all(set(some.tolist()) <= set(every.tolist()) for some, every in zip(asked, hidden, strict=True))
+    assert len({tuple(row.tolist()) for row in asked}) > 1
+
+
 def test_hidden_positions_are_not_seen():
     model = build()
     hidden, visible = torch.tensor([[0, 2, 3]]), torch.tensor([[1, *range(4, 16)]])
