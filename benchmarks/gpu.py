@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imgtok.generators.dimension_head import StackConfig
 from imgtok.generators.gpt import GPT, flextok_size
+from imgtok.generators.tokenbridge import RevealSampling, TokenBridge, TokenBridgeConfig, tokenbridge_size
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig, xar_size
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.karl import KARL, KARLConfig, TransformerConfig
@@ -104,6 +106,13 @@ class Models:
         self.flextok = FlexTokConfig(image_size=32 if tiny else 256, patch_size=8, encoder=trunk, decoder=trunk)
         self.karl = karl(tiny)
         self.steps = 2 if tiny else 25
+        stack = StackConfig(width=64, depth=1, num_heads=2)
+        self.tokenbridge = (
+            TokenBridgeConfig(encoder=stack, decoder=stack, head=stack, head_share=0.05)
+            if tiny
+            else tokenbridge_size("L")
+        )
+        self.reveal = RevealSampling(iterations=2 if tiny else 64)
         self.flow = FlowSampling(steps=(2 if tiny else 40,), guidance=(2.7,))
 
     def labels(self, count: int) -> Tensor:
@@ -130,6 +139,9 @@ class Models:
         calls = {
             ("gpt", f"sample {self.gpt.num_tokens} ids"): lambda m: m.generate(labels, seed=0, indices=indices),
             ("xar", "sample"): lambda m: m.generate(labels, seed=0, indices=indices, sampling=self.flow),
+            ("tokenbridge", f"sample, {self.reveal.iterations} iterations"): lambda m: m.generate(
+                labels, seed=0, indices=indices, sampling=self.reveal
+            ),
             ("flextok", f"decode 16 ids, {self.steps} steps"): lambda m: m.decode(few, decoding=decoding),
             ("flextok", "encode"): lambda m: m.encode(pictures),
             ("karl", f"encode, budget {self.karl.budget}"): lambda m: m.encode(pictures),
@@ -143,6 +155,7 @@ class Models:
         inputs = {
             "gpt": lambda: (self.ids(batch, self.gpt.num_tokens), self.labels(batch)),
             "xar": lambda: (self.latents(batch), self.labels(batch)),
+            "tokenbridge": lambda: (self.latents(batch), self.labels(batch)),
             "flextok": lambda: (self.pictures(batch),),
         }
         for name, make in inputs.items():
@@ -153,6 +166,7 @@ class Models:
         makers: dict[str, Callable[[], Any]] = {
             "gpt": lambda: GPT(self.gpt),
             "xar": lambda: XAR(self.xar),
+            "tokenbridge": lambda: TokenBridge(self.tokenbridge),
             "flextok": lambda: FlexTok(self.flextok),
             "karl": lambda: KARL(self.karl),
         }

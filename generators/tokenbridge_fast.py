@@ -1,8 +1,9 @@
 """The fast path of TokenBridge's sampling (`generators/tokenbridge.py`): the same numbers, to rounding, with less work.
 
-Both guidance streams go through the networks in one call; the last block of the decoder computes only the positions
-that are drawn; the head keeps keys and values (`DimensionHead.draw`); and which positions are looked up or written
-follows from the order and the schedule, which the host knows, so that nothing is read from the device.
+Both guidance streams go through the networks in one call; while nothing of any image is there, the unguided stream is
+one row for all of them; the last block of the decoder computes only the positions that are drawn; the head keeps keys
+and values (`DimensionHead.draw`); and which positions are looked up or written follows from the order and the schedule,
+which the host knows, so that nothing is read from the device.
 
 Shapes: B images, C channels, L positions, K positions that are drawn at once, P slots, R rows, D width.
 """
@@ -46,7 +47,7 @@ class Drawing:
         confident = self.how.order == "confidence"
         places = self.order[:, 0 if confident else self.left - reveal.count : self.left]  # (B, K)
         visible = self.order[:, self.left :]
-        found = features(self.model, self.values, visible, places, self.reading, self.streams)
+        found = features(self.model, self.values, visible, places, *self.streams_now())
         if self.streams == 2:
             conditional, unconditional = found.chunk(2)
             found = guide(conditional, unconditional, reveal.guidance)
@@ -62,18 +63,30 @@ class Drawing:
         self.values = self.values.scatter(1, places[..., None].expand_as(drawn), drawn)
         self.left -= reveal.count
 
+    def streams_now(self) -> tuple[Reading, int]:
+        """The reading of this iteration, and how many streams it is for."""
+        if self.control is not None or self.left < self.model.length:
+            return self.reading, self.streams
+        return self.reading.rows(slice(0, len(self.order) + self.streams - 1)), self.streams
+
 
 def features(
     model: TokenBridge, values: Tensor, visible: Tensor, places: Tensor, reading: Reading, streams: int
 ) -> Tensor:
-    """`TokenBridge.features` (R, K, D) of places (B, K), for each of the streams: values (B, L, C), visible (B, V)."""
+    """`TokenBridge.features` (R, K, D) of places (B, K), for each of the streams: values (B, L, C), visible (B, V).
+
+    Where nothing is visible, the reading may have one row in all for the second stream, which says the same everywhere.
+    """
     seen, visible, places = (
         part.repeat(streams, *[1] * (part.ndim - 1)) for part in (at(values, visible), visible, places)
     )
-    h = model.decoder_input(model.encode(seen, visible, reading), visible)
+    rows = len(reading)
+    h = model.decoder_input(model.encode(seen[:rows], visible[:rows], reading), visible[:rows])
     *blocks, last = model.decoder_blocks
     for block in blocks:
         h = block(h)
+    if rows < len(places):
+        h = torch.cat([h, h[-1:].expand(len(places) - rows, -1, -1)])
     return model.feature(wanted_only(cast("Block", last), h, places + model.num_slots), places)
 
 

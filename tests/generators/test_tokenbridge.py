@@ -73,6 +73,19 @@ def test_the_fast_path_draws_what_the_plain_one_does(how, known):
     assert plain.unique().numel() > 4
 
 
+def test_while_nothing_is_there_the_unguided_stream_is_one_row():
+    model, rows = build(), []
+    how, known = WAYS["as published"], half()
+    hook = model.encoder_norm.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
+    model.generate(LABELS, seed=3, indices=range(3), sampling=how)
+    assert rows == [4, 6, 6, 6, 6]
+    rows.clear()
+    model.generate(LABELS, seed=3, indices=range(3), sampling=how, known=known)
+    model.generate(LABELS, seed=3, indices=range(3), sampling=how, control=lambda step, reading: None)
+    assert rows == [6] * 10  # a control may make rows differ
+    hook.remove()
+
+
 def test_modulations_one_step_at_a_time(monkeypatch):
     model = build()
     whole = model.generate(LABELS, seed=3, indices=range(3), sampling=WAYS["as published"])
