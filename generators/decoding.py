@@ -5,7 +5,7 @@ from one prefill and one step a token, over a key/value cache. Both keep to what
 to the device for a token, and nothing read by the host, but for one look every `LOOK_EVERY` tokens whether all
 sequences have ended, where they can end. On a CPU, where looking costs nothing, it looks after every token.
 
-Shapes: B images, R rows through the network (2B where guided), K tokens, D width, V outputs, S slots.
+Shapes: B images, R rows through the network (2B where guided), K tokens, D width, V outputs, S slots, C digits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imgtok.generators.conditioning import Condition, Control, Reading, controlled
+from imgtok.generators.dimension_head import DimensionHead
 from imgtok.generators.sampling import TokenSampling, draw, law
 from imgtok.tokenizers.tokens import Tokens
 
@@ -33,7 +34,7 @@ class Uniforms(NamedTuple):
     """The random numbers of a call, in [0, 1)."""
 
     ids: Tensor
-    """(B, K): one for each id, or for the end in its place."""
+    """(B, K): one for each id, or for the end in its place; (B, K, C) for a model that draws digits of ids."""
     slots: Tensor | None = None
     """(B, K): one for each slot, or for the end in its place; for a model that draws slots."""
 
@@ -57,7 +58,7 @@ def plain(
 
     `condition`, `control` and errors are those of `GPT.generate`, here and in `cached`.
     """
-    drawing = Drawing(model, uniforms, sampling)
+    drawing = Drawing(model, uniforms, sampling, plainly=True)
     reading = drawing.reading(condition)
     for k in range(drawing.count):
         reading = controlled(control, k, reading)
@@ -105,9 +106,11 @@ def cached(
 class Drawing:
     """The tokens of one call as they are drawn, one column after the other."""
 
-    def __init__(self, model: GPT, uniforms: Uniforms, sampling: TokenSampling) -> None:
+    def __init__(self, model: GPT, uniforms: Uniforms, sampling: TokenSampling, *, plainly: bool = False) -> None:
+        """`plainly` is how a head draws digits; see `dimension_head`."""
         config, device = model.config, model.device
-        batch, self.count = uniforms.ids.shape
+        batch, self.count = uniforms.ids.shape[:2]
+        self.plainly = plainly
         self.model = model
         self.uniforms = uniforms.to(device)
         self.sampling = sampling
@@ -124,9 +127,9 @@ class Drawing:
 
     def add(self, k: int, found: Tensor) -> None:
         """Draws token k of each row from what `GPT.predict` makes of the states before it: logits (R, V), or states
-        (R, D) of a model that draws slots.
+        (R, D) of a model that draws slots or digits.
         """
-        config = self.model.config
+        config, of_rows = self.model.config, None
         if self.slots is not None:
             assert self.uniforms.slots is not None, "a model that draws slots needs random numbers for them"
             previous = self.slots[:, k - 1] if k else torch.full_like(self.lengths, -1)
@@ -136,19 +139,34 @@ class Drawing:
             self.alive = self.alive & (slots != config.num_slots)
             slots = slots.where(self.alive, 0)
             self.slots[:, k] = slots
-            logits = self.model.read_out(found, slots.repeat(self.streams))
+            of_rows = slots.repeat(self.streams)
+        if isinstance(self.model.head, DimensionHead):
+            ids = self._draw_digits(k, self.model.features(found, of_rows), self.model.head)
         else:
-            logits = found
-        closed_ids = None
-        if config.end is not None and k == 0:  # there is at least one token
-            closed_ids = torch.arange(logits.shape[-1], device=logits.device).eq(config.end)
-        ids = draw(self._law(logits, self.sampling, closed_ids), self.uniforms.ids[:, k])
+            logits = found if of_rows is None else self.model.read_out(found, of_rows)
+            ids = self._draw(logits, config.end if k == 0 else None, self.uniforms.ids[:, k])
         if config.end is not None:
-            self.alive = self.alive & (ids != config.end)
+            self.alive = self.alive & (ids < config.end)
         if config.ends:
             self.lengths += self.alive
             ids = ids.where(self.alive, 0)
         self.ids[:, k] = ids
+
+    def _draw_digits(self, k: int, features: Tensor, head: DimensionHead) -> Tensor:
+        """Ids (B,) of token k by the digits that the head draws from features (R, D), the same in both streams."""
+        config = self.model.config
+
+        def choose(step: int, logits: Tensor) -> Tensor:
+            end = config.digits[0] if config.end is not None and k == step == 0 else None
+            return self._draw(logits, end, self.uniforms.ids[:, k, step]).repeat(self.streams)
+
+        digits = (head.draw_plainly if self.plainly else head.draw)(features, choose)
+        return self.model.digits.join(digits[: len(self.ids)])
+
+    def _draw(self, logits: Tensor, closed: int | None, uniforms: Tensor) -> Tensor:
+        """Numbers (B,) by the law of logits (R, V), where one of them may be closed."""
+        mask = None if closed is None else torch.arange(logits.shape[-1], device=logits.device).eq(closed)
+        return draw(self._law(logits, self.sampling, mask), uniforms)
 
     def _law(self, logits: Tensor, sampling: TokenSampling, closed: Tensor | None) -> Tensor:
         """The law (B, V) of logits (R, V), whose second half is the unconditional stream where there is guidance."""

@@ -1,10 +1,12 @@
 """The dimension-wise head of TokenBridge (arXiv 2503.16430, section 3.3): from what a network says of a position to a
-few ids, one for each of its dimensions, drawn one after the other by a small causal transformer.
+few ids, one for each of its dimensions, drawn one after the other by a small causal transformer. TokenBridge's
+dimensions are the channels of a latent, a GPT's are the digits of a token's id.
 
 A dimension is classified at its *step*; which dimension has which step is for the caller to say. The feature of the
 position is the input of the first step, the id drawn before is that of every other one. Feature and step also modulate
-every block. `forward` gives the logits of all steps when the ids are known (training), `draw_plainly` runs all earlier
-steps again for each id (the definition), and `draw` keeps their keys and values.
+every block. Where steps have unequal numbers of words, all have rows for the most that one has, and those that a step
+lacks are never drawn. `forward` gives the logits of all steps when the ids are known (training), `draw_plainly` runs
+all earlier steps again for each id (the definition), and `draw` keeps their keys and values.
 
 Shapes: N positions, C dimensions and so steps, V words, Z width of a feature, D width of the head.
 """
@@ -31,6 +33,9 @@ EPS = 1e-6
 """The epsilon of every norm."""
 MOST_NUMBERS = 1 << 26
 """The most numbers of modulations that are kept for all steps at once: 256 MB in float32."""
+LOWEST = torch.finfo(torch.float32).min
+"""The logit of a word that a step lacks: a number, since guidance takes differences, and between infinities there are
+none."""
 
 Choose = Callable[[int, Tensor], Tensor]
 """`choose(step, logits)`: ids (N,) from logits (N, V) in float32."""
@@ -96,21 +101,22 @@ class HeadBlock(nn.Module):
 class DimensionHead(nn.Module):
     """Features (N, Z) -> ids (N, C), in the order of the steps."""
 
+    lacking: Tensor | None
+
     def __init__(
         self,
         feature_width: int,
-        num_steps: int,
-        vocab_size: int,
+        sizes: Sequence[int],
         config: StackConfig,
         *,
         dropout: float,
         first_step: Literal["published", "corrected"],
     ) -> None:
-        """`first_step`: whether the input of the first step carries that step's embedding in sampling alone, as
-        published, or also in training.
+        """`sizes` are the numbers of words of the steps; `first_step` is whether the input of the first step carries
+        that step's embedding in sampling alone, as published, or also in training.
         """
         super().__init__()
-        width = config.width
+        width, num_steps, vocab_size = config.width, len(sizes), max(sizes)
         self.config = config
         self.num_steps = num_steps
         self.vocab_size = vocab_size
@@ -125,6 +131,8 @@ class DimensionHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.final_modulation = nn.Linear(width, 2 * width)
         self.readout = nn.Linear(width, num_steps * vocab_size)  # likewise
+        lacking = torch.arange(vocab_size) >= torch.tensor(sizes)[:, None] if min(sizes) < vocab_size else None
+        self.register_buffer("lacking", lacking, persistent=False)  # (C, V): words that a step does not have
         self.recompute = False
         self._initialise()
 
@@ -162,8 +170,8 @@ class DimensionHead(nn.Module):
             x = call_block(block, x, block.modulation(active), recompute=self.recompute)
         x = self.final(x, self.final_modulation(active))
         weight = self.readout.weight.view(self.num_steps, self.vocab_size, -1)
-        logits = torch.einsum("ncd,cvd->ncv", x, weight) + self.readout.bias.view(self.num_steps, -1)
-        return logits.float()
+        logits = (torch.einsum("ncd,cvd->ncv", x, weight) + self.readout.bias.view(self.num_steps, -1)).float()
+        return logits if self.lacking is None else logits.masked_fill(self.lacking, LOWEST)
 
     def conditions(self, projected: Tensor) -> Tensor:
         """What each step is modulated by, (N, C, D), for projected features (N, D)."""
@@ -184,7 +192,8 @@ class DimensionHead(nn.Module):
     def logits_of(self, step: int, x: Tensor) -> Tensor:
         """Logits (N, V), float32, of one step from what its classifier sees, (N, D)."""
         rows = slice(step * self.vocab_size, (step + 1) * self.vocab_size)
-        return F.linear(x, self.readout.weight[rows], self.readout.bias[rows]).float()
+        logits = F.linear(x, self.readout.weight[rows], self.readout.bias[rows]).float()
+        return logits if self.lacking is None else logits.masked_fill(self.lacking[step], LOWEST)
 
     # ------------------------------------------------ sampling
 

@@ -9,6 +9,9 @@ away from "no class" or the empty caption. Token sequences are ordered (learned 
 (two-dimensional rotary; LlamaGen), of one length or ended by an end mark. Training and sampling run the same `hidden`
 path; sampling hands it a cache.
 
+The law of a token is one softmax over all ids; or, with a `head`, it is that of the digits of its id, each given those
+before it (`digits.py`).
+
 Where a tokenizer picks slots (KARL), a sequence is pairs of a slot and an id, slots s_1 < s_2 < ... < s_n, and
 
     p = p(s_1) p(id_1 | s_1)  p(s_2 | pair 1) p(id_2 | s_2, pair 1)  ...  p(end | all pairs)
@@ -19,7 +22,7 @@ slot comes before its id because it decides what the id means. Both are read out
 pass, as a token without a slot does. The end is one more slot, which comes after all the others: so the length is drawn
 too, and a simple image takes fewer passes.
 
-Shapes: B batch, L tokens, D width, V vocabulary (and end mark), S slots.
+Shapes: B batch, L tokens, D width, V vocabulary (and end mark), S slots, C digits of an id.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ from imgtok.generators.conditioning import (
     TextPrefix,
 )
 from imgtok.generators.decoding import Uniforms, closed_slots
+from imgtok.generators.digits import DigitRows, Digits, DigitsConfig
+from imgtok.generators.dimension_head import DimensionHead
 from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
@@ -86,6 +91,9 @@ class GPTConfig(ConditionConfig):
     levels: tuple[int, ...] = ()
     """FSQ levels of the tokenizer, or empty. Given, ids that share digits share a part of their embeddings and logits,
     so that what is learned of one id helps its neighbours. Training fills it in where `share_digits` is set."""
+    head: DigitsConfig | None = None
+    """Ids are read and drawn digit by digit: for large vocabularies, and for digits that say something. null has an
+    embedding and a logit for each id."""
     positions: Literal["learned", "rotary_2d"] = "learned"
     """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
     qk_norm: bool = False
@@ -111,12 +119,21 @@ class GPTConfig(ConditionConfig):
         if self.levels and math.prod(self.levels) != self.vocab_size:
             made = f"{list(self.levels)} make {math.prod(self.levels)} ids"
             raise ValueError(f"levels: {made}, but vocab_size is {self.vocab_size}")
+        if self.head is not None:
+            if self.levels:
+                raise ValueError("levels: with a head, ids share what head.digits lets them; leave share_digits out")
+            self.head.check_ids(self.vocab_size)
         if self.positions == "rotary_2d" and round(self.num_tokens**0.5) ** 2 != self.num_tokens:
             raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
 
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def digits(self) -> tuple[int, ...]:
+        """How many values each digit has, where ids are drawn digit by digit; empty where they are drawn as a whole."""
+        return () if self.head is None else self.head.digits
 
     @property
     def end(self) -> int | None:
@@ -196,25 +213,6 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class DigitRows(nn.Module):
-    """Rows (V, D) for ids that are mixed-radix numbers: each the sum of one learned vector a digit."""
-
-    digits: Tensor
-
-    def __init__(self, levels: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        starts = torch.cumsum(torch.tensor((0, *levels[:-1])), dim=0)
-        most_significant_first = torch.cartesian_prod(*(torch.arange(count) for count in reversed(levels)))
-        digits = most_significant_first.view(-1, len(levels)).flip(1)
-        self.register_buffer("digits", digits + starts, persistent=False)  # (V, n) rows of the table
-        self.table = nn.Parameter(torch.empty(sum(levels), width))
-
-    def forward(self, ids: Tensor | None = None) -> Tensor:
-        """The rows of `ids` (..., D), or of all ids in order (V, D)."""
-        digits = self.digits if ids is None else self.digits[ids]
-        return F.embedding_bag(digits.flatten(0, -2), self.table, mode="sum").unflatten(0, digits.shape[:-1])
-
-
 class GPT(ConditionalGenerator):
     """Class- or text-conditional GPT. Calling it gives the training loss; `generate` samples."""
 
@@ -230,11 +228,15 @@ class GPT(ConditionalGenerator):
         started = isinstance(config.condition, StartPlusClass | TextCrossAttention)
         rows = config.num_classes + isinstance(config.condition, ClassSlot)  # none for a model that reads text
         self.class_embedding = nn.Embedding(rows, config.width) if rows else None
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.token_embedding = (
+            nn.Embedding(config.vocab_size, config.width)
+            if config.head is None
+            else Digits(config.head.digits, config.width)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size + (config.end is not None), bias=False)
+        self.head = self._make_head()
         self.digit_embedding = DigitRows(config.levels, config.width) if config.levels else None
         self.digit_head = DigitRows(config.levels, config.width) if config.levels else None
         slots, width = config.num_slots, config.width
@@ -253,15 +255,24 @@ class GPT(ConditionalGenerator):
         self.recompute = False
         self._initialise()
 
+    def _make_head(self) -> nn.Linear | DimensionHead:
+        config, ends = self.config, self.config.end is not None
+        if config.head is None:
+            return nn.Linear(config.width, config.vocab_size + ends, bias=False)
+        first, *others = config.digits
+        sizes = (first + ends, *others)  # what ends a sequence does so by its first digit
+        return DimensionHead(config.width, sizes, config.head, dropout=config.dropout, first_step="corrected")
+
     @torch.no_grad()
     def _initialise(self) -> None:
-        """N(0, 0.02) everywhere, except norms at one and the heads at zero."""
-        for parameter in self.parameters():
-            if parameter.ndim >= 2:
+        """N(0, 0.02) everywhere, except norms at one and the heads at zero; that of digits has seen to itself."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2 and not (self.config.digits and name.startswith("head.")):
                 nn.init.normal_(parameter, std=0.02)
         if self.start is not None:
             nn.init.normal_(self.start, std=0.02)
-        nn.init.zeros_(self.head.weight)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
         if self.digit_head is not None:
             nn.init.zeros_(self.digit_head.table)
         if self.slot_head is not None:
@@ -270,6 +281,8 @@ class GPT(ConditionalGenerator):
     def recompute_activations(self) -> None:
         """From now on keep only the blocks' inputs for the backward pass."""
         self.recompute = True
+        if isinstance(self.head, DimensionHead):
+            self.head.recompute = True
 
     def read(self, condition: Condition | Reading) -> Reading:
         """What stands before the tokens, and what the blocks attend to beside them; of a reading, itself."""
@@ -339,19 +352,38 @@ class GPT(ConditionalGenerator):
             x = call_block(block, x, window, table, layers[index], caption, watch, recompute=again)
         return self.norm(x[:, before:])
 
-    def read_out(self, states: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Logits (..., V) in float32 of normed states (..., D); for a model that draws slots, of the tokens that come
+    def features(self, states: Tensor, slots: Tensor | None = None) -> Tensor:
+        """What the head reads (..., D) of normed states (..., D); for a model that draws slots, of the tokens that come
         from `slots` (...).
         """
-        if self.slot_modulation is not None:
-            assert slots is not None, "this model draws a token's slot before its id"
-            scale, shift = self.slot_modulation(slots).chunk(2, dim=-1)
-            states = torch.addcmul(shift, states, 1 + scale)
+        if self.slot_modulation is None:
+            return states
+        assert slots is not None, "this model draws a token's slot before its id"
+        scale, shift = self.slot_modulation(slots).chunk(2, dim=-1)
+        return torch.addcmul(shift, states, 1 + scale)
+
+    def read_out(self, states: Tensor, slots: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """Logits (..., V) in float32 of normed states (..., D), from `slots` as in `features`.
+
+        Of a model that draws digits, logits (..., C, most values of a digit) of each digit of the `ids` (...) given
+        those before it.
+        """
+        states = self.features(states, slots)
+        if isinstance(self.head, DimensionHead):
+            assert ids is not None, "this model draws a digit given those before it"
+            digits = self.digits.split(ids)
+            return self.head(states.flatten(0, -2), digits.flatten(0, -2)).unflatten(0, ids.shape)
         logits = self.head(states)
         if self.digit_head is not None:
             of_ids = F.linear(states, self.digit_head())
             logits = logits + F.pad(of_ids, (0, logits.shape[-1] - of_ids.shape[-1]))
         return logits.float()
+
+    @property
+    def digits(self) -> Digits:
+        """How ids are made of digits, for a model that draws those."""
+        assert isinstance(self.token_embedding, Digits), "this model draws ids as a whole"
+        return self.token_embedding
 
     def slot_logits(self, states: Tensor) -> Tensor:
         """Logits (..., S + 1) in float32 of the slot that the next token comes from, or the end, which is the last."""
@@ -359,15 +391,18 @@ class GPT(ConditionalGenerator):
         return self.slot_head(states).float()
 
     def logits(self, condition: Condition | Reading, ids_BL: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) in float32 of all L tokens given the condition, the tokens before each, and its slot."""
+        """Logits (B, L, V) in float32 of all L tokens given the condition, the tokens before each, and its slot; or of
+        their digits, see `read_out`.
+        """
         before = None if slots is None else slots[:, :-1]
-        return self.read_out(self.hidden(condition, ids_BL[:, :-1], slots=before), slots)
+        return self.read_out(self.hidden(condition, ids_BL[:, :-1], slots=before), slots, ids_BL)
 
     # ------------------------------------------------ training
 
     def forward(self, content: Tokens, condition: Condition, *, generator: torch.Generator) -> Losses:
-        """Mean cross-entropy of all tokens that are meant, and of the end and the slots where they are drawn; labels
-        (B,) or captions, dropped at random.
+        """Mean cross-entropy of all tokens that are meant, or of their digits, and of the end and the slots where they
+        are drawn; labels (B,) or captions, dropped at random. The parts are in nats a token also where digits are
+        drawn.
         """
         return self.forward_drawn(content, self._drop_some(condition, generator))
 
@@ -380,15 +415,32 @@ class GPT(ConditionalGenerator):
         if config.ends and ids.shape[1] < config.num_tokens:  # room for the end of the longest
             ids, slots = F.pad(ids, (0, 1)), None if slots is None else F.pad(slots, (0, 1))
         states = self.hidden(condition, ids[:, :-1], slots=None if slots is None else slots[:, :-1])
-        logits = self.read_out(states, slots)
-        loss = cross_entropy(logits, targets_of(ids, content.lengths, config.end))
-        parts = {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])}
+        targets = targets_of(ids, content.lengths, config.end)
+        if self.config.digits:
+            loss, parts = self._digits_loss(states, slots, targets)
+        else:
+            logits = self.read_out(states, slots)
+            loss = cross_entropy(logits, targets)
+            parts = {"cross_entropy": loss, "first_token": F.cross_entropy(logits[:, 0], ids[:, 0])}
         if slots is not None:
             previous = F.pad(slots[:, :-1], (1, 0), value=-1)
             of_slots = self.slot_logits(states).masked_fill(closed_slots(previous, config.num_slots), -torch.inf)
             parts["slots"] = cross_entropy(of_slots, targets_of(slots, content.lengths, config.num_slots))
             loss = loss + parts["slots"]
         return Losses(loss, parts)
+
+    def _digits_loss(self, states: Tensor, slots: Tensor | None, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy of the digits of targets (B, L), and the parts in nats a token."""
+        meant, ids = targets != IGNORED, targets.clamp(min=0)
+        digits = self.digits.split(ids)
+        logits = self.read_out(states, slots, ids)
+        errors = F.cross_entropy(logits.flatten(0, 2), digits.flatten(), reduction="none").view(digits.shape)
+        first = torch.arange(digits.shape[-1], device=ids.device) == 0
+        told = meant[..., None] & (first | (ids < self.config.vocab_size)[..., None])  # an end by its first digit alone
+        errors = errors.where(told, 0)
+        total = errors.sum()
+        parts = {"cross_entropy": total / meant.sum(), "first_token": errors[:, 0].sum() / len(errors)}
+        return total / told.sum(), parts
 
     # ------------------------------------------------ sampling
 
@@ -420,9 +472,12 @@ class GPT(ConditionalGenerator):
         sampling = sampling or self.config.sampling
         if max(sampling.forbidden, default=0) >= self.config.vocab_size:
             raise ValueError(f"sampling.forbidden: ids lie in 0 to {self.config.vocab_size - 1}")
+        if self.config.digits and sampling.forbidden:
+            raise ValueError("sampling.forbidden: this model draws ids digit by digit, and cannot leave ids out")
         shape = (self.config.num_tokens,)
+        of_ids = (*shape, len(self.config.digits)) if self.config.digits else shape
         uniforms = Uniforms(
-            randomness.uniform(seed, indices, shape, "tokens")[:, :count],
+            randomness.uniform(seed, indices, of_ids, "tokens")[:, :count],
             randomness.uniform(seed, indices, shape, "slots")[:, :count] if self.config.num_slots else None,
         )
         loop = decoding.cached if cached else decoding.plain
@@ -469,6 +524,7 @@ class GPT(ConditionalGenerator):
 
         A model that draws slots needs the `slots` (R, L) of the ids. What it draws next is a slot, and the law of the
         id depends on that: so it gives states (R, L, D), for `slot_logits(states)` and then `read_out(states, slots)`.
+        One that draws digits gives states too, for its `head` to read `features(states, slots)`.
 
         With `positions` (R, L), those of the ids in the cache, prefix included, shapes depend on L alone: what
         torch.compile and CUDA graphs need. See `KVCache.open`, also for what to do near the end of a cache.
@@ -477,19 +533,19 @@ class GPT(ConditionalGenerator):
 
     def predict(self, states: Tensor) -> Tensor:
         """What a token is drawn from, of the normed states (..., D) before it: its logits (..., V), or the states where
-        its slot is drawn first.
+        its slot is drawn first, or its digits are.
         """
-        return states if self.config.num_slots else self.read_out(states)
+        return states if self.config.num_slots or self.config.digits else self.read_out(states)
 
     def new_cache(self, rows: int, num_tokens: int) -> KVCache:
         """An empty cache for the drawing of `num_tokens` tokens, the last of which never enters."""
         config = self.config
         capacity = config.prefix_length + num_tokens - 1
-        return KVCache(config.depth, rows, config.num_heads, capacity, config.head_dim, self.head.weight)
+        return KVCache(config.depth, rows, config.num_heads, capacity, config.head_dim, self.norm.weight)
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.norm.weight.device
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

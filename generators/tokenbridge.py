@@ -244,8 +244,7 @@ class TokenBridge(ConditionalGenerator):
         self.output_positions = nn.Parameter(torch.empty(self.length, decoder_width))
         self.head = DimensionHead(
             decoder_width,
-            config.latent_channels,
-            config.quantizer.levels,
+            [config.quantizer.levels] * config.latent_channels,
             config.head,
             dropout=config.dropout,
             first_step=config.first_step,

@@ -24,6 +24,7 @@ from imgtok.generators.conditioning import (
     TextPrefix,
 )
 from imgtok.generators.decoding import LOOK_EVERY
+from imgtok.generators.digits import DigitsConfig
 from imgtok.generators.dimension_head import Choice, StackConfig
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPTConfig
@@ -78,6 +79,20 @@ def gpt_slots_step(model: Any, device: torch.device) -> Step:
         model.prefill(conditions(model, range(2), device), cache)
     ones = torch.ones(2, 1, dtype=torch.long, device=device)
     return lambda ids, slots: model.slot_logits(model.step(ids, cache, slots=slots)), (ones, ones)
+
+
+def gpt_digits_step(model: Any, device: torch.device) -> Step:
+    """The state that the digits of the next id are drawn from, and those."""
+    cache = model.new_cache(2, 4)
+    with torch.no_grad():
+        model.prefill(conditions(model, range(2), device), cache)
+    choice = Choice(1.0, torch.full((2, len(model.config.digits)), 0.4, dtype=torch.float64, device=device))
+
+    def step(ids: Tensor) -> Tensor:
+        states = model.step(ids, cache)[:, -1]
+        return model.digits.join(model.head.draw(states, choice))
+
+    return step, (torch.zeros(2, 1, dtype=torch.long, device=device),)
 
 
 def flextok_step(model: Any, device: torch.device) -> Step:
@@ -176,6 +191,12 @@ LINES: dict[str, Line] = {
     "gpt-digits": Line(
         config=GPTConfig(**GPT, levels=(3, 4, 5), condition=StartPlusClass()),
         step=gpt_step,
+        short=FEW_IDS,
+        long=MORE_IDS | {"sampling": TokenSampling(guidance=2.0, top_k=5, top_p=0.9)},
+    ),
+    "gpt-head": Line(
+        config=GPTConfig(**GPT, ends=True, head=DigitsConfig(digits=(12, 5), width=16, depth=1, num_heads=2)),
+        step=gpt_digits_step,
         short=FEW_IDS,
         long=MORE_IDS | {"sampling": TokenSampling(guidance=2.0, top_k=5, top_p=0.9)},
     ),

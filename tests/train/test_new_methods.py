@@ -63,7 +63,7 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_tokens_with_lengths_and_slots_of_their_own(tmp_path):
+def test_tokens_with_lengths_and_slots_of_their_own(tmp_path, capsys):
     assert train("tokenizer", tmp_path / "tokenizer", *DATA, "model.kind=toytok", "num_preview=2") == 0
     tokenizer = tmp_path / "tokenizer/final"
     assert isinstance(imgtok.load(tokenizer), toy.ToyTok)
@@ -73,6 +73,14 @@ def test_tokens_with_lengths_and_slots_of_their_own(tmp_path):
     assert train("generator", tmp_path / "gpt", *inputs) == 0
     config = imgtok.load(tmp_path / "gpt/final").config
     assert (config.vocab_size, config.num_tokens, config.ends, config.num_slots) == (16, 16, True, 16)
+    head = "model.head={digits: [4, 4], width: 8, depth: 1, num_heads: 2}"
+    assert train("generator", tmp_path / "digits", *inputs, head) == 0
+    assert imgtok.load(tmp_path / "digits/final").config.digits == (4, 4)
+    assert train("generator", tmp_path / "wrong", *inputs, head, "model.head.digits=[4, 5]") == 2
+    assert (
+        "model: head.digits: [4, 5] make 20 ids, but vocab_size is 16, [4, 4] would make those"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_fact_of_tokens_that_is_contradicted(tmp_path, capsys):
