@@ -109,6 +109,8 @@ class Row:
     """The case in words."""
     goal: float | None = None
     """The least ratio that the project asks for; None if none."""
+    memory_goal: float = 1.0
+    """The largest share of the peer's memory that it asks for."""
 
     def ratios(self, field: str = "wall") -> list[float]:
         """Peer / ours of each round."""
@@ -160,7 +162,8 @@ def line(row: Row, arguments: argparse.Namespace) -> str:
     ours_peak, peer_peak = (max(call.peak for call in calls) for calls in (row.ours, row.peer))
     ratios = row.ratios()
     reached = "" if row.goal is None else f"{row.goal}: {'yes' if statistics.median(ratios) >= row.goal else 'no'}"
-    memory = "" if ours_peak <= peer_peak else "memory: no"
+    aim, fits = "" if row.memory_goal == 1 else f" {row.memory_goal}", ours_peak <= row.memory_goal * peer_peak
+    memory = f"memory{aim}: {'yes' if fits else 'no'}" if aim or not fits else ""
     cells = (
         row.size,
         row.what,

@@ -72,10 +72,11 @@ def goal(case: Case, device: str) -> float | None:
 def cases(size: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """Every case of one size, not yet measured."""
     if training(size):
-        case = Case("train", 1)
-        yield Row(size, case, what="training step of stage 2", goal=goal(case, arguments.device))
+        for case in (Case("train", batch) for batch in arguments.batch or [1]):
+            aim = goal(case, arguments.device)
+            yield Row(size, case, what="training step of stage 2", goal=aim, memory_goal=0.5)
         return
-    for batch in arguments.batch:
+    for batch in arguments.batch or [1, 8]:
         yield Row(size, Case("tokens", batch), what="tokens", goal=goal(Case("tokens", batch), arguments.device))
         for kept in (*arguments.kept, None):
             case = Case("both", batch, kept)
@@ -94,7 +95,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SIZE",
         help=f"{known}, and /train for a step of stage 2 (small/vqgan ...)",
     )
-    add("--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="images of a call (1 8)")
+    add("--batch", nargs="+", type=int, metavar="B", help="images of a call (1 8), or of a training step (1)")
     add("--kept", nargs="*", type=int, default=[32], metavar="K", help="tokens kept of 256 (32)")
     add("--peer-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision of the peer (fp32)")
     arguments = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok.layers.attention import Attention, Look
-from imgtok.layers.recompute import call_block
+from imgtok.layers.recompute import call_block, keep_source
 from imgtok.tokenizers.karl_config import KARLConfig, TransformerConfig
 
 
@@ -27,21 +27,29 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, 4 * config.width)
         self.mlp_out = nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, needed: slice | None = None) -> Tensor:
-        """X (B, L, D); with `needed` only what comes of these positions. `mask` is as attention takes it."""
-        normed = self.attention_norm(x)
-        if needed is None:
-            x = x + self.attention(normed, mask=mask)
-        else:
-            x = x[:, needed] + self.attention(normed, looks=[Look(needed, slice(None), mask)])
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, needed: slice | None = None, keep_less: bool = False
+    ) -> Tensor:
+        """X (B, L, D); with `needed` only what comes of these positions. `mask` is as attention takes it. With
+        `keep_less` norms and GELUs are computed again in the backward pass.
+        """
+
+        def attend(normed: Tensor) -> Tensor:
+            if needed is None:
+                return self.attention(normed, mask=mask)
+            return self.attention(normed, looks=[Look(needed, slice(None), mask)])
+
+        attended = keep_source(self.attention_norm, x, attend, wanted=keep_less)
+        x = (x if needed is None else x[:, needed]) + attended
+        hidden = keep_source(self.mlp_norm, x, self.mlp_in, wanted=keep_less)
+        return x + keep_source(F.gelu, hidden, self.mlp_out, wanted=keep_less)
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, needed: slice, mask: Tensor | None, recompute: bool) -> Tensor:
     """X (B, L, D) through all blocks; of the last one only the positions that are `needed`."""
     for index, block in enumerate(blocks):
         part = needed if index == len(blocks) - 1 else None
-        x = call_block(block, x, mask, part, recompute=recompute)
+        x = call_block(block, x, mask, part, not recompute, recompute=recompute)
     return x
 
 
