@@ -265,7 +265,13 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+FIRST_OF_KIND = {line.config.kind: name for name, line in reversed(LINES.items())}.values()
+COMPILED = [pytest.param(LINES[n], id=n, marks=[] if n in FIRST_OF_KIND else [pytest.mark.slow]) for n in LINES]
+"""Each kind by its first line. Compiling its variants as well takes a minute more, and is left to the slow tests."""
+
+
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("line", COMPILED)
 def test_training_compiles_without_a_break(line):
     plain, compiled = kinds.build(line), kinds.build(line)  # in evaluation mode: dropout draws otherwise when compiled
     arguments = kinds.inputs(plain, 2)
@@ -281,6 +287,7 @@ def test_training_compiles_without_a_break(line):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("line", COMPILED)
 def test_the_decoder_s_step_compiles_without_a_break(line):
     model = kinds.build(line)
     with torch.no_grad():
