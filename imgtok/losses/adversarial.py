@@ -91,16 +91,45 @@ def adversarial_loss(discriminator: PatchDiscriminator, fake: Tensor, game: Game
 # ---------------------------------------------------------------- adaptive weights
 
 
-def last_layer_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """VQGAN's adaptive weight (arXiv 2012.09841, equation 7): the norm of the reconstruction loss's gradient over that
-    of the adversarial loss's, both at the weight of the decoder's last layer; a scalar without gradient.
+def join_at_last_layer(
+    decoded: Tensor,
+    seen: Tensor,
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    weight: float | Tensor,
+    last_layer: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The sum of two losses, the second times `weight` and times VQGAN's adaptive weight, and that weight: scalars.
 
-    It costs a second backward pass through what follows that layer: the perceptual network and the discriminator.
+    The adaptive weight (arXiv 2012.09841, equation 7) is the norm of the reconstruction loss's gradient over that of
+    the adversarial loss's, both at the weight of the decoder's last layer; it has no gradient. The losses are of
+    `seen`, which is `decoded` detached, in float32. So the perceptual network and the discriminator are gone through
+    backward once, here, and what they keep for it is freed; the sum knows its gradient by `decoded` already.
     """
+    gradients = [torch.autograd.grad(loss, seen)[0] for loss in (reconstruction, adversarial)]
     norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+        torch.autograd.grad(decoded, last_layer, by.to(decoded.dtype), retain_graph=True)[0].norm() for by in gradients
     ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, _LARGEST_RATIO).detach()
+    ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, _LARGEST_RATIO)
+    share = weight * ratio
+    value = reconstruction.detach() + share * adversarial.detach()
+    total: Tensor = _Known.apply(decoded, value, gradients[0] + share * gradients[1])
+    return total, ratio
+
+
+class _Known(torch.autograd.Function):
+    """A scalar of x with its gradient by x, both known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (above * gradient).to(ctx.dtype), None, None  # in 16 bits only once a scaler's factor is in it
 
 
 def balance(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

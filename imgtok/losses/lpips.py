@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.files import package_folders
+from imgtok.layers.convolution import convolve_frozen
 from imgtok.weights import open_weights
 
 LPIPSNet = Literal["vgg", "alex"]
@@ -134,7 +135,7 @@ class LPIPS(nn.Module):
     def _features(self, images: Tensor) -> Iterator[Tensor]:
         x = (images.float() - self.shift) / self.scale
         for index, layer in enumerate(self.layers):
-            x = layer(x)
+            x = convolve_frozen(layer, x) if isinstance(layer, nn.Conv2d) else layer(x)
             if index in self._facts.taps:
                 yield x
 

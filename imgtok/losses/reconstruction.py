@@ -25,7 +25,7 @@ from imgtok.losses.adversarial import (
     adversarial_loss,
     balance,
     discriminator_loss,
-    last_layer_weight,
+    join_at_last_layer,
 )
 from imgtok.losses.lite0 import Lite0Distance
 from imgtok.losses.lpips import LPIPS, LPIPSNet, find_lpips_weights
@@ -203,18 +203,24 @@ class ReconstructionLoss(nn.Module):
         `last_layer` is the weight that gave `decoded`, needed where `adaptive` is "last_layer".
         """
         config, judged = self.config, decoded
+        seen = decoded
         if self.discriminator is not None:
             weight = config.adversarial * (self.seen >= self.start)  # on the device: no step waits to look at it
             if config.adaptive == "images":
-                decoded, judged = balance(decoded.float(), weight)
-        total, parts = distances(config, decoded, images, perceptual)
+                seen, judged = balance(decoded.float(), weight)
+            if config.adaptive == "last_layer":
+                seen = judged = decoded.detach().float().requires_grad_()
+        total, parts = distances(config, seen, images, perceptual)
         if self.discriminator is not None:
             parts["adversarial"] = adversarial_loss(self.discriminator, judged, config.game)
             if config.adaptive == "last_layer":
                 assert last_layer is not None, "the model does not say which layer is its last"
-                parts["adaptive_weight"] = last_layer_weight(total, parts["adversarial"], last_layer)
-                weight = weight * parts["adaptive_weight"]
+                total, parts["adaptive_weight"] = join_at_last_layer(
+                    decoded, seen, total, parts["adversarial"], weight, last_layer
+                )
+            else:
+                total = total + weight * parts["adversarial"]
             parts["discriminator"] = discriminator_loss(self.discriminator, images, decoded, config.game)
-            total = total + weight * parts["adversarial"] + parts["discriminator"]
+            total = total + parts["discriminator"]
             self.seen += 1
         return Losses(total, parts)

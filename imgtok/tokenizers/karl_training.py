@@ -21,7 +21,7 @@ from imgtok.losses.adversarial import (
     adversarial_loss,
     balance,
     discriminator_loss,
-    last_layer_weight,
+    join_at_last_layer,
 )
 from imgtok.losses.reconstruction import Perceptual, ReconstructionLossConfig, distances
 from imgtok.quantizers.vq import VectorQuantizer
@@ -200,18 +200,21 @@ class TrainableKARL(nn.Module):
         weight = self.adversarial_weight(step)
         alone, plays = self.is_discriminator_turn(step), self.plays(step)
         discriminator = self.discriminator(num_slots) if plays else None
-        reconstructed = for_discriminator = decoded.float()
-        if discriminator is not None and not alone and self.loss.adaptive == "images":
-            reconstructed, for_discriminator = balance(reconstructed, torch.as_tensor(weight, device=images.device))
+        decoded = reconstructed = for_discriminator = decoded.float()
+        adaptive = self.loss.adaptive if discriminator is not None and not alone else None
+        if adaptive == "images":
+            reconstructed, for_discriminator = balance(decoded, torch.as_tensor(weight, device=images.device))
+        elif adaptive == "last_layer":
+            reconstructed = for_discriminator = decoded.detach().requires_grad_()
         total, parts = distances(self.loss, reconstructed, images, perceptual)
         if discriminator is not None and not alone:
             parts["adversarial"] = adversarial_loss(discriminator, for_discriminator, self.loss.game)
-            share: float | Tensor = weight
-            if self.loss.adaptive == "last_layer":
-                last_layer = self.model.last_layer
-                parts["adaptive_weight"] = last_layer_weight(total, parts["adversarial"], last_layer)
-                share = weight * parts["adaptive_weight"]
-            total = total + share * parts["adversarial"]
+            if adaptive == "last_layer":
+                total, parts["adaptive_weight"] = join_at_last_layer(
+                    decoded, for_discriminator, total, parts["adversarial"], weight, self.model.last_layer
+                )
+            else:
+                total = total + weight * parts["adversarial"]
         if discriminator is not None and (alone or self.loss.discriminator_every == 1):
             parts["discriminator"] = discriminator_loss(discriminator, images, decoded, self.loss.game)
             total = parts["discriminator"] if alone else total + parts["discriminator"]

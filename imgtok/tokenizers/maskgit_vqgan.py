@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
-from imgtok.layers.convolution import by_picture, silu, speed_up, transforms
+from imgtok.layers.convolution import by_picture, norm_silu_conv, silu, speed_up, transforms
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, NoDecoding, Reconstruction
 
@@ -88,8 +88,8 @@ class Block(nn.Module):
         self.nin_shortcut = nn.Conv2d(made, made, 1, bias=False) if given != made else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))
-        h = self.conv2(silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h)
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
 
 

@@ -11,7 +11,7 @@ from imgtok.losses.adversarial import (
     adversarial_loss,
     balance,
     discriminator_loss,
-    last_layer_weight,
+    join_at_last_layer,
 )
 
 
@@ -156,9 +156,18 @@ def test_with_batch_norms_real_and_decoded_images_do_not_share_their_statistics(
 def test_the_weight_at_the_last_layer_is_the_ratio_of_two_gradients():
     last = torch.nn.Conv2d(2, 3, 1)
     decoded = last(torch.rand(2, 2, 4, 4))
-    losses = decoded.square().mean(), 7 * decoded.sin().mean()
-    norms = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in losses]
-    found = last_layer_weight(*losses, last.weight)
+
+    def losses(of: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        return factor * of.square().mean(), 7 / factor * of.sin().mean()
+
+    norms = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in losses(decoded)]
+    seen = decoded.detach().requires_grad_()
+    total, found = join_at_last_layer(decoded, seen, *losses(seen), 0.3, last.weight)
     torch.testing.assert_close(found, norms[0] / (norms[1] + 1e-4))
     assert not found.requires_grad
-    assert last_layer_weight(1e9 * losses[0], 1e-9 * losses[1], last.weight) == 1e4
+    plainly = losses(decoded)[0] + 0.3 * found * losses(decoded)[1]
+    torch.testing.assert_close(total, plainly)
+    parameters = list(last.parameters())
+    wanted = torch.autograd.grad(2 * plainly, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(2 * total, parameters, retain_graph=True), wanted)
+    assert join_at_last_layer(decoded, seen, *losses(seen, 1e9), 0.3, last.weight)[1] == 1e4
