@@ -235,6 +235,8 @@ class ConditionalGenerator(nn.Module, Pretrained):
     in_words: ClassVar[str] = "a generator"
     learns_from: ClassVar[Literal["tokens", "latents"]]
     """What it draws, and so what its cache holds and its decoder takes."""
+    keeps_known: ClassVar[bool] = False
+    """Whether `generate` takes `known`, latents of which a part is kept (`imgtok.generators.known.Known`)."""
     config: ConditionConfig
     text_proj: nn.Sequential | None
     empty_caption: Tensor | None
@@ -276,9 +278,10 @@ class ConditionalGenerator(nn.Module, Pretrained):
         """Tokens, or latents (B, C, G, G), for a condition; row b uses the random numbers of (`seed`, `indices[b]`)
         alone.
 
-        A generator of tokens also takes `num_tokens`. `on_step(done)` or `on_step(done, latents)` follows the drawing:
-        how much is done, and what the latents are expected to become. The generators of this suite take a `Reading`
-        in place of the condition too, and a `control`, which may replace it between steps.
+        A generator of tokens also takes `num_tokens`, one with `keeps_known` also `known`. `on_step(done)` or
+        `on_step(done, latents)` follows the drawing: how much is done, and what the latents are expected to become. The
+        generators of this suite take a `Reading` in place of the condition too, and a `control`, which may replace it
+        between steps.
         """
         raise NotImplementedError
 

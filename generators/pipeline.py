@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
+from imgtok.generators.known import WAYS, Known, kept
 from imgtok.hub import Found, load, resolve
-from imgtok.pictures import to_pil, to_uint8
+from imgtok.pictures import preprocess, to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.sections import Settings
 from imgtok.text.captions import Captions
@@ -291,6 +292,8 @@ class Pipeline:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         num_tokens: int | None = None,
+        known: Any = None,
+        keep: Any = None,
         decoding: Mapping[str, Any] | None = None,
         batch_size: int = BATCH,
         progress: bool | None = None,
@@ -305,6 +308,8 @@ class Pipeline:
         num_per_condition: images of each, which follow one another.
         seed, indices: image k has the noise and draws of (seed, indices[k]); indices count from 0 unless given.
         num_tokens: draw and decode so many tokens, fewer than all, where the generator can.
+        known, keep: pictures of which a part is kept, and the rest drawn in or around it, where the generator can: one
+            for all images, one for each class or prompt, or one for each image; `keep` says which part. See `known`.
         settings: any of `pipe.sampling` and `pipe.decoding` (`imgtok info MODEL` lists them). A name that both have is
             the generator's; those of the decoder can be told apart as decoding={"guidance": 2.0}.
         batch_size: images computed at once.
@@ -317,6 +322,7 @@ class Pipeline:
         """
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
         sampling, decoder = self.settings(settings, decoding)
+        there = self._known(known, keep, len(subjects), num_per_condition)
         found, drawn = Images(), list[Drawn]()
         with progress_bar(len(subjects), progress, callback) as (bar, told):
             for rows in self.blocks.of(len(subjects), batch_size):
@@ -327,6 +333,7 @@ class Pipeline:
                     seed=seed,
                     sampling=sampling,
                     decoding=decoder,
+                    known=None if there is None else there[rows],
                     callback=told,
                     control=control,
                 )[num_tokens]
@@ -354,6 +361,29 @@ class Pipeline:
         if self.draws_tokens:
             raise ValueError("this generator draws tokens and not latents: call pipe.tokens(...)")
         return cast(Tensor, self._joined(self._parts(classes, prompts, **options)))
+
+    def known(self, pictures: Any, keep: Any) -> Known:
+        """What is kept of pictures, to be drawn around; in a call it may stand for both.
+
+        pictures: as `imgtok.preprocess` takes and crops them; or images (B, 3, S, S) in [-1, 1], or latents
+            (B, C, G, G), of the decoder's.
+        keep: the part that is kept, by name: "left", "right", "top" or "bottom" (that half), "center" (the middle half
+            of rows and columns) or "border" (all around that); or a picture that is white there, or a boolean mask of
+            pixels or of latent positions, one for all or one for each picture.
+
+        Each picture is encoded alone, so that its latents do not depend on others. A latent position is known where all
+        of its pixels are kept. Raises ValueError for a generator that cannot keep anything, and for what does not fit.
+        """
+        self._check_keeps()
+        config: Any = self.generator.config
+        size = self.image_size
+        mask = kept(keep, config.grid, size)
+        latents = self._latents(pictures, size)
+        if len(latents) == 1 and mask.ndim == 3:
+            latents = latents.expand(len(mask), -1, -1, -1)
+        if mask.ndim == 3 and len(mask) != len(latents):
+            raise ValueError(f"keep: {len(mask)} masks for {len(latents)} pictures; give one for all or one for each")
+        return Known(latents, mask)
 
     def decode(
         self,
@@ -444,6 +474,7 @@ class Pipeline:
         sampling: Any = None,
         decoding: Any = None,
         num_tokens: int | None = None,
+        known: Known | None = None,
         callback: Callback | None = None,
         control: Control | None = None,
     ) -> Tensor:
@@ -455,6 +486,7 @@ class Pipeline:
             seed=seed,
             sampling=sampling,
             decoding=decoding,
+            known=known,
             callback=callback,
             control=control,
         )
@@ -469,6 +501,7 @@ class Pipeline:
         seed: int,
         sampling: Any = None,
         decoding: Any = None,
+        known: Known | None = None,
         callback: Callback | None = None,
         control: Control | None = None,
     ) -> dict[int | None, Made]:
@@ -482,8 +515,8 @@ class Pipeline:
         most = None if None in counts else max(count for count in counts if count is not None)
         made: dict[int | None, list[Made]] = {count: [] for count in counts}
         for rows in self.blocks.of(len(indices)):
-            own = [indices[row] for row in rows]
-            drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, callback, control)
+            own, there = [indices[row] for row in rows], None if known is None else known[rows]
+            drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, there, callback, control)
             for count in counts:
                 cut = drawn if count is None else cast(Tokens, drawn).truncate(count)
                 images = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
@@ -570,6 +603,8 @@ class Pipeline:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         num_tokens: int | None = None,
+        known: Any = None,
+        keep: Any = None,
         batch_size: int = BATCH,
         progress: bool | None = None,
         callback: Callback | None = None,
@@ -580,15 +615,50 @@ class Pipeline:
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
         sampling = Settings(**settings).over(self.sampling, "sampling")
         self.check_counts((num_tokens,))
+        there = self._known(known, keep, len(subjects), num_per_condition)
         found = []
         with progress_bar(len(subjects), progress, callback) as (bar, told):
             for rows in self.blocks.of(len(subjects), batch_size):
                 chosen = [subjects[row] for row in rows]
                 own = [indices[row] for row in rows]
-                drawn = self._draw(chosen, own, seed, sampling, num_tokens, told, control)
+                part = None if there is None else there[rows]
+                drawn = self._draw(chosen, own, seed, sampling, num_tokens, part, told, control)
                 found.append(drawn[: len(rows)])
                 bar.update(len(rows))
         return found
+
+    def _known(self, known: Any, keep: Any, count: int, repeats: int) -> Known | None:
+        """What is known of each of `count` images, `repeats` of each class or prompt; None where nothing is."""
+        if known is None:
+            if keep is not None:
+                raise ValueError("keep: says which part of known pictures is kept; give these as known=...")
+            return None
+        self._check_keeps()
+        if isinstance(known, Known) != (keep is None):
+            raise ValueError(f"keep: goes with pictures, given as known=...; it must be {WAYS}, or a mask")
+        there = known if isinstance(known, Known) else self.known(known, keep)
+        return there.spread(count, repeats)
+
+    def _check_keeps(self) -> None:
+        if not self.generator.keeps_known:
+            kind = self.generator.config.kind
+            raise ValueError(f"known: a generator of kind {kind} keeps no part of an image; leave known and keep out")
+
+    @torch.no_grad()
+    def _latents(self, pictures: Any, size: int) -> Tensor:
+        """Pictures, images or latents as latents (B, C, G, G), float32."""
+        config: Any = self.generator.config
+        shape = (config.latent_channels, config.grid, config.grid)
+        if isinstance(pictures, Tensor) and pictures.shape[1:] == shape:
+            return pictures.detach().float()
+        images = pictures if isinstance(pictures, Tensor) else preprocess(pictures, size)
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"known: {tuple(images.shape)} are neither images (B, 3, {size}, {size}) nor latents (B, "
+                f"{', '.join(map(str, shape))}); imgtok.preprocess(pictures, {size}) makes images of pictures"
+            )
+        with self._computing():
+            return torch.cat([self.decoder.encode(image[None].to(self.device)).float() for image in images])
 
     def _joined(self, parts: Sequence[Drawn]) -> Drawn:
         """What was drawn in several blocks, one after the other."""
@@ -609,6 +679,7 @@ class Pipeline:
         seed: int,
         sampling: Any,
         num_tokens: int | None,
+        known: Known | None,
         callback: Callback | None,
         control: Control | None,
     ) -> Drawn:
@@ -619,7 +690,8 @@ class Pipeline:
             guess = None if latents is None else (lambda: self.decoder.decode(latents[: len(indices)]))
             callback(Step("draw", done, indices, guess))
 
-        given = {"num_tokens": num_tokens, "control": control}
+        there = None if known is None else known[self.blocks.padded(range(len(known)))]
+        given = {"num_tokens": num_tokens, "control": control, "known": there}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         with self._computing():
             drawn: Drawn = self.generator.generate(

@@ -39,12 +39,13 @@ from imgtok.generators.conditioning import (
     Reading,
 )
 from imgtok.generators.dimension_head import EPS, Choice, DimensionHead, StackConfig
+from imgtok.generators.known import Known
 from imgtok.generators.sampling import guide
 from imgtok.layers.attention import Attention
 from imgtok.layers.feed_forward import MLP
 from imgtok.layers.positions import at
 from imgtok.layers.recompute import call_block
-from imgtok.quantizers.normal import NormalConfig, NormalQuantizer, check_finite
+from imgtok.quantizers.normal import NormalConfig, NormalQuantizer, check_channels, check_finite
 from imgtok.tokenizers.base import Losses
 
 # ---------------------------------------------------------------- configuration
@@ -113,15 +114,7 @@ class TokenBridgeConfig(ConditionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channel_order and sorted(self.channel_order) != list(range(self.latent_channels)):
-            raise ValueError(
-                f"channel_order: {list(self.channel_order)} must have each of the channels 0 to "
-                f"{self.latent_channels - 1} once; leave it out for their own order"
-            )
-        if self.quantizer.channels not in (None, self.latent_channels):
-            raise ValueError(
-                f"quantizer.means: {self.quantizer.channels} numbers for latent_channels = {self.latent_channels}"
-            )
+        check_channels(self.channel_order, self.quantizer, self.latent_channels)
 
     @property
     def order_of_channels(self) -> tuple[int, ...]:
@@ -175,16 +168,6 @@ def plan_reveals(sampling: RevealSampling, hidden: int, positions: int) -> list[
     return plan
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is known of an image before it is drawn: the rest is painted in, or around it."""
-
-    latents: Tensor
-    """(B, C, G, G), as an autoencoder encodes; only what is known counts, and comes back as it is here."""
-    mask: Tensor
-    """(G, G) or (B, G, G), boolean: True where the latent is known, at as many positions in every row."""
-
-
 def hidden_share(uniform: float, least: float) -> float:
     """The share of positions that training hides: a quantile of a normal around 1 that is cut at `least` and at 1."""
     shares = NormalDist(1.0, 0.25)
@@ -219,6 +202,7 @@ class TokenBridge(ConditionalGenerator):
 
     config_class: ClassVar[type] = TokenBridgeConfig
     learns_from = "latents"
+    keeps_known = True
     config: TokenBridgeConfig
     order: Tensor
     inverse: Tensor
@@ -351,14 +335,16 @@ class TokenBridge(ConditionalGenerator):
         """`forward` with its random numbers given, the places (B, K) to learn from and (B, V) to see: a function of
         tensors, which `training.compile` makes one graph.
         """
-        values, ids = self.quantizer(self.positions_of(latents), channel_dim=-1)
+        numbers = self.positions_of(latents)
+        values, ids = self.quantizer(numbers, channel_dim=-1)
         features = self.features(at(values, visible), visible, self.read(condition), hidden)
         targets = at(ids[..., self.order], hidden).flatten(0, 1)  # (B K, C)
         logits = self.head(features.flatten(0, 1), targets)
         errors = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         of_steps = errors.view(targets.shape).mean(dim=0)
         loss = of_steps.mean() + 0 * latents.sum()  # numbers that are not finite have ids, but must not go unnoticed
-        return Losses(loss, {"cross_entropy": loss, "first_channel": of_steps[0]})
+        saturated = self.quantizer.beyond(numbers, channel_dim=-1).float().mean()
+        return Losses(loss, {"cross_entropy": loss, "first_channel": of_steps[0], "saturated": saturated})
 
     # ------------------------------------------------ sampling
 
@@ -444,7 +430,7 @@ class TokenBridge(ConditionalGenerator):
             mask = self._mask_of(known, batch)
             hidden = length - int(mask[:1].sum())
             keys = keys + mask.to(keys.device).double()  # what is known counts as revealed
-            seen, latents = mask.to(device)[..., None], self.positions_of(known.latents.to(device))
+            seen, latents = mask.to(device)[..., None], self.positions_of(known.latents.detach().to(device))
             exact = self.quantizer(latents.where(seen, 0), channel_dim=-1)[0]
             values = torch.where(seen, exact, values)
         order = keys.argsort(dim=1, stable=True).to(device)
@@ -462,12 +448,12 @@ class TokenBridge(ConditionalGenerator):
         if known.mask.dtype != torch.bool:
             raise ValueError(f"known.mask: must be boolean, True where the latent is known, not {known.mask.dtype}")
         mask = known.mask.cpu().expand(batch, *side).flatten(1)
-        check_finite(known.latents.cpu()[mask.view(batch, 1, *side).expand(shape)])
+        check_finite(known.latents.cpu()[mask.view(batch, 1, *side).expand(shape)], "known.latents")
         counts = mask.sum(dim=1)
         if batch and bool((counts != counts[0]).any()):
             raise ValueError(
-                f"known.mask: {int(counts.min())} to {int(counts.max())} known positions; the rows of one call must "
-                "have as many: call generate once for each number"
+                f"known.mask: {int(counts.min())} to {int(counts.max())} known positions; the images of one call must "
+                "have as many: draw those with the same number by one call, the others by another"
             )
         return mask
 
@@ -477,7 +463,7 @@ class TokenBridge(ConditionalGenerator):
         if known is None:
             return latents
         mask = known.mask.to(latents.device)
-        return torch.where(mask if mask.ndim == 2 else mask[:, None], known.latents.to(latents), latents)
+        return torch.where(mask if mask.ndim == 2 else mask[:, None], known.latents.detach().to(latents), latents)
 
 
 @dataclass

@@ -27,10 +27,12 @@ from imgtok import announce, pictures, signals
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
 from imgtok.data.files import OVERVIEW, numbered_images, overview_of
-from imgtok.files import replacing
+from imgtok.files import check_there, file_sha256, replacing
+from imgtok.generators.known import PARTS, WAYS, Known, shown
 from imgtok.generators.pipeline import Made, Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.arrays import open_npz
 from imgtok.metrics.saved_images import RECORD
+from imgtok.pictures import preprocess
 from imgtok.runtime import process_state
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
@@ -65,6 +67,12 @@ class Config:
     """For a generator that reads text: a text file (.txt) with a prompt a line, or one prompt."""
     text_encoder: str | None = None
     """Folder or Hub name of the text encoder, or minilm; null takes the one that the generator names."""
+    known: tuple[Path, ...] = ()
+    """Image files of which a part is kept, and the rest drawn in or around it, by a generator that can: image i goes
+    with known[i % number of files]."""
+    keep: str | None = None
+    """The part of `known` that is kept: left, right, top or bottom (that half), center (the middle half of rows and
+    columns) or border (all around that); or an image file that is white there."""
     per_class: PositiveInt | None = None
     """Images of each class or prompt; takes the place of `num`."""
     order: Literal["in_turn", "by_class"] = "in_turn"
@@ -97,10 +105,18 @@ class Config:
         check(self)
         if self.order == "by_class" and self.per_class is None:
             raise ValueError("order: by_class needs per_class, the number of images of each class")
+        if self.known and self.keep is None:
+            raise ValueError(f"keep: is required with known; it must be {WAYS}")
+        if self.keep is not None and not self.known:
+            raise ValueError("known: is required with keep; it names the image files of which a part is kept")
 
 
 def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
+    for path in config.known:
+        check_there(path, "known")
+        if path.expanduser().is_dir():
+            raise ValueError(f"known: {path} is a folder; name image files in it, known={path}/a.png,{path}/b.png")
     state = process_state()
     pipe = pipeline(
         config.model,
@@ -147,6 +163,8 @@ def say_what_is_drawn(config: Config, plan: Plan, pipe: Pipeline) -> None:
     count = len({*plan.labels})
     subjects = f"{count} {what}{'' if count == 1 else 's' if plan.prompts else 'es'}"
     drawn = f"{len(plan.labels)} of {subjects}, seed {config.seed}"
+    if plan.known is not None:
+        drawn += f", around {len(plan.known)} picture{'s'[: len(plan.known) != 1]} (keep={config.keep})"
     announce.begins(
         "sample", model=model.in_words, decoder=decoder.in_words, images=drawn, on=pipe.device, out=config.out
     )
@@ -164,6 +182,8 @@ class Plan:
     decoding: Any
     classes: tuple[int, ...] = ()
     """Those that were asked for, by number."""
+    known: Known | None = None
+    """What the images are drawn around, image i around row i % number of rows."""
 
     @classmethod
     def make(cls, config: Config, pipe: Pipeline) -> Plan:
@@ -176,11 +196,16 @@ class Plan:
             pipe.encoder()  # which says so if this generator does not read text
         numbers = tuple(pipe.class_numbers(config.classes))
         labels = plan_labels(config, len(prompts) or num_labels(pipe), numbers)
-        return cls(labels, prompts, sampling, decoding, numbers)
+        known = pipe.known(config.known, config.keep) if config.known else None
+        return cls(labels, prompts, sampling, decoding, numbers, known)
 
     def subjects(self, indices: Sequence[int]) -> list[Subject]:
         """Classes or prompts of some of the images."""
         return [self.prompts[self.labels[index]] if self.prompts else self.labels[index] for index in indices]
+
+    def known_of(self, indices: Sequence[int]) -> Known | None:
+        """What some of the images are drawn around."""
+        return None if self.known is None else self.known[[index % len(self.known) for index in indices]]
 
 
 def plan_labels(config: Config, num_classes: int, classes: Sequence[int]) -> list[int]:
@@ -242,8 +267,11 @@ def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, An
     assert pipe.found is not None, "it was loaded by its name"
     model, tokenizer = pipe.found
     request = to_dict(config)
-    for name in ("out", "num", "per_class", "batch_size", "grid", "threads"):
+    for name in ("out", "num", "per_class", "batch_size", "grid", "threads", "known", "keep"):
         del request[name]
+    if config.keep is not None:  # files may be other ones by now
+        request["known"] = [file_sha256(path.expanduser()) for path in config.known]
+        request["keep"] = config.keep if config.keep in PARTS else file_sha256(Path(config.keep).expanduser())
     if config.order == "by_class":
         request["per_class"] = config.per_class
     return request | {
@@ -290,6 +318,7 @@ def generate(
             seed=config.seed,
             sampling=plan.sampling,
             decoding=plan.decoding,
+            known=plan.known_of(chunk),
         )
         yield chunk, made[config.num_tokens]
 
@@ -324,7 +353,7 @@ def read_image(path: Path) -> Tensor:
 def finish(config: Config, plan: Plan, folder: Path, pipe: Pipeline) -> None:
     """Writes the grid and the numbers of tokens, and packs the .npz."""
     labels, arrays, note = plan.labels, {labels_name(config): plan.labels}, None
-    overview = save_grid(draw_grid(plan, pipe.class_names, folder, config.grid), config.out) if config.grid else None
+    overview = save_grid(draw_grid(config, plan, pipe, folder), config.out) if config.grid else None
     if pipe.own_lengths:
         arrays["tokens"] = counts = [count_of(image_path(folder, index)) for index in range(len(labels))]
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
@@ -372,13 +401,21 @@ def is_overview(path: Path) -> bool:
         return False
 
 
-def draw_grid(plan: Plan, names: Sequence[str], folder: Path, most: int) -> Tensor:
-    """A picture of at most `most` of the images in a folder, uint8 (3, height, width): a row a class or prompt."""
-    groups = []
-    what = "prompt" if plan.prompts else "class"
-    for label, indices in shown_by_label(plan.labels, most).items():
+SHOWN = 8
+"""The most known pictures in the overview."""
+
+
+def draw_grid(config: Config, plan: Plan, pipe: Pipeline, folder: Path) -> Tensor:
+    """A picture of at most `config.grid` of the images in a folder, uint8 (3, height, width): a row a class or prompt,
+    below what is known of them.
+    """
+    groups, what = [], "prompt" if plan.prompts else "class"
+    if plan.known is not None:
+        some = preprocess(config.known[:SHOWN], pipe.image_size)
+        groups.append(("known", pictures.to_uint8(shown(some, plan.known[range(len(some))].mask))))
+    for label, indices in shown_by_label(plan.labels, config.grid).items():
         images = torch.stack([read_image(image_path(folder, index)) for index in indices])
-        groups.append((in_words(label, plan.prompts or names, what), images))
+        groups.append((in_words(label, plan.prompts or pipe.class_names, what), images))
     return pictures.labelled_grid(groups)
 
 

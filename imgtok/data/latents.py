@@ -194,6 +194,12 @@ class Latents(ABC):
         return self._batch(rows, latents_of_moments(self.moments(rows, flipped), noise, self.scaling_factor))
 
     def _batch(self, rows: Sequence[int], latents: Tensor) -> LatentBatch:
+        broken = [row for row, whole in zip(rows, latents.isfinite().flatten(1).all(dim=1), strict=True) if not whole]
+        if broken:
+            raise DataError(
+                f"{self.folder}: the latent of {self.name(broken[0])} has numbers that are not finite: its autoencoder "
+                "or its image was broken, or the file is; make the cache again, or leave the image out"
+            )
         return LatentBatch(latents, self.labels[list(rows)], tuple(self.name(row) for row in rows))
 
 

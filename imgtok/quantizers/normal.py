@@ -67,6 +67,19 @@ class NormalConfig:
         return len(self.means) or None
 
 
+def check_channels(order: Sequence[int], quantizer: NormalConfig, channels: int) -> None:
+    """Raise ValueError unless an order of channels (empty for their own) and what the quantizer has for each are of so
+    many channels.
+    """
+    if order and sorted(order) != list(range(channels)):
+        raise ValueError(
+            f"channel_order: {list(order)} must have each of the channels 0 to {channels - 1} once; leave it out for "
+            "their own order"
+        )
+    if quantizer.channels not in (None, channels):
+        raise ValueError(f"quantizer.means: {quantizer.channels} numbers for {channels} channels of the latents")
+
+
 def outside(cut: float) -> float:
     """The share of a standard normal below -cut."""
     return 0.5 * math.erfc(cut / math.sqrt(2))
@@ -132,7 +145,7 @@ class NormalQuantizer(nn.Module):
 
     def encode_plainly(self, x: Tensor, channel_dim: int = 1) -> Tensor:
         """The definition: the nearest level by its distance; of two as near, the lower."""
-        return _nearest(self.config, self.levels, self._centred(x.float(), channel_dim))
+        return _nearest(self.config, self.levels, self._centred(x.detach().float(), channel_dim))
 
     def encode(self, x: Tensor, channel_dim: int = 1) -> Tensor:
         """The same ids without distances. Raises ValueError for numbers that are not finite."""
@@ -165,6 +178,13 @@ class NormalQuantizer(nn.Module):
         ids = self._bucketize(x, channel_dim)
         return self.decode(ids, channel_dim), ids
 
+    def beyond(self, x: Tensor, channel_dim: int = 1) -> Tensor:
+        """Which numbers lie beyond the outermost level, that is come back smaller than they are: a boolean tensor."""
+        lowest, highest = (
+            _along(end, x, channel_dim) if self.config.channels else end for end in self.values[:, [0, -1]].unbind(1)
+        )
+        return (x < lowest) | (x > highest)
+
     def _may_look_up(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and self.lookup is not None and not torch.compiler.is_compiling()
 
@@ -179,7 +199,7 @@ class NormalQuantizer(nn.Module):
                 f"latents {tuple(x.shape)} must have {channels} channels in dimension {channel_dim}: as many as the "
                 "quantizer has means"
             )
-        return x.float()
+        return x.detach().float()  # nothing of this has a gradient
 
     def _centred(self, x: Tensor, channel_dim: int) -> Tensor:
         if not self.config.channels:
@@ -195,15 +215,15 @@ class NormalQuantizer(nn.Module):
         return ids.view(by_channel.shape).movedim(0, channel_dim)
 
 
-def check_finite(x: Tensor) -> None:
-    """Raises ValueError for numbers that are not finite, which no level stands for."""
+def check_finite(x: Tensor, name: str = "latents") -> None:
+    """Raises ValueError for numbers that are not finite, which no level stands for; `name` is where they were given."""
     if x.numel() == 0:
         return
-    low, high = x.aminmax()  # both are NaN where any number is
+    low, high = x.detach().aminmax()  # both are NaN where any number is
     if not math.isfinite(low) or not math.isfinite(high):
         finite = x.isfinite()
         raise ValueError(
-            f"latents {tuple(x.shape)}: {int((~finite).sum())} numbers are not finite ({int(x.isnan().sum())} NaN), "
+            f"{name} {tuple(x.shape)}: {int((~finite).sum())} numbers are not finite ({int(x.isnan().sum())} NaN), "
             f"such as number {int((~finite).flatten().int().argmax())}; the autoencoder or its input is broken"
         )
 

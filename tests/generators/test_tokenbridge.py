@@ -12,7 +12,8 @@ from imgtok import randomness
 from imgtok.generators import dimension_head
 from imgtok.generators.conditioning import ClassBuffer
 from imgtok.generators.dimension_head import Choice, StackConfig
-from imgtok.generators.tokenbridge import Known, RevealSampling, TokenBridge, TokenBridgeConfig, plan_reveals
+from imgtok.generators.known import Known
+from imgtok.generators.tokenbridge import RevealSampling, TokenBridge, TokenBridgeConfig, plan_reveals
 from imgtok.quantizers.normal import NormalConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
@@ -141,10 +142,13 @@ def test_what_is_known_is_seen():
         ),
         (Known(latents(), torch.ones(4, dtype=torch.bool)), r"the mask is \(4, 4\) or \(3, 4, 4\)"),
         (Known(latents(), torch.ones(4, 4)), r"known.mask: must be boolean"),
-        (Known(latents() / 0, torch.ones(4, 4, dtype=torch.bool)), r"144 numbers are not finite"),
+        (
+            Known(latents() / 0, torch.ones(4, 4, dtype=torch.bool)),
+            r"known.latents \(144,\): 144 numbers are not finite",
+        ),
         (
             Known(latents(), torch.arange(3).view(3, 1, 1).expand(3, 4, 4) > 0),
-            r"known.mask: 0 to 16 known positions; the rows of one call",
+            r"known.mask: 0 to 16 known positions; the images of one call",
         ),
     ],
 )
@@ -289,7 +293,7 @@ def test_what_does_not_fit_together():
     for fields, message in (
         ({"channel_order": (0, 1)}, r"channel_order: \[0, 1\] must have each of the channels 0 to 2 once"),
         ({"channel_order": (0, 1, 1)}, r"channel_order"),
-        ({"quantizer": NormalConfig(means=(0.0,), deviations=(1.0,))}, r"quantizer.means: 1 numbers for latent_ch"),
+        ({"quantizer": NormalConfig(means=(0.0,), deviations=(1.0,))}, r"quantizer.means: 1 numbers for 3 channels"),
         ({"head": STACK, "latent_channels": 0}, r"latent_channels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -193,3 +193,14 @@ def test_tables_are_not_saved_and_survive_meta():
         quantizer = NormalQuantizer(NormalConfig())
     assert not quantizer.state_dict()
     assert not quantizer.edges.is_meta
+
+
+def test_numbers_beyond_the_outermost_levels():
+    plain = NormalQuantizer(NormalConfig())
+    assert plain.beyond(torch.tensor([-4.07, -4.06, 0.0, 4.06, 4.07])).tolist() == [True, False, False, False, True]
+    own = NormalQuantizer(NormalConfig(means=(0.0, 10.0), deviations=(1.0, 2.0)))
+    assert own.beyond(torch.tensor([[5.0, 5.0], [1.0, 1.0]])).tolist() == [[True, False], [False, True]]
+    assert own.beyond(torch.tensor([[5.0, 5.0], [1.0, 1.0]]).T, channel_dim=0).tolist() == [
+        [True, False],
+        [False, True],
+    ]
