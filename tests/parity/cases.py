@@ -82,4 +82,4 @@ def draw(entry: Mapping[str, Any], seed: int) -> Tensor:
     values = getattr(recipe, entry["function"] if "function" in entry else entry["kind"])(name, shape, seed)
     if entry.get("then") == "argsort":
         return torch.from_numpy(np.argsort(values, axis=-1, kind="stable"))
-    return torch.from_numpy(values * np.float32(entry.get("scale", 1.0)))
+    return torch.from_numpy(values * np.float32(entry.get("scale", 1.0)) + np.float32(entry.get("shift", 0.0)))
