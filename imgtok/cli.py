@@ -509,6 +509,8 @@ def _print_info(argv: list[str]) -> None:
     print(f"kind: {model.config.kind} ({type(model).__name__})\nplace: {found.path}{steps}")
     print(f"parameters: {_total(model):,}")
     print("\n".join(f"  {name}: {count:,}" for name, count in counts.items() if count))
+    if hasattr(model, "cost"):
+        print(f"an image: {'' if model.fixed_length and len(model.rates()) == 1 else 'at most '}{model.cost()}")
     print("config:\n" + textwrap.indent(to_yaml(model.config), "  "), end="")
     print(settings_help([found]), end="")
 

@@ -54,7 +54,11 @@ from imgtok.weights import (
     write_tensors,
 )
 
-TOKENIZERS: dict[str, str] = {"flextok": "imgtok.tokenizers.flextok:FlexTok", "karl": "imgtok.tokenizers.karl:KARL"}
+TOKENIZERS: dict[str, str] = {
+    "flextok": "imgtok.tokenizers.flextok:FlexTok",
+    "karl": "imgtok.tokenizers.karl:KARL",
+    "tokenbridge_tokenizer": "imgtok.tokenizers.tokenbridge:TokenBridgeTokenizer",
+}
 AUTOENCODERS: dict[str, str] = {
     "vae": "imgtok.tokenizers.vae:VAE",
     "maskgit_vqgan": "imgtok.tokenizers.maskgit_vqgan:MaskGITVQGAN",

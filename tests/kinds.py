@@ -39,6 +39,7 @@ from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfi
 from imgtok.tokenizers.flextok_fast import GuidedDecoder
 from imgtok.tokenizers.karl import KARLConfig, KARLTraining, TransformerConfig
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
+from imgtok.tokenizers.tokenbridge import TokenBridgeTokenizerConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
 
@@ -63,6 +64,8 @@ class Line:
     """Trainable parameters that the loss does not reach, each with the reason."""
     draws: bool = True
     """Whether training draws random numbers."""
+    trained: bool = True
+    """Whether it has anything to train."""
 
 
 def gpt_step(model: Any, device: torch.device) -> Step:
@@ -139,6 +142,12 @@ def karl_step(model: Any, device: torch.device) -> Step:
     return lambda codes: model.to_images(model.to_latents(model.decoder(codes, given.slots, mask))), (codes,)
 
 
+def symbols_step(model: Any, device: torch.device) -> Step:
+    """Pixels of symbols."""
+    symbols = tokens(model, 2).ids.to(device)
+    return lambda symbols: model.vae.decode(model.quantizer.decode(model.in_place(symbols))), (symbols,)
+
+
 TRUNK = TrunkConfig(width=32, depth=2, head_dim=16)
 SMALL_VAE = VAEConfig(latent_channels=4, block_channels=(8, 8), layers_per_block=1, norm_groups=4)
 FLEXTOK: dict[str, Any] = {"image_size": 16, "num_registers": 8, "encoder": TRUNK, "decoder": TRUNK}
@@ -181,6 +190,14 @@ LINES: dict[str, Line] = {
         config=KARLConfig(**KARL, base=SMALL_VAE, quantized=False, training=KARLTraining(stage="finetune")),
         step=karl_step,
     ),
+    "tokenbridge_tokenizer": Line(
+        config=TokenBridgeTokenizerConfig(
+            image_size=16, vae=SMALL_VAE, quantizer=NormalConfig(levels=8), channel_order=(2, 0, 3, 1)
+        ),
+        step=symbols_step,
+        draws=False,
+        trained=False,
+    ),
     "gpt": Line(config=GPTConfig(**GPT), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
     "gpt-prefix": Line(
         config=GPTConfig(**GPT, positions="rotary_2d", condition=TextPrefix(text_width=12, text_length=5)),
@@ -220,8 +237,8 @@ LINES |= {
     "tokenbridge": Line(
         config=TokenBridgeConfig(**TOKENBRIDGE, condition=ClassBuffer(num_slots=3)),
         step=tokenbridge_step,
-        short={"sampling": RevealSampling(iterations=2)},
-        long={"sampling": RevealSampling(iterations=5)},
+        short={"sampling": RevealSampling(iterations=1)},
+        long={"sampling": RevealSampling(iterations=3)},
     ),
     "tokenbridge-confidence": Line(
         config=TokenBridgeConfig(
@@ -231,11 +248,13 @@ LINES |= {
             first_step="corrected",
         ),
         step=tokenbridge_step,
-        short={"sampling": RevealSampling(iterations=2, order="confidence", guidance=1.0)},
-        long={"sampling": RevealSampling(iterations=5, order="confidence")},
+        short={"sampling": RevealSampling(iterations=1, order="confidence", guidance=1.0)},
+        long={"sampling": RevealSampling(iterations=3, order="confidence")},
     ),
 }
 
+TRAINED = {name: line for name, line in LINES.items() if line.trained}
+"""Those of models with anything to train."""
 ENCODING = {name: line for name, line in LINES.items() if line.config.kind not in hub.GENERATORS}
 """Those of models that encode images, which generators do not."""
 
@@ -288,7 +307,7 @@ def tokens(model: Any, count: int) -> Tokens:
     slots = (
         torch.rand(count, num_slots, generator=generator).argsort()[:, :columns].sort().values if num_slots else None
     )
-    ragged = is_tokenizer or model.config.ends
+    ragged = len(model.rates()) > 1 if is_tokenizer else model.config.ends
     lengths = columns - torch.arange(count) * 2 % columns if ragged else torch.full((count,), columns)
     if is_tokenizer and vocabulary == 1:  # tokens that are vectors
         return Tokens(ids, lengths, slots, random(count, columns, model.config.token_width)).padded()

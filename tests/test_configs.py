@@ -21,6 +21,7 @@ from imgtok import hub
 from imgtok.cli import JOBS, main
 from imgtok.config import from_dict, load, read_yaml
 from imgtok.generators.gpt import GPT, flextok_size
+from imgtok.published.kl16 import KL16
 from imgtok.tokenizers.base import Tokenizer
 from imgtok.tokenizers.flextok import FlexTok
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
@@ -32,6 +33,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED_VAES = {
     "EPFL-VILAB/flextok_vae_c16": VAEConfig(latent_channels=16),
     "vqgan.ckpt": MaskGITVQGANConfig(),
+    "kl16.ckpt": KL16,
 }
 PUBLISHED_SIZES = {
     "d12-d12": (85_185_798, 172_251_712),

@@ -24,7 +24,6 @@ from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
 from imgtok.config import REMEDY, NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, open_split
-from imgtok.data.loaders import eval_loader
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.sections import ByKind, Section
 from imgtok.tokenizers.base import Autoencoder
@@ -144,10 +143,7 @@ class AutoencoderJob(ImageJob):
     def save(self, model: nn.Module, folder: Path) -> None:
         """The autoencoder's folder, after what is measured at the end was measured on held-out images."""
         autoencoder = self.autoencoder
-        device = next(autoencoder.parameters()).device
-        chosen = range(0, len(self.shown), -(-len(self.shown) // 256))  # not the first: those may all be of one class
-        batches = eval_loader(self.shown, self.config.training.batch_size, indices=chosen)
-        autoencoder.calibrate(batch.images.to(device) for batch in batches)
+        self.calibrate(autoencoder)
         if self.config.half:
             autoencoder = copy.deepcopy(autoencoder).half()
         autoencoder.save_pretrained(folder, repo_id=str(self.config.out / "final"))

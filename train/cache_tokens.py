@@ -147,6 +147,8 @@ def main(config: Config) -> None:
     encode = functools.partial(encode_rows, config, tokenizer, rate, source, UnreadableImages(len(source)))
     write_missing(writer, state, encode, functools.partial(write_shard, writer), command="cache")
     what = f"{views.count} crop(s) each"
+    if tokenizer.fixed_length:
+        what += f" of {tokenizer.cost(used.num_tokens)}"
     if state.is_main_process and not tokenizer.fixed_length:
         lengths = lengths_of(config.out)
         what += f", {announce.counts_in_words(lengths)}" if lengths else ""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.data.images import ImageSource
-from imgtok.data.loaders import Batch, train_loader
+from imgtok.data.loaders import Batch, eval_loader, train_loader
 from imgtok.groups import ParameterGroup, each
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, Losses, Tokenizer, rebuilt
@@ -79,6 +79,13 @@ class ImageJob(Job):
         own: Any = getattr(self.model, "resumed", None)
         if own is not None:
             own(step * self.training.accumulate)
+
+    def calibrate(self, model: Tokenizer | Autoencoder) -> None:
+        """Let a model that is finished measure what it measures on held-out images."""
+        device = next(model.parameters()).device
+        chosen = range(0, len(self.shown), -(-len(self.shown) // 256))  # not the first: those may all be of one class
+        batches = eval_loader(self.shown, self.training.batch_size, indices=chosen)
+        model.calibrate(batch.images.to(device) for batch in batches)
 
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""

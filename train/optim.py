@@ -76,7 +76,9 @@ def make_optimizer(
     check_groups(model, groups)
     every = [parameter for group in groups for parameter in group.trainable]
     if not every and config.steps:
-        raise ValueError("the model has no trainable parameter: every parameter has requires_grad = False")
+        raise ValueError(
+            f"training.steps: {config.steps}, but the model has no trainable parameter: 0 saves it as it is"
+        )
     if config.mup_base_width and not any(noted_width(parameter) for parameter in every):
         raise ValueError(
             f"training.mup_base_width: {config.mup_base_width}, but this model ({type(model).__name__}) is not made "

@@ -192,8 +192,9 @@ class TokenizerJob(ImageJob):
         pictures.save_png(grid, path)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """The tokenizer's folder, without what is only there for training."""
+        """The tokenizer's folder, after what it measures was measured, without what is only there for training."""
         tokenizer = self.tokenizer
+        self.calibrate(tokenizer)
         if self.config.half:
             tokenizer = copy.deepcopy(tokenizer).half()
         tokenizer.save_pretrained(folder, repo_id=str(self.config.out / "final"))

@@ -120,6 +120,8 @@ class ImageModel(nn.Module, Pretrained):
     """The frozen dataclass of the decoder's settings."""
     reconstructs: ClassVar[bool] = False
     """Whether it decodes images while it is trained."""
+    measured_at_end: ClassVar[tuple[str, ...]] = ()
+    """Fields of the configuration that `calibrate` measures: a checkpoint has them as they were when its run began."""
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -144,6 +146,11 @@ class ImageModel(nn.Module, Pretrained):
         quantizer: fields of the generator's configuration, by name, which must exist there. By default nothing.
         """
         return {}
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Take over what is measured on batches of images when training ends, such as the latents' scale; by default
+        nothing.
+        """
 
     def to_images(self, guess: Tensor) -> Tensor:
         """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
@@ -260,6 +267,16 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
             bits = bits + choices / math.log(2)
         return bits
 
+    def cost(self, num_tokens: int | None = None) -> str:
+        """What an image costs at so many tokens, by default as many as it can have, in words: `128 tokens of 64 ids,
+        768 bits`.
+        """
+        count = num_tokens or self.num_tokens
+        bits = float(self.bits(Tokens.full(torch.zeros(1, count, dtype=torch.long))))
+        width = self.vector_width
+        of = f"{self.vocab_size:,} ids" if width is None else f"{width} number{'s'[: width != 1]} each"
+        return f"{count:,} token{'s'[: count != 1]} of {of}, {bits:,.0f} bits"
+
     def decode(
         self,
         tokens: Tokens,
@@ -303,12 +320,7 @@ pictures = imgtok.to_pil(model.decode(latents))
 """
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor",)
     """Fields of the configuration that change the latents by their scale at most."""
-    measured_at_end: ClassVar[tuple[str, ...]] = ()
-    """Fields of the configuration that `calibrate` measures: a checkpoint has them as they were when its run began."""
     reconstructs: ClassVar[bool] = True
-
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Take over what is measured on images when training ends, such as the latents' scale; by default nothing."""
 
     def moments(self, images: Tensor) -> Tensor:
         """The distributions of the latents, not scaled: means, then log-variances, (B, 2 C, H / f, W / f).

@@ -13,7 +13,7 @@ from typing import Any
 import kinds
 import pytest
 import torch
-from kinds import ENCODING, LINES, Line
+from kinds import ENCODING, LINES, TRAINED, Line
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -163,6 +163,7 @@ def check_gradients(model: Any, allowed: dict[str, str]) -> None:
     assert missing == set(allowed), f"take off the line, it is reached: {sorted(set(allowed) - missing)}"
 
 
+@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
 def test_every_trainable_parameter_gets_a_gradient(line):
     check_gradients(kinds.build(line), line.without_gradient)
 
@@ -182,6 +183,7 @@ def test_the_same_draws_give_the_same_loss(line):
     assert torch.equal(first, other) != line.draws
 
 
+@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
 def test_bfloat16_autocast_gives_a_finite_loss_and_gradients(line):
     model = kinds.build(line).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,6 +246,7 @@ def fitted(job: LineJob, out: Path, **training: Any) -> dict[str, Tensor]:
     return load_file(fit(job, config, out, Whole(training=config)) / "model.safetensors")
 
 
+@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
 def test_a_run_that_is_resumed_ends_with_the_same_weights(line, tmp_path):
     whole = fitted(LineJob(line), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +274,7 @@ COMPILED = [pytest.param(LINES[n], id=n, marks=[] if n in FIRST_OF_KIND else [py
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("line", COMPILED)
+@pytest.mark.parametrize("line", [line for line in COMPILED if line.id in TRAINED])
 def test_training_compiles_without_a_break(line):
     plain, compiled = kinds.build(line), kinds.build(line)  # in evaluation mode: dropout draws otherwise when compiled
     arguments = kinds.inputs(plain, 2)

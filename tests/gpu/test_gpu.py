@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import kinds
 import pytest
 import torch
-from kinds import ENCODING, LINES, Line
+from kinds import ENCODING, LINES, TRAINED, Line
 from torch import Tensor
 
 from imgtok.train.loop import compile_forward
@@ -42,6 +42,7 @@ def gradients(model) -> dict[str, Tensor]:
     return {name: tensor.grad.cpu() for name, tensor in model.named_parameters() if tensor.grad is not None}
 
 
+@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
 def test_training_is_that_of_the_cpu(line):
     results = []
     for device in (torch.device("cpu"), DEVICE):
@@ -56,6 +57,7 @@ def test_training_is_that_of_the_cpu(line):
         torch.testing.assert_close(others[name], slope, atol=2e-3 * float(slope.abs().max()) + 1e-6, rtol=1e-2)
 
 
+@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
 def test_bfloat16_trains(line):
     model = kinds.build(line).to(DEVICE).train()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -83,6 +85,7 @@ def test_encoding_is_that_of_the_cpu(line):
     agree(kinds.encode(kinds.build(line).to(DEVICE), range(4), DEVICE), expected)
 
 
+@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
 def test_compiled_training_is_that_of_plain_training(line):
     plain, compiled = (kinds.build(line).to(DEVICE) for _ in range(2))
     arguments = kinds.inputs(plain, 4, DEVICE)

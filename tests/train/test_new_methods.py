@@ -147,7 +147,10 @@ def test_reconstructions_of_a_tokenizer_are_judged_by_a_perceptual_distance(tmp_
         ("checkpoint_activations=true", "checkpoint_activations: ToyTok keeps its activations; leave it out"),
         ("loss={}", "loss: a ToyTok has losses of its own alone; leave loss out"),
         ("model.sise=3", "model has no field 'sise'"),
-        ("model.kind=vae", "model.kind: given 'vae', must be one of 'flextok', 'karl', 'toytok'"),
+        (
+            "model.kind=vae",
+            "model.kind: given 'vae', must be one of 'flextok', 'karl', 'tokenbridge_tokenizer', 'toytok'",
+        ),
     ],
 )
 def test_what_a_tokenizer_does_not_have_is_said(tmp_path, capsys, word, message):
