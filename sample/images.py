@@ -113,10 +113,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Draws what is missing of the job, then writes the grid and the record."""
-    for path in config.known:
-        check_there(path, "known")
-        if path.expanduser().is_dir():
-            raise ValueError(f"known: {path} is a folder; name image files in it, known={path}/a.png,{path}/b.png")
+    check_known(config)
     state = process_state()
     pipe = pipeline(
         config.model,
@@ -153,6 +150,30 @@ def main(config: Config) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         finish(config, plan, folder, pipe)
+
+
+def check_known(config: Config) -> None:
+    """Raises FileNotFoundError or ValueError for known pictures that are no files, and for a mask that does not lie
+    over them: of each the square in the centre is taken.
+    """
+    for path in config.known:
+        check_there(path, "known")
+        if path.expanduser().is_dir():
+            raise ValueError(f"known: {path} is a folder; name image files in it, known={path}/a.png,{path}/b.png")
+    if config.keep in (None, *PARTS) or not Path(str(config.keep)).expanduser().is_file():
+        return
+    (width, height), *sizes = (decoded(path).size for path in (Path(str(config.keep)), *config.known))
+    for path, size in zip(config.known, sizes, strict=True):
+        if width * size[1] != height * size[0]:
+            raise ValueError(
+                f"keep: {config.keep} is {width} x {height} pixels, and {path} {size[0]} x {size[1]}: a mask must have "
+                "the shape of the picture"
+            )
+
+
+def decoded(path: Path) -> Image.Image:
+    """The picture in a file. Raises UnreadableImage."""
+    return pictures.decode_image(path.expanduser().read_bytes(), str(path))
 
 
 def say_what_is_drawn(config: Config, plan: Plan, pipe: Pipeline) -> None:

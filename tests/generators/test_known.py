@@ -169,6 +169,7 @@ def test_a_job_draws_around_pictures(folder, pipe, capsys):
 
 @pytest.mark.usefixtures("folder")
 def test_mistakes_on_the_command_line(capsys):
+    Image.new("L", (9, 4), 255).save("wide.png")
     for words, message in (
         (["known=photo0.png"], "keep: is required with known; it must be left, right, top, bottom, center, border, or"),
         (["keep=left"], "known: is required with keep"),
@@ -178,6 +179,7 @@ def test_mistakes_on_the_command_line(capsys):
             "known: model is a folder; name image files in it, known=model/a.png,model/b.png",
         ),
         (["known=photo0.png", "keep=middle"], "keep: given 'middle', must be left, right"),
+        (["known=photo0.png", "keep=wide.png"], "keep: wide.png is 9 x 4 pixels, and photo0.png 12 x 10: a mask must"),
         (["classes=1000"], "classes: 1000 is not a class of the model; it has classes 0 to 999"),
         (["sampling.order=rows"], "sampling.order: given 'rows', must be one of 'random', 'raster', 'confidence'"),
     ):
