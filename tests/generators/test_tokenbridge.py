@@ -64,8 +64,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["all", "half known"])
-@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+HALF_KNOWN = ("as published", "raster, constant", "confidence")
+
+
+@pytest.mark.parametrize(
+    ("how", "known"),
+    [*((how, False) for how in WAYS.values()), *((WAYS[name], True) for name in HALF_KNOWN)],
+    ids=[*WAYS, *(f"{name}, half known" for name in HALF_KNOWN)],
+)
 def test_the_fast_path_draws_what_the_plain_one_does(how, known):
     model, given = build(), half() if known else None
     plain = model.generate_plainly(LABELS, seed=3, indices=[5, 0, 9], sampling=how, known=given)
