@@ -51,6 +51,10 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "reconstruct": ("imgtok.sample.reconstruct", "show images beside their reconstructions at several token counts"),
     "evaluate": ("imgtok.sample.evaluate.job", "score images or a model"),
     "complexity": ("imgtok.sample.complexity.job", "count how many tokens each image needs, and show them sorted"),
+    "calibrate": (
+        "imgtok.sample.calibrate.job",
+        "measure how the latents of an autoencoder can be rounded to few levels",
+    ),
     "export": (
         "imgtok.sample.export",
         "write a model as the code that it was published with reads it, or a published one as imgtok's",
@@ -72,6 +76,7 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "reconstruct": ("model",),
     "evaluate": ("model", "tokenizer"),
     "complexity": ("model",),
+    "calibrate": ("vae",),
     "export": ("model", "vae"),
     "info": ("model",),
 }
@@ -86,10 +91,11 @@ FILES: Mapping[str, tuple[str, ...]] = {
     "cache text": IMAGES,
     "reconstruct": IMAGES,
     "complexity": IMAGES,
+    "calibrate": IMAGES,
     "evaluate": ("images", "originals", "reference", *IMAGES, "probe_data.path", "probe_data.val_path"),
 }
 """Command -> its fields that name files or folders, likewise."""
-LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "complexity", "export", "info")
+LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "complexity", "calibrate", "export", "info")
 """Commands that take the first of these as a lone word."""
 
 TOOLS = {
@@ -125,20 +131,21 @@ def run_job(module: ModuleType) -> None:
 def parse(config_class: type, argv: Sequence[str], positional: str | None = None) -> Any:
     """The `config_class` that the arguments describe: a configuration, `key=value`, `--key value`, `--flag`.
 
-    A configuration is a YAML file or the name of one that ships with imgtok, alone or as `--config NAME`. The first
-    other word fills the field `positional`. Dashes in names stand for underscores. Raises ConfigError for an unknown
-    name (with the known ones) or a value that does not fit, FileNotFoundError for a file that is not there.
+    A configuration is a YAML file or the name of one that ships with imgtok, alone or as `--config NAME`; of several a
+    later one is laid over those before it. The first other word fills the field `positional`. Dashes in names stand
+    for underscores. Raises ConfigError for an unknown name (with the known ones) or a value that does not fit,
+    FileNotFoundError for a file that is not there.
     """
     # which options are flags; a description imports all that a union holds, so only where it is needed
     known = {line.name: line for line in describe(config_class)} if any(w.startswith("--") for w in argv) else {}
     _check_help(argv, known)
-    path: Path | None = None
+    paths: list[Path] = []
     overrides: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        if path is None and (found := _configuration(word, words, _job_of(config_class))) is not None:
-            path = _check_there(found)
+        if (found := _configuration(word, words, _job_of(config_class))) is not None:
+            paths.append(_check_there(found))
         elif word.startswith("--"):
             overrides.append(_option(word, words, known))
         elif match := re.match(r"([A-Za-z_][\w.-]*)=", word):
@@ -148,7 +155,7 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
             positional = None
         else:
             raise _stray(word, config_class)
-    return load(config_class, path, overrides)
+    return load(config_class, paths, overrides)
 
 
 SETTINGS = ("sampling", "decoding")
@@ -373,8 +380,8 @@ def _given(argv: Sequence[str], job: str | None, positional: str | None) -> dict
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not laid and (path := _configuration(word, words, job)) is not None:
-            laid = {"": path, **_flat(read_yaml(path))} if path.is_file() else {}
+        if (path := _configuration(word, words, job)) is not None:
+            laid |= {"": path, **_flat(read_yaml(path))} if path.is_file() else {}
         elif word.startswith("--") and not equals and words and not words[0].startswith("--"):
             over[name] = words.pop(0)
         elif equals and re.fullmatch(r"[\w.]+", name):

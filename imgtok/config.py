@@ -67,15 +67,20 @@ Fraction = Annotated[float, Range(low=0, high=1)]
 # ---------------------------------------------------------------------------------------------- public
 
 
-def load(kind: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+def load(kind: type[T], path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> T:
     """Read `path` (or, for None, start from nothing), lay the `a.b=value` overrides on top, build a `kind`.
+
+    Of several files a later one is laid over those before it, section by section.
 
     Values of overrides are YAML (`null`, `true`, `[1, 2]`, `1e-4`); for text and paths they are taken as
     they stand, and a tuple also accepts `1,2,4`. `a.kind=other` leaves out what the file has in section `a` for its own
     kind, and the log says what that was. Raises ConfigError, or FileNotFoundError for the file.
     """
-    data = {} if path is None else read_yaml(path)
-    source = "command line" if path is None else str(path)
+    paths = [path] if isinstance(path, Path) else [*(path or ())]
+    data: dict[str, Any] = {}
+    for each in paths:
+        _lay_section_over(data, read_yaml(each), each)
+    source = " with ".join(map(str, paths)) or "command line"
     for override in overrides:
         _lay_over(data, override)
     return from_dict(kind, data, source)
@@ -298,6 +303,19 @@ def _lay_over(data: dict[str, Any], override: str) -> None:
     if keys[1:] and keys[-1] == "kind" and data.get("kind") is not None:
         _leave_out_other_kind(data, ".".join(keys[:-1]), Raw(text))
     data[keys[-1]] = Raw(text)
+
+
+def _lay_section_over(data: dict[str, Any], over: Mapping[str, Any], path: Path, name: str = "") -> None:
+    """Put what a file says over what those before it said. A section of another kind takes the place of theirs."""
+    for key, value in over.items():
+        before, inner = data.get(key), f"{name}{key}"
+        if not isinstance(before, dict) or not isinstance(value, dict):
+            data[key] = value
+        elif None not in (kinds := (before.get("kind"), value.get("kind"))) and kinds[0] != kinds[1]:
+            logger.info("%s: %s of kind %s in place of one of kind %s", path, inner, kinds[1], kinds[0])
+            data[key] = value
+        else:
+            _lay_section_over(before, value, path, f"{inner}.")
 
 
 def _leave_out_other_kind(section: dict[str, Any], name: str, kind: Raw) -> None:

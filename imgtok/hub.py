@@ -62,6 +62,7 @@ TOKENIZERS: dict[str, str] = {
 AUTOENCODERS: dict[str, str] = {
     "vae": "imgtok.tokenizers.vae:VAE",
     "maskgit_vqgan": "imgtok.tokenizers.maskgit_vqgan:MaskGITVQGAN",
+    "dcae": "imgtok.tokenizers.dcae:DCAE",
 }
 GENERATORS: dict[str, str] = {
     "gpt": "imgtok.generators.gpt:GPT",
@@ -78,6 +79,7 @@ READERS: dict[str, str] = {
     "kl16": "imgtok.published.kl16",
     "maskgit_vqgan": "imgtok.published.maskgit_vqgan",
     "diffusers": "imgtok.published.diffusers",
+    "diffusers_dc": "imgtok.published.diffusers_dc",
     "xar": "imgtok.generators.published.xar",
     "tokenbridge": "imgtok.generators.published.tokenbridge",
 }

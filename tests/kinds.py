@@ -35,6 +35,7 @@ from imgtok.generators.xar_fast import SamplingNetwork
 from imgtok.quantizers.normal import NormalConfig
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
+from imgtok.tokenizers.dcae import DCAEConfig, DCAESide
 from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.flextok_fast import GuidedDecoder
 from imgtok.tokenizers.karl import KARLConfig, KARLTraining, TransformerConfig
@@ -154,6 +155,11 @@ FLEXTOK: dict[str, Any] = {"image_size": 16, "num_registers": 8, "encoder": TRUN
 SMALL_VQGAN = MaskGITVQGANConfig(
     latent_channels=4, vocab_size=16, block_channels=(8, 16), layers_per_block=1, norm_groups=4
 )
+DCAE_SIDE = DCAESide(channels=(16, 16), layers=(1, 1), blocks=("ResBlock",) * 2, kernels=(0, 0))
+SMALL_DCAE = DCAEConfig(
+    latent_channels=4, encoder=DCAE_SIDE, decoder=DCAE_SIDE, head_dim=8, norms=("rms_norm",) * 2,
+    activations=("silu",) * 2,
+)  # fmt: skip
 TRANSFORMER, SHORTER = (TransformerConfig(width=32, depth=depth, num_heads=2) for depth in (2, 1))
 KARL: dict[str, Any] = {
     "image_size": 16, "encoder": TRANSFORMER, "decoder": SHORTER, "vocab_size": 32, "token_width": 4,
@@ -184,6 +190,9 @@ LINES: dict[str, Line] = {
     ),
     "maskgit_vqgan": Line(
         config=SMALL_VQGAN, step=lambda model, device: (model.decode, (latents(model, 2).to(device),)), draws=False
+    ),
+    "dcae": Line(
+        config=SMALL_DCAE, step=lambda model, device: (model.decode, (latents(model, 2).to(device),)), draws=False
     ),
     "karl": Line(config=KARLConfig(**KARL, base=SMALL_VQGAN), step=karl_step),
     "karl-vectors": Line(

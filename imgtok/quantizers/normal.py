@@ -312,62 +312,48 @@ def _along(values: Tensor, x: Tensor, dim: int) -> Tensor:
 
 CHUNK = 1 << 16
 """Numbers that are quantized at once, so that all steps of them find their operands in the cache of a core."""
-MOST_CELLS = 1 << 16
-SLACK = 0.01
-"""Share of a cell by which rounding may put a number into its neighbour: far more than float32 does."""
+MOST_CELLS = 1 << 20
+APART = 336
+"""Numbers between the beginnings of two scratch tensors, beyond whole pages: a processor takes a read for one of what
+it has just written where both are at the same place of a page, and waits."""
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Cells of equal width, in each of which there is one edge or none; those of all channels in a row.
+    """Cells, in each of which there is one edge or none; those of all channels in a row.
 
-    A number's cell tells the edge that it has to be compared with; cell and comparison together tell the level. A cell
-    knows the edges `SLACK` around it too, so that it does not matter how its number was rounded.
+    A number's cell is what its float32 begins with: its sign, its exponent and some bits of its mantissa. So cells are
+    narrow where numbers are small, no rounding blurs them, and taking the cell costs a shift. Cell and comparison with
+    the edge in it together tell the level.
     """
 
-    scale: Tensor
-    """(C or 1,): cells per unit."""
-    offset: Tensor
-    """(C or 1,): where zero lies, in cells from the first of the first channel."""
-    cells: int
+    bits: int
+    """Those of a number that tell its cell; K = 2^bits cells."""
     edges: Tensor
     """(C K,): the edge in each cell; infinity where there is none."""
     levels: Tensor
-    """(2 C K,) int64: a row for the numbers below the edge of a cell, and one for those from it on; their level."""
+    """(2 C K,) int64: for each cell the level of the numbers below its edge, and of those from it on."""
     values: Tensor
     """(2 C K,) float32: what that level stands for."""
 
     @classmethod
     def of(cls, edges: Tensor, values: Tensor) -> Lookup | None:
         """The cells for edges (C, B - 1) and values (C, B); None where there would be too many."""
-        exact = edges.double()
-        low, high = exact[:, :1], exact[:, -1:]
-        gap = exact.diff(dim=1).amin(dim=1, keepdim=True) if edges.shape[1] > 1 else values.double().diff(dim=1)
-        needed = ((high - low) / gap).max().item() * (1 + 4 * SLACK) + 5
-        if not needed < MOST_CELLS // len(edges):
-            return None
-        cells = 1 << math.ceil(math.log2(needed))
-        width = (high - low + gap) / (cells - 4)  # two cells more at either side
-        scale, offset = 1 / width, 2 - low / width
-        number = torch.arange(cells, dtype=torch.float64)
-        first, last = (number - SLACK - offset) / scale, (number + 1 + SLACK - offset) / scale  # (C, K)
-        before = torch.searchsorted(exact, first)
-        inside = torch.searchsorted(exact, last) - before
-        if int(inside.max()) > 1:
-            return None
-        own = torch.cat([edges, torch.full_like(edges[:, :1], torch.inf)], dim=1).gather(1, before)
-        own = torch.where(inside > 0, own, torch.inf)
-        levels = torch.stack([before, before + inside], dim=-1)
-        offset += cells * torch.arange(len(edges))[:, None]
+        edges = edges + 0.0  # there is a zero below zero, in another cell; no edge may lie between the two
+        for bits in range(9, 32):
+            if len(edges) << bits > MOST_CELLS:
+                return None
+            cells = edges.view(torch.int32) >> (32 - bits)
+            if bool((cells[:, 1:] != cells[:, :-1]).all()):
+                break
+        first = (torch.arange(1 << bits) << (32 - bits)).to(torch.int32)
+        ends = torch.stack([first, first + ((1 << (32 - bits)) - 1)]).view(torch.float32)
+        ends = ends.nan_to_num(0.0).sort(dim=0).values[:, None].expand(-1, len(edges), -1)
+        below, above = (torch.searchsorted(edges, end.contiguous(), right=True) for end in ends)
+        own = torch.cat([edges, torch.full_like(edges[:, :1], torch.inf)], dim=1).gather(1, below)
+        levels = torch.stack([below, above], dim=-1)
         found = values.gather(1, levels.flatten(1))
-        return cls(
-            scale.flatten().float(),
-            offset.flatten().float(),
-            cells,
-            own.flatten(),
-            levels.flatten(),
-            found.flatten(),
-        )
+        return cls(bits, torch.where(above > below, own, torch.inf).flatten(), levels.flatten(), found.flatten())
 
     def read(self, x: Tensor, tables: Sequence[Tensor], channel_dim: int | None) -> list[Tensor]:
         """What tables (2 C K,), such as `levels`, have in the rows of finite numbers: tensors of the shape of x.
@@ -385,23 +371,24 @@ class Lookup:
         """Of x (C, N). Scratch memory is taken once, for the system charges more for new memory than this costs."""
         out = [torch.empty(x.shape, dtype=table.dtype) for table in tables]
         size = min(CHUNK, x.shape[1])
-        place, cell, row = torch.empty(size), torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+        scratch = torch.empty(3 * (size + APART))
+        edge, cell, row = (scratch[start : start + size] for start in range(0, len(scratch), size + APART))
+        cell, row = cell.view(torch.int32), row.view(torch.int32)
+        shift = torch.tensor(32 - self.bits, dtype=torch.int32)
         for channel in range(len(x)):
-            scale, offset, first = float(self.scale[channel]), self.offset[channel], channel * self.cells
-            for start in range(0, x.shape[1], CHUNK):
-                part = x[channel, start : start + CHUNK]
-                if len(part) < len(place):
-                    place, cell, row = place[: len(part)], cell[: len(part)], row[: len(part)]
-                torch.add(offset, part, alpha=scale, out=place).clamp_(first, first + self.cells - 1)
-                cell.copy_(place)
-                try:
-                    torch.index_select(self.edges, 0, cell, out=place)
-                except IndexError:  # numbers that are not finite have no cell
-                    check_finite(part)
-                    raise
-                torch.ge(part, place, out=row).add_(cell, alpha=2)
-                for table, whole in zip(tables, out, strict=True):
-                    torch.index_select(table, 0, row, out=whole[channel, start : start + len(part)])
-            if len(place) < size:
-                place, cell, row = place.new_empty(size), cell.new_empty(size), row.new_empty(size)
+            for part, *targets in zip(*(whole[channel].split(CHUNK) for whole in (x, *out)), strict=True):
+                count = len(part)
+                here = (edge, cell, row) if count == size else (edge[:count], cell[:count], row[:count])
+                self._rows(part, channel, shift, *here)
+                for table, target in zip(tables, targets, strict=True):
+                    torch.index_select(table, 0, here[-1], out=target)
         return out
+
+    def _rows(self, x: Tensor, channel: int, shift: Tensor, edge: Tensor, cell: Tensor, row: Tensor) -> None:
+        """The rows of x (N,), into `row`; all of (N,), the others are scratch."""
+        torch.bitwise_right_shift(x.view(torch.int32), shift, out=cell)
+        cell.bitwise_and_((1 << self.bits) - 1)  # of negative numbers the sign came along
+        if channel:
+            cell.add_(channel << self.bits)
+        torch.index_select(self.edges, 0, cell, out=edge)
+        torch.ge(x, edge, out=row).add_(cell, alpha=2)

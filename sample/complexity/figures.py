@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from imgtok.sample.complexity.measuring import Measured
 from imgtok.sample.complexity.summary import text
-from imgtok.sample.page import inline_svg
+from imgtok.sample.page import MAIN, OTHERS, diagram, inline_svg
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MAIN, OTHERS = "#2a6f97", ("#e07a1f", "#7a9e3f", "#9b5fb5", "#c0504d", "#7f7f7f")
 FEW_POINTS = 500
 """Dots up to which each is an element of the page; more are one picture."""
 
 
 def histogram(summary: Mapping[str, Any]) -> str:
     """Bars for the eps that sorts the images, outlines for the others."""
-    figure, axis = _figure(9.6, 3.2)
+    figure, axis = diagram(9.6, 3.2)
     first: Sequence[int] = summary["histogram"]["first"]
     edges = np.array(first) - 0.5
     chosen = text(summary["sorted_by"])
@@ -39,7 +34,7 @@ def histogram(summary: Mapping[str, Any]) -> str:
 
 def gain_over_tokens(found: Measured, at: float, letters: Mapping[str, int]) -> str:
     """A dot an image; some have letters, which stand for rows of `found`."""
-    figure, axis = _figure(9.6, 4.2)
+    figure, axis = diagram(9.6, 4.2)
     tokens, gain = found.tokens[at], found.gain
     assert gain is not None
     many = len(found) > FEW_POINTS
@@ -61,7 +56,7 @@ def gain_over_tokens(found: Measured, at: float, letters: Mapping[str, int]) -> 
 
 def error_over_tokens(summary: Mapping[str, Any]) -> str:
     """Means of all images: as many tokens for each, and as many as each needs."""
-    figure, axis = _figure(7.2, 3.6)
+    figure, axis = diagram(7.2, 3.6)
     fixed, adaptive = summary["curve"]["fixed"], summary["curve"]["adaptive"]
     for points, label, marker, colour in (
         (fixed, "the same number of tokens for every image", "o-", MAIN),
@@ -79,17 +74,3 @@ def error_over_tokens(summary: Mapping[str, Any]) -> str:
     axis.set(xlabel="tokens of an image, mean", ylabel="error, mean", ylim=(0, 1.12 * highest))
     axis.legend(fontsize=8)
     return inline_svg(figure)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    axis = figure.subplots()
-    axis.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    return figure, axis

@@ -22,7 +22,6 @@ from imgtok.cli import run_job
 from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check, to_dict
 from imgtok.data.images import DataConfig, ImageSource
 from imgtok.data.loaders import UnreadableImages, eval_loader
-from imgtok.data.sources import places_all_over
 from imgtok.data.trained_on import Chosen, Named
 from imgtok.files import name_after, replacing
 from imgtok.hub import load, resolve
@@ -33,6 +32,7 @@ from imgtok.sample.complexity.measuring import Measured, Request, measure, reque
 from imgtok.sample.complexity.summary import summarise, text
 from imgtok.sample.page import inline_thumbnail, write_html
 from imgtok.sample.reconstruct import reconstruct
+from imgtok.sample.requests import places_of, protect
 from imgtok.sections import Settings
 from imgtok.tokenizers.base import Rate, Tokenizer
 
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
         "seed": config.seed,
         "decoding": to_dict(decoding),
     }
-    protect(out, made_of)
+    protect(out, files_of(out), RECORD, made_of)
     work = Work(model, chosen.source, config.seed, decoding, Blocks(accelerator.device, config.exact, config.threads))
     main_process = accelerator.is_main_process
     if main_process:
@@ -166,15 +166,6 @@ class Work:
     blocks: Blocks
 
 
-def places_of(source: ImageSource, num: int | None) -> list[int]:
-    """Places of the images that are measured. Raises ValueError for more than there are."""
-    if num is not None and num > len(source):
-        raise ValueError(f"num: {num} is more than the {len(source)} images that there are; leave it out for all")
-    labels = source.labels if source.num_classes else None
-    places: list[int] = places_all_over(len(source), num or len(source), labels).tolist()
-    return places
-
-
 def _listed(numbers: Sequence[float]) -> str:
     return ",".join(map(text, numbers))
 
@@ -188,24 +179,6 @@ PAGE, RECORD, TABLE = "index.html", "complexity.json", "complexity.parquet"
 def files_of(out: Path) -> list[Path]:
     """The files that are written in the folder `out`."""
     return [out / PAGE, out / RECORD, out / TABLE]
-
-
-def protect(out: Path, made_of: Mapping[str, Any]) -> None:
-    """Raises ValueError where `out` holds the report of another request, model or data, or a page of unknown origin."""
-    there = [path for path in files_of(out) if path.exists()]
-    if not there:
-        return
-    asked = {**json.loads(json.dumps(made_of)), "model": made_of["model"]["fingerprint"]}
-    try:
-        before: Any = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        before |= {"model": before["model"]["fingerprint"]}  # not where it lies
-    except (OSError, ValueError, KeyError, TypeError):
-        before = {}
-    if changed := [name for name, value in asked.items() if before.get(name) != value]:
-        raise ValueError(
-            f"out: {out} holds the report of another request (different: {', '.join(changed)}); choose another folder "
-            f"with out=FOLDER, or delete {' and '.join(map(str, there))}"
-        )
 
 
 def write(

@@ -15,7 +15,7 @@ import numpy as np
 from imgtok.sample.complexity import figures
 from imgtok.sample.complexity.measuring import Measured
 from imgtok.sample.complexity.summary import text
-from imgtok.sample.page import section
+from imgtok.sample.page import notes_of, section, settings
 from imgtok.tokenizers.base import Rate
 
 ENDS, STEPS = 10, 11
@@ -29,16 +29,13 @@ CORNERS = {"A": (0.0, 0.0), "B": (1.0, 0.0), "C": (1.0, 1.0), "D": (0.5, 0.5), "
 number of tokens and delta."""
 
 STYLE = """
-figure{margin:0;font-size:.72rem;line-height:1.25;text-align:center;min-width:0}
-figure img{width:100%;display:block;margin-bottom:2px} img.small{image-rendering:pixelated}
 .row{display:grid;grid-template-columns:repeat(10,1fr);gap:.45rem;margin:.6rem 0}
 .steps{grid-template-columns:repeat(11,1fr)} .letters{grid-template-columns:repeat(5,1fr);gap:1rem}
 .letters div{display:grid;grid-template-columns:repeat(3,1fr);gap:2px}
 .list{display:grid;grid-template-columns:repeat(auto-fill,minmax(4rem,1fr));gap:.35rem}
-.note{background:#fff6e0;border-left:4px solid #e0a81f;padding:.4rem .8rem} p.small,li{font-size:.92rem}
-.chosen{background:#eef5f9} h3{margin:1.2rem 0 .2rem;font-size:1rem}
 @media(max-width:48rem){.row{grid-template-columns:repeat(5,1fr)} .letters{grid-template-columns:1fr 1fr}}
 """
+BESIDE = "<code>complexity.json</code>, what is said here in numbers; <code>complexity.parquet</code>, a row an image."
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def body(found: Measured, summary: Mapping[str, Any], choice: Choice, pictures: 
     parts = [
         f"<h1>How complex are these images?</h1><p class=lead>{len(found):,} images ({html.escape(about.data)}), by "
         f"the tokens that {html.escape(about.model)} needs for each.</p>",
-        *(f"<p class=note>{html.escape(note)}</p>" for note in about.notes),
+        notes_of(about.notes),
         counts_table(found, summary),
         section("What is measured", explanation(found, about.model)),
         section("How many images need how many tokens", figures.histogram(summary)),
@@ -145,7 +142,7 @@ def body(found: Measured, summary: Mapping[str, Any], choice: Choice, pictures: 
         parts.append(section("Error over tokens", curve(found, summary)))
         parts.append(section("How well the request is met", met(found, summary)))
     parts.append(section("More of the images", listing(found, at, choice, pictures)))
-    parts.append(section("How this was made", settings(about.made_of)))
+    parts.append(section("How this was made", settings(about.made_of, BESIDE)))
     return "".join(parts)
 
 
@@ -336,15 +333,4 @@ def met(found: Measured, summary: Mapping[str, Any]) -> str:
     return (
         "<p>The share of the images whose error exceeds the eps that was asked for. The last column is the mean error "
         f"of the images above eps.</p>{''.join(tables)}{reach}"
-    )
-
-
-def settings(made_of: Mapping[str, str]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}<td class=left><code>{html.escape(value)}</code>"
-        for name, value in made_of.items()
-    )
-    return (
-        f"<table>{rows}</table><p class=small>Beside this page: <code>complexity.json</code>, what is said here in "
-        "numbers; <code>complexity.parquet</code>, a row an image.</p>"
     )

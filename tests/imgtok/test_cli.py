@@ -107,6 +107,16 @@ def test_a_file_is_overridden_wherever_it_stands(tmp_path: Path) -> None:
         assert cli.parse(Config, words, "model") == Config(per_class=6, net=Section(width=7))
 
 
+def test_a_second_file_is_laid_over_the_first(tmp_path: Path) -> None:
+    first, second = tmp_path / "job.yaml", tmp_path / "more.yaml"
+    first.write_text("per_class: 5\nnet: {width: 7}\n")
+    second.write_text("net: {width: 8}\n")
+    for words in ([str(first), str(second)], [f"--config={first}", "--config", str(second)]):
+        assert cli.parse(Config, words, "model") == Config(per_class=5, net=Section(width=8))
+    given = cli._given([str(first), str(second)], None, "model")
+    assert (given["per_class"], given["net.width"]) == (5, 8)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -138,6 +138,20 @@ def test_an_override_of_the_kind_leaves_out_what_the_file_has_for_another(tmp_pa
         config.load(Job, path, ["shape.kind=circle"])
 
 
+def test_a_second_file_is_laid_over_the_first(tmp_path: Path, caplog) -> None:
+    first = write(tmp_path / "job.yaml", "out: a\ncounts: [1, 2]\nshape: {kind: box, width: 3, height: 4}\n")
+    second = write(tmp_path / "more.yaml", "counts: [5]\nshape: {width: 9}\n")
+    job = config.load(Job, [first, second], ["out=b"])
+    assert (job.out, job.counts, job.shape) == (Path("b"), (5,), Box(width=9, height=4))
+    caplog.set_level("INFO", "imgtok")
+    write(second, "shape: {kind: circle, radius: 2}\n")
+    assert config.load(Job, [first, second]).shape == Circle(radius=2)
+    assert caplog.messages == [f"{second}: shape of kind circle in place of one of kind box"]
+    write(second, "shape: {width: x}\n")
+    with pytest.raises(ConfigError, match=r"job.yaml with .*more.yaml: shape.width: given 'x'"):
+        config.load(Job, [first, second])
+
+
 def test_a_partial_section_keeps_the_other_values_of_the_default() -> None:
     assert build("shape.height=5").shape == Box(width=8, height=5)
 

@@ -118,7 +118,10 @@ def test_old_names_of_the_attention(written, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "not written by imgtok.* of an AutoencoderKL .*it is of a AutoencoderDC"),
+        (
+            {"_class_name": "AutoencoderTiny"},
+            "not written by imgtok.* of an AutoencoderKL .*it is of a AutoencoderTiny",
+        ),
         ({"act_fn": "gelu"}, "act_fn: 'gelu', imgtok can use 'silu' alone"),
         ({"shift_factor": 0.1}, "shift_factor: 0.1"),
         ({"down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]}, "down_block_types"),

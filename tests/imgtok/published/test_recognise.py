@@ -114,6 +114,7 @@ def test_every_reader_is_complete():
         assert callable(module.configuration)
     assert {kind: [*hub.writers(kind)] for kind in hub.KINDS if hub.writers(kind)} == {
         "vae": ["diffusers"],
+        "dcae": ["diffusers_dc"],
         "flextok": ["flextok"],
         "xar": ["xar"],
         "tokenbridge": ["tokenbridge"],

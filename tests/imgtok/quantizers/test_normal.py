@@ -70,13 +70,22 @@ def test_random_numbers(quantizer):
 
 
 def test_every_cell_of_the_table(quantizer):
-    """And both ends of it: the cell of a number is computed in float32, and may be its neighbour."""
+    """Its first float and its last, as far as they are numbers."""
     lookup = quantizer.lookup
-    number = torch.arange(lookup.cells + 1, dtype=torch.float64)
-    for channel in range(len(lookup.scale)):
-        ends = (number + channel * lookup.cells - lookup.offset[channel].double()) / lookup.scale[channel].double()
-        x = around(ends.float()[None])[0][:, None].expand(-1, len(lookup.scale)).contiguous()
-        assert torch.equal(quantizer.encode(x), quantizer.encode_plainly(x))
+    first = torch.arange(1 << lookup.bits) << (32 - lookup.bits)
+    ends = torch.cat([first, first + (1 << (32 - lookup.bits)) - 1]).to(torch.int32).view(torch.float32)
+    ends = ends[ends.isfinite()][:, None].expand(-1, len(quantizer.values)).contiguous()
+    assert torch.equal(quantizer.encode(ends), quantizer._bucketize(ends, 1))
+    some = ends[:: max(1, len(ends) // 20_000)]
+    assert torch.equal(quantizer.encode(some), quantizer.encode_plainly(some))
+
+
+def test_no_edge_lies_between_the_two_zeros():
+    quantizer = NormalQuantizer(NormalConfig(levels=2, spacing="uniform", range=(-1.0, 1.0)))
+    x = around(torch.tensor([[0.0]]))[0]
+    assert torch.equal(quantizer.encode(x), quantizer.encode_plainly(x))
+    x = torch.tensor([0.0, -0.0])
+    assert torch.equal(quantizer.encode(x), quantizer.encode_plainly(x))
 
 
 def test_the_bucketized_form_is_the_same(quantizer):
