@@ -329,6 +329,8 @@ class Lookup:
 
     bits: int
     """Those of a number that tell its cell; K = 2^bits cells."""
+    shift: Tensor
+    """(): the others, int32; as a tensor, by which shifting is faster."""
     edges: Tensor
     """(C K,): the edge in each cell; infinity where there is none."""
     levels: Tensor
@@ -353,7 +355,8 @@ class Lookup:
         own = torch.cat([edges, torch.full_like(edges[:, :1], torch.inf)], dim=1).gather(1, below)
         levels = torch.stack([below, above], dim=-1)
         found = values.gather(1, levels.flatten(1))
-        return cls(bits, torch.where(above > below, own, torch.inf).flatten(), levels.flatten(), found.flatten())
+        shift = torch.tensor(32 - bits, dtype=torch.int32)
+        return cls(bits, shift, torch.where(above > below, own, torch.inf).flatten(), levels.flatten(), found.flatten())
 
     def read(self, x: Tensor, tables: Sequence[Tensor], channel_dim: int | None) -> list[Tensor]:
         """What tables (2 C K,), such as `levels`, have in the rows of finite numbers: tensors of the shape of x.
@@ -374,19 +377,18 @@ class Lookup:
         scratch = torch.empty(3 * (size + APART))
         edge, cell, row = (scratch[start : start + size] for start in range(0, len(scratch), size + APART))
         cell, row = cell.view(torch.int32), row.view(torch.int32)
-        shift = torch.tensor(32 - self.bits, dtype=torch.int32)
         for channel in range(len(x)):
             for part, *targets in zip(*(whole[channel].split(CHUNK) for whole in (x, *out)), strict=True):
                 count = len(part)
                 here = (edge, cell, row) if count == size else (edge[:count], cell[:count], row[:count])
-                self._rows(part, channel, shift, *here)
+                self._rows(part, channel, *here)
                 for table, target in zip(tables, targets, strict=True):
                     torch.index_select(table, 0, here[-1], out=target)
         return out
 
-    def _rows(self, x: Tensor, channel: int, shift: Tensor, edge: Tensor, cell: Tensor, row: Tensor) -> None:
+    def _rows(self, x: Tensor, channel: int, edge: Tensor, cell: Tensor, row: Tensor) -> None:
         """The rows of x (N,), into `row`; all of (N,), the others are scratch."""
-        torch.bitwise_right_shift(x.view(torch.int32), shift, out=cell)
+        torch.bitwise_right_shift(x.view(torch.int32), self.shift, out=cell)
         cell.bitwise_and_((1 << self.bits) - 1)  # of negative numbers the sign came along
         if channel:
             cell.add_(channel << self.bits)

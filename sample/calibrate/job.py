@@ -144,6 +144,7 @@ def main(config: Config) -> None:
     judges = open_judges(config.metrics, device)
     chosen = Named.of(config.data, named).to_show(size_for(vae, config.image_size, named), config.held_out)
     places = places_of(chosen.source, min(config.num, len(chosen.source)))
+    check_metrics(config.metrics, judges, chosen.source.size, min(config.num_decoded, len(places)))
     out = config.result(named.step)
     made_of = {
         "model": named.about(),
@@ -175,7 +176,10 @@ def main(config: Config) -> None:
     latents = Latents.of(rows, places, vae.config.latent_channels)
     if not len(latents):
         raise ValueError(f"data: none of the images could be read ({chosen.words})")
-    factor = float(1 / latents.sampled(config.seed).std()) if measured else vae.config.scaling_factor
+    deviation = float(latents.sampled(config.seed).std())
+    if not deviation > 0:
+        raise ValueError("vae: the latents of these images are all the same: is the autoencoder whole?")
+    factor = 1 / deviation if measured else vae.config.scaling_factor
     vae.config = replace(vae.config, scaling_factor=factor)
     wishes = Wishes(config.levels, config.range, config.ranges, config.cut, config.per_channel)
     found = measure(latents, factor, config.seed, wishes)
@@ -223,6 +227,18 @@ def open_judges(metrics: Sequence[Metric], device: torch.device) -> Judges:
     if "perceptual_lite0" in metrics:
         pairs.append(Lite0Perceptual(Lite0Distance(net), device))
     return Judges(pairs, lite0.Lite0Extractor(net, device) if "fd_lite0" in metrics else None)
+
+
+def check_metrics(metrics: Sequence[Metric], judges: Judges, size: int, num: int) -> None:
+    """Raises ValueError for a score that `num` images of `size` pixels cannot have."""
+    smallest = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
+    for judge in judges.pairs:
+        smallest |= {metric: pixels for metric, pixels in judge.smallest.items() if metric in metrics}
+    for metric, pixels in smallest.items():
+        if size < pixels:
+            raise ValueError(f"metrics: {metric} needs images of at least {pixels} pixels a side, got {size}")
+    if "fd_lite0" in metrics and num < 2:
+        raise ValueError(f"metrics: fd_lite0 needs at least 2 images, and {num} is decoded")
 
 
 def places_of_decoded(latents: Latents, num: int) -> list[int]:
@@ -285,10 +301,15 @@ def score(
             names |= dict.fromkeys(score.name for score in told)
     return Decoded(
         scores,
-        {setting: torch.cat(part)[: page.SHOWN] for setting, part in pictures.items()},
-        torch.cat(shown)[: page.SHOWN],
+        {setting: _joined(part) for setting, part in pictures.items()},
+        _joined(shown),
         tuple(names),
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The first few; none of a process that had no images."""
+    return torch.cat([*parts])[: page.SHOWN] if parts else torch.empty(0)
 
 
 # ---------------------------------------------------------------- what is written

@@ -113,7 +113,7 @@ def measure(latents: Latents, factor: float, seed: int, wishes: Wishes) -> Found
         by_range=by_range,
         uniform=uniform,
         roundings={setting: rounding_of(x, setting) for setting in settings},
-        sample=normal.flatten()[:: max(1, normal.numel() // DRAWN)],
+        sample=normal.flatten()[:: max(1, normal.numel() // DRAWN) | 1],
     )
 
 

@@ -273,6 +273,7 @@ def test_the_shares_of_processes_add_up(model, images):
         (["range=0"], "range: given 0, must be a number above 0"),
         (["vae_scaling_factor=own"], "vae_scaling_factor: given 'own'"),
         (["image_size=15"], "image_size: an autoencoder takes images of any multiple of its 2 pixels, given 15"),
+        (["metrics=ssim", "image_size=10"], "metrics: ssim needs images of at least 11 pixels a side, got 10"),
         (["data.path=nowhere"], "nowhere: no such file or folder"),
     ],
 )
@@ -280,6 +281,16 @@ def test_mistakes_are_named_and_leave_nothing(model, images, tmp_path, capsys, w
     assert run(model, images, tmp_path / "out", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_scores_of_features_stand_beside_psnr(model, images, tmp_path, without_page):
+    words = ("num_decoded=3", "levels=64", "ranges=3", "image_size=32", "metrics=fd_lite0,mae")
+    assert run(model, images, tmp_path, *words) == 0
+    continuous, *others = record_of(tmp_path)["continuous"], *record_of(tmp_path)["settings"]
+    assert (continuous["psnr"], continuous["mae"]) == (100.0, 0.0)
+    assert continuous["fd_lite0"] == pytest.approx(0, abs=1e-3)
+    assert all(told["mae"] > 0 and told["fd_lite0"] > 0 for told in others)
 
 
 def test_latents_that_are_not_finite_are_refused(model, images, tmp_path, capsys, monkeypatch):
