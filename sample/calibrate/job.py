@@ -231,7 +231,7 @@ def open_judges(metrics: Sequence[Metric], device: torch.device) -> Judges:
 
 def check_metrics(metrics: Sequence[Metric], judges: Judges, size: int, num: int) -> None:
     """Raises ValueError for a score that `num` images of `size` pixels cannot have."""
-    smallest = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
+    smallest: dict[str, int] = {metric: lite0.SMALLEST for metric in metrics if metric in ON_LITE0}
     for judge in judges.pairs:
         smallest |= {metric: pixels for metric, pixels in judge.smallest.items() if metric in metrics}
     for metric, pixels in smallest.items():
