@@ -26,6 +26,7 @@ from imgtok.quantizers.channels import low_frequency_shares
 from imgtok.quantizers.normal import NormalConfig, NormalQuantizer, check_channels
 from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Rate, Tokenizer, latents_of_moments
 from imgtok.tokenizers.checks import check_tokens
+from imgtok.tokenizers.dcae import DCAEConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SATURATED = 1e-3
 """The share of numbers beyond the outermost level from which on a warning says so; of a unit normal it is 5e-5."""
-Continuous = VAEConfig
+Continuous = VAEConfig | DCAEConfig
 """The configurations of the autoencoders that it may stand on: those whose latents are no entries of a table."""
 
 
@@ -143,7 +144,7 @@ class TokenBridgeTokenizer(Tokenizer):
         if beyond > SATURATED:
             logger.warning(
                 "model.quantizer.range: %s: %.2f %% of the numbers lie beyond the outermost level and come back "
-                "smaller, and the largest is %.1f: a wider range keeps them",
+                "smaller, and the largest is %.1f: a wider range keeps them, and `imgtok calibrate` measures which",
                 *(list(self.config.quantizer.range), 100 * beyond, latents.abs().max().item()),
             )
 

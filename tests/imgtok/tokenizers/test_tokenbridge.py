@@ -36,7 +36,9 @@ def test_symbols_go_position_by_position_and_channels_in_their_order(model):
     assert torch.equal(model.in_place(symbols), ids)
 
 
-def test_an_image_is_what_its_rounded_latent_decodes_to(model):
+@pytest.mark.parametrize("kind", ["vae", "dcae"])
+def test_an_image_is_what_its_rounded_latent_decodes_to(kind):
+    model = kinds.build(replace(LINE, config=replace(LINE.config, vae=LINES[kind].config)))
     images = kinds.images(model, 2)
     tokens = model.encode(images)
     assert tokens.ids.shape == (2, model.num_tokens) == (2, 256)
