@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import kinds
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,21 @@ def test_a_channel_of_its_own_scale_has_levels_of_its_own(model, images, tmp_pat
     assert quantizer["means"] == pytest.approx([c["mean"] for c in record["channels"]])
     assert quantizer["deviations"] == pytest.approx([c["deviation"] for c in record["channels"]])
     assert record["quantizer"]["range"][1] == pytest.approx(5.0, abs=1.0)  # of a unit normal, nearly
+
+
+@pytest.mark.parametrize("kind", hub.AUTOENCODERS)
+def test_any_autoencoder_is_measured(kind, images, tmp_path, without_page):
+    line = next(line for line in kinds.LINES.values() if line.config.kind == kind)
+    kinds.build(line).save_pretrained(tmp_path / "model")
+    words = ("num=4", "num_decoded=2", "levels=8,64", "ranges=3", "vae_scaling_factor=measured")
+    assert run(tmp_path / "model", images, tmp_path / "out", *words) == 0
+    record = record_of(tmp_path / "out")
+    assert record["deviation"] == pytest.approx(1.0, abs=0.01)
+    assert len(record["channels"]) == line.config.latent_channels
+    lost = {
+        told["quantizer"]["levels"]: told["error"] for told in record["settings"] if told["quantizer"]["range"][1] != 3
+    }
+    assert lost[64] < lost[8]
 
 
 # ---------------------------------------------------------------- what is written
