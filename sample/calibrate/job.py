@@ -396,10 +396,10 @@ def settings_yaml(found: Found, config: Config, model: str, data: str, path: Pat
         quantizer |= {"means": [*found.chosen.means], "deviations": [*found.chosen.deviations]}
     told = {"vae_scaling_factor": found.factor, "model": {"quantizer": quantizer, "channel_order": [*found.order]}}
     text = yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=100)
-    about = textwrap.fill(f"Written by `imgtok calibrate` for the latents of {model}, measured on {data}.", 116)
+    about = textwrap.fill(f"Written by `imgtok calibrate` for the latents of {model}, measured on {data}.", 92)
     return f"""{textwrap.indent(about, "# ")}
-# To be laid over the configuration of a tokenizer that rounds latents, or of a generator that does, whose cache was
-# made with the same factor:
+# To be laid over the configuration of a tokenizer that rounds latents, or of a generator that
+# does, whose cache was made with the same factor:
 #
 #   imgtok train tokenizer CONFIG.yaml {path} vae={config.vae}
 #
