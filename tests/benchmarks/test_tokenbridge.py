@@ -79,10 +79,12 @@ class Side:
     ],
 )
 def test_sides_are_compared_by_what_they_make(program, tmp_path, what, ours, peer, says, good):
-    case = program["Case"](what, 4, head_share=0.5)
-    found = program["compare"](Side(np.array(ours)), Side(np.array(peer)), case, tmp_path)
+    case, known = program["Case"](what, 4, head_share=0.5), {}
+    found = program["compare_once"](known, Side(np.array(ours)), Side(np.array(peer)), case, tmp_path)
     assert says in found[0]
     assert found[1] is good
+    again = replace(case, head_share=1.0, batch=8 if what == "sample" else 4)
+    assert program["compare_once"](known, None, None, again, tmp_path) is found  # nobody is asked again
 
 
 def test_draws_given_to_the_peer_are_those_that_ours_makes(program, ours):
