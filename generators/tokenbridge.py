@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import randomness
-from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, check
+from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check
 from imgtok.generators import tokenbridge_fast
 from imgtok.generators.conditioning import (
     ClassBuffer,
@@ -102,11 +102,16 @@ class TokenBridgeConfig(ConditionConfig):
     """The input of the head's first step carries that step's embedding: `published`, while sampling but not in
     training, as published weights were made and have to be used; `corrected`, in both."""
     least_hidden: Fraction = 0.7
-    """Training hides at least this share of the positions: that of a normal around 1 with deviation 0.25, cut here and
-    at 1."""
+    """Training hides at least this share of the positions: that of a normal around 1, cut here and at 1."""
+    hidden_deviation: PositiveFloat = 0.25
+    """Deviation of that normal; published 0.25. From 1 on all shares are about equally frequent, as images of few
+    positions want it: one sixth of 256 positions says much of the others, one sixth of 16 nearly nothing."""
     head_share: Fraction = 1.0
     """Training draws this share of an image's hidden positions, at least one, and the head learns from those alone. It
     is most of the work of a step, so that a small share buys many more steps. Published: 1, all of them."""
+    table_std: PositiveFloat = 0.02
+    """Deviation with which the tables of classes and positions start, published 0.02: beside the numbers of a latent
+    that is little, and a visible token hardly says where it stands until its table has grown."""
     dropout: Fraction = 0.1
     """Dropout of attention weights, attention outputs, and within and after the feed-forward layer."""
     sampling: RevealSampling = RevealSampling()
@@ -168,9 +173,9 @@ def plan_reveals(sampling: RevealSampling, hidden: int, positions: int) -> list[
     return plan
 
 
-def hidden_share(uniform: float, least: float) -> float:
+def hidden_share(uniform: float, least: float, deviation: float = 0.25) -> float:
     """The share of positions that training hides: a quantile of a normal around 1 that is cut at `least` and at 1."""
-    shares = NormalDist(1.0, 0.25)
+    shares = NormalDist(1.0, deviation)
     below = shares.cdf(least)
     return min(1.0, max(least, shares.inv_cdf(below + uniform * (0.5 - below))))
 
@@ -242,14 +247,14 @@ class TokenBridge(ConditionalGenerator):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Xavier for matrices, 0.02 for tables, as the published code does; the head has seen to itself."""
+        """Xavier for matrices, normal numbers for tables, as the published code does; the head has seen to itself."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("head."):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         tables = (self.class_embedding.weight, self.null_embedding, self.mask_token)
         for table in (*tables, self.encoder_positions, self.decoder_positions, self.output_positions):
-            nn.init.normal_(table, std=0.02)
+            nn.init.normal_(table, std=self.config.table_std)
 
     def recompute_activations(self) -> None:
         """From now on keep only the blocks' inputs for the backward pass."""
@@ -315,7 +320,7 @@ class TokenBridge(ConditionalGenerator):
         """
         condition, device = self._drop_some(condition, generator), latents.device
         draws = torch.rand(len(latents), self.length, generator=generator, device=generator.device)
-        share = hidden_share(self._draw_share(generator), self.config.least_hidden)
+        share = hidden_share(self._draw_share(generator), self.config.least_hidden, self.config.hidden_deviation)
         order = draws.argsort(dim=1, stable=True)
         hidden, visible = self.hide(order, share)
         if self.config.head_share < 1:  # the first of a random order are a random choice

@@ -220,7 +220,7 @@ def check_tables(stored: Mapping[str, Tensor], ours: Mapping[str, Tensor], path:
 
 # ---------------------------------------------------------------- writing
 
-NOT_IN_THE_FILE = ("least_hidden", "head_share", "dropout", "condition", "sampling")
+NOT_IN_THE_FILE = ("least_hidden", "hidden_deviation", "head_share", "table_std", "dropout", "condition", "sampling")
 """Fields of a configuration that a published file says nothing of: they are about training, or can be chosen anew."""
 
 

@@ -13,7 +13,7 @@ from imgtok.generators import dimension_head
 from imgtok.generators.conditioning import ClassBuffer
 from imgtok.generators.dimension_head import Choice, StackConfig
 from imgtok.generators.known import Known
-from imgtok.generators.tokenbridge import RevealSampling, TokenBridge, TokenBridgeConfig, plan_reveals
+from imgtok.generators.tokenbridge import RevealSampling, TokenBridge, TokenBridgeConfig, hidden_share, plan_reveals
 from imgtok.quantizers.normal import NormalConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
@@ -239,6 +239,20 @@ def test_every_image_hides_as_many_positions_of_its_own():
         assert torch.equal(torch.cat([hidden, visible], dim=1).sort(dim=1).values, torch.arange(16).expand(3, -1))
     some = next(hidden for hidden, _ in seen if hidden.shape[1] < 16)
     assert not torch.equal(some[0], some[1])
+
+
+def test_shares_of_a_wide_normal_are_about_equally_frequent():
+    shares = torch.tensor([hidden_share((number + 0.5) / 400, 0.05, 2.0) for number in range(400)])
+    assert torch.histc(shares, bins=5, min=0.05, max=1.0).tolist() == pytest.approx([80] * 5, rel=0.1)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.5])
+def test_tables_start_as_they_are_told(std):
+    torch.manual_seed(0)
+    model = TokenBridge(replace(SMALL, table_std=std))
+    for table in (model.class_embedding.weight, model.encoder_positions, model.decoder_positions):
+        assert table.std().item() == pytest.approx(std, rel=0.3)
+    assert model.head.step_positions.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 13), (0.3, 4), (0.0, 1)])
