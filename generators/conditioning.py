@@ -31,6 +31,8 @@ from imgtok.tokenizers.base import Autoencoder
 
 Condition = Tensor | Captions
 """What images are made for: labels (B,), -1 for no class, or captions."""
+WHOLE = (torch.int64, torch.int32)
+"""Kinds of numbers that labels may be."""
 
 # ---------------------------------------------------------------- how a condition enters
 
@@ -422,6 +424,9 @@ class ConditionalGenerator(nn.Module, Pretrained):
                 raise ValueError("a caption of which no column is seen; even the empty text has those of its marks")
             # One width for every batch, or the last bits would tell who shared it
             return self._placed(condition.widen(how.text_length))
+        if not isinstance(condition, Tensor) or condition.ndim != 1 or condition.dtype not in WHOLE:
+            given = f"{condition.dtype} {tuple(condition.shape)}" if isinstance(condition, Tensor) else type(condition)
+            raise ValueError(f"labels must be a tensor (B,) of whole numbers, such as torch.tensor([0]), got {given}")
         if len(condition) and not (int(condition.min()) >= -1 and int(condition.max()) <= self.null_class):
             raise ValueError(
                 f"labels must lie in 0 to {self.config.num_classes - 1} (or -1 or {self.null_class} for no class), "

@@ -159,7 +159,7 @@ class Reveal:
 
 
 def plan_reveals(sampling: RevealSampling, hidden: int, positions: int) -> list[Reveal]:
-    """The iterations that reveal all of `hidden` positions out of `positions` (section 3.8 of MAR's and its code)."""
+    """The iterations that reveal all of `hidden` positions out of `positions`: MAR's cosine (arXiv 2406.11838)."""
     plan, before = [], hidden
     for step in range(sampling.iterations if hidden else 0):
         left = math.floor(hidden * math.cos(math.pi / 2 * (step + 1) / sampling.iterations))
@@ -316,8 +316,10 @@ class TokenBridge(ConditionalGenerator):
 
         `latents` (B, C, G, G), scaled to about unit deviation; labels (B,), -1 for none, dropped at random. Every image
         hides positions of its own, but all as many, by one draw. All random numbers but those of dropout layers come
-        from `generator`.
+        from `generator`. Raises ValueError for latents and labels that do not fit this model; of labels on an
+        accelerator only the number is looked at.
         """
+        self._check_examples(latents, condition)
         condition, device = self._drop_some(condition, generator), latents.device
         draws = torch.rand(len(latents), self.length, generator=generator, device=generator.device)
         share = hidden_share(self._draw_share(generator), self.config.least_hidden, self.config.hidden_deviation)
@@ -327,6 +329,17 @@ class TokenBridge(ConditionalGenerator):
             count = max(1, math.ceil(self.config.head_share * hidden.shape[1]))
             hidden = order[:, :count].sort(dim=1).values
         return self.forward_drawn(latents, condition, hidden.to(device), visible.to(device))
+
+    def _check_examples(self, latents: Tensor, condition: Condition) -> None:
+        grid, channels = self.config.grid, self.config.latent_channels
+        shape = (len(latents), channels, grid, grid) if latents.ndim else ()
+        if latents.shape != shape or len(condition) != len(latents):
+            raise ValueError(
+                f"latents {tuple(latents.shape)} with {len(condition)} labels; this model takes latents "
+                f"(B, {channels}, {grid}, {grid}) with B labels: set latent_channels and grid to those of the latents"
+            )
+        if isinstance(condition, Tensor) and condition.device.type == "cpu":
+            self._checked(condition)
 
     def _draw_share(self, generator: torch.Generator) -> float:
         return torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()

@@ -161,7 +161,13 @@ class NormalQuantizer(nn.Module):
         return self._bucketize(x, channel_dim)
 
     def decode(self, ids: Tensor, channel_dim: int = 1) -> Tensor:
-        """What ids stand for, float32. They have to lie in [0, levels), which is not checked on an accelerator."""
+        """What ids stand for, float32. Raises ValueError for ids outside [0, levels), which an accelerator is not asked
+        for.
+        """
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = ids.aminmax()
+            if low < 0 or high >= self.num_levels:
+                raise ValueError(f"ids must lie in 0 to {self.num_levels - 1}, got {int(low)} to {int(high)}")
         table = self.values
         if self.config.channels:
             table = table.flatten()
@@ -232,7 +238,7 @@ def check_finite(x: Tensor, name: str = "latents") -> None:
 
 
 def _nearest(config: NormalConfig, levels: Tensor, x: Tensor) -> Tensor:
-    """Ids of centred numbers (section 3.2), in float32 in the order of operations of the published code."""
+    """Ids of centred numbers (N, ...), float32, in the order of operations of the published code."""
     low, high = config.range
     y = ((x - low) / (high - low) * (2 * config.cut) - config.cut).clamp(-config.cut, config.cut)
     return (y[..., None] - levels).abs().argmin(dim=-1)

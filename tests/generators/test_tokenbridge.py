@@ -277,25 +277,38 @@ def test_hidden_positions_are_not_seen():
     first = latents(1)
     other = first.clone()
     other[0, :, 0, [0, 2, 3]] += 1
-    for x in (first, other):
-        x.requires_grad_(False)
-    read = model.read(LABELS[:1])
-    a, b = (
-        model.features(model.positions_of(x).gather(1, visible[..., None].expand(-1, -1, 3)), visible, read, hidden)
-        for x in (first, other)
-    )
-    assert torch.equal(a, b)
+    found, features = [], model.features
+
+    def record(*given: Tensor) -> Tensor:
+        found.append(features(*given))
+        return found[-1]
+
+    with patch.object(model, "features", side_effect=record):
+        losses = [model.forward_drawn(x, LABELS[:1], hidden, visible).total for x in (first, other)]
+    assert torch.equal(*found)
+    assert losses[0] != losses[1]  # the numbers are other ids, and those are asked for
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_latents_that_are_not_finite_do_not_go_unnoticed(bad):
     model, x = build(), latents()
     x[1, 0, 2, 2] = bad
-    if bad == torch.inf:
-        assert not model(x, LABELS, generator=torch.Generator()).total.isfinite()
-    else:
-        with pytest.raises(ValueError, match="1 numbers are not finite"):
-            model(x, LABELS, generator=torch.Generator())
+    assert not model(x, LABELS, generator=torch.Generator()).total.isfinite()
+
+
+def test_examples_of_another_model_are_refused():
+    model, x = build(), latents()
+    for bad, labels, message in (
+        (torch.zeros(2, 3, 5, 5), LABELS[:2], r"latents \(2, 3, 5, 5\) .* takes latents \(B, 3, 4, 4\)"),
+        (torch.zeros(2, 4, 4, 4), LABELS[:2], r"latents \(2, 4, 4, 4\) with 2 labels"),
+        (x, LABELS[:1], r"with 1 labels"),
+        (x, LABELS + 99, r"labels must lie in 0 to 4"),
+        (x, LABELS.float(), r"labels must be a tensor \(B,\) of whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(bad, labels, generator=torch.Generator())
+    with pytest.raises(ValueError, match="labels must be a tensor"):
+        model.generate([1], seed=0, indices=[0])
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -197,6 +197,22 @@ def test_levels_that_float32_cannot_tell_apart():
         NormalQuantizer(NormalConfig(levels=64, range=(1e6, 1e6 + 1)))
 
 
+@pytest.mark.parametrize("config", [NormalConfig(), NormalConfig(means=(0.0, 1.0), deviations=(1.0, 2.0))])
+def test_ids_that_there_are_not_are_refused(config):
+    quantizer = NormalQuantizer(config)
+    for bad in (-1, 64):
+        with pytest.raises(ValueError, match=rf"ids must lie in 0 to 63, got {min(0, bad)} to {max(0, bad)}"):
+            quantizer.decode(torch.tensor([[0, bad]]))
+    assert quantizer.decode(torch.zeros(0, 2, dtype=torch.long)).shape == (0, 2)
+
+
+def test_numbers_without_a_value_get_one_id_wherever_they_stand():
+    """A processor takes the last numbers of a tensor one by one, and those before them together."""
+    quantizer = NormalQuantizer(NormalConfig())
+    for count in (1, 7, 37):
+        assert len(quantizer.ids(torch.full((count,), torch.nan)).unique()) == 1
+
+
 def test_tables_are_not_saved_and_survive_meta():
     with torch.device("meta"):
         quantizer = NormalQuantizer(NormalConfig())
