@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -116,24 +117,35 @@ def load(
     found: Found, *, raw: bool = False, map_location: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> TokenBridge:
     """The model in a published file, in evaluation mode; see `read`."""
-    return read(found.weights(raw=raw), map_location=map_location, dtype=dtype)
+    stored = found.weights(raw=raw)
+    given = tables_in(stored)
+    if not given and not raw:  # averaged weights lack them
+        with suppress(ValueError):  # of a file that has no others
+            given = tables_in(found.weights(raw=True))
+            logger.info("%s: of its trained weights the tables alone were looked at", found.path)
+    return read(stored, given, map_location=map_location, dtype=dtype)
 
 
-def read(stored: Weights, *, map_location: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> TokenBridge:
-    """The model whose published tensors these are. Raises ValueError for ones that do not fit (all of them are listed)
-    and for tables of another quantizer.
+def read(
+    stored: Weights,
+    given: Mapping[str, Tensor],
+    *,
+    map_location: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TokenBridge:
+    """The model whose published tensors these are, and what `tables_in` its file. Raises ValueError for tensors that do
+    not fit (all of them are listed) and for tables of another quantizer.
     """
     config = config_of(stored.blank, stored.path)
-    if "boundaries" in stored:
-        cut = float(stored["boundaries"][-1])
-        config = replace(config, quantizer=replace(config.quantizer, cut=cut))
+    if "boundaries" in given:
+        config = replace(config, quantizer=cut_of(given["boundaries"], config.quantizer, stored.path))
     found = {name: value for name, value in stored.blank.items() if name not in BUFFERS}
     model = skeleton(lambda: TokenBridge(config))
     blank = model.state_dict()
     known = published_places(blank, config.latent_channels)
     wanted = {name: as_published(name, place.view(blank)) for name, place in known.items()}
     check_tensors(found, wanted, stored.path, "TokenBridge that this file")
-    check_tables(stored, tables(model), stored.path)
+    check_tables(given, tables(model), stored.path)
     return fill(model, whole(known, stored), map_location=map_location, dtype=dtype)
 
 
@@ -208,12 +220,28 @@ def tables(model: TokenBridge) -> dict[str, Tensor]:
     }
 
 
+def tables_in(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tables that are stored beside weights."""
+    return {name: stored[name].float() for name in sorted(BUFFERS) if name in stored}
+
+
+def cut_of(boundaries: Tensor, quantizer: NormalConfig, path: Path) -> NormalConfig:
+    """The quantizer with the cut that the ends of its cells tell. Raises ValueError where they are no such table."""
+    shape = (quantizer.levels + 1,)
+    if boundaries.shape != shape:
+        raise ValueError(f"{path}: the table boundaries is {tuple(boundaries.shape)}, must be {shape}")
+    try:
+        return replace(quantizer, cut=float(boundaries[-1]))
+    except ValueError as error:
+        raise ValueError(f"{path}: the table boundaries is another than that of a quantizer: {error}") from error
+
+
 def check_tables(stored: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: Path) -> None:
     """Raises ValueError for a stored table that is another than ours: then ids would mean other numbers."""
     for name, table in ours.items():
         if name not in stored:
             continue
-        value = stored[name].float()
+        value = stored[name]
         if value.shape != table.shape or not torch.allclose(value, table, rtol=0.0, atol=1e-4):
             raise ValueError(f"{path}: the table {name} is another than that of the published quantizer")
 
@@ -225,7 +253,8 @@ NOT_IN_THE_FILE = ("least_hidden", "hidden_deviation", "head_share", "table_std"
 
 
 def save(model: TokenBridge, path: Path) -> None:
-    """Write `model` as the published code reads it: all weights and tables by name, in a .pth or .safetensors file.
+    """Write `model` by the names of the published code, tables included, in a .pth file, which that code reads, or in a
+    .safetensors file.
 
     How it was trained and its sampling settings are not in such a file. Raises ValueError for another ending,
     ConfigError for a model that the published code cannot run, OSError (a full disk) with the file as it was.

@@ -271,7 +271,7 @@ class Tables:
         levels, mean, deviation = exact.float(), mean.float(), deviation.float()
 
         def ids(x: Tensor) -> Tensor:
-            """Of numbers (C or 1, N)."""
+            """Ids of numbers (C or 1, N)."""
             centred = (x - mean[:, None]) / deviation[:, None] if config.channels else x
             return torch.cat([_nearest(config, levels, part) for part in centred.split(256, dim=1)], dim=1)
 
@@ -377,7 +377,7 @@ class Lookup:
         return [part.view(by_channel.shape).movedim(0, channel_dim) for part in found]
 
     def _read(self, x: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-        """Of x (C, N). Scratch memory is taken once, for the system charges more for new memory than this costs."""
+        """`read` for x (C, N). Scratch memory is taken once: the system charges more for new memory than this costs."""
         out = [torch.empty(x.shape, dtype=table.dtype) for table in tables]
         size = min(CHUNK, x.shape[1])
         scratch = torch.empty(3 * (size + APART))

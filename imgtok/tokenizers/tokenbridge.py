@@ -3,8 +3,8 @@
 Every number of a latent, scaled to about unit deviation, is rounded on its own to one of B levels
 (`quantizers/normal.py`). An image is a symbol for each number, position by position, row by row; within a position
 channel by channel, those first that have the most of their energy in low frequencies. So it is G G C symbols of a
-vocabulary of B, neighbouring symbols are neighbouring numbers, and any generator of tokens draws the latents of any
-autoencoder. The generator that was made for this is `generators/tokenbridge.py`, which needs no tokens.
+vocabulary of B, neighbouring symbols are neighbouring numbers, and any generator of tokens draws the latents of
+an AutoencoderKL or a DC-AE. The generator that was made for this is `generators/tokenbridge.py`, which needs no tokens.
 
 Shapes: B images (or levels), C channels, G positions a side, K = G G C symbols.
 """

@@ -75,6 +75,24 @@ def test_the_tables_tell_where_the_normal_is_cut(tmp_path):
     model = tiny(quantizer=NormalConfig(levels=8, cut=2.0))
     torch.save({"model": weights(model) | tables(model)}, tmp_path / "x.pth")
     assert same(imgtok.load(tmp_path / "x.pth"), model)
+    # The averaged weights have no tables of their own
+    torch.save({"model": weights(tiny()) | tables(model), "model_ema": weights(model)}, tmp_path / "y.pth")
+    assert same(imgtok.load(tmp_path / "y.pth"), model)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.zeros(0), r"the table boundaries is \(0,\), must be \(9,\)"),
+        (torch.full((9,), torch.nan), r"the table boundaries is another .*cut"),
+        (torch.full((9,), -1.0), r"the table boundaries is another .*cut"),
+    ],
+)
+def test_boundaries_that_are_no_table(tmp_path, table, message):
+    model = tiny()
+    torch.save({"model": weights(model) | {"boundaries": table}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=rf"x\.pth: {message}"):
+        imgtok.load(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("name", sorted(BUFFERS))
