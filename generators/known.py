@@ -23,12 +23,26 @@ from imgtok.pictures import preprocess
 
 @dataclass(frozen=True)
 class Known:
-    """Latents of which a part is kept, to the bit."""
+    """Latents of which a part is kept, to the bit.
+
+    Raises ValueError for rows that know different numbers of positions.
+    """
 
     latents: Tensor
     """(B, C, G, G), as an autoencoder encodes; only what is known counts, and comes back as it is here."""
     mask: Tensor
     """(G, G) or (B, G, G), boolean: True where the latent is known, at as many positions in every row."""
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 3 or not len(self.mask):
+            return
+        counts = self.mask.flatten(1).sum(dim=1)
+        low, high = int(counts.min()), int(counts.max())
+        if low != high:
+            raise ValueError(
+                f"known.mask: {low} to {high} known positions; the images of one call must have as many: draw those "
+                "with the same number by one call, the others by another"
+            )
 
     def __len__(self) -> int:
         """B."""

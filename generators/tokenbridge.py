@@ -467,12 +467,6 @@ class TokenBridge(ConditionalGenerator):
             raise ValueError(f"known.mask: must be boolean, True where the latent is known, not {known.mask.dtype}")
         mask = known.mask.cpu().expand(batch, *side).flatten(1)
         check_finite(known.latents.cpu()[mask.view(batch, 1, *side).expand(shape)], "known.latents")
-        counts = mask.sum(dim=1)
-        if batch and bool((counts != counts[0]).any()):
-            raise ValueError(
-                f"known.mask: {int(counts.min())} to {int(counts.max())} known positions; the images of one call must "
-                "have as many: draw those with the same number by one call, the others by another"
-            )
         return mask
 
     def _finish(self, values: Tensor, known: Known | None) -> Tensor:
