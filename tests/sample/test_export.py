@@ -79,7 +79,7 @@ def test_models_that_no_published_code_knows(capsys):
     capsys.readouterr()
     for arguments, message in (
         (["gpt", "out=x"], "a GPT (kind 'gpt') cannot be written in a published layout; that is known for models of "
-         "kind vae, flextok, xar"),
+         "kind vae, dcae, flextok, xar, tokenbridge"),
         (["gpt", "out=x", "layout=imgtok", "raw=true"], "holds one set of weights"),
         (["ours", "out=x", "vae=ours", "layout=imgtok"], "vae: a VAE is given no autoencoder"),
         (["gpt", "out=x", "vae=gpt", "layout=imgtok"], "holds a GPT (kind 'gpt'), but an autoencoder is needed here"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -157,7 +158,9 @@ def test_the_page_shows_every_figure_beside_its_untrained_value(tmp_path):
     assert "<svg" in page
     style = page[: page.index("</style>")]
     assert ".samples img{width:100%;image-rendering:pixelated}" in style, "enlarged: sharp"
-    assert style.count("pixelated") == 1, "what is shrunk is not, or its labels could not be read"
+    sharp = re.findall(r"([\w. ]+)\{[^}]*pixelated", style)
+    assert [each.strip() for each in sharp] == [".samples img", "img.small"]
+    assert "<img class=small" not in page, "what is shrunk is not, or its labels could not be read"
     assert json.loads((tmp_path / "report.json").read_text())["oracle_top1"] == 0.75
     assert (tmp_path / "overview.png").exists()
 

@@ -141,7 +141,7 @@ def test_no_class_is_found_by_a_name_outside_the_tables(copy):
     path = step(copy / "tok", 4) / "config.yaml"
     state = json.loads((path.parent / "state.json").read_text())
     for kind, message in (
-        ("os:system", "kind: given 'os:system', must be one of vae, maskgit_vqgan, flextok"),
+        ("os:system", "kind: given 'os:system', must be one of vae, maskgit_vqgan, dcae, flextok"),
         (None, "no section"),
     ):
         text = path.read_text() if kind is None else path.read_text().replace("kind: flextok", f"kind: {kind}")
