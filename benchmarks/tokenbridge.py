@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from interleaved import Row, Worker, apart, make_parser, report, run_size, setup_of
-from latent_case import CHANNELS, own_size
+from latent_case import CHANNELS, add_options, complete
 from tokenbridge_case import LEAST_HIDDEN, POSITIONS, Case
 
 from imgtok import randomness
@@ -104,27 +104,14 @@ def cases(size: str, arguments: argparse.Namespace) -> Iterator[Row]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "YuqingWang1029/TokenBridge")
+    add_options(parser)
     add = parser.add_argument
-    add("--sizes", nargs="+", default=["B"], metavar="SIZE", help="B, L, H, or width x depth such as 128x2 (B)")
-    add("--what", nargs="+", choices=("sample", "train"), default=["sample", "train"])
-    add("--batch", nargs="+", type=int, default=[1, 4], metavar="B", help="images of a sampling call (1 4)")
     add("--iterations", nargs="+", type=int, default=[8], metavar="N", help="of the 256 that are published (8)")
     add("--guidance", type=float, default=3.1, metavar="G", help="scale; 1 is none (3.1)")
     add("--train-batch", nargs="+", type=int, default=[2], metavar="B", help="images of a training step (2)")
     add("--head-share", nargs="+", type=float, default=[1.0], metavar="S", help="of hidden positions, in training (1)")
-    add(
-        "--peer-dtype",
-        choices=("fp32", "fp16", "bf16"),
-        help="precision of the peer; by default fp32 on a CPU, and on a GPU the fp16 of its scripts",
-    )
     arguments = parser.parse_args(argv)
-    arguments.peer = arguments.peer.resolve()
-    arguments.peer_dtype = arguments.peer_dtype or ("fp32" if arguments.device == "cpu" else "fp16")
-    for size in arguments.sizes:
-        try:
-            own_size(size)
-        except ValueError:
-            parser.error(f"--sizes: {size} is none of B, L, H and no width x depth such as 128x2")
+    complete(parser, arguments)
     if not 1 <= min(arguments.iterations) <= max(arguments.iterations) <= POSITIONS:
         parser.error(f"--iterations: {arguments.iterations} must lie in 1 to {POSITIONS}, the positions of an image")
     if not (arguments.peer / "models" / "tokenbridge.py").exists():

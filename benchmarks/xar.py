@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from interleaved import Row, Worker, apart, make_parser, report, run_size, setup_of
-from latent_case import CHANNELS, own_size
+from latent_case import CHANNELS, add_options, complete
 from xar_case import ENTITIES, TOKENS, Case
 
 from imgtok import randomness
@@ -93,26 +93,13 @@ def cases(size: str, arguments: argparse.Namespace) -> Iterator[Row]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, "OliverRensu/xAR")
+    add_options(parser)
     add = parser.add_argument
-    add("--sizes", nargs="+", default=["B"], metavar="SIZE", help="B, L, H, or width x depth such as 128x2 (B)")
-    add("--what", nargs="+", choices=("sample", "train"), default=["sample", "train"])
-    add("--batch", nargs="+", type=int, default=[1, 4], metavar="B", help="images of a sampling call (1 4)")
     add("--guidance", nargs="+", type=float, default=[2.7, 1.0], metavar="G", help="scales; 1 is none (2.7 1)")
     add("--steps", type=int, default=6, help="calls for each cell; 3 or more, published are 40 for B (6)")
     add("--train-batch", nargs="+", type=int, default=[4], metavar="B", help="images of a training step, 2 or more (4)")
-    add(
-        "--peer-dtype",
-        choices=("fp32", "fp16", "bf16"),
-        help="precision of the peer; by default fp32 on a CPU, and on a GPU the fp16 of its scripts",
-    )
     arguments = parser.parse_args(argv)
-    arguments.peer = arguments.peer.resolve()
-    arguments.peer_dtype = arguments.peer_dtype or ("fp32" if arguments.device == "cpu" else "fp16")
-    for size in arguments.sizes:
-        try:
-            own_size(size)
-        except ValueError:
-            parser.error(f"--sizes: {size} is none of B, L, H and no width x depth such as 128x2")
+    complete(parser, arguments)
     if arguments.steps < SHORT or min(arguments.train_batch) < 2:
         parser.error(f"the published code needs --steps of at least {SHORT} and a --train-batch of at least 2")
     if not (arguments.peer / "models" / "xar.py").exists():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -34,7 +33,7 @@ from imgtok.generators.tokenbridge import (
     tokenbridge_size,
 )
 from imgtok.hub import Found
-from imgtok.published.names import Place, places
+from imgtok.published.names import Place, check_telling, depth_of, places
 from imgtok.quantizers.normal import NormalConfig, normal_boundaries
 from imgtok.weights import Weights, check_tensors, fill, skeleton, write_pickle, write_tensors
 
@@ -161,13 +160,7 @@ def whole(known: Mapping[str, Place], stored: Mapping[str, Tensor]) -> Iterable[
 
 def config_of(stored: Mapping[str, Tensor], path: Path) -> TokenBridgeConfig:
     """The configuration that the shapes of published tensors tell. Raises ValueError where they tell none."""
-    for name, dimensions in TELLING.items():
-        if name not in stored:
-            found = ", ".join(list(stored)[:4]) or "nothing"
-            raise ValueError(f"{path}: not a published TokenBridge: it lacks {name} (found: {found})")
-        if stored[name].ndim != dimensions:
-            shape = tuple(stored[name].shape)
-            raise ValueError(f"{path}: {name} is {shape}, but has {dimensions} dimensions in a published TokenBridge")
+    check_telling(stored, TELLING, "TokenBridge", path)
     width, channels = stored["z_proj.weight"].shape
     decoder_width, head_width = stored["decoder_embed.weight"].shape[0], stored["condition_proj.weight"].shape[0]
     length, slots = stored["output_pos_embed"].shape[1], stored["encoder_pos_embed_learned"].shape[1]
@@ -199,12 +192,6 @@ def config_of(stored: Mapping[str, Tensor], path: Path) -> TokenBridgeConfig:
         )
     except ValueError as error:
         raise ValueError(f"{path}: a TokenBridge that imgtok cannot stand for: {error}") from error
-
-
-def depth_of(stored: Iterable[str], stack: str) -> int:
-    """Blocks of a stack."""
-    blocks = [re.match(rf"{stack}\.(\d+)\.", name) for name in stored]
-    return max((int(block[1]) + 1 for block in blocks if block), default=0)
 
 
 # ---------------------------------------------------------------- tables

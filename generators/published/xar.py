@@ -27,7 +27,7 @@ from imgtok.generators.conditioning import ClassModulation
 from imgtok.generators.entities import Cells
 from imgtok.generators.xar import XAR, XAR_SIZES, XARConfig, xar_size
 from imgtok.hub import Found
-from imgtok.published.names import places
+from imgtok.published.names import check_telling, depth_of, places
 from imgtok.weights import Weights, check_tensors, fill, skeleton, write_pickle, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -110,16 +110,9 @@ TELLING = {"z_proj.weight": 2, "class_emb.weight": 2, "encoder_pos_embed_learned
 
 def config_of(stored: Mapping[str, Tensor], path: Path) -> XARConfig:
     """The configuration that the shapes of published tensors tell. Raises ValueError where they tell none."""
-    for name, dimensions in TELLING.items():
-        if name not in stored:
-            found = ", ".join(list(stored)[:4]) or "nothing"
-            raise ValueError(f"{path}: not a published xAR: it lacks {name} (found: {found})")
-        if stored[name].ndim != dimensions:
-            shape = tuple(stored[name].shape)
-            raise ValueError(f"{path}: {name} is {shape}, but has {dimensions} dimensions in a published xAR")
+    check_telling(stored, TELLING, "xAR", path)
     (width, channels), length = stored["z_proj.weight"].shape, stored[POSITIONS[0]].shape[1]
-    blocks = [re.match(r"encoder_blocks\.(\d+)\.", name) for name in stored]
-    depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
+    depth = depth_of(stored, "encoder_blocks")
     grid = math.isqrt(length)
     if grid**2 != length or grid % 2 or not depth:
         raise ValueError(f"{path}: {length} positions and {depth} blocks are no xAR's; four cells make an even square")

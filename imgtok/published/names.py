@@ -1,4 +1,4 @@
-"""Where the tensors of a published checkpoint live in a model of ours, from two tables of names.
+"""Where the tensors of a published checkpoint live in a model of ours, from two tables of names; what files must have.
 
 `names` has pairs ours -> published: how a name begins, or with a dot in front what stands in it. `fused` has a matrix
 of ours -> the published ones whose rows it holds, from top to bottom. With them a published tensor is a `Place`.
@@ -6,8 +6,10 @@ of ours -> the published ones whose rows it holds, from top to bottom. With them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -45,3 +47,22 @@ def _published_names(
                 yield published.replace(mine, theirs), Place(name, part, len(parts))
             return
     yield published, Place(name)
+
+
+def check_telling(stored: Mapping[str, Tensor], telling: Mapping[str, int], model: str, path: Path) -> None:
+    """Raises ValueError unless the tensors whose shapes tell the configuration are there, with as many dimensions as
+    `telling` says.
+    """
+    for name, dimensions in telling.items():
+        if name not in stored:
+            found = ", ".join(list(stored)[:4]) or "nothing"
+            raise ValueError(f"{path}: not a published {model}: it lacks {name} (found: {found})")
+        if stored[name].ndim != dimensions:
+            shape = tuple(stored[name].shape)
+            raise ValueError(f"{path}: {name} is {shape}, but has {dimensions} dimensions in a published {model}")
+
+
+def depth_of(stored: Iterable[str], stack: str) -> int:
+    """Blocks of a stack, named `stack.NUMBER.`."""
+    blocks = [re.match(rf"{stack}\.(\d+)\.", name) for name in stored]
+    return max((int(block[1]) + 1 for block in blocks if block), default=0)
