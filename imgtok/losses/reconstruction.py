@@ -158,7 +158,10 @@ class ReconstructionLossConfig:
 def distances(
     config: ReconstructionLossConfig, decoded: Tensor, images: Tensor, perceptual: Perceptual | None = None
 ) -> Losses:
-    """The losses of `decoded` for `images`, both (B, 3, H, W) in [-1, 1], that need no discriminator."""
+    """The losses of `decoded` for `images`, both (B, 3, H, W) in [-1, 1], that need no discriminator. The parts have no
+    gradient: the total is gone through backward before a step's own backward pass (`join_at_last_layer`), and DDP goes
+    through whatever of a module's outputs has one.
+    """
     l1 = F.l1_loss(decoded, images)
     mse = F.mse_loss(decoded, images)
     total = config.l1 * l1 + config.mse * mse
@@ -168,7 +171,7 @@ def distances(
         name, share = config.perceptual_term
         parts[name] = perceptual(decoded, images).mean()
         total = total + share * parts[name]
-    return Losses(total, parts)
+    return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 
 class ReconstructionLoss(nn.Module):
@@ -212,14 +215,15 @@ class ReconstructionLoss(nn.Module):
                 seen = judged = decoded.detach().float().requires_grad_()
         total, parts = distances(config, seen, images, perceptual)
         if self.discriminator is not None:
-            parts["adversarial"] = adversarial_loss(self.discriminator, judged, config.game)
+            adversarial = adversarial_loss(self.discriminator, judged, config.game)
+            parts["adversarial"] = adversarial.detach()
             if config.adaptive == "last_layer":
                 assert last_layer is not None, "the model does not say which layer is its last"
                 total, parts["adaptive_weight"] = join_at_last_layer(
-                    decoded, seen, total, parts["adversarial"], weight, last_layer
+                    decoded, seen, total, adversarial, weight, last_layer
                 )
             else:
-                total = total + weight * parts["adversarial"]
+                total = total + weight * adversarial
             parts["discriminator"] = discriminator_loss(self.discriminator, images, decoded, config.game)
             total = total + parts["discriminator"]
             self.seen += 1

@@ -208,13 +208,14 @@ class TrainableKARL(nn.Module):
             reconstructed = for_discriminator = decoded.detach().requires_grad_()
         total, parts = distances(self.loss, reconstructed, images, perceptual)
         if discriminator is not None and not alone:
-            parts["adversarial"] = adversarial_loss(discriminator, for_discriminator, self.loss.game)
+            adversarial = adversarial_loss(discriminator, for_discriminator, self.loss.game)
+            parts["adversarial"] = adversarial.detach()
             if adaptive == "last_layer":
                 total, parts["adaptive_weight"] = join_at_last_layer(
-                    decoded, for_discriminator, total, parts["adversarial"], weight, self.model.last_layer
+                    decoded, for_discriminator, total, adversarial, weight, self.model.last_layer
                 )
             else:
-                total = total + weight * parts["adversarial"]
+                total = total + weight * adversarial
         if discriminator is not None and (alone or self.loss.discriminator_every == 1):
             parts["discriminator"] = discriminator_loss(discriminator, images, decoded, self.loss.game)
             total = parts["discriminator"] if alone else total + parts["discriminator"]

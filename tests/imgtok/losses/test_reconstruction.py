@@ -81,6 +81,8 @@ def test_the_weight_at_the_last_layer_multiplies_the_adversarial_term():
     weight = gradients[0].norm() / (gradients[1].norm() + 1e-4)
     torch.testing.assert_close(parts["adaptive_weight"], weight)
     torch.testing.assert_close(total, pixels + 0.5 * weight * adversarial + parts["discriminator"])
+    used_up = [name for name, part in parts.items() if name != "discriminator" and part.requires_grad]
+    assert not used_up, "DDP would go through what the adaptive weight has gone through already"
     whole = torch.autograd.grad(total, last.weight)[0]
     torch.testing.assert_close(whole, gradients[0] + 0.5 * weight * gradients[1])
 
