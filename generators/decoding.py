@@ -10,6 +10,7 @@ Shapes: B images, R rows through the network (2B where guided), K tokens, D widt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -115,7 +116,6 @@ class Drawing:
         self.uniforms = uniforms.to(device)
         self.sampling = sampling
         self.streams = 1 if sampling.guidance == 1 else 2
-        self.slot_sampling = replace(sampling, top_k=0, top_p=1.0, forbidden=())  # those are meant for ids
         self.ids = torch.zeros(batch, self.count, dtype=torch.long, device=device)
         self.slots = torch.zeros_like(self.ids) if config.num_slots else None
         self.lengths = torch.full((batch,), 0 if config.ends else self.count, device=device)
@@ -134,7 +134,7 @@ class Drawing:
             assert self.uniforms.slots is not None, "a model that draws slots needs random numbers for them"
             previous = self.slots[:, k - 1] if k else torch.full_like(self.lengths, -1)
             closed = closed_slots(previous, config.num_slots)
-            probabilities = self._law(self.model.slot_logits(found), self.slot_sampling, closed)
+            probabilities = self._law(self.model.slot_logits(found), of_slots(self._sampling(k)), closed)
             slots = draw(probabilities, self.uniforms.slots[:, k])
             self.alive = self.alive & (slots != config.num_slots)
             slots = slots.where(self.alive, 0)
@@ -144,7 +144,7 @@ class Drawing:
             ids = self._draw_digits(k, self.model.features(found, of_rows), self.model.head)
         else:
             logits = found if of_rows is None else self.model.read_out(found, of_rows)
-            ids = self._draw(logits, config.end if k == 0 else None, self.uniforms.ids[:, k])
+            ids = self._draw(k, logits, config.end if k == 0 else None, self.uniforms.ids[:, k])
         if config.end is not None:
             self.alive = self.alive & (ids < config.end)
         if config.ends:
@@ -158,22 +158,26 @@ class Drawing:
 
         def choose(step: int, logits: Tensor) -> Tensor:
             end = config.digits[0] if config.end is not None and k == step == 0 else None
-            return self._draw(logits, end, self.uniforms.ids[:, k, step]).repeat(self.streams)
+            return self._draw(k, logits, end, self.uniforms.ids[:, k, step]).repeat(self.streams)
 
         digits = (head.draw_plainly if self.plainly else head.draw)(features, choose)
         return self.model.digits.join(digits[: len(self.ids)])
 
-    def _draw(self, logits: Tensor, closed: int | None, uniforms: Tensor) -> Tensor:
-        """Numbers (B,) by the law of logits (R, V), where one of them may be closed."""
+    def _sampling(self, k: int) -> TokenSampling:
+        """The settings for token k."""
+        return self.sampling.at(k, self.model.config.num_tokens)
+
+    def _draw(self, k: int, logits: Tensor, closed: int | None, uniforms: Tensor) -> Tensor:
+        """Numbers (B,) of token k by the law of logits (R, V), where one of them may be closed."""
         mask = None if closed is None else torch.arange(logits.shape[-1], device=logits.device).eq(closed)
-        return draw(self._law(logits, self.sampling, mask), uniforms)
+        return draw(self._law(logits, self._sampling(k), mask), uniforms)
 
     def _law(self, logits: Tensor, sampling: TokenSampling, closed: Tensor | None) -> Tensor:
         """The law (B, V) of logits (R, V), whose second half is the unconditional stream where there is guidance."""
         if self.streams == 1:
             return law(logits, sampling, closed=closed)
         conditional, unconditional = logits.chunk(2)
-        return law(conditional, sampling, unconditional, closed)
+        return law(conditional, sampling, None if sampling.guidance == 1 else unconditional, closed)
 
     def columns(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         """Ids and slots of some tokens, the same for both streams: (R, columns)."""
@@ -189,6 +193,12 @@ class Drawing:
     def tokens(self) -> Tokens:
         """All of them, with zeros after the end of a row."""
         return Tokens(self.ids, self.lengths, self.slots)
+
+
+@functools.lru_cache(maxsize=4096)
+def of_slots(sampling: TokenSampling) -> TokenSampling:
+    """How slots are drawn: filters and forbidden numbers are meant for ids."""
+    return replace(sampling, top_k=0, top_p=1.0, forbidden=())
 
 
 def closed_slots(previous: Tensor, num_slots: int) -> Tensor:

@@ -6,8 +6,9 @@ not on who shares its batch, and two decoders fed the same uniforms can be compa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +28,34 @@ class TokenSampling:
     """Keeps the most likely tokens that together hold this probability."""
     guidance: Annotated[float, Range(0.0, None)] = 1.5
     """Classifier-free guidance scale of the logits; 1 is none."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How guidance goes along the tokens: the same for all, or rising from 1 to its scale at the last token, evenly
+    (ELM) or slowly at both ends."""
+    interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """Tokens that are guided, from the first number up to, and not with, the second; null guides all. LlamaGen's
+    cfg_interval of k is 0,k+2."""
     forbidden: tuple[NonNegativeInt, ...] = ()
     """A few ids that are never drawn."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.interval is not None and self.interval[0] >= self.interval[1]:
+            raise ValueError(f"interval: {list(self.interval)} must be [first, end], the first below the end")
+
+    def scale(self, token: int, num_tokens: int) -> float:
+        """The guidance scale of a token, of which an image has `num_tokens`; 1 is none."""
+        if self.interval is not None and not self.interval[0] <= token < self.interval[1]:
+            return 1.0
+        share = (token + 1) / num_tokens
+        if self.schedule == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.guidance if self.schedule == "constant" else 1 + (self.guidance - 1) * share
+
+    def at(self, token: int, num_tokens: int) -> TokenSampling:
+        """The settings for one token, with a guidance that is its own."""
+        if self.schedule == "constant" and self.interval is None:
+            return self
+        return replace(self, guidance=self.scale(token, num_tokens), schedule="constant", interval=None)
 
 
 def law(
@@ -39,7 +63,8 @@ def law(
 ) -> Tensor:
     """Probabilities (..., V), float32, by which the next token is drawn given its logits (..., V).
 
-    In order: guidance away from the `unconditional` logits, if given; ids that are `closed` (boolean, broadcasts to
+    In order: guidance away from the `unconditional` logits, if given, by the scale itself and not its schedule (see
+    `TokenSampling.at`); ids that are `closed` (boolean, broadcasts to
     (..., V)) or forbidden; temperature, where 0 leaves the first of the largest; top-k; top-p; softmax. At least one
     id must be open.
     """

@@ -277,6 +277,21 @@ def test_the_loops_draw_the_same(name, guidance):
         assert torch.equal(cached.slots, plain.slots)
 
 
+@pytest.mark.parametrize("name", ["learned", "slots"])
+def test_the_loops_follow_a_schedule_of_guidance(name):
+    """Beginning like, and then unlike, constant guidance of as much."""
+    model = build(**VARIANTS.get(name, {}))
+    options, condition = {"seed": 3, "indices": range(40)}, some_condition(model, 40)
+    how = TokenSampling(guidance=4.0, schedule="linear", interval=(0, 9))
+    cached, plain = (model.generate(condition, cached=c, sampling=how, **options) for c in (True, False))
+    assert torch.equal(cached.ids, plain.ids)
+    started = model.generate(condition, sampling=TokenSampling(guidance=4.0, interval=(0, 4)), **options)
+    constant = model.generate(condition, sampling=TokenSampling(guidance=4.0), **options)
+    assert torch.equal(started.ids[:, :4], constant.ids[:, :4])
+    assert not torch.equal(started.ids, constant.ids)
+    assert not torch.equal(cached.ids, constant.ids)
+
+
 def test_at_temperature_zero_the_most_likely_token_comes():
     model = build()
     greedy = TokenSampling(temperature=0.0, guidance=1.0)

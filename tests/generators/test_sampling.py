@@ -192,3 +192,29 @@ def test_guide():
     assert torch.equal(guide(cond, null, 0.0), null)
     torch.testing.assert_close(guide(cond, null, 1.0), cond)
     torch.testing.assert_close(guide(cond, null, 2.0), 2 * cond - null)
+
+
+# ---------------------------------------------------------------- guidance along the tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "scales"),
+    [
+        ({}, [3.0, 3.0, 3.0, 3.0]),
+        ({"schedule": "linear"}, [1.5, 2.0, 2.5, 3.0]),
+        ({"schedule": "cosine"}, [2 - 0.5**0.5, 2.0, 2 + 0.5**0.5, 3.0]),
+        ({"interval": (1, 3)}, [1.0, 3.0, 3.0, 1.0]),
+        ({"schedule": "linear", "interval": (0, 2)}, [1.5, 2.0, 1.0, 1.0]),
+    ],
+)
+def test_guidance_has_a_scale_for_each_token(given, scales):
+    sampling = TokenSampling(guidance=3.0, top_k=5, **given)
+    assert [sampling.scale(token, 4) for token in range(4)] == pytest.approx(scales)
+    of_tokens = [sampling.at(token, 4) for token in range(4)]
+    assert [how.guidance for how in of_tokens] == pytest.approx(scales)
+    assert {(how.schedule, how.interval, how.top_k) for how in of_tokens} == {("constant", None, 5)}
+
+
+def test_intervals_that_are_empty_are_refused():
+    with pytest.raises(ValueError, match=r"interval: \[3, 3\] must be \[first, end\], the first below the end"):
+        TokenSampling(interval=(3, 3))

@@ -269,7 +269,9 @@ def gpt_generation(model: GPT, case: Case, name: str, *, cached: bool = True) ->
         steps.append(logits)
         return law(logits, TokenSampling(temperature=0.0))
 
-    sampling = TokenSampling(guidance=case.about["generation"][name]["cfg_scale"])
+    about = case.about["generation"][name]
+    last = about.get("cfg_interval", -1)  # the last step after the prefill that is guided; step i draws token i + 1
+    sampling = TokenSampling(guidance=about["cfg_scale"], interval=None if last < 0 else (0, last + 2))
     condition = gpt_condition(model, case)
     with patch.object(imgtok.generators.decoding, "law", argmax):
         tokens = model.generate(condition, seed=0, indices=range(len(condition)), sampling=sampling, cached=cached)

@@ -1,7 +1,4 @@
-"""The GPT, from a class or from text, against what LlamaGen's published code computed.
-
-Left out, because this code does not do it: cfg4_interval5 (guidance for the first steps only).
-"""
+"""The GPT, from a class or from text, against what LlamaGen's published code computed."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ def test_training(case):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("name", ["cfg1", "cfg2"])
+@pytest.mark.parametrize("name", ["cfg1", "cfg2", "cfg4_interval5"])
 def test_generation(case, name, cached):
     check(case, runs.gpt_generation(gpt(case), case, name, cached=cached))
 
