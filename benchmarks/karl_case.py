@@ -10,7 +10,7 @@ BUDGET, TOLERANCE = 256, 0.05
 SIZES = {"tiny": (512, 8, 8), "small": (1024, 8, 8), "base": (768, 12, 12), "semilarge": (1024, 16, 16)}
 """Width, depth and heads of encoder and decoder alike."""
 SLOTS, WEIGHT = 128, 0.2
-"""Of the training step: slots of its first run, and the weight of the adversarial term, as in epochs 21 to 100."""
+"""For the training step: slots of its first run, and the weight of the adversarial term, as in epochs 21 to 100."""
 RATE, BETAS, DECAY, CLIP, EMA_DECAY = 5.625e-5, (0.9, 0.95), 0.05, 3.0, 0.9999
 """The published recipe of stage 2."""
 JUDGES = "gan_losses."

@@ -73,7 +73,7 @@ def budget(model: Tokenizer) -> int:
 
 
 def noises(size: int) -> Iterator[Tensor]:
-    """Of each kind a batch."""
+    """A batch of each kind of noise."""
     generator = torch.Generator().manual_seed(0)
     yield torch.rand(BATCH, 3, size, size, generator=generator) * 2 - 1
     yield torch.randn(BATCH, 3, size, size, generator=generator) * 0.5

@@ -28,16 +28,16 @@ class Setup:
     """How a side builds its model."""
 
     size: str
-    """Of the model, as the benchmark's options name it."""
+    """Size of the model, as the benchmark's options name it."""
     device: str
     dtype: Literal["fp32", "bf16", "fp16"]
     threads: int
     seed: int
-    """Of the weights and inputs that `recipe` draws."""
+    """Seed of the weights and inputs that `recipe` draws."""
     shapes: dict[str, list[int]]
     """Published name -> shape of each drawn parameter; empty for the peer, which is where they come from."""
     attention: str = "dense"
-    """Of FlexTok's peer: "dense" or "flex"."""
+    """Attention in FlexTok's peer: "dense" or "flex"."""
     compile: bool = False
     """Ours: compile every block."""
 

@@ -9,7 +9,7 @@ from latent_case import GRID, Recipe
 
 POSITIONS = GRID**2
 LEVELS, TEMPERATURE = 64, 0.96
-"""Of the published TokenBridge-L; guidance rises linearly, as published."""
+"""Those of the published TokenBridge-L; guidance rises linearly, as published."""
 RECIPE = Recipe(betas=(0.9, 0.95), clip=3.0)
 LEAST_HIDDEN = 0.7
 DROP = 0.1
@@ -25,4 +25,4 @@ class Case:
     iterations: int = 8
     guidance: float = 3.1
     head_share: float = 1.0
-    """Of `train`: the share of the hidden positions that our head learns from. The published code has all."""
+    """In `train`, the share of the hidden positions that our head learns from. The published code has all."""

@@ -158,7 +158,7 @@ class ConditionConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of its classes in order; () where they have none."""
+        """The names of its classes in order; () where they have none."""
         return self.condition.classes if isinstance(self.condition, FromClass) else ()
 
     def with_condition(self, **fields: Any) -> Self:

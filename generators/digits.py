@@ -32,7 +32,9 @@ from imgtok.generators.dimension_head import StackConfig
 
 
 class DigitRows(nn.Module):
-    """Rows (V, D) for ids that are mixed-radix numbers: each the sum of one learned vector a digit."""
+    """Rows (V, D) for ids that are mixed-radix numbers, the least significant digit first, as FSQ counts: each is the
+    sum of one learned vector a digit.
+    """
 
     digits: Tensor
 

@@ -242,7 +242,7 @@ def files_of(out: Path) -> list[Path]:
 
 
 def name_of(rate: Rate | None) -> str:
-    """Of a row in rates.json."""
+    """The name of a row in rates.json."""
     return "latents" if rate is None else str(rate)
 
 

@@ -73,7 +73,7 @@ def trained_by(name: str) -> Any:
 
 
 def autoencoder(name: str) -> Any:
-    """Of the autoencoder that a configuration names: published, packaged, or what another file trains."""
+    """The configuration of the autoencoder that a file names: published, packaged, or what another file trains."""
     if name in PUBLISHED_VAES:
         return PUBLISHED_VAES[name]
     if "/" not in name:

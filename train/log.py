@@ -40,7 +40,7 @@ HEALTHY = 2**62
 
 
 MOST_CODES = 1 << 24
-"""Of a codebook that is larger no batches use a share worth knowing."""
+"""The largest codebook whose usage is logged: of a larger one no batch uses a share worth knowing."""
 
 
 class Window:

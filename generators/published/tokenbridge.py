@@ -172,11 +172,12 @@ def config_of(stored: Mapping[str, Tensor], path: Path) -> TokenBridgeConfig:
         )
     size = next((name for name, sizes in TOKENBRIDGE_SIZES.items() if sizes[0] == width), None)
     named = tokenbridge_size(size) if size else TokenBridgeConfig()  # type: ignore[arg-type]
-    if not size:
-        logger.warning("%s: nothing tells the attention heads of a TokenBridge %d wide: taken as 64 wide", path, width)
-    heads = [
-        named.encoder.num_heads if size and wide == width else max(1, wide // 64) for wide in (width, decoder_width)
-    ]
+    heads = []
+    for stack, wide in (("encoder", width), ("decoder", decoder_width)):
+        known = size is not None and wide == width
+        if not known:
+            logger.warning("%s: nothing tells the heads of %s %d wide: taken as 64 wide", path, stack, wide)
+        heads.append(named.encoder.num_heads if known else max(1, wide // 64))
     head_heads = head_width // max(1, stored["channel_blocks.0.attn.q_norm.weight"].shape[0])
     try:
         return replace(

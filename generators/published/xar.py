@@ -147,7 +147,7 @@ def tables(model: XAR) -> dict[str, Tensor]:
     """What a published file holds beside weights: published name -> table."""
     mask = torch.zeros(model.entities.length, model.entities.length)
     half = model.config.head_dim // 2
-    # Of rotary positions: each frequency is one of two neighbouring channels.
+    # In the published table each frequency stands for two neighbouring channels.
     cos, sin = (part.repeat_interleave(2, dim=1) for part in model.rotary.cpu().unbind(-1))  # (L, E)
     frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)  # (E / 4,)
     found = {"mask": mask.masked_fill(~model.entities.may_look(), -torch.inf)[None, None]}

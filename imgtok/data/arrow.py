@@ -96,7 +96,7 @@ class ArrowRecords:
         return Record(data, int(self.labels.values[index]), name, text)
 
     def identity(self) -> dict[str, Any]:
-        """Of rows, which have no names and sizes, the labels and the bytes of a few."""
+        """Rows have no names and sizes: the labels and the bytes of a few identify them."""
         return identity_of("rows", (), self.labels, (), lambda index: self[index].data)
 
 

@@ -68,7 +68,7 @@ class Content(ABC):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the classes in order; () where they have none."""
+        """The names of the classes in order; () where they have none."""
         return self.cache.class_names
 
     @property

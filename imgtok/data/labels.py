@@ -58,7 +58,7 @@ class Labels:
     num_classes: int = 0
     """0 for no labels."""
     names: tuple[str, ...] = ()
-    """Of the classes, where they have names."""
+    """Names of the classes, where they have any."""
     source: str = ""
     """Where they come from, in words."""
     missing: str = ""
@@ -89,7 +89,7 @@ class Place:
     """The content of one of its files; raises OSError."""
     stems: set[str] = field(default_factory=set)
     endings: set[str] = field(default_factory=set)
-    """Of the files that are no images."""
+    """Endings of the files that are no images."""
 
     def __post_init__(self) -> None:
         self.endings.update(map(suffix_of, self.listing.others))

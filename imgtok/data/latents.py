@@ -56,7 +56,7 @@ class LatentCacheInfo(CacheInfo):
     num_classes: int
     """Labels lie in [0, num_classes); 0 for data without labels."""
     class_names: tuple[str, ...] = ()
-    """Of the classes in order, where they have names."""
+    """Names of the classes in order, where they have any."""
     mirrored: bool
     """Whether the moments of the mirrored images are there too."""
     dtype: str
@@ -153,7 +153,7 @@ class Latents(ABC):
     grid: int
     num_classes: int
     class_names: tuple[str, ...]
-    """Of the classes in order, where they have names."""
+    """Names of the classes in order, where they have any."""
     scaling_factor: float
     mirrored: bool
     labels: Tensor

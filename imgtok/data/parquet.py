@@ -121,7 +121,7 @@ class ParquetRecords:
         return Record(data, int(self.labels.values[index]), name, text.decode(errors="replace"))
 
     def identity(self) -> dict[str, Any]:
-        """Of rows, which have no names, the sizes of the row groups tell most."""
+        """Rows have no names: the sizes of the row groups tell most."""
         sizes = [(group.rows, *(chunk.size if chunk else -1 for chunk in group[3:])) for group in self._groups]
         return identity_of("parquet", (), self.labels, np.array(sizes), lambda index: self[index].data)
 

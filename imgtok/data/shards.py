@@ -154,7 +154,7 @@ def same_images(first: str, second: str) -> bool:
 
 
 def images_in(folder: Path, info: CacheInfo) -> int:
-    """Of how many images a cache is: those that could not be read are not in it. Reads the shards' indices alone."""
+    """The number of images in a cache; those that could not be read are not in it. Reads the shards' indices alone."""
     count = 0
     for shard in range(info.num_shards):
         path = info.shard_path(folder, shard)

@@ -63,7 +63,7 @@ class Records(Protocol):
     """A table of image files."""
 
     labels: Labels
-    """Of all images, and where they come from."""
+    """The labels of all images, and where they come from."""
     left_out: LeftOut
     """What was found beside the images."""
 
@@ -242,7 +242,7 @@ def identity_of(
 
 
 NOT_TOLD: Mapping[str, Any] = {"num": None}
-"""Of the identity of images: what it leaves out where all of them are used."""
+"""What the identity of images leaves out where all of them are used."""
 
 
 def differing(

@@ -48,7 +48,7 @@ class TokenCacheInfo(CacheInfo):
     num_classes: int
     """Labels lie in [0, num_classes); 0 for data without labels."""
     class_names: tuple[str, ...] = ()
-    """Of the classes in order, where they have names."""
+    """Names of the classes in order, where they have any."""
     crops: str = "center"
     """Which squares of an image are there; this and the next three are the fields of `imgtok.data.images.Views`."""
     num_crops: int = 1

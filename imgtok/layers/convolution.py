@@ -30,7 +30,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 FEWEST_CHANNELS, SMALLEST_SIDE = 64, 16
 FEWEST_TILES = 64
-"""Of 4 x 4 gradients: with fewer, the gradient of a kernel is quicker summed directly."""
+"""Tiles of 4 x 4 gradients: with fewer, the gradient of a kernel is quicker summed directly."""
 
 
 def speed_up(network: nn.Module) -> bool:
@@ -208,7 +208,7 @@ def _turned(weight: Tensor) -> Tensor:
 
 
 def _input_gradient(x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-    """Of what is convolved, `x`, of which only the size and the order in memory are looked at."""
+    """The gradient by x, the pictures that are convolved; only their size and order in memory are looked at."""
     if _is_large(x):
         found = _transformed(gradient, _turned(weight), None)
     else:
@@ -217,7 +217,7 @@ def _input_gradient(x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _kernel_gradient(x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-    """Of the kernel (K, C, 3, 3), for pictures (B, C, H, W) and the gradient (B, K, H, W) of their convolution.
+    """The gradient by the kernel (K, C, 3, 3), from pictures (B, C, H, W) and the gradient by their convolution.
 
     In one dimension 4 gradients and the 6 pixels around them add to 3 numbers of the kernel: F(3, 4) in the paper's
     words, with 6 products for 12. Tiles are transformed by a convolution with a stride of 4.
@@ -242,7 +242,7 @@ def _tiles(maps: Tensor, border: tuple[int, ...], transform: Tensor, padding: in
 
 @cache
 def _transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """Of tiles of pixels (36, 1, 6, 6) and of gradients (36, 1, 4, 4), and what makes a kernel of the products (9, 36).
+    """What transforms tiles of pixels, (36, 1, 6, 6), of gradients, (36, 1, 4, 4), and products to a kernel, (9, 36).
 
     A polynomial of degree 5 is known by its values at 0, 1, -1, 2, -2 and infinity; the matrices of the transposed
     product follow from those of the values.

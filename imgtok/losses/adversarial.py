@@ -107,8 +107,12 @@ def join_at_last_layer(
     backward once, here, and what they keep for it is freed; the sum knows its gradient by `decoded` already.
     """
     gradients = [torch.autograd.grad(loss, seen)[0] for loss in (reconstruction, adversarial)]
+    # In 16 bits: so large that the gradient of a pixel is not rounded to zero, and their sum no infinity.
+    scale = 2.0 ** round(math.log2(decoded.numel()) / 2)
     norms = [
-        torch.autograd.grad(decoded, last_layer, by.to(decoded.dtype), retain_graph=True)[0].norm() for by in gradients
+        torch.autograd.grad(decoded, last_layer, (scale * by).to(decoded.dtype), retain_graph=True)[0].float().norm()
+        / scale
+        for by in gradients
     ]
     ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, _LARGEST_RATIO)
     share = weight * ratio

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MOST_IMAGES = 10_000
-"""Of each side that are compared; the time goes with the square of the number."""
+"""The most images of each side that are compared; the time goes with the square of the number."""
 
 _BLOCK = 2048  # rows of the kernel's matrix at once: 160 MB at 10,000 columns
 

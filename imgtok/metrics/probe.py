@@ -77,7 +77,7 @@ class Probe:
     right: int
     """Held-out images that it reads right."""
     held_out: int
-    """Of so many."""
+    """Held-out images that it reads."""
 
     @property
     def num_classes(self) -> int:

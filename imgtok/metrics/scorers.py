@@ -298,8 +298,8 @@ class FeatureScorer:
 
 
 def features_to_keep(family: Family, metrics: Collection[str], num: int, *, real: bool = False) -> int:
-    """Of how many among `num` images the scores in `metrics` need the features themselves; `real` ones are at most
-    MOST_REAL_FEATURES.
+    """The number among `num` images of which the scores in `metrics` need the features themselves; `real` ones are at
+    most MOST_REAL_FEATURES.
     """
     if family.precision_recall in metrics:
         return min(num, MOST_REAL_FEATURES) if real else num

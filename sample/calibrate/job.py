@@ -94,7 +94,7 @@ class Config:
     num: PositiveInt = 2000
     """Images that are encoded, from all over `data`, of each class its share, or all if there are fewer."""
     num_decoded: PositiveInt = 256
-    """Of them, those that are decoded at every setting, or all if there are fewer."""
+    """How many of them are decoded at every setting, or all if there are fewer."""
     levels: tuple[PositiveInt, ...] = (8, 16, 32, 64)
     """Numbers of levels that are compared, from 2 on; the largest is the one that the range is chosen for."""
     range: PositiveFloat | None = None

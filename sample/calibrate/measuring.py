@@ -107,7 +107,7 @@ class Channel:
 
 
 def channels_of(x: Tensor, noise: Tensor) -> list[Channel]:
-    """Of scaled latents x (N, C, h, w) with their distributions' deviations."""
+    """What is known of each channel of scaled latents x (N, C, h, w), given their posteriors' deviations."""
     rows = x.transpose(0, 1).flatten(1).double()
     columns = (
         rows.mean(dim=1),
@@ -176,7 +176,7 @@ class Rounding:
 
 
 def rounding_of(x: Tensor, config: NormalConfig) -> Rounding:
-    """Of scaled latents (N, C, h, w)."""
+    """What rounding does to scaled latents x (N, C, h, w)."""
     quantizer = NormalQuantizer(config)
     channels, variance = x.shape[1], x.double().var().item()
     low, high = quantizer.values[:, 0], quantizer.values[:, -1]

@@ -30,7 +30,7 @@ TITLES = {
     "fd_lite0": "fd_lite0",
     "perceptual_lite0": "perceptual_lite0",
 }
-"""Of scores, in tables."""
+"""What scores are called in tables."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def pictures(found: Found, decoded: Decoded) -> str:
 
 
 def histogram(found: Found) -> str:
-    """Of the numbers that are rounded, with a normal and the levels."""
+    """The distribution of the numbers that are rounded, with a normal and the levels."""
     figure, axis = diagram(9.6, 3.2)
     values = found.sample.numpy()
     low, high = np.percentile(values, (0.02, 99.98))

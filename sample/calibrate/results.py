@@ -51,7 +51,7 @@ class Found:
     factor: float
     """The scale of everything here."""
     deviation: float
-    """Of all scaled latents."""
+    """Deviation of all scaled latents."""
     least: float
     largest: float
     channels: list[Channel]

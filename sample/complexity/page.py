@@ -50,7 +50,7 @@ class Choice:
     steps: list[int]
     """Evenly through the order."""
     letters: dict[str, int]
-    """Of the diagram of delta; none where this was not measured."""
+    """Letters in the diagram of delta; none where this was not measured."""
     listed: list[int]
     """Those of the list, in order."""
 

@@ -25,7 +25,7 @@ from imgtok.train.loop import Job, compile_forward, fit
 from imgtok.train.optim import ParameterGroup, whole_model
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
-"""Of floats that are computed in another order."""
+"""For floats that are computed in another order."""
 
 
 def test_every_kind_has_a_line():

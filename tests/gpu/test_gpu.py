@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device(os.environ.get("IMGTOK_GPU", "cuda"))
 BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"
 CLOSE = {"atol": 2e-3, "rtol": 2e-3}
-"""Of float32 without TF32: sums in another order, through a few blocks and solver steps."""
+"""For float32 without TF32: sums in another order, through a few blocks and solver steps."""
 
 
 @pytest.fixture(params=LINES.values(), ids=LINES)

@@ -42,7 +42,7 @@ def head_error(change: Callable[[TokenBridge], object] = lambda model: None) -> 
 
 
 def sample_error(name: str, change: Callable[[TokenBridge], object] = lambda model: None) -> float:
-    """Of what is drawn alone."""
+    """The error of what is drawn, alone."""
     model = tokenbridge(SAMPLE)
     change(model)
     ours = tokenbridge_runs.sampling(model, SAMPLE, name)

@@ -46,7 +46,7 @@ def weights(model: XAR) -> dict[str, Tensor]:
 
 
 def buffers() -> dict[str, Tensor]:
-    """Of a model with heads of 16 channels, from what the published code itself computed."""
+    """The tables of a model with heads of 16 channels, from what the published code itself computed."""
     with np.load(RECORDED / "rope.npz") as rope, np.load(RECORDED / "mask.npz") as mask:
         allowed = torch.from_numpy(mask["allowed_4_entities"]).bool()
         rotary = {part: torch.from_numpy(rope[f"{part}_d16"]).clone() for part in ("freqs", "cos", "sin")}

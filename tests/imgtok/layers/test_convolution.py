@@ -97,7 +97,7 @@ def test_an_autoencoder_is_what_it_was(transformed, monkeypatch):
 
 
 def gradients(out: Tensor, x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Of a weighted sum of `out`, by x and by what is not frozen."""
+    """Gradients of a weighted sum of `out`, by x and by what is not frozen."""
     torch.manual_seed(2)
     wanted = [x, *(parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad)]
     return list(torch.autograd.grad(out, wanted, torch.randn(out.shape, dtype=torch.float64).to(out)))

@@ -171,3 +171,18 @@ def test_the_weight_at_the_last_layer_is_the_ratio_of_two_gradients():
     wanted = torch.autograd.grad(2 * plainly, parameters, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(2 * total, parameters, retain_graph=True), wanted)
     assert join_at_last_layer(decoded, seen, *losses(seen, 1e9), 0.3, last.weight)[1] == 1e4
+
+
+def test_the_weight_at_the_last_layer_survives_16_bits():
+    """The gradient of a pixel is a millionth of the loss and less, which float16 would round to zero."""
+    last = torch.nn.Parameter(torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1))
+    exact = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * last
+
+    def losses(of: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.01 * of.square().mean(), 0.001 * of.sin().mean()
+
+    wanted = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in losses(exact)]
+    decoded = exact.half()
+    seen = decoded.detach().float().requires_grad_()
+    _, found = join_at_last_layer(decoded, seen, *losses(seen), 0.3, last)
+    torch.testing.assert_close(found, wanted[0] / (wanted[1] + 1e-4), rtol=0.02, atol=0.0)

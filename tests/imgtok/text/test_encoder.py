@@ -192,7 +192,7 @@ def test_the_empty_text_has_the_features_of_the_marks(folders, kind):
 
 @pytest.mark.parametrize("text", [LONG, "a  Red\tcircle above\na SMALL ring", "a ré́d circle, or a ring"])
 def test_spans_point_at_the_characters(folders, kind, text):
-    """Of the text as it was given, whatever the tokenizer makes of its spaces, accents and capitals."""
+    """The characters are those of the text as given, whatever the tokenizer makes of spaces, accents and capitals."""
     encoder = load(folders[kind], POSITIONS)
     captions = Captions.cat(encoder.encode(["", text]))
     pieces = encoder._tokenizer.encode(text).tokens

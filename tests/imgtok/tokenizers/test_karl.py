@@ -67,7 +67,7 @@ def vqgan() -> KARL:
 
 
 def images(count: int = 6, side: int = 16) -> torch.Tensor:
-    """Of one colour each, more or less."""
+    """Images of one colour each, more or less."""
     generator = torch.Generator().manual_seed(1)
     colours, noise = (torch.rand(count, 3, *shape, generator=generator) * 2 - 1 for shape in ((1, 1), (side, side)))
     return 0.7 * colours + 0.3 * noise

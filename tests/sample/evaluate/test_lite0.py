@@ -122,7 +122,7 @@ def test_distances_are_what_their_definitions_give_in_any_order(net, tmp_path):
     found = values(record)
     with torch.no_grad():
         x, y = (net.pooled(from_uint8(side)).double().numpy() for side in (images, real))
-    # Of a product of covariances A'A B'B the roots of the eigenvalues are the singular values of A B'.
+    # The roots of the eigenvalues of a product of covariances A'A B'B are the singular values of A B'.
     a, b = ((side - side.mean(0)) / np.sqrt(len(side) - 1) for side in (x, y))
     cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     frechet = np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum() - 2 * cross

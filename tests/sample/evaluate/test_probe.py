@@ -33,7 +33,7 @@ TRUNK = TrunkConfig(width=32, depth=1, head_dim=16)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Of the whole file: the colours are learned once."""
+    """One for the whole file: the colours are learned once."""
     return tmp_path_factory.mktemp("cache")
 
 
