@@ -11,7 +11,6 @@ which is known for the published sizes, the 32 groups of the autoencoder's norma
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -20,13 +19,11 @@ from torch import Tensor
 
 from imgtok.hub import Found
 from imgtok.published import kl16, maskgit_vqgan
-from imgtok.published.names import places
+from imgtok.published.names import places, without
 from imgtok.tokenizers.karl import KARL, KARLConfig, TransformerConfig
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.weights import check_tensors, fill, skeleton
-
-logger = logging.getLogger(__name__)
 
 KIND = "karl"
 LOOKS_LIKE = "a published KARL like karl_small_vae_continuous_latents.pth"
@@ -134,11 +131,7 @@ def load(
     Raises ValueError for weights that are damaged, missing, unexpected or misshapen (all are listed), and for a size
     whose number of heads is not known.
     """
-    whole = found.weights(raw=raw)
-    dropped = [name for name in whole if name.startswith(LEFTOVERS)]
-    if dropped:
-        logger.info("%s: left out %d tensors of its training (%s*)", found.path, len(dropped), "*, ".join(LEFTOVERS))
-    stored = whole.select({name: name for name in whole if name not in dropped})
+    stored = without(found.weights(raw=raw), LEFTOVERS)
     config = config_of(stored.blank, found)
     model = skeleton(lambda: KARL(config))
     blank, names = model.state_dict(), names_of(model)

@@ -8,7 +8,6 @@ channels are read off the tensors; the 32 groups of the normalisations and the s
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor
 
 from imgtok.hub import Found
+from imgtok.published.names import without
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.weights import check_tensors, fill, skeleton
-
-logger = logging.getLogger(__name__)
 
 KIND = "vae"
 LOOKS_LIKE = "an autoencoder like kl16.ckpt"
@@ -97,11 +95,7 @@ def load(
     A `scaling_factor` in the configuration of `found` replaces KL-16's. Raises ValueError for weights that are damaged,
     missing, unexpected or misshapen (all are listed).
     """
-    whole = found.weights(raw=raw)
-    dropped = [name for name in whole if name.startswith(LEFTOVERS)]
-    if dropped:
-        logger.info("%s: left out %d tensors of its training (%s*)", found.path, len(dropped), "*, ".join(LEFTOVERS))
-    stored = whole.select({name: name for name in whole if name not in dropped})
+    stored = without(found.weights(raw=raw), LEFTOVERS)
     config = config_of(stored.blank, found)
     vae = skeleton(lambda: VAE(config))
     blank = vae.autoencoder.state_dict()

@@ -7,7 +7,6 @@ the suite's `MaskGITVQGAN`, but for the table. Files are read without running an
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from imgtok.hub import Found
 from imgtok.published.kl16 import count_of
+from imgtok.published.names import without
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from imgtok.weights import check_tensors, fill, skeleton
-
-logger = logging.getLogger(__name__)
 
 KIND = "maskgit_vqgan"
 LOOKS_LIKE = "a VQGAN of MaskGIT's kind like vqgan.ckpt"
@@ -55,11 +53,7 @@ def load(
     A `scaling_factor` in the configuration of `found` is taken over. Raises ValueError for weights that are damaged,
     missing, unexpected or misshapen (all are listed).
     """
-    whole = found.weights(raw=raw)
-    dropped = [name for name in whole if name.startswith(LEFTOVERS)]
-    if dropped:
-        logger.info("%s: left out %d tensors of its training (%s*)", found.path, len(dropped), "*, ".join(LEFTOVERS))
-    stored = whole.select({name: name for name in whole if name not in dropped})
+    stored = without(found.weights(raw=raw), LEFTOVERS)
     config = config_of(stored.blank, found)
     model = skeleton(lambda: MaskGITVQGAN(config))
     names = {name: published_name(name) for name in model.state_dict()}

@@ -6,12 +6,17 @@ of ours -> the published ones whose rows it holds, from top to bottom. With them
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+
+from imgtok.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,14 @@ def _published_names(
                 yield published.replace(mine, theirs), Place(name, part, len(parts))
             return
     yield published, Place(name)
+
+
+def without(stored: Weights, leftovers: tuple[str, ...]) -> Weights:
+    """The tensors but those of their training, whose names begin with one of `leftovers`; how many is logged."""
+    dropped = [name for name in stored if name.startswith(leftovers)]
+    if dropped:
+        logger.info("%s: left out %d tensors of its training (%s*)", stored.path, len(dropped), "*, ".join(leftovers))
+    return stored.select({name: name for name in stored if name not in dropped})
 
 
 def check_telling(stored: Mapping[str, Tensor], telling: Mapping[str, int], model: str, path: Path) -> None:
