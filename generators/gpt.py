@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgtok import randomness
+from imgtok import hub, randomness
 from imgtok.config import FROM_DATA, Fraction, NonNegativeInt, PositiveInt
-from imgtok.generators import decoding
+from imgtok.generators import decoding, speculative_gpt
 from imgtok.generators.conditioning import (
     ClassSlot,
     Condition,
@@ -62,6 +62,7 @@ from imgtok.layers.positions import rotary_2d, rotate
 from imgtok.layers.recompute import call_block
 from imgtok.layers.record import LayerRecord
 from imgtok.tokenizers.base import Losses, Tokenizer
+from imgtok.tokenizers.calls import Calls
 from imgtok.tokenizers.tokens import Tokens
 
 
@@ -253,6 +254,7 @@ class GPT(ConditionalGenerator):
         self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
         self._add_text(config.width)
         self.recompute = False
+        self.drafts: dict[str, GPT] = {}  # no part of this model: see `_draft`
         self._initialise()
 
     def _make_head(self) -> nn.Linear | DimensionHead:
@@ -457,14 +459,14 @@ class GPT(ConditionalGenerator):
         cached: bool = True,
     ) -> Tokens:
         """Tokens (B, num_tokens), or fewer in rows that end, for labels (B,), -1 for no class, or captions, or for what
-        `reading` made of them; the first of a longer request are those of a shorter one, and row b uses the uniforms of
-        (`seed`, `indices[b]`) alone.
+        `reading` made of them; the first of a longer request are those of a shorter one (but for its last, where
+        `sampling.decoding` guesses tokens), and row b uses the uniforms of (`seed`, `indices[b]`) alone.
 
         `on_step` is told how many tokens are drawn. A `control` may replace the reading before each token, see
         `conditioning.Control`: what the cache holds stays as it was computed, unless the `prefix` is another tensor,
         with which the tokens drawn so far are computed anew. `cached=False` recomputes the whole prefix at each step:
-        slow, kept as the oracle of the cache. Raises ValueError for a condition that the model does not know or more
-        tokens than it draws.
+        slow, kept as the oracle of the cache. Raises ValueError for a condition that the model does not know, more
+        tokens than it draws, or settings that do not suit it.
         """
         count = self.config.num_tokens if num_tokens is None else num_tokens
         if not 1 <= count <= self.config.num_tokens:
@@ -474,6 +476,23 @@ class GPT(ConditionalGenerator):
             raise ValueError(f"sampling.forbidden: ids lie in 0 to {self.config.vocab_size - 1}")
         if self.config.digits and sampling.forbidden:
             raise ValueError("sampling.forbidden: this model draws ids digit by digit, and cannot leave ids out")
+        most = max(self.config.digits, default=self.config.vocab_size)
+        if sampling.top_k > most:
+            raise ValueError(f"sampling.top_k: there are {most} to choose from, cannot keep {sampling.top_k}; 0 is all")
+        if sampling.decoding != "exact":
+            if control is not None or not cached:
+                what = "control: goes" if cached else "cached=False: goes"
+                raise ValueError(f"{what} with sampling.decoding=exact alone, given {sampling.decoding}")
+            return speculative_gpt.generate(
+                self,
+                condition,
+                seed=seed,
+                indices=indices,
+                num_tokens=count,
+                sampling=sampling,
+                on_step=on_step,
+                draft=None if sampling.draft_model is None else self._draft(sampling.draft_model),
+            )
         shape = (self.config.num_tokens,)
         of_ids = (*shape, len(self.config.digits)) if self.config.digits else shape
         uniforms = Uniforms(
@@ -481,7 +500,15 @@ class GPT(ConditionalGenerator):
             randomness.uniform(seed, indices, shape, "slots")[:, :count] if self.config.num_slots else None,
         )
         loop = decoding.cached if cached else decoding.plain
-        return loop(self, condition, uniforms, sampling, on_step, control)
+        tokens = loop(self, condition, uniforms, sampling, on_step, control)
+        ended = (tokens.lengths < tokens.ids.shape[1]).long()  # by one more call
+        return replace(tokens, calls=Calls.one_each(tokens.lengths + ended))
+
+    def _draft(self, name: str) -> GPT:
+        """The model that `sampling.draft_model` names, which is read once. Raises what `hub.resolve` does."""
+        if name not in self.drafts:
+            self.drafts[name] = hub.load(hub.resolve(name, expect=GPT)).eval()
+        return self.drafts[name].to(self.device)
 
     def rates(self) -> list[int]:
         """Every number of tokens up to all: a longer draw begins with the shorter one. None if sequences end."""

@@ -13,7 +13,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from imgtok.config import NonNegativeFloat, NonNegativeInt, Range, check
+from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check
+
+GroupRule = Literal["nearest", "released"]
+"""See `speculative_rules.groups`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,32 @@ class TokenSampling:
     cfg_interval of k is 0,k+2."""
     forbidden: tuple[NonNegativeInt, ...] = ()
     """A few ids that are never drawn."""
+    decoding: Literal["exact", "draft", "jacobi", "grouped", "coupled"] = "exact"
+    """How many tokens a call of the network gives. `exact`: one. The others guess tokens and judge them in one call:
+    guesses of another, smaller network (`draft`), or of the call before (`jacobi`), which `coupled` changes as little
+    as possible, so that more of them stand. These three draw from the same law as `exact`. `grouped` accepts guesses
+    for which others would have done as well: faster, and from another law."""
+    window: PositiveInt = 16
+    """Tokens in one call of the network, the last settled one among them; `exact` does without."""
+    group_size: PositiveInt | None = None
+    """Tokens of similar probability that count as one: with `grouped`, where null is 10 and 1 is `jacobi`, or with
+    `coupled`, where null is 1 and more are another law."""
+    group_rule: GroupRule = "nearest"
+    """Which tokens those are: as many above as below, of those that may be drawn; or as the authors released it."""
+    coupling: Literal["maximal", "gumbel"] = "maximal"
+    """How `coupled` guesses stay: by being judged again, or by noise that a token keeps."""
+    draft_model: str | None = None
+    """Folder or Hub name of the smaller network of `draft`, which draws the same tokens."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.interval is not None and self.interval[0] >= self.interval[1]:
             raise ValueError(f"interval: {list(self.interval)} must be [first, end], the first below the end")
+        if self.group_size is not None and self.decoding not in ("grouped", "coupled"):
+            raise ValueError(f"group_size: {self.decoding} has no groups; say decoding=grouped, or group_size=null")
+        if (self.draft_model is None) == (self.decoding == "draft"):
+            remedy = "name one" if self.draft_model is None else f"{self.decoding} has none; say draft_model=null"
+            raise ValueError(f"draft_model: goes with decoding=draft; {remedy}")
 
     def scale(self, token: int, num_tokens: int) -> float:
         """The guidance scale of a token, of which an image has `num_tokens`; 1 is none."""
@@ -107,15 +131,20 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
     The probabilities need not add up to one exactly. A token of probability zero is never drawn.
     """
+    return draw_several(probabilities, uniforms[..., None]).squeeze(-1)
+
+
+def draw_several(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The same, several ids (..., W) from each law (..., V), by uniforms (..., W)."""
     device = probabilities.device
     if device.type == "mps":  # which has no float64
         probabilities = probabilities.cpu()
     cumulative = probabilities.double().cumsum(dim=-1)
-    thresholds = uniforms.to(cumulative)[..., None] * cumulative[..., -1:]
-    found = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
+    thresholds = uniforms.to(cumulative) * cumulative[..., -1:]
+    found = torch.searchsorted(cumulative, thresholds, right=True)
     return found.clamp(max=probabilities.shape[-1] - 1).to(device)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Guided logits: unconditional + scale * (conditional - unconditional)."""
     return unconditional + scale * (conditional - unconditional)

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imgtok.generators.sampling import draw
+from imgtok.generators.sampling import GroupRule, draw
 
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(p, q, drafts) -> probabilities (...) that drafts (...) are accepted, of laws p and q (..., V)."""
-GroupRule = Literal["nearest", "released"]
 
 # ---------------------------------------------------------------- when a draft is accepted
 

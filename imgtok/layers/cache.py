@@ -199,13 +199,19 @@ class KVCache:
         return [LayerCache(keys, values, window) for keys, values in zip(self.keys, self.values, strict=True)]
 
     def truncate(self, lengths: int | Tensor) -> None:
-        """Forgets what rows hold beyond `lengths`, one number for all or (R,)."""
+        """Forgets what rows hold beyond `lengths`, one number for all or (R,).
+
+        Rows that differed may hold equally much after it; that is looked at on the CPU alone.
+        """
         if isinstance(lengths, int) and lengths == 0:  # all rows hold equally much again
             self.length, self._lengths = 0, None
         elif isinstance(lengths, int) and self.length is not None:
             self.length = min(self.length, lengths)
         else:
             held = self.lengths
+            if isinstance(lengths, int) and held.device.type == "cpu" and int(held.min()) >= lengths:
+                self.length, self._lengths = lengths, None
+                return
             self._lengths = held.clamp(max=lengths) if isinstance(lengths, int) else torch.minimum(held, lengths)
             self.length = None
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from imgtok.files import replacing
+from imgtok.tokenizers.calls import Calls
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Tokens:
     """`ids` (B, K) int64, of which the first `lengths[b]` of row b are meant; the rest is padding.
 
     `slots` (B, K) int64 says which of the tokenizer's slots each id came from, increasing along a row; None means that
-    column k is slot k. Tokens that are no entries of a table are `vectors` (B, K, n), and their ids are all 0.
+    column k is slot k. Tokens that are no entries of a table are `vectors` (B, K, n), and their ids are all 0. Tokens
+    that were drawn may say what that took, in `calls`; no file keeps it.
     """
 
     ids: Tensor
     lengths: Tensor
     slots: Tensor | None = None
     vectors: Tensor | None = None
+    calls: Calls | None = None
 
     @classmethod
     def full(cls, ids: Tensor) -> Tokens:
@@ -43,7 +46,8 @@ class Tokens:
         """The rows of several batches, padded to the longest; either all of them have slots (vectors) or none does."""
         columns = max(part.ids.shape[1] for part in parts)
         ids, lengths = [_widen(part.ids, columns) for part in parts], [part.lengths for part in parts]
-        further = {}
+        counted = [part.calls for part in parts if part.calls is not None]
+        further: dict[str, Any] = {"calls": Calls.cat(counted) if len(counted) == len(parts) else None}
         for name in ("slots", "vectors"):
             found = [_widen(value, columns) for part in parts if (value := getattr(part, name)) is not None]
             if found and len(found) < len(parts):
@@ -75,7 +79,12 @@ class Tokens:
             raise TypeError(f"rows of tokens are chosen by numbers, slices or truth values, not {type(rows).__name__}")
         if not isinstance(chosen, slice | Tensor):
             chosen = torch.from_numpy(_as_rows(chosen))
-        return Tokens(self.ids[chosen], self.lengths[chosen], *self._each(lambda values: values[chosen]))
+        return Tokens(
+            self.ids[chosen],
+            self.lengths[chosen],
+            *self._each(lambda values: values[chosen]),
+            calls=None if self.calls is None else self.calls.each(lambda counts: counts[chosen]),
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Slots and vectors, where there are any, after a change."""
@@ -90,7 +99,8 @@ class Tokens:
     def to(self, device: torch.device | str) -> Tokens:
         """The same on another device."""
         ids, lengths = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.lengths))
-        return Tokens(ids, lengths, *self._each(lambda values: values.to(device, non_blocking=True)))
+        calls = None if self.calls is None else self.calls.each(lambda counts: counts.to(device, non_blocking=True))
+        return Tokens(ids, lengths, *self._each(lambda values: values.to(device, non_blocking=True)), calls=calls)
 
     def truncate(self, num_tokens: int | Sequence[int]) -> Tokens:
         """Keeps at most the first `num_tokens` of each row (at least 1), a number each or one for all."""
@@ -104,14 +114,14 @@ class Tokens:
         else:
             lengths = torch.minimum(self.lengths, torch.tensor(counts, device=self.lengths.device))
         most = max(counts, default=0)
-        return Tokens(self.ids[:, :most], lengths, *self._each(lambda values: values[:, :most]))
+        return Tokens(self.ids[:, :most], lengths, *self._each(lambda values: values[:, :most]), calls=self.calls)
 
     def padded(self) -> Tokens:
         """The same with zeros for padding."""
         padding = ~self.mask
         slots = None if self.slots is None else self.slots.masked_fill(padding, 0)
         vectors = None if self.vectors is None else self.vectors.masked_fill(padding[..., None], 0)
-        return Tokens(self.ids.masked_fill(padding, 0), self.lengths, slots, vectors)
+        return Tokens(self.ids.masked_fill(padding, 0), self.lengths, slots, vectors, self.calls)
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file: ids (sum of lengths,), lengths (B,), and if there are any slots (sum of lengths,)
@@ -163,9 +173,8 @@ class Tokens:
     ) -> Tokens:
         """Rows of `columns`, by default as many as the longest has, from what `packed` gave and the lengths (B,)."""
         most = int(lengths.max(initial=0)) if columns is None else columns
-        rows, *further = (None if a is None else _spread(a, lengths, most) for a in (ids, slots, vectors))
-        assert rows is not None
-        return cls(rows, torch.from_numpy(lengths.astype(np.int64)), *further)
+        own, values = (None if a is None else _spread(a, lengths, most) for a in (slots, vectors))
+        return cls(_spread(ids, lengths, most), torch.from_numpy(lengths.astype(np.int64)), own, values)
 
 
 def _spread(packed: np.ndarray, lengths: np.ndarray, columns: int) -> Tensor:

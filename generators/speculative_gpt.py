@@ -1,0 +1,136 @@
+"""Speculative decoding of a GPT: its settings as a drafter and a rule, and the network as the loop knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from imgtok import randomness
+from imgtok.config import ConfigError
+from imgtok.generators.conditioning import Condition, Reading
+from imgtok.generators.decoding import Drawing, Uniforms
+from imgtok.generators.sampling import TokenSampling
+from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Noise, OnStep, decode
+from imgtok.generators.speculative_rules import Rule, grouped, token_rule
+from imgtok.tokenizers.tokens import Tokens
+
+if TYPE_CHECKING:
+    from imgtok.generators.gpt import GPT
+
+GROUP_SIZE = 10
+"""Members of a group where decoding is grouped and nothing else is said."""
+
+
+class GPTNetwork:
+    """A GPT over a cache of its own, see `speculative.Network`."""
+
+    def __init__(self, model: GPT, reading: Reading, images: int, num_tokens: int) -> None:
+        """`reading` is of R rows: the images, and as many that say nothing where there is guidance."""
+        self.model, self.reading, self.streams = model, reading, len(reading) // images
+        self.cache = model.new_cache(len(reading), num_tokens)
+
+    def first(self) -> Tensor:
+        return self.model.prefill(self.reading, self.cache)[:, -1]
+
+    def score(self, ids: Tensor, first: Tensor | int) -> Tensor:
+        ids, prefix = ids.repeat(self.streams, 1), self.model.config.prefix_length
+        if isinstance(first, int):
+            self.cache.truncate(prefix + first)
+            return self.model.step(ids, self.cache)
+        before = prefix + first.repeat(self.streams)
+        self.cache.truncate(before)
+        return self.model.step(ids, self.cache, before[:, None] + torch.arange(ids.shape[1], device=ids.device))
+
+
+def generate(
+    model: GPT,
+    condition: Condition | Reading,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    num_tokens: int,
+    sampling: TokenSampling,
+    on_step: OnStep | None = None,
+    draft: GPT | None = None,
+) -> Tokens:
+    """Tokens (B, num_tokens) of a GPT, by any `sampling.decoding` but exact.
+
+    `draft` is the smaller network of decoding=draft. Raises ConfigError for a model or settings that do not go
+    together.
+    """
+    check(model, sampling, draft)
+    if draft is not None and isinstance(condition, Reading):
+        raise ConfigError("sampling.decoding: draft takes labels or captions, since two networks read them")
+    config, device = model.config, model.device
+    first = randomness.uniform(seed, indices, (config.num_tokens,), "tokens")[:, 0]
+    rounds = randomness.uniform(seed, indices, (num_tokens - 1, sampling.window, 3), "rounds")
+    noise = Noise(*(None if part is None else part.to(device) for part in (first, rounds)))
+    if sampling.decoding == "coupled" and sampling.coupling == "gumbel":
+        noise = noise._replace(gumbel=gumbel(seed, indices, num_tokens, config.vocab_size).to(device))
+    law = Law(sampling, config.num_tokens, device)
+
+    def network(of: GPT) -> GPTNetwork:
+        reading = Drawing(of, Uniforms(rounds[:, :1, 0, 0]), sampling).reading(condition)
+        return GPTNetwork(of, reading, len(indices), num_tokens)
+
+    drafter: Drafter = Jacobi(gumbel=noise.gumbel)
+    if draft is not None:
+        drafter = DraftNetwork(network(draft), law, num_tokens)
+    return decode(
+        network(model),
+        law,
+        drafter,
+        noise,
+        num_tokens=num_tokens,
+        window=sampling.window,
+        rule=rule_of(sampling),
+        keep=sampling.decoding == "coupled" and sampling.coupling == "maximal",
+        on_step=on_step,
+    )
+
+
+def check(model: GPT, sampling: TokenSampling, draft: GPT | None) -> None:
+    """Raises ConfigError for a model or settings that do not go together."""
+    config, way = model.config, sampling.decoding
+    if config.ends or config.digits:
+        what = "draws sequences that end" if config.ends else "draws ids digit by digit"
+        raise ConfigError(f"sampling.decoding: {way} is not there for a model that {what}; say exact")
+    if sampling.group_size is not None and sampling.group_size > config.vocab_size:
+        raise ConfigError(
+            f"sampling.group_size: a group of {sampling.group_size} is larger than the vocabulary, which has "
+            f"{config.vocab_size} ids"
+        )
+    if (draft is None) == (way == "draft"):
+        raise ConfigError("sampling.draft_model: goes with decoding=draft, which needs one: a GPT of the same ids")
+    if draft is None:
+        return
+    theirs = draft.config
+    for name, own, other in (
+        ("ids", config.vocab_size, theirs.vocab_size),
+        ("tokens", config.num_tokens, theirs.num_tokens),
+        ("classes", config.num_classes, theirs.num_classes),
+        ("channels of a caption's feature", *(getattr(c.condition, "text_width", 0) for c in (config, theirs))),
+    ):
+        if own != other:
+            raise ConfigError(f"sampling.draft_model: it has {other} {name}, and the model {own}; both must agree")
+    if theirs.ends or theirs.digits:
+        raise ConfigError("sampling.draft_model: it must draw ids as a whole, and as many for every image")
+
+
+def rule_of(sampling: TokenSampling) -> Rule:
+    """When a draft is accepted."""
+    size = sampling.group_size or (GROUP_SIZE if sampling.decoding == "grouped" else 1)
+    return token_rule if size == 1 else partial(grouped, size=size, rule=sampling.group_rule)
+
+
+def gumbel(seed: int, indices: Sequence[int], num_tokens: int, vocab_size: int) -> Tensor:
+    """Noise (B, N, V) float32 that each token of an image keeps, 4 bytes times N and V of memory for an image."""
+    rows = torch.empty(len(indices), num_tokens, vocab_size)
+    for row, index in zip(rows, indices, strict=True):
+        uniforms = randomness.uniform(seed, [index], (num_tokens, vocab_size), "gumbel")[0]
+        row.copy_(uniforms.clamp(min=2.0**-54).log().neg().log().neg())
+    return rows

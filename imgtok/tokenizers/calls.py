@@ -1,0 +1,95 @@
+"""What drawing tokens took: calls of the network for each image, and how many drafts were accepted where tokens are
+drafted first.
+
+A generator that counts attaches `Calls` to its `Tokens`; programs add up `totals` of batches and write their `summary`,
+without knowing how the tokens were drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Totals = dict[str, Any]
+"""Sums over images, as plain numbers and lists: see `Calls.totals`."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Counts for each of B images of N tokens."""
+
+    calls: Tensor
+    """(B,): calls of the network, over any number of tokens; of both streams in one where it is guided."""
+    tokens: Tensor
+    """(B,): tokens that they gave."""
+    single: Tensor
+    """(B,): calls after the first that gave one token alone."""
+    judged: Tensor
+    """(B, N): how often a draft of each token was judged."""
+    accepted: Tensor
+    """(B, N): how often it was accepted."""
+
+    @classmethod
+    def one_each(cls, tokens: Tensor) -> Calls:
+        """Of images whose tokens (B,) took a call each."""
+        none = tokens.new_zeros(len(tokens), 0)
+        return cls(tokens, tokens, tokens - 1, none, none)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Calls]) -> Calls:
+        """Those of several batches, which were drawn alike."""
+        return cls(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(cls)))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Calls:
+        """The same with all counts changed, such as some of the rows."""
+        return Calls(*(change(getattr(self, one.name)) for one in fields(self)))
+
+    def totals(self) -> Totals:
+        """Sums over the images, and the most calls of one."""
+        sums = {one.name: getattr(self, one.name).sum(dim=0).tolist() for one in fields(self)}
+        return {"images": len(self.calls), "most_calls": int(self.calls.max())} | sums
+
+
+def together(parts: Sequence[Totals]) -> Totals:
+    """The totals of several batches as one."""
+    first, *others = parts
+    made = dict(first)
+    for other in others:
+        made |= {name: _sum(made[name], value) for name, value in other.items() if name != "most_calls"}
+        made["most_calls"] = max(made["most_calls"], other["most_calls"])
+    return made
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return [a + b for a, b in zip(one, other, strict=True)] if isinstance(one, list) else one + other
+
+
+def summary(totals: Totals) -> dict[str, Any]:
+    """What totals say, rounded: calls of an image (mean and most); tokens that a call gave; the share of calls that
+    gave one alone, both after the first; and the share of judged drafts that were accepted, of all and of each token.
+
+    Where no draft of a token was judged, its share is None.
+    """
+    images, later = totals["images"], totals["calls"] - totals["images"]
+    said = {
+        "images": images,
+        "calls": round(totals["calls"] / images, 2),
+        "most_calls": totals["most_calls"],
+        "tokens_per_call": _share(totals["tokens"] - images, later, 3),
+    }
+    if not any(totals["judged"]):
+        return said
+    by_token = [_share(*counts) for counts in zip(totals["accepted"], totals["judged"], strict=True)]
+    return said | {
+        "single_share": _share(totals["single"], later),
+        "accepted_share": _share(sum(totals["accepted"]), sum(totals["judged"])),
+        "accepted_by_token": by_token,
+    }
+
+
+def _share(part: float, whole: float, digits: int = 4) -> float | None:
+    return round(part / whole, digits) if whole else None
