@@ -58,6 +58,7 @@ TOKENIZERS: dict[str, str] = {
     "flextok": "imgtok.tokenizers.flextok:FlexTok",
     "karl": "imgtok.tokenizers.karl:KARL",
     "tokenbridge_tokenizer": "imgtok.tokenizers.tokenbridge:TokenBridgeTokenizer",
+    "vq": "imgtok.tokenizers.vq:VQ",
 }
 AUTOENCODERS: dict[str, str] = {
     "vae": "imgtok.tokenizers.vae:VAE",
@@ -78,6 +79,7 @@ READERS: dict[str, str] = {
     "karl": "imgtok.published.karl",
     "kl16": "imgtok.published.kl16",
     "maskgit_vqgan": "imgtok.published.maskgit_vqgan",
+    "llamagen_vq": "imgtok.published.llamagen_vq",
     "diffusers": "imgtok.published.diffusers",
     "diffusers_dc": "imgtok.published.diffusers_dc",
     "xar": "imgtok.generators.published.xar",

@@ -43,6 +43,7 @@ from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.tokenbridge import TokenBridgeTokenizerConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
+from imgtok.tokenizers.vq import VQConfig
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -143,6 +144,12 @@ def karl_step(model: Any, device: torch.device) -> Step:
     return lambda codes: model.to_images(model.to_latents(model.decoder(codes, given.slots, mask))), (codes,)
 
 
+def vq_step(model: Any, device: torch.device) -> Step:
+    """Pixels of codes, a raster of them."""
+    ids = tokens(model, 2).ids.to(device).unflatten(1, (model.config.grid, model.config.grid))
+    return lambda ids: model.to_pixels(F.embedding(ids, model.quantizer.rows())), (ids,)
+
+
 def symbols_step(model: Any, device: torch.device) -> Step:
     """Pixels of symbols."""
     symbols = tokens(model, 2).ids.to(device)
@@ -206,6 +213,20 @@ LINES: dict[str, Line] = {
         step=symbols_step,
         draws=False,
         trained=False,
+    ),
+    "vq": Line(
+        config=VQConfig(
+            image_size=16,
+            vocab_size=16,
+            code_width=4,
+            block_channels=(8, 16),
+            layers_per_block=1,
+            hidden_channels=8,
+            norm_groups=4,
+            entropy_weight=0.1,
+        ),
+        step=vq_step,
+        draws=False,
     ),
     "gpt": Line(config=GPTConfig(**GPT), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
     "gpt-prefix": Line(

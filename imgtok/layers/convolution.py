@@ -57,6 +57,26 @@ def by_picture(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
+def through(network: nn.Module, x: Tensor, *, sped_up: bool) -> Tensor:
+    """`network(x)` of pictures (B, C, H, W) in the memory format that its convolutions are fastest with: the channels
+    of a position side by side, unless they are transformed, as they may be in a network that is `sped_up`.
+    """
+    if sped_up and transforms(x):
+        return by_picture(network, x.contiguous())
+    out: Tensor = network(x.contiguous(memory_format=torch.channels_last))
+    return out
+
+
+def channels_last(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h, w, C)."""
+    return maps.permute(0, 2, 3, 1)
+
+
+def channels_first(maps: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, C, h, w)."""
+    return maps.permute(0, 3, 1, 2)
+
+
 def transforms(x: Tensor) -> bool:
     """Whether what is computed of `x` here and now may be computed so, values included."""
     return not torch.is_grad_enabled() and _can_transform(x)

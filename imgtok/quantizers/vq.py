@@ -2,7 +2,8 @@
 
 The table learns by gradient, from a loss of two terms: the *codebook* term pulls a row to the vectors that it stands
 for, the *commitment* term these vectors to their row. Vectors and rows may be brought to unit length first, so that the
-nearest row is that of the largest cosine (arXiv 2110.04627); gradients then go through that step.
+nearest row is that of the largest cosine (arXiv 2110.04627); gradients then go through that step. A third term, of
+entropies, keeps all rows in use.
 """
 
 from __future__ import annotations
@@ -71,12 +72,33 @@ class VectorQuantizer(nn.Module):
         """Vectors (..., n) as they are compared with rows."""
         return F.normalize(vectors, dim=-1) if self.unit_length else vectors
 
+    def entropy_loss(self, z: Tensor, temperature: float = 0.01) -> Tensor:
+        """The mean entropy of a vector's choice of a row, minus that of the mean choice, in nats; a scalar, for which
+        the vectors z (..., n) and the rows get the gradient.
+
+        A vector chooses by the softmax of minus its squared distances over `temperature`. It falls where single
+        choices are sure and all rows are chosen equally often (arXiv 2310.05737, equation 5). It holds a number for
+        each vector and row.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = self.compared(z.float()).flatten(0, -2)
+            # Half the squared distance, but for what all rows of a vector share and the softmax does not see.
+            scores = self._similarity(vectors, self.rows()) * (2 / temperature)
+            choices = scores.softmax(dim=-1)
+            of_each = -(choices * scores.log_softmax(dim=-1)).sum(dim=-1).mean()
+            mean = choices.mean(dim=0)
+            of_all = -(mean * (mean + 1e-5).log()).sum()  # a row that nobody chooses has no logarithm
+            return of_each - of_all
+
     def _nearest(self, z: Tensor, rows: Tensor) -> Tensor:
-        """The row of the smallest |row|^2 / 2 - z row, which differs from the distance by what all rows share."""
+        return self._similarity(z, rows).argmax(dim=-1)
+
+    def _similarity(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Of each row (..., V) z row - |row|^2 / 2: minus half the squared distance, but for |z|^2, which all rows
+        share, and of rows of unit length also but for their own.
+        """
         similarity = z @ rows.T
-        if not self.unit_length:
-            similarity = similarity - rows.square().sum(dim=-1) / 2
-        return similarity.argmax(dim=-1)
+        return similarity if self.unit_length else similarity - rows.square().sum(dim=-1) / 2
 
 
 def isotropy_loss(directions: Tensor) -> Tensor:

@@ -76,6 +76,23 @@ def check_tokens(
     return fewest, longest
 
 
+def check_whole(tokens: Tokens, indices: Sequence[int] | None, count: int, vocab_size: int) -> None:
+    """Raises ValueError unless every image has all its `count` tokens, and as `check_tokens` does."""
+    fewest, _ = check_tokens(tokens, indices, count, vocab_size=vocab_size)
+    if tokens.ids.shape[1] < count or not bool((tokens.lengths == count).all()):
+        raise ValueError(f"decode: an image of this tokenizer has {count} tokens, and one has {fewest}")
+
+
+def check_side(images: Tensor, side: int) -> None:
+    """Raises ValueError unless images (B, 3, H, W) are `side` pixels a side."""
+    rows, columns = images.shape[-2:]
+    if (rows, columns) != (side, side):
+        raise ValueError(
+            f"this tokenizer takes images of {side} x {side} pixels, given {rows} x {columns}; "
+            f"imgtok.preprocess(pictures, {side}) makes them so"
+        )
+
+
 OVERSHOOT = 1.5
 """Pixels up to here, and down to its negative, are taken: resizing and decoders overshoot the ends of [-1, 1]."""
 

@@ -43,7 +43,7 @@ from imgtok.tokenizers.base import (
     powers_of_two,
     rebuilt,
 )
-from imgtok.tokenizers.checks import check_images, check_tokens
+from imgtok.tokenizers.checks import check_images, check_side, check_tokens
 from imgtok.tokenizers.karl_config import KARLConfig, KARLTraining, TransformerConfig
 from imgtok.tokenizers.karl_networks import Decoder, Encoder
 from imgtok.tokenizers.karl_start import initialise
@@ -515,11 +515,7 @@ pictures = imgtok.to_pil(model.decode(tokens))
     def _cells(self, images: Tensor, posterior_seed: int) -> Tensor:
         """What the encoder reads of images, (B, N, W). Raises ValueError for images that it does not take."""
         check_images(images, self.image_size)
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"this tokenizer takes images of {self.image_size} x {self.image_size} pixels, given "
-                f"{images.shape[-2]} x {images.shape[-1]}; imgtok.preprocess(pictures, {self.image_size}) makes them so"
-            )
+        check_side(images, self.image_size)
         noise = None
         if isinstance(self.base, VAE) and self.config.posterior == "sample":
             shape = (self.base.config.latent_channels, self.config.grid, self.config.grid)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, PositiveFloat, PositiveInt, check
 from imgtok.flow import OnStep
-from imgtok.layers.convolution import by_picture, norm_silu_conv, silu, speed_up, transforms
+from imgtok.layers.convolution import channels_first, channels_last, norm_silu_conv, silu, speed_up, through
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, NoDecoding, Reconstruction
 
@@ -182,7 +182,7 @@ class MaskGITVQGAN(Autoencoder):
         self.encoder = Encoder(config)
         self.quantizer = VectorQuantizer(config.vocab_size, config.latent_channels)
         self.decoder = Decoder(config)
-        self._transformed = speed_up(self)
+        self._sped_up = speed_up(self)
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
         """Decodes each image's codes; the loss besides is the quantizer's. Nothing is drawn."""
@@ -200,20 +200,11 @@ class MaskGITVQGAN(Autoencoder):
         # In [0, 1] first: 16 bits hold dark pixels more finely there than near -1.
         dtype = self.last_layer.dtype
         pixels = (images.to(torch.promote_types(images.dtype, dtype)) + 1) / 2
-        return self._through(self.encoder, pixels.to(dtype))
+        return through(self.encoder, pixels.to(dtype), sped_up=self._sped_up)
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Images in about [-1, 1], not clamped, of latents (B, C, h, w) that are not scaled."""
-        return self._through(self.decoder, latents.to(self.last_layer.dtype)) * 2 - 1
-
-    def _through(self, network: nn.Module, x: Tensor) -> Tensor:
-        """`network(x)` in the memory format that its convolutions are fastest with: the channels of a position side by
-        side, unless they are transformed.
-        """
-        if self._transformed and transforms(x):
-            return by_picture(network, x.contiguous())
-        out: Tensor = network(x.contiguous(memory_format=torch.channels_last))
-        return out
+        return through(self.decoder, latents.to(self.last_layer.dtype), sped_up=self._sped_up) * 2 - 1
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -239,13 +230,3 @@ class MaskGITVQGAN(Autoencoder):
     ) -> Tensor:
         """Images in about [-1, 1], not clamped, of latents as they are, which need not be codes of the table."""
         return self.to_pixels(latents / self.config.scaling_factor)
-
-
-def channels_last(maps: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h, w, C)."""
-    return maps.permute(0, 2, 3, 1)
-
-
-def channels_first(maps: Tensor) -> Tensor:
-    """(B, h, w, C) -> (B, C, h, w)."""
-    return maps.permute(0, 3, 1, 2)

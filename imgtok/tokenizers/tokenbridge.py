@@ -25,7 +25,7 @@ from imgtok.hub import model_class
 from imgtok.quantizers.channels import low_frequency_shares
 from imgtok.quantizers.normal import NormalConfig, NormalQuantizer, check_channels
 from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Rate, Tokenizer, latents_of_moments
-from imgtok.tokenizers.checks import check_tokens
+from imgtok.tokenizers.checks import check_side, check_whole
 from imgtok.tokenizers.dcae import DCAEConfig
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vae import VAEConfig
@@ -160,11 +160,7 @@ class TokenBridgeTokenizer(Tokenizer):
         if rate is not None:
             self.check_rate(rate)
         latents = self.vae.encode(images)
-        if latents.shape[-2:] != (self.config.grid, self.config.grid):
-            raise ValueError(
-                f"this tokenizer takes images of {self.image_size} x {self.image_size} pixels, given "
-                f"{images.shape[-2]} x {images.shape[-1]}; imgtok.preprocess(pictures, {self.image_size}) makes them so"
-            )
+        check_side(images, self.image_size)
         return Tokens.full(self.in_sequence(self.quantizer.encode(latents)))
 
     def in_sequence(self, ids: Tensor) -> Tensor:
@@ -192,8 +188,6 @@ class TokenBridgeTokenizer(Tokenizer):
         """
         if decoding is not None and not isinstance(decoding, self.decoding_class):
             raise ValueError("decoding: this tokenizer's decoder has no settings; leave it out")
-        fewest, _ = check_tokens(tokens, indices, self.num_tokens, vocab_size=self.vocab_size)
-        if tokens.ids.shape[1] < self.num_tokens or not bool((tokens.lengths == self.num_tokens).all()):
-            raise ValueError(f"decode: an image of this tokenizer has {self.num_tokens} tokens, and one has {fewest}")
+        check_whole(tokens, indices, self.num_tokens, self.vocab_size)
         ids = self.in_place(tokens.ids.to(self.order.device))
         return self.vae.decode(self.quantizer.decode(ids)).clamp(-1, 1)

@@ -12,6 +12,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
+from imgtok.layers.convolution import channels_first, channels_last
 from imgtok.losses.lpips import LPIPS
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.published import karl as published
@@ -19,7 +20,7 @@ from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import latents_of_moments
 from imgtok.tokenizers.karl import KARL, Draws, KARLConfig, KARLTraining, Run, TransformerConfig
 from imgtok.tokenizers.karl_training import Curriculum, TrainableKARL
-from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig, channels_first, channels_last
+from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train.config import TrainingConfig
 from imgtok.train.optim import rate_at

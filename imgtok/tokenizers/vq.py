@@ -1,0 +1,339 @@
+"""The VQ tokenizer of LlamaGen (arXiv 2406.06525, section 3.1): images to a raster of codes, convolutions and a table.
+
+An encoder of the VQGAN lineage (arXiv 2012.09841) halves the image level by level, a 1x1 convolution brings what it
+gives to a few numbers a cell (8), and the nearest of a large table (16,384 rows) stands for the cell. Both are brought
+to unit length first, and the decoder gets the row at unit length too, so that only directions count (ViT-VQGAN, arXiv
+2110.04627). The token sequence is the raster row by row, and always whole: images cost the same number of tokens.
+
+Levels are convolutions only, but for the lowest resolution, where positions attend to each other after every residual
+block, in the encoder and in the decoder. The decoder has one residual block a level more.
+
+Images lie in [-1, 1] inside as well. Names of parameters are those of the published files, but for the table
+(imgtok/published/llamagen_vq.py). Training judges the decoded images (`imgtok.losses.reconstruction`); the loss of the
+quantizer comes besides.
+
+Shapes: B images, C channels, h x w cells, n numbers of a code, K = h w tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imgtok.config import NonNegativeFloat, PositiveInt, check
+from imgtok.flow import OnStep
+from imgtok.layers.convolution import channels_first, channels_last, norm_silu_conv, speed_up, through
+from imgtok.quantizers.vq import VectorQuantizer
+from imgtok.tokenizers.base import CodedLosses, NoDecoding, Rate, Reconstruction, Tokenizer
+from imgtok.tokenizers.checks import check_images, check_side, check_whole
+from imgtok.tokenizers.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig:
+    """Shape of the tokenizer, and the weights of its quantizer's loss; the defaults are the published `vq_ds16`."""
+
+    kind: Literal["vq"] = "vq"
+    image_size: PositiveInt = 256
+    """Pixels a side of the images; a multiple of the pixels a side of a cell. No weight depends on it."""
+    vocab_size: PositiveInt = 16384
+    """Rows of the table of codes."""
+    code_width: PositiveInt = 8
+    """Numbers of a code."""
+    block_channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    """Width of each level; every level but the last halves the image."""
+    layers_per_block: PositiveInt = 2
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    hidden_channels: PositiveInt = 256
+    """Channels of a cell between the encoder, or the decoder, and the 1x1 convolution to its code."""
+    norm_groups: PositiveInt = 32
+    """Groups of every group normalisation; divides all widths."""
+    codebook_weight: NonNegativeFloat = 1.0
+    """Weight of the loss that pulls codes to the vectors that they stand for."""
+    commitment_weight: NonNegativeFloat = 0.25
+    """Weight of the loss that pulls vectors to their codes."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the loss that keeps all codes in use, and each choice sure; it holds a number for every cell of a batch
+    and every row of the table."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for width in self.block_channels:
+            if width < 1 or width % self.norm_groups:
+                raise ValueError(
+                    f"block_channels: {width} is not a positive multiple of norm_groups = {self.norm_groups}"
+                )
+        if not self.block_channels:
+            raise ValueError("block_channels: name the width of at least one level")
+        if self.image_size % self.factor:
+            raise ValueError(
+                f"image_size: {self.image_size} must be a multiple of {self.factor}, the pixels a side of a cell"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one cell."""
+        return 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Cells a side of an image."""
+        return self.image_size // self.factor
+
+    @property
+    def decoding(self) -> NoDecoding:
+        """Settings of the decoder, which has none."""
+        return NoDecoding()
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class Block(nn.Module):
+    """Residual block; where the number of channels changes, its input comes through a 1x1 convolution."""
+
+    def __init__(self, given: int, made: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, given, eps=1e-6)
+        self.conv1 = nn.Conv2d(given, made, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, made, eps=1e-6)
+        self.conv2 = nn.Conv2d(made, made, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(given, made, 1) if given != made else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h)
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class CellAttention(nn.Module):
+    """Attention of all cells to each other with a single head, and a residual."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (channels_last(conv(normed)).flatten(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h w, C)
+        projected: Tensor = self.proj_out(channels_first(mixed[:, 0].unflatten(1, x.shape[-2:])))
+        return x + projected
+
+
+class Halve(nn.Module):
+    """Half the sides, by a convolution that looks one pixel further to the right and down, not to the left and up."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class Double(nn.Module):
+    """Twice the sides, by repeating pixels and a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the level `attends`, and what leads to
+    the next resolution.
+    """
+
+    def __init__(
+        self,
+        given: int,
+        made: int,
+        blocks: int,
+        groups: int,
+        *,
+        attends: bool,
+        halves: bool = False,
+        doubles: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [given, *[made] * blocks]
+        self.res = nn.ModuleList(Block(a, b, groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(CellAttention(made, groups) for _ in range(blocks if attends else 0))
+        self.downsample = Halve(made) if halves else None
+        self.upsample = Double(made) if doubles else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        for resize in (self.downsample, self.upsample):
+            x = x if resize is None else resize(x)
+        return x
+
+
+def middle(width: int, groups: int) -> nn.Sequential:
+    """What follows at the lowest resolution in the encoder, and comes first in the decoder."""
+    return nn.Sequential(Block(width, width, groups), CellAttention(width, groups), Block(width, width, groups))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> features (B, C, H / f, W / f)."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths, groups, last = config.block_channels, config.norm_groups, len(config.block_channels) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(given, made, config.layers_per_block, groups, attends=level == last, halves=level < last)
+            for level, (given, made) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.mid = middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.hidden_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for level in self.conv_blocks:
+            x = level(x)
+        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(x))
+
+
+class Decoder(nn.Module):
+    """Features (B, C, h, w) -> images (B, 3, f h, f w) in about [-1, 1]."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_channels[::-1], config.norm_groups  # the lowest resolution comes first
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.hidden_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], groups)
+        self.conv_blocks = nn.ModuleList(
+            Level(given, made, config.layers_per_block + 1, groups, attends=level == 0, doubles=level < last)
+            for level, (given, made) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(features))
+        for level in self.conv_blocks:
+            x = level(x)
+        return norm_silu_conv(self.norm_out, self.conv_out, x)
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+class VQ(Tokenizer):
+    """Encoder, table of codes, decoder."""
+
+    config_class: ClassVar[type] = VQConfig
+    reconstructs: ClassVar[bool] = True
+    config: VQConfig
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.hidden_channels, config.code_width, 1)
+        self.quantizer = VectorQuantizer(config.vocab_size, config.code_width, unit_length=True)
+        self.post_quant_conv = nn.Conv2d(config.code_width, config.hidden_channels, 1)
+        self.decoder = Decoder(config)
+        self._sped_up = speed_up(self)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.grid**2
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that gives the decoded images."""
+        return self.decoder.conv_out.weight
+
+    # ------------------------------------------------ training
+
+    def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
+        """Decodes the codes of images (B, 3, H, W); the loss besides is the quantizer's. Nothing is drawn."""
+        return self.forward_drawn(images)
+
+    def forward_drawn(self, images: Tensor) -> Reconstruction:
+        """`forward`: a function of tensors, which `training.compile` makes one graph."""
+        config, vectors = self.config, channels_last(self.vectors(images))
+        codes, ids, commitment, codebook = self.quantizer(vectors)
+        loss = config.codebook_weight * codebook + config.commitment_weight * commitment
+        parts = {"quantizer": loss}
+        if config.entropy_weight:
+            parts["entropy"] = self.quantizer.entropy_loss(vectors)
+            loss = loss + config.entropy_weight * parts["entropy"]
+        return Reconstruction(self.to_pixels(codes), CodedLosses(loss, parts, ids, config.vocab_size))
+
+    # ------------------------------------------------ tokens
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """What the encoder gives for images (B, 3, H, W) in [-1, 1], before the nearest code: (B, n, H / f, W / f)."""
+        features = through(self.encoder, images.to(self.last_layer.dtype), sped_up=self._sped_up)
+        vectors: Tensor = self.quant_conv(features)
+        return vectors
+
+    def to_pixels(self, codes: Tensor) -> Tensor:
+        """Images in about [-1, 1], not clamped, of codes (B, h, w, n) of unit length."""
+        features = self.post_quant_conv(channels_first(codes.to(self.last_layer.dtype)))
+        return through(self.decoder, features, sped_up=self._sped_up)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, rate: Rate | None = None) -> Tokens:
+        """All tokens of images (B, 3, S, S) in [-1, 1], row by row. Raises ValueError for images that the model does
+        not take.
+        """
+        if rate is not None:
+            self.check_rate(rate)
+        check_images(images, self.image_size)
+        check_side(images, self.image_size)
+        ids = self.quantizer.nearest(channels_last(self.vectors(images)))
+        return Tokens.full(ids.flatten(1))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tokens,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: object | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] of all their tokens. Nothing is drawn, and there are no settings.
+
+        Raises ValueError for settings, for ids that there are not, and for images that lack tokens.
+        """
+        if decoding is not None and not isinstance(decoding, self.decoding_class):
+            raise ValueError("decoding: this tokenizer's decoder has no settings; leave it out")
+        check_whole(tokens, indices, self.num_tokens, self.vocab_size)
+        ids = tokens.ids.to(self.last_layer.device).unflatten(1, (self.config.grid, self.config.grid))
+        codes = F.embedding(ids, self.quantizer.rows())
+        return self.to_pixels(codes).clamp(-1, 1)
