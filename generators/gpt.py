@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok import hub, randomness
-from imgtok.config import FROM_DATA, Fraction, NonNegativeInt, PositiveInt
+from imgtok.config import FROM_DATA, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from imgtok.generators import decoding, speculative_gpt
 from imgtok.generators.conditioning import (
     ClassSlot,
@@ -58,12 +58,14 @@ from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
 from imgtok.layers.feed_forward import SwiGLU
 from imgtok.layers.norms import RMSNorm
-from imgtok.layers.positions import rotary_2d, rotate
+from imgtok.layers.positions import rotary_1d, rotary_2d, rotate
 from imgtok.layers.recompute import call_block
 from imgtok.layers.record import LayerRecord
 from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.calls import Calls
 from imgtok.tokenizers.tokens import Tokens
+
+LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,14 @@ class GPTConfig(ConditionConfig):
     head: DigitsConfig | None = None
     """Ids are read and drawn digit by digit: for large vocabularies, and for digits that say something. null has an
     embedding and a logit for each id."""
-    positions: Literal["learned", "rotary_2d"] = "learned"
-    """`learned` for ordered tokens (FlexTok), `rotary_2d` for a square raster (LlamaGen)."""
+    positions: Literal["learned", "rotary_1d", "rotary_2d"] = "learned"
+    """`learned` (FlexTok) or `rotary_1d` for ordered tokens, `rotary_2d` for a square raster (LlamaGen)."""
+    rotary_base: PositiveFloat = 10000.0
+    """Of rotary positions: the ratio of the fastest turning to the slowest, or nearly so."""
+    zero_prefix: bool = True
+    """Of rotary positions: queries and keys of the condition's slots are set to nought, so that all tokens look at
+    them alike; LlamaGen was trained with that. false turns them by their place in the row (`rotary_1d`) or leaves them
+    unturned (`rotary_2d`)."""
     qk_norm: bool = False
     """Normalise queries and keys over a head's channels, without parameters."""
     condition: ClassSlot | StartPlusClass | TextPrefix | TextCrossAttention = ClassSlot()
@@ -124,6 +132,12 @@ class GPTConfig(ConditionConfig):
             if self.levels:
                 raise ValueError("levels: with a head, ids share what head.digits lets them; leave share_digits out")
             self.head.check_ids(self.vocab_size)
+        if self.positions != "learned" and self.head_dim % (4 if self.positions == "rotary_2d" else 2):
+            multiple = 4 if self.positions == "rotary_2d" else 2
+            raise ValueError(
+                f"width: heads of {self.head_dim} channels cannot be turned by positions = {self.positions}, "
+                f"width / num_heads must be a multiple of {multiple}"
+            )
         if self.positions == "rotary_2d" and round(self.num_tokens**0.5) ** 2 != self.num_tokens:
             raise ValueError(f"positions: rotary_2d needs a square number of tokens, num_tokens is {self.num_tokens}")
 
@@ -149,6 +163,34 @@ class GPTConfig(ConditionConfig):
     @property
     def mlp_hidden(self) -> int:
         return -(-(8 * self.width // 3) // self.mlp_multiple) * self.mlp_multiple
+
+
+LLAMAGEN_SIZES: dict[LlamaGenSize, tuple[int, int, int]] = {
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1280, 36, 20),
+    "XXL": (1536, 48, 24),
+    "3B": (3200, 24, 32),
+}
+"""Width, blocks and heads of the published models."""
+
+
+def llamagen_size(name: LlamaGenSize, *, num_tokens: int = 256, text: bool = False) -> GPTConfig:
+    """LlamaGen's generator of this size, from classes or from text, on a raster of 256 or 576 tokens of 16,384 ids.
+
+    Guidance and top-k are those of its published figures or, from text, of its demonstration.
+    """
+    width, depth, heads = LLAMAGEN_SIZES[name]
+    guidance = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}[name]
+    return GPTConfig(
+        num_tokens=num_tokens,
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        positions="rotary_2d",
+        condition=TextPrefix() if text else ClassSlot(),
+        sampling=TokenSampling(guidance=7.5, top_k=1000) if text else TokenSampling(guidance=guidance),
+    )
 
 
 FLEXTOK_CLASS_DEPTHS = (10, 12, 16, 20, 24, 30)
@@ -244,13 +286,10 @@ class GPT(ConditionalGenerator):
         self.slot_embedding = nn.Embedding(slots, width) if slots else None
         self.slot_head = nn.Linear(width, slots + 1, bias=False) if slots else None  # the last output is the end
         self.slot_modulation = nn.Embedding(slots, 2 * width) if slots else None
-        rotary = None
         if config.positions == "learned":
             places = config.prefix_length + config.num_tokens - 1  # the last token is never read
             self.positions = nn.Parameter(torch.empty(places, config.width))
-        else:
-            rotary = rotary_2d(config.head_dim, round(config.num_tokens**0.5), config.prefix_length)
-        self.register_buffer("rotary", rotary, persistent=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.register_parameter("start", nn.Parameter(torch.empty(config.width)) if started else None)
         self._add_text(config.width)
         self.recompute = False
@@ -573,6 +612,17 @@ class GPT(ConditionalGenerator):
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
+
+
+def rotary_table(config: GPTConfig) -> Tensor | None:
+    """The rotary rows (prefix + tokens, E / 2, 2) of a model's slots and tokens; None for learned positions."""
+    if config.positions == "learned":
+        return None
+    if config.positions == "rotary_1d":
+        made, places = rotary_1d, config.num_tokens
+    else:
+        made, places = rotary_2d, math.isqrt(config.num_tokens)
+    return made(config.head_dim, places, config.prefix_length, config.rotary_base, zero_prefix=config.zero_prefix)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

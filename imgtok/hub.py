@@ -84,6 +84,7 @@ READERS: dict[str, str] = {
     "diffusers_dc": "imgtok.published.diffusers_dc",
     "xar": "imgtok.generators.published.xar",
     "tokenbridge": "imgtok.generators.published.tokenbridge",
+    "llamagen": "imgtok.generators.published.llamagen",
 }
 """A layout that models were published in -> the module that knows it. Such a module has
 

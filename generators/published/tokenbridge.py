@@ -33,7 +33,7 @@ from imgtok.generators.tokenbridge import (
     tokenbridge_size,
 )
 from imgtok.hub import Found
-from imgtok.published.names import Place, check_telling, depth_of, places
+from imgtok.published.names import Place, check_telling, depth_of, joined, places
 from imgtok.quantizers.normal import NormalConfig, normal_boundaries
 from imgtok.weights import Weights, check_tensors, fill, skeleton, write_pickle, write_tensors
 
@@ -145,17 +145,7 @@ def read(
     wanted = {name: as_published(name, place.view(blank)) for name, place in known.items()}
     check_tensors(found, wanted, stored.path, "TokenBridge that this file")
     check_tables(given, tables(model), stored.path)
-    return fill(model, whole(known, stored), map_location=map_location, dtype=dtype)
-
-
-def whole(known: Mapping[str, Place], stored: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """Our tensors, by name, from the published ones; those that are published in parts are joined."""
-    parts: dict[str, list[tuple[int, str]]] = {}
-    for name, place in known.items():
-        parts.setdefault(place.name, []).append((place.part, name))
-    for ours, names in parts.items():
-        values = [as_ours(name, stored[name]) for _, name in sorted(names)]
-        yield ours, values[0] if len(values) == 1 else torch.cat(values)
+    return fill(model, joined(known, stored, as_ours), map_location=map_location, dtype=dtype)
 
 
 def config_of(stored: Mapping[str, Tensor], path: Path) -> TokenBridgeConfig:

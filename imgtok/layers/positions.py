@@ -35,16 +35,34 @@ def time_features(t_B: Tensor, width: int = 256, *, max_period: float = 256.0, s
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_2d(head_dim: int, side: int, prefix: int, base: float = 10000.0) -> Tensor:
+def rotary_1d(head_dim: int, length: int, prefix: int, base: float = 10000.0, *, zero_prefix: bool = True) -> Tensor:
+    """Rotary table (prefix + length, head_dim / 2, 2) with [cos, sin] for `length` tokens after `prefix` condition
+    slots, all counted in a row; with `zero_prefix` the rows of the slots are zeros, as in `rotary_2d`.
+    """
+    if head_dim % 2:
+        raise ValueError(f"a head width of {head_dim} cannot be rotated: it must be even")
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.arange(prefix + length, dtype=torch.float32)[:, None] * frequencies
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    if zero_prefix:
+        table[:prefix] = 0
+    return table
+
+
+def rotary_2d(head_dim: int, side: int, prefix: int, base: float = 10000.0, *, zero_prefix: bool = True) -> Tensor:
     """LlamaGen's rotary table for a raster of side x side tokens after `prefix` condition slots.
 
     Returns (prefix + side * side, head_dim / 2, 2) with [cos, sin]; the first half of the pairs
     turns with the row, the second with the column. The prefix rows are **zeros**, not the
-    identity: published weights were trained with queries and keys of the prefix set to nought.
+    identity: published weights were trained with queries and keys of the prefix set to nought. Without
+    `zero_prefix` they are the identity: slots that are nowhere on the raster are not turned.
     """
     raster = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     table = rotary_of(raster.float(), head_dim, base)
-    return torch.cat([table.new_zeros(prefix, head_dim // 2, 2), table])
+    slots = table.new_zeros(prefix, head_dim // 2, 2)
+    if not zero_prefix:
+        slots[..., 0] = 1
+    return torch.cat([slots, table])
 
 
 def rotary_of(places_L2: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from imgtok.weights import Weights
@@ -35,6 +36,22 @@ class Place:
 def places(ours: Iterable[str], names: Mapping[str, str], fused: Mapping[str, tuple[str, ...]]) -> dict[str, Place]:
     """Published name -> place, for all the tensors of ours that are named."""
     return {published: place for name in ours for published, place in _published_names(name, names, fused)}
+
+
+def joined(
+    known: Mapping[str, Place],
+    stored: Mapping[str, Tensor],
+    as_ours: Callable[[str, Tensor], Tensor] = lambda _, value: value,
+) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, by name, from the published ones after `as_ours(name, value)`; those that are published in parts are
+    joined.
+    """
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for name, place in known.items():
+        parts.setdefault(place.name, []).append((place.part, name))
+    for ours, names in parts.items():
+        values = [as_ours(name, stored[name]) for _, name in sorted(names)]
+        yield ours, values[0] if len(values) == 1 else torch.cat(values)
 
 
 def _published_names(

@@ -1,7 +1,6 @@
 """Our models, built as a case describes and filled with its weights.
 
-Where a published parameter lives in a FlexTok or xAR of ours is known to imgtok.published.flextok and
-imgtok.generators.published.xar; in a GPT, to this file.
+Where a published parameter lives in a model of ours is known to the readers of published files.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from imgtok.generators.conditioning import ClassBuffer, ClassModulation, ClassSl
 from imgtok.generators.dimension_head import StackConfig
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.published import llamagen
 from imgtok.generators.published import tokenbridge as published_tokenbridge
 from imgtok.generators.published import xar as published_xar
 from imgtok.generators.tokenbridge import PUBLISHED_ORDER, TokenBridge, TokenBridgeConfig
@@ -25,25 +25,7 @@ from imgtok.quantizers.normal import NormalConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 
-# As in imgtok.published.names: ours -> published.
-GPT_NAMES = {
-    "class_embedding.": "cls_embedding.embedding_table.",
-    "text_proj.0.": "cls_embedding.cap_proj.fc1.",
-    "text_proj.2.": "cls_embedding.cap_proj.fc2.",
-    "no_caption": "cls_embedding.uncond_embedding",
-    "token_embedding.": "tok_embeddings.",
-    "blocks.": "layers.",
-    "head.": "output.",
-    ".attention.qkv_proj.": ".attention.wqkv.",
-    ".attention.out_proj.": ".attention.wo.",
-    ".mlp.down_proj.": ".feed_forward.w2.",
-    ".mlp_norm.": ".ffn_norm.",
-}
-GPT_FUSED = {".mlp.gate_up_proj.": (".feed_forward.w1.", ".feed_forward.w3.")}
-
-
-def gpt_places(ours: Iterable[str]) -> dict[str, Place]:
-    return places(ours, GPT_NAMES, GPT_FUSED)
+gpt_places = llamagen.published_places
 
 
 def fill(

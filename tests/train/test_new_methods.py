@@ -149,7 +149,7 @@ def test_reconstructions_of_a_tokenizer_are_judged_by_a_perceptual_distance(tmp_
         ("model.sise=3", "model has no field 'sise'"),
         (
             "model.kind=vae",
-            "model.kind: given 'vae', must be one of 'flextok', 'karl', 'tokenbridge_tokenizer', 'toytok'",
+            "model.kind: given 'vae', must be one of 'flextok', 'karl', 'tokenbridge_tokenizer', 'vq', 'toytok'",
         ),
     ],
 )

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 import imgtok
 from imgtok import hub
-from imgtok.generators.published import xar
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.published import llamagen, xar
 from imgtok.generators.xar import XAR, XARConfig
-from imgtok.published import diffusers, flextok, kl16
+from imgtok.published import diffusers, flextok, kl16, llamagen_vq
 from imgtok.published.flextok_config import write_config
 from imgtok.published.names import places
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
+from imgtok.tokenizers.vq import VQ, VQConfig
 
 Tensors = dict[str, Tensor]
 
@@ -41,11 +43,26 @@ def small_kl16() -> Case:
     return Case(vae, {n: v[..., None, None] if kl16.is_kernel(n) else v for n, v in tensors.items()}, {})
 
 
+def small_vq() -> Case:
+    model = VQ(VQConfig(vocab_size=6, code_width=2, block_channels=(32, 64), layers_per_block=1, hidden_channels=5))
+    tensors = {llamagen_vq.published_name(name): value for name, value in model.state_dict().items()}
+    return Case(model, tensors, {})
+
+
 def small_xar() -> Case:
     model = XAR(XARConfig(latent_channels=3, width=64, depth=1, num_heads=1))
     state = model.state_dict()
     known = places(state, xar.NAMES, {})
     return Case(model, {name: xar.as_published(name, place.view(state)) for name, place in known.items()}, {})
+
+
+def small_llamagen() -> Case:
+    """Of a width that says 64 channels a head."""
+    config = GPTConfig(vocab_size=9, width=64, depth=1, num_heads=1, mlp_multiple=8, positions="rotary_2d")
+    model = GPT(config)
+    state = model.state_dict()
+    known = llamagen.published_places(state)
+    return Case(model, {name: place.view(state) for name, place in known.items()}, {})
 
 
 def small_flextok() -> Case:
@@ -66,7 +83,7 @@ def save_lone(case: Case, path: Path, tensors: Tensors) -> None:
         diffusers.save(case.model.vae, path.parent / "vae")
 
 
-CASES = {"kl16": small_kl16, "xar": small_xar, "flextok": small_flextok}
+CASES = {"kl16": small_kl16, "vq": small_vq, "llamagen": small_llamagen, "xar": small_xar, "flextok": small_flextok}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -48,8 +48,10 @@ def ours() -> dict[str, set[str]]:
         "kl16": {kl16.published_name(name, 5) for name in decoded.autoencoder.state_dict()} | {"loss.logvar"},
         "flextok": {*flextok.flextok_places(tokenizer.state_dict())},
         "maskgit_vqgan": without("base_tokenizer.vqgan.", karl("vqgan")),
+        "llamagen_vq": {*recorded("gpt/vq16_full")["shapes"]} | {"quantize.codebook_used"},
         "karl": karl("vae", stage=2),
         "tokenbridge": tokenbridge("large"),
+        "llamagen": {*recorded("gpt/c2i_tiny")["shapes"]},
     }
 
 
@@ -69,7 +71,11 @@ OTHERS = {
     "MAR": {name for name in tokenbridge("base") if not name.startswith(HEAD)}
     | {"diffusion_pos_embed_learned", "diffloss.net.input_proj.weight"},
     "a VQGAN with the layers of a KL autoencoder": KL_NAMES | {"quantize.embedding.weight"},
-    "LlamaGen's GPT": {*recorded("gpt/c2i_tiny")["shapes"]},
+    "a Llama": {
+        name.replace("attention.wqkv", "attention.wq")
+        for name in recorded("gpt/c2i_tiny")["shapes"]
+        if not name.startswith("cls_embedding.")
+    },
 }
 
 
@@ -82,6 +88,10 @@ def test_files_of_other_methods_are_taken_for_none(names, tmp_path):
     for file in ("x.safetensors", "x.pth"):
         with pytest.raises(ValueError, match=rf"{file}: weights of no model that imgtok reads a lone file of: a pub"):
             imgtok.load(tmp_path / file)
+
+
+def test_a_llamagen_from_text():
+    assert known_by({*recorded("gpt/t2i_tiny")["shapes"]}) == ["llamagen"]
 
 
 def test_a_karl_and_the_autoencoder_inside_it():

@@ -54,3 +54,32 @@ def test_directions_all_over_are_isotropic_and_those_along_a_line_are_not():
     assert isotropy_loss(everywhere).item() == pytest.approx(0, abs=0.02)
     assert isotropy_loss(along).item() == pytest.approx(5, abs=0.05)
     assert isotropy_loss(everywhere[:1].expand(8, -1, -1)).item() == pytest.approx(1), "all alike"
+
+
+@pytest.mark.parametrize("unit_length", [True, False])
+def test_the_entropy_is_lowest_where_choices_are_sure_and_rows_used_alike(unit_length):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 3, unit_length=unit_length)
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)  # all of the same length
+    quantizer.table.data = corners
+    sure_and_even, one_for_all, undecided = corners, corners[:1].expand(8, -1), 1e-4 * torch.ones(8, 3)
+    found = [quantizer.entropy_loss(z * 2 if unit_length else z) for z in (sure_and_even, one_for_all)]
+    assert found[0].item() == pytest.approx(-torch.tensor(8.0).log().item(), abs=1e-3)
+    assert found[1].item() == pytest.approx(0, abs=1e-3)
+    if not unit_length:  # near the middle each row is chosen as often, but never surely
+        assert quantizer.entropy_loss(undecided, temperature=10.0).item() == pytest.approx(0, abs=1e-2)
+
+
+def test_the_entropy_is_of_distances_and_has_gradients_for_both():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(20, 3)
+    quantizer.table.data = torch.randn(20, 3)
+    z = torch.randn(4, 5, 3, requires_grad=True)
+    choices = (-torch.cdist(z.flatten(0, 1), quantizer.table).square() / 0.5).softmax(dim=-1)
+    mean = choices.mean(dim=0)
+    wanted = -(choices * choices.log()).sum(dim=-1).mean() + (mean * (mean + 1e-5).log()).sum()
+    found = quantizer.entropy_loss(z, temperature=0.5)
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    assert z.grad.abs().sum() > 0
+    assert quantizer.table.grad.abs().sum() > 0
