@@ -70,10 +70,11 @@ class Worker:
 
 
 @contextmanager
-def both(name: str, arguments: argparse.Namespace) -> Iterator[tuple[Worker, Worker]]:
-    """Ours and the peer's process, `workers/<name>_ours.py` and `_peer.py`, closed at the end."""
+def both(name: str, arguments: argparse.Namespace, peer_name: str | None = None) -> Iterator[tuple[Worker, Worker]]:
+    """Ours and the peer's process, `workers/<name>_ours.py` and `_peer.py` (or `<peer_name>.py`), closed at the end."""
+    peer_file = f"{peer_name or f'{name}_peer'}.py"
     ours = Worker("ours", [sys.executable, str(HERE / "workers" / f"{name}_ours.py")], [HERE.parent, *SHARED])
-    peer = Worker("the peer", [arguments.python, str(HERE / "workers" / f"{name}_peer.py")], [arguments.peer, *SHARED])
+    peer = Worker("the peer", [arguments.python, str(HERE / "workers" / peer_file)], [arguments.peer, *SHARED])
     try:
         yield ours, peer
     finally:
@@ -252,14 +253,15 @@ def run_size(
     compare: Compare,
     needs: str,
     arguments: argparse.Namespace,
+    peer_name: str | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Every case of one size, and what the processes said of themselves.
+    """Every case of one size, and what the processes said of themselves. `peer_name` is as for `both`.
 
     `setup` is the peer's; ours has the same, with the shapes of the parameters, which come from the peer. `cases` are
     rows with nothing measured yet. Ends the program where two sides in fp32 do not do the same.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as folder, both(name, arguments) as (ours, peer):
+    with tempfile.TemporaryDirectory() as folder, both(name, arguments, peer_name) as (ours, peer):
         try:
             theirs = peer.ask("load", setup=asdict(setup))
         except SystemExit as error:
