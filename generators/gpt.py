@@ -453,6 +453,10 @@ class GPT(ConditionalGenerator):
         ids, slots = content.ids, content.slots
         if (slots is not None) != (config.num_slots > 0):
             raise ValueError(f"tokens {'without' if slots is None else 'with'} slots, num_slots is {config.num_slots}")
+        if ids.shape[1] > config.num_tokens:
+            raise ValueError(
+                f"{ids.shape[1]} tokens an image, but this model has positions for num_tokens = {config.num_tokens}"
+            )
         if config.ends and ids.shape[1] < config.num_tokens:  # room for the end of the longest
             ids, slots = F.pad(ids, (0, 1)), None if slots is None else F.pad(slots, (0, 1))
         states = self.hidden(condition, ids[:, :-1], slots=None if slots is None else slots[:, :-1])

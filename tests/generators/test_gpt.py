@@ -12,7 +12,7 @@ from toy import ToyTok, ToyTokConfig
 
 import imgtok
 from imgtok.generators import decoding
-from imgtok.generators.conditioning import ClassSlot, StartPlusClass
+from imgtok.generators.conditioning import ClassSlot, StartPlusClass, TextPrefix
 from imgtok.generators.gpt import (
     FLEXTOK_CLASS_DEPTHS,
     FLEXTOK_TEXT_DEPTHS,
@@ -21,14 +21,22 @@ from imgtok.generators.gpt import (
     flextok_size,
 )
 from imgtok.generators.sampling import TokenSampling, law
+from imgtok.layers.cache import KVCache
+from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
 TINY = GPTConfig(
     vocab_size=24, num_tokens=9, width=32, depth=2, num_heads=2, mlp_multiple=32, condition=ClassSlot(num_classes=5)
 )
 LLAMAGEN = {"positions": "rotary_2d"}
+IN_A_ROW = {"positions": "rotary_1d", "rotary_base": 500.0, "zero_prefix": False}
 FLEXTOK = {"condition": StartPlusClass(num_classes=5), "mlp_multiple": 1, "qk_norm": True}
-VARIANTS = [pytest.param({}, id="learned"), pytest.param(LLAMAGEN, id="llamagen"), pytest.param(FLEXTOK, id="flextok")]
+VARIANTS = [
+    pytest.param({}, id="learned"),
+    pytest.param(LLAMAGEN, id="llamagen"),
+    pytest.param(FLEXTOK, id="flextok"),
+    pytest.param(IN_A_ROW, id="in a row"),
+]
 
 
 def build(*, awake: bool = True, drop: float = 0.1, **changes) -> GPT:
@@ -97,7 +105,7 @@ def test_the_defaults_are_those_of_models_saved_before_flextoks(tmp_path):
     model = build(positions="rotary_2d")
     model.save_pretrained(tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
-    new = ["qk_norm", "attention_dropout"]
+    new = ["qk_norm", "attention_dropout", "rotary_base", "zero_prefix"]
     for field in new:
         del old[field]
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -373,9 +381,41 @@ def test_more_tokens_than_the_model_knows(count):
         ids_of(build(), LABELS, seed=0, indices=range(3), num_tokens=count)
 
 
+def test_more_tokens_than_positions():
+    too_many = Tokens.full(torch.zeros(2, 10, dtype=torch.long))
+    for variant in ({}, LLAMAGEN):
+        with pytest.raises(ValueError, match="10 tokens an image, but this model has positions for num_tokens = 9"):
+            build(**variant)(too_many, LABELS[:2], generator=generator())
+
+
+def test_a_prefix_longer_than_the_cache():
+    model = build(condition=TextPrefix(text_width=6, text_length=5))
+    captions = Captions.pad([torch.ones(3, 6)])
+    cache = KVCache(TINY.depth, 1, TINY.num_heads, 4, TINY.head_dim, model.norm.weight)
+    with pytest.raises(ValueError, match="the cache was made for a shorter sequence: 4 positions, not 5"):
+        model.prefill(model.reading(captions, guided=False), cache)
+
+
+def test_positions_of_several_kinds_are_told_apart():
+    """By where the slots of the condition are: unturned, in the row, or nowhere."""
+    ids = torch.randint(24, (3, 9), generator=generator())
+    kinds = [{"positions": kind, "zero_prefix": zero} for kind in ("rotary_1d", "rotary_2d") for zero in (True, False)]
+    found = [build(**kind).logits(LABELS, ids) for kind in [*kinds, kinds[0] | {"rotary_base": 100.0}]]
+    for number, one in enumerate(found):
+        assert all(not torch.allclose(one, other, atol=1e-3) for other in found[:number])
+    assert torch.equal(build(**kinds[0]).rotary[0], torch.zeros(8, 2))
+    assert torch.equal(build(**kinds[3]).rotary[0], torch.tensor([1.0, 0.0]).expand(8, 2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"width": 33}, "width"), ({"positions": "rotary_2d", "num_tokens": 8}, "square"), ({"dropout": 1.5}, "dropout")],
+    [
+        ({"positions": "rotary_2d", "num_heads": 16}, "heads of 2 channels cannot be turned by .* a multiple of 4"),
+        ({"positions": "rotary_1d", "num_heads": 32}, "heads of 1 channels cannot be turned by .* a multiple of 2"),
+        ({"width": 33}, "width"),
+        ({"positions": "rotary_2d", "num_tokens": 8}, "square"),
+        ({"dropout": 1.5}, "dropout"),
+    ],
 )
 def test_configurations_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
