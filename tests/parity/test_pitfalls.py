@@ -10,10 +10,9 @@ import runs
 import torch
 import torch.nn.functional as F
 from cases import Case
-from models import flextok, gpt
+from models import flextok
 
 from imgtok import flow
-from imgtok.generators import sampling
 from imgtok.layers import attention, feed_forward
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok as flextok_module
@@ -21,7 +20,6 @@ from imgtok.tokenizers import flextok_blocks, flextok_fast
 from imgtok.tokenizers.flextok import Decoder, FlexTok
 
 ENCODE, VELOCITY, DECODE, TRAIN = (Case.load(f"flextok/{name}") for name in ("encode", "velocity", "decode", "train"))
-GPT_CASE = Case.load("gpt/c2i_tiny")
 
 
 def worst(case: Case, ours: runs.Outputs) -> float:
@@ -293,37 +291,3 @@ def test_straight_through_gradient_is_needed(monkeypatch):
     errors = TRAIN.errors(runs.train_step(flextok(TRAIN), TRAIN))
     assert errors["step.loss"] <= 1
     assert errors["step.grad_norms"] > 1
-
-
-# ---------------------------------------------------------------- GPT
-
-
-def test_identity_rotation_of_the_prefix():
-    model = gpt(GPT_CASE)
-    model.rotary[:1, :, 0] = 1.0
-    assert worst(GPT_CASE, runs.gpt_training(model, GPT_CASE)) > 1
-    assert worst(GPT_CASE, runs.gpt_generation(gpt(GPT_CASE), GPT_CASE, "cfg2")) <= 1
-
-
-def test_rotation_of_halves_instead_of_pairs(monkeypatch):
-    def halves(x, table):
-        a, b = x.chunk(2, dim=-1)
-        cos, sin = table.unbind(-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-    monkeypatch.setattr("imgtok.generators.gpt.rotate", halves)
-    assert worst(GPT_CASE, runs.gpt_training(gpt(GPT_CASE), GPT_CASE)) > 1
-
-
-def test_guidance_around_the_conditional(monkeypatch):
-    monkeypatch.setattr("imgtok.generators.sampling.guide", lambda cond, uncond, scale: cond + scale * (cond - uncond))
-    assert worst(GPT_CASE, runs.gpt_generation(gpt(GPT_CASE), GPT_CASE, "cfg2")) > 1
-
-
-def test_nucleus_without_the_token_that_crosses():
-    filters, logits = GPT_CASE.about["filters"][2], GPT_CASE.input("filter_logits")
-    kept = sampling.filter_logits(logits, **filters)
-    lowest = kept.masked_fill(kept == -torch.inf, torch.inf).argmin(dim=-1, keepdim=True)
-    without = kept.scatter(-1, lowest, -torch.inf)
-    assert worst(GPT_CASE, {"probs_2": kept.softmax(dim=-1)}) <= 1
-    assert worst(GPT_CASE, {"probs_2": without.softmax(dim=-1)}) > 1
