@@ -30,7 +30,7 @@ from tqdm import tqdm
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
 from imgtok.generators.known import WAYS, Known, kept
-from imgtok.hub import Found, load, resolve
+from imgtok.hub import OURS, RUN, Found, load, resolve
 from imgtok.pictures import preprocess, to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.sections import Settings
@@ -150,9 +150,12 @@ def pipeline(
     kind: type[Any] = Tokenizer if found.model_class.learns_from == "tokens" else Autoencoder
     inside = found.part() if tokenizer is None else resolve(tokenizer)
     inside.check(kind)
+    generator, decoder = load(found), load(inside)
+    if inside.layout not in (OURS, RUN) and isinstance(decoder, Tokenizer):  # a published file may not say a size
+        decoder.resize(generator.config.num_tokens)
     pipe = Pipeline(
-        load(found),
-        load(inside),
+        generator,
+        decoder,
         device=device,
         dtype=dtype,
         text_encoder=text_encoder,

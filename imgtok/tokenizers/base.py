@@ -195,6 +195,9 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
         """The most tokens an image can have."""
         raise NotImplementedError
 
+    def resize(self, num_tokens: int) -> None:
+        """Take images of that size which has so many tokens, where no weight depends on it; by default nothing."""
+
     @property
     def vocab_size(self) -> int:
         """Token ids lie in [0, vocab_size)."""

@@ -17,8 +17,9 @@ Shapes: B images, C channels, h x w cells, n numbers of a code, K = h w tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -265,6 +266,12 @@ class VQ(Tokenizer):
     @property
     def num_tokens(self) -> int:
         return self.config.grid**2
+
+    def resize(self, num_tokens: int) -> None:
+        """Take images of `num_tokens` cells, if they make a square."""
+        side = math.isqrt(num_tokens)
+        if side and side**2 == num_tokens:
+            self.config = replace(self.config, image_size=side * self.config.factor)
 
     @property
     def vocab_size(self) -> int:

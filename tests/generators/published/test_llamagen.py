@@ -15,6 +15,7 @@ from imgtok.generators.conditioning import TextPrefix
 from imgtok.generators.gpt import GPT, LLAMAGEN_SIZES, GPTConfig, llamagen_size
 from imgtok.generators.published import llamagen
 from imgtok.layers.positions import rotary_2d
+from imgtok.published import llamagen_vq
 from imgtok.tokenizers.vq import VQ, VQConfig
 
 SIZES = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "3B": 3_096_659_200}
@@ -129,7 +130,12 @@ def test_the_published_size_from_text():
 def test_a_published_pair_draws_images(tmp_path):
     made = model()
     write(published(made), tmp_path / "c2i.pt")
-    tokenizer = VQ(VQConfig(image_size=8, vocab_size=20, code_width=3, block_channels=(32, 32), hidden_channels=4))
-    tokenizer.save_pretrained(tmp_path / "vq")
-    pipe = imgtok.pipeline(tmp_path / "c2i.pt", tokenizer=tmp_path / "vq", device="cpu")
+    tokenizer = VQ(VQConfig(image_size=64, vocab_size=20, code_width=3, block_channels=(32, 32), hidden_channels=4))
+    tensors = {llamagen_vq.published_name(name): value for name, value in tokenizer.state_dict().items()}
+    write(tensors, tmp_path / "vq.pt")
+    pipe = imgtok.pipeline(tmp_path / "c2i.pt", tokenizer=tmp_path / "vq.pt", device="cpu")
+    assert pipe.decoder.image_size == 8, "that of the generator's 16 tokens: no file says it"
     assert pipe([3], seed=1).images.shape == (1, 3, 8, 8)
+    tokenizer.save_pretrained(tmp_path / "vq")
+    with pytest.raises(ValueError, match="decode: an image of this tokenizer has 1024 tokens"):
+        imgtok.pipeline(tmp_path / "c2i.pt", tokenizer=tmp_path / "vq", device="cpu")([3])
