@@ -112,6 +112,7 @@ def config_of(stored: Mapping[str, Tensor], found: Found) -> GPTConfig:
     heads, num_tokens = counts_of(stored, size, width, slots, found)
     hidden = len(stored["layers.0.feed_forward.w1.weight"])
     published = llamagen_size(size or "B", text=condition is None)
+    sampling = replace(published.sampling, top_k=min(published.sampling.top_k, vocab_size))
     try:
         config = replace(
             published,
@@ -120,6 +121,7 @@ def config_of(stored: Mapping[str, Tensor], found: Found) -> GPTConfig:
             width=width,
             depth=depth,
             num_heads=heads,
+            sampling=sampling,
             condition=condition or TextPrefix(text_width=columns, text_length=rows, text_encoder=TEXT_ENCODER),
         )
         if config.mlp_hidden != hidden:  # of another rule, or none: then that which gives this width alone
