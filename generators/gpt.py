@@ -622,11 +622,10 @@ def rotary_table(config: GPTConfig) -> Tensor | None:
     """The rotary rows (prefix + tokens, E / 2, 2) of a model's slots and tokens; None for learned positions."""
     if config.positions == "learned":
         return None
+    prefix, base, zero_prefix = config.prefix_length, config.rotary_base, config.zero_prefix
     if config.positions == "rotary_1d":
-        made, places = rotary_1d, config.num_tokens
-    else:
-        made, places = rotary_2d, math.isqrt(config.num_tokens)
-    return made(config.head_dim, places, config.prefix_length, config.rotary_base, zero_prefix=config.zero_prefix)
+        return rotary_1d(config.head_dim, config.num_tokens, prefix, base, zero_prefix=zero_prefix)
+    return rotary_2d(config.head_dim, math.isqrt(config.num_tokens), prefix, base, zero_prefix=zero_prefix)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

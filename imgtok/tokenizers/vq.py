@@ -280,7 +280,8 @@ class VQ(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that gives the decoded images."""
-        return self.decoder.conv_out.weight
+        conv: nn.Conv2d = self.decoder.conv_out
+        return conv.weight  # type: ignore[return-value]
 
     # ------------------------------------------------ training
 
