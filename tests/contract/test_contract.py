@@ -269,16 +269,20 @@ def fresh_compiler() -> Iterator[None]:
 
 
 FIRST_OF_KIND = {line.config.kind: name for name, line in reversed(LINES.items())}.values()
-COMPILED = [pytest.param(LINES[n], id=n, marks=[] if n in FIRST_OF_KIND else [pytest.mark.slow]) for n in LINES]
-"""Each kind by its first line. Compiling its variants as well takes a minute more, and is left to the slow tests."""
+COMPILED = [
+    *(pytest.param(LINES[name], "eager", id=name) for name in sorted(FIRST_OF_KIND)),
+    *(pytest.param(line, "aot_eager", id=f"{name}-aot", marks=pytest.mark.slow) for name, line in LINES.items()),
+]
+"""Each kind by its first line is captured whole. To trace what was captured through autograd as well, and the variants
+of a kind, takes two minutes more, and is left to the slow tests."""
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("line", [line for line in COMPILED if line.id in TRAINED])
-def test_training_compiles_without_a_break(line):
+@pytest.mark.parametrize(("line", "backend"), [given for given in COMPILED if given.values[0] in TRAINED.values()])
+def test_training_compiles_without_a_break(line, backend):
     plain, compiled = kinds.build(line), kinds.build(line)  # in evaluation mode: dropout draws otherwise when compiled
     arguments = kinds.inputs(plain, 2)
-    compile_forward(compiled, backend="aot_eager")
+    compile_forward(compiled, backend=backend)
     losses = [kinds.train(model, arguments) for model in (plain, compiled)]
     counted = torch._dynamo.utils.counters
     assert not counted["graph_break"]
@@ -290,11 +294,11 @@ def test_training_compiles_without_a_break(line):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("line", COMPILED)
-def test_the_decoder_s_step_compiles_without_a_break(line):
+@pytest.mark.parametrize(("line", "backend"), COMPILED)
+def test_the_decoder_s_step_compiles_without_a_break(line, backend):
     model = kinds.build(line)
     with torch.no_grad():
         step, arguments = line.step(model, torch.device("cpu"))
-        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+        compiled = torch.compile(step, fullgraph=True, backend=backend)(*arguments)
         step, arguments = line.step(model, torch.device("cpu"))
         torch.testing.assert_close(compiled, step(*arguments), **TOLERANCE)
