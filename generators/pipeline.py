@@ -17,7 +17,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -297,7 +297,7 @@ class Pipeline:
         num_tokens: int | None = None,
         known: Any = None,
         keep: Any = None,
-        decoding: Mapping[str, Any] | None = None,
+        decoding: Mapping[str, Any] | str | None = None,
         batch_size: int = BATCH,
         progress: bool | None = None,
         callback: Callback | None = None,
@@ -314,7 +314,8 @@ class Pipeline:
         known, keep: pictures of which a part is kept, and the rest drawn in or around it, where the generator can: one
             for all images, one for each class or prompt, or one for each image; `keep` says which part. See `known`.
         settings: any of `pipe.sampling` and `pipe.decoding` (`imgtok info MODEL` lists them). A name that both have is
-            the generator's; those of the decoder can be told apart as decoding={"guidance": 2.0}.
+            the generator's; those of the decoder can be told apart as decoding={"guidance": 2.0}. In words,
+            decoding="coupled", it is the generator's setting of that name.
         batch_size: images computed at once.
         progress: a bar on the terminal; by default where there is a terminal.
         callback: is given a `Step` now and then, whose `images()` are what the images are becoming.
@@ -447,12 +448,14 @@ class Pipeline:
         except Exception as error:  # the HTTP library, and with it the exception, varies between releases
             raise ConnectionError(f"could not push to {name!r} on the Hugging Face Hub: {error}") from error
 
-    def settings(self, given: Mapping[str, Any], decoding: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    def settings(self, given: Mapping[str, Any], decoding: Mapping[str, Any] | str | None = None) -> tuple[Any, Any]:
         """The settings of generator and decoder with the given ones in their place: by name, the generator's first,
-        and as `decoding` the decoder's alone.
+        and as `decoding` the decoder's alone, or in words the generator's setting of that name.
 
         Raises ValueError for a name that neither has, or a value that they do not take.
         """
+        if isinstance(decoding, str):
+            given, decoding = {**given, "decoding": decoding}, None
         own, decoders = names_of(self.sampling), names_of(self.decoding)
         for name in given:
             if name not in (*own, *decoders):
@@ -697,6 +700,7 @@ class Pipeline:
         there = None if known is None else known[self.blocks.padded(range(len(known)))]
         given = {"num_tokens": num_tokens, "control": control, "known": there}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        start = time.perf_counter()
         with self._computing():
             drawn: Drawn = self.generator.generate(
                 self.condition(self.blocks.padded(subjects)),
@@ -706,6 +710,10 @@ class Pipeline:
                 on_step=None if callback is None else on_step,
                 **options,
             )
+        if isinstance(drawn, Tokens) and drawn.calls is not None:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            drawn = replace(drawn, calls=drawn.calls.timed(time.perf_counter() - start, len(indices)))
         return drawn
 
     @torch.no_grad()

@@ -239,7 +239,7 @@ def decode(
     images, device = len(noise.first), noise.first.device
     tokens = torch.zeros(images, num_tokens + window, dtype=torch.long, device=device)  # drafts may reach past the end
     held = torch.ones(images, dtype=torch.long, device=device)
-    calls = Calls(*(torch.zeros_like(counted) for counted in (held, held, held, tokens, tokens)))
+    calls = Calls.none(images, tokens.shape[1], device)
     first = law(network.first()[:, None], torch.zeros_like(held)[:, None])[:, 0]
     tokens[:, 0] = draw(first, noise.first)
     drafter.begin(first)
@@ -282,7 +282,7 @@ def decode(
             on_step(num_tokens)
     ids, lengths = tokens[:, :num_tokens], torch.full_like(held, num_tokens)
     judged, accepted = calls.judged[:, :num_tokens], calls.accepted[:, :num_tokens]
-    return Tokens(ids, lengths, calls=Calls(calls.calls + 1, lengths, calls.single, judged, accepted))
+    return Tokens(ids, lengths, calls=Calls(calls.calls + 1, lengths, calls.single, judged, accepted, calls.seconds))
 
 
 def _count(calls: Calls, window: Window, accepted: Tensor, now: Tensor) -> None:

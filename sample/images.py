@@ -29,13 +29,14 @@ from imgtok.config import NonNegativeInt, PositiveInt, check, to_dict
 from imgtok.data.files import OVERVIEW, numbered_images, overview_of
 from imgtok.files import check_there, file_sha256, replacing
 from imgtok.generators.known import PARTS, WAYS, Known, shown
-from imgtok.generators.pipeline import Made, Pipeline, Precision, Subject, batches_of, pipeline
+from imgtok.generators.pipeline import Drawn, Made, Pipeline, Precision, Subject, batches_of, pipeline
 from imgtok.metrics.arrays import open_npz
 from imgtok.metrics.saved_images import RECORD
 from imgtok.pictures import preprocess
 from imgtok.runtime import process_state
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
+from imgtok.tokenizers.calls import Totals, summary, together
 from imgtok.tokenizers.tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
     """
     path = config.out / RECORD
     drawn = (path for folder in (config.out, config.out / ".parts") for path in numbered_images(folder).values())
-    images = [*config.out.glob("samples.npz"), *drawn]
+    images, kept = [*config.out.glob("samples.npz"), *drawn], dict[str, Any]()
     if images and path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
         previous = record.get("request")
@@ -270,12 +271,16 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
             )
         if record.get("labels") == list(labels):
             return
+        kept = {name: record[name] for name in ("drawing",) if name in record}
     elif images:
         raise ValueError(
             f"{config.out} holds {images[0].name} but no {RECORD}, so it is not known what was drawn there; "
             "choose another folder with out=FOLDER, or delete it"
         )
-    write_record(path, {"request": request, "labels": list(labels)})
+    if not images:  # and so nothing that lines of an earlier job would count
+        for path_of_lines in config.out.glob(CALLS):
+            path_of_lines.unlink()
+    write_record(path, {"request": request, "labels": list(labels)} | kept)
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -322,9 +327,29 @@ def draw_images(
                 for place, index in enumerate(indices):
                     comment = "" if counts is None else in_comment(counts[place])
                     pictures.save_png(made.images[place], image_path(folder, index), comment)
+                note_drawing(config.out, made.drawn)
             progress.update(len(indices))
             if requests.number:
                 raise signals.Stopped(requests.number)
+
+
+CALLS = ".drawing-*.jsonl"
+"""Lines of what batches took to draw, a file a process, until the record has them."""
+
+
+def note_drawing(out: Path, drawn: Drawn) -> None:
+    """Notes what a batch took, where its tokens were guessed and judged."""
+    if isinstance(drawn, Tokens) and drawn.calls is not None and drawn.calls.judged.any():
+        with (out / CALLS.replace("*", str(process_state().process_index))).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(drawn.calls.totals()) + "\n")
+
+
+def noted_drawing(out: Path) -> Totals | None:
+    """What all batches together took, of this run and of those before that drew other images of the request."""
+    lines = [line for path in sorted(out.glob(CALLS)) for line in path.read_text(encoding="utf-8").splitlines()]
+    before = json.loads((out / RECORD).read_text(encoding="utf-8")).get("drawing")
+    parts = [json.loads(line) for line in lines] + ([before["totals"]] if before else [])
+    return together(parts) if parts else None
 
 
 def generate(
@@ -375,6 +400,13 @@ def finish(config: Config, plan: Plan, folder: Path, pipe: Pipeline) -> None:
     """Writes the grid and the numbers of tokens, and packs the .npz."""
     labels, arrays, note = plan.labels, {labels_name(config): plan.labels}, None
     overview = save_grid(draw_grid(config, plan, pipe, folder), config.out) if config.grid else None
+    if (took := noted_drawing(config.out)) is not None:
+        said = summary(took)
+        record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
+        write_record(config.out / RECORD, record | {"drawing": {"totals": took} | said})
+        for path in config.out.glob(CALLS):
+            path.unlink()
+        note = f"{said['calls']} calls of the network an image, {said['tokens_per_call']} tokens a call"
     if pipe.own_lengths:
         arrays["tokens"] = counts = [count_of(image_path(folder, index)) for index in range(len(labels))]
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))

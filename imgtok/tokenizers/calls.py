@@ -8,7 +8,7 @@ without knowing how the tokens were drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,20 @@ class Calls:
     """(B, N): how often a draft of each token was judged."""
     accepted: Tensor
     """(B, N): how often it was accepted."""
+    seconds: Tensor
+    """(B,): of drawing, shared among the images of a batch; 0 where nobody looked at the clock."""
 
     @classmethod
     def one_each(cls, tokens: Tensor) -> Calls:
         """Of images whose tokens (B,) took a call each."""
         none = tokens.new_zeros(len(tokens), 0)
-        return cls(tokens, tokens, tokens - 1, none, none)
+        return cls(tokens, tokens, tokens - 1, none, none, torch.zeros_like(tokens, dtype=torch.float32))
+
+    @classmethod
+    def none(cls, images: int, tokens: int, device: torch.device) -> Calls:
+        """No calls yet, to be counted."""
+        rows, places = (torch.zeros(shape, dtype=torch.long, device=device) for shape in ((images,), (images, tokens)))
+        return cls(rows, rows.clone(), rows.clone(), places, places.clone(), torch.zeros(images, device=device))
 
     @classmethod
     def cat(cls, parts: Sequence[Calls]) -> Calls:
@@ -47,6 +55,14 @@ class Calls:
     def each(self, change: Callable[[Tensor], Tensor]) -> Calls:
         """The same with all counts changed, such as some of the rows."""
         return Calls(*(change(getattr(self, one.name)) for one in fields(self)))
+
+    def timed(self, seconds: float, images: int) -> Calls:
+        """The same, drawn in so many seconds for so many images, where others were only padding."""
+        return replace(self, seconds=torch.full_like(self.seconds, seconds / images))
+
+    def summary(self) -> dict[str, Any]:
+        """`summary` of these images."""
+        return summary(self.totals())
 
     def totals(self) -> Totals:
         """Sums over the images, and the most calls of one."""
@@ -69,8 +85,9 @@ def _sum(one: Any, other: Any) -> Any:
 
 
 def summary(totals: Totals) -> dict[str, Any]:
-    """What totals say, rounded: calls of an image (mean and most); tokens that a call gave; the share of calls that
-    gave one alone, both after the first; and the share of judged drafts that were accepted, of all and of each token.
+    """What totals say, rounded: calls of an image (mean and most); seconds of drawing an image; tokens that a call gave
+    and the share of calls that gave one alone, both after the first; and the share of judged drafts that were accepted,
+    of all and of each token.
 
     Where no draft of a token was judged, its share is None.
     """
@@ -79,6 +96,7 @@ def summary(totals: Totals) -> dict[str, Any]:
         "images": images,
         "calls": round(totals["calls"] / images, 2),
         "most_calls": totals["most_calls"],
+        "seconds": round(totals["seconds"] / images, 4),
         "tokens_per_call": _share(totals["tokens"] - images, later, 3),
     }
     if not any(totals["judged"]):

@@ -32,6 +32,7 @@ from imgtok.runtime import on_cpu
 from imgtok.sample.evaluate.config import Config
 from imgtok.sample.evaluate.results import Evaluation, draw, files_of, panels, table, write_csv
 from imgtok.sample.evaluate.scoring import evaluate, models_of, with_data
+from imgtok.tokenizers.calls import summary
 
 __all__ = ["Config", "describe_result", "main"]
 
@@ -185,6 +186,7 @@ def describe_result(config: Config, found: Evaluation, seconds: float) -> dict[s
         "weights": found.weights,
         "samples": samples_of(config),
         "seconds": round(seconds, 1),
+        "drawing": None if found.drawing is None else summary(found.drawing),
         "versions": {
             "imgtok": imgtok.__version__,
             "python": platform.python_version(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from imgtok.files import replacing
 from imgtok.metrics.scorers import Score
 from imgtok.tokenizers.base import Rate
+from imgtok.tokenizers.calls import Totals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +52,8 @@ class Evaluation:
     """Which other real images they are compared with, in words."""
     notes: Sequence[str] = ()
     """What some of the scores are worth."""
+    drawing: Totals | None = None
+    """What drawing the images took, where their generator counts it."""
 
 
 PANELS: Sequence[tuple[str, Sequence[str]]] = (

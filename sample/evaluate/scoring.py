@@ -62,6 +62,7 @@ from imgtok.sample.reconstruct import open_model, rates_of, size_for
 from imgtok.shapes import classifier
 from imgtok.shapes.world import CLASS_NAMES, NUM_CLASSES, ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, Rate
+from imgtok.tokenizers.calls import Totals, together
 from imgtok.vision import dino, lite0
 from imgtok.vision.features import FeatureExtractor, Features
 from imgtok.vision.inception import Inception, find_inception_weights
@@ -121,6 +122,8 @@ def evaluate(
     """Scores what the configuration names, of which `models_of` found the models and `with_data` the images that are
     reconstructed.
     """
+    from accelerate.utils import gather_object  # costs seconds to import
+
     weights: dict[str, str] = {}
     files = _open_files(config, accelerator.device)
     real_file = open_real_file(config)
@@ -140,11 +143,12 @@ def evaluate(
     if probe is not None and config.compares_pairs:  # what a perfect reconstruction would get
         of_originals.append(_probe_scorer(extractors[LITE0.network], probe, source.num, originals=True))
     fed_once: list[OriginalsReference | Scorer] = [*originals, *of_originals]
-    share = _share(source.num, accelerator)
+    share, drawing = _share(source.num, accelerator), list[Totals]()
     number = torch.zeros((), dtype=torch.long, device=accelerator.device)
     with tqdm(total=len(share), unit="image", desc="evaluate", disable=not accelerator.is_main_process) as progress:
         for versions in source.batches(share, config.batch_size):
             size = _feed(scorers, fed_once, versions)
+            drawing += _drawing(versions)
             progress.update(size)
             number += size
     # All sums come first: eigenvalues and neighbours take one process minutes, for which the others must not wait.
@@ -154,6 +158,7 @@ def evaluate(
         for scorer in family:
             scorer.reduce(accelerator)
     number = accelerator.reduce(number)
+    drawing = gather_object(drawing)
     rows = []
     if accelerator.is_main_process:
         _save_originals(config, originals)
@@ -164,7 +169,14 @@ def evaluate(
             for score in scorer.scores()
         ]
     device = f"{_device_name(accelerator.device)}, {accelerator.num_processes} process(es), torch.float32"
-    return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights, real, notes)
+    took = together(drawing) if drawing else None
+    return Evaluation(rows, source.num, int(number), source.size, source.procedure, device, weights, real, notes, took)
+
+
+def _drawing(versions: Versions) -> list[Totals]:
+    """What drawing a batch took, where its generator counts that: the same for all versions."""
+    tokens = next(iter(versions.values())).tokens
+    return [] if tokens is None or tokens.calls is None else [tokens.calls.totals()]
 
 
 def _save_originals(config: Config, originals: Sequence[OriginalsReference]) -> None:

@@ -71,6 +71,19 @@ def test_a_control_reaches_the_generator(pipeline):
     assert len(pipeline([1, 2], seed=5, control=control)) == 2
 
 
+def test_a_way_of_decoding_is_said_in_words(pipeline):
+    """Though `decoding` is also what the settings of the decoder are called."""
+    images = pipeline([1, 2, 3], decoding="coupled", window=4, seed=5, steps=1)
+    assert images.tokens.calls.summary()["accepted_by_token"][0] is None, "the first token is not guessed"
+    took = pipeline.tokens([1, 2, 3], decoding="coupled", window=4, seed=5).calls
+    assert torch.equal(took.calls, images.tokens.calls.calls)
+    assert (took.seconds > 0).all()
+    exact = pipeline([1, 2, 3], seed=5, decoding={"steps": 1}).tokens.calls.summary()
+    assert (exact["images"], exact["calls"], exact["tokens_per_call"]) == (3, 8, 1)
+    with pytest.raises(ValueError, match=r"sampling.decoding: given 'fast', must be"):
+        pipeline([1], decoding="fast")
+
+
 def test_images_at_each_count_are_those_drawn_with_so_many_tokens(pipeline):
     indices, labels = range(4, 24), [index % 5 for index in range(4, 24)]
     settings = {"seed": 3, "sampling": SAMPLING, "decoding": FlexTokDecoding(steps=2)}

@@ -103,6 +103,20 @@ def test_the_folder_of_a_job(samples):
         assert grid.width > 4 * 96 + 3 * 2 + 30, "four images and the number of the class"
 
 
+def test_the_record_says_what_guessing_tokens_took(generator, samples, tmp_path):
+    """Of all images together, of later jobs, too, that draw more of the same."""
+    guessed = {"sampling": Settings(guidance=1.5, decoding="coupled", window=4), "exact": False, "grid": 0}
+    for num in (3, 5):
+        sample(generator, tmp_path, num=num, batch_size=2, **guessed)
+        drawing = record(tmp_path)["drawing"]
+        assert drawing["images"] == num
+        assert 3 <= drawing["calls"] <= 8
+        assert len(drawing["accepted_by_token"]) == 8
+        assert drawing["seconds"] > 0
+    assert not list(tmp_path.glob(".*"))
+    assert "drawing" not in record(samples), "where a token is a call"
+
+
 def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, samples, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("ACCELERATE_USE_CPU", None)  # a machine without a GPU is enough

@@ -204,6 +204,8 @@ def test_generator_without_files(generator, tmp_path):
     assert found["fd_shapes", None] > found["fd_shapes_clean", None]
     assert "model" in record["weights"]
     assert not list((tmp_path / "out").glob("*.png"))
+    assert record["drawing"]["images"] == 20
+    assert record["drawing"]["tokens_per_call"] == 1
     again = run(tmp_path, model=str(generator), data=PROFILE, num=20, classes=(3, 5), seed=1, batch_size=7)
     assert scores(again) == pytest.approx(found, rel=1e-3)
     with pytest.raises(ValueError, match="64 is not a class of the model"):
