@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from toy_law import CPU, IDS, TOKENS, number_of, tables_of
+from toy_law import CPU, SMALL, Shape, number_of, tables_of
 
 from imgtok.generators.sampling import TokenSampling, draw
 from imgtok.generators.speculative import Law
@@ -26,12 +26,14 @@ class Toy:
     sampling: TokenSampling
     images: int
     seed: int
+    shape: Shape = SMALL
 
     def __post_init__(self) -> None:
-        self.law = Law(self.sampling, TOKENS, CPU)
-        self.tables = tables_of(self.sampling)
+        self.ids, self.length = self.shape
+        self.law = Law(self.sampling, self.length, CPU)
+        self.tables = tables_of(self.sampling, self.shape)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.tokens = torch.zeros(self.images, TOKENS, dtype=torch.long)
+        self.tokens = torch.zeros(self.images, self.length, dtype=torch.long)
         self.tokens[:, 0] = draw(self.laws(self.tokens)[:, 0], self.uniforms())
         self.held = torch.ones(self.images, dtype=torch.long)
 
@@ -40,12 +42,12 @@ class Toy:
 
     def laws(self, tokens: Tensor) -> Tensor:
         """(B, N, V): the law of each token after those before it."""
-        rows = number_of(tokens)[:, :-1]
-        return self.law(torch.cat([table[rows] for table in self.tables]), torch.arange(TOKENS).expand(rows.shape))
+        rows = number_of(tokens, self.ids)[:, :-1]
+        return self.law(torch.cat([table[rows] for table in self.tables]), torch.arange(self.length).expand(rows.shape))
 
     @property
     def unfinished(self) -> bool:
-        return bool((self.held < TOKENS).any())
+        return bool((self.held < self.length).any())
 
 
 def first_false(passes: Tensor) -> Tensor:
@@ -67,6 +69,7 @@ def jacobi(
     table: int | None = None,
     stale: bool,
     seed: int = 0,
+    shape: Shape = SMALL,
 ) -> Tensor:
     """Sequences (B, N) by SJD, GSD (another `rule`) or SCD (`keep`; or Gumbel noise for `table` positions, which others
     share modulo that number).
@@ -75,30 +78,31 @@ def jacobi(
     what was accepted keeps its old law where it is judged again (`stale`): accepted drafts that were cut, and with
     `keep` all that stayed.
     """
-    toy, place = Toy(sampling, images, seed), torch.arange(TOKENS)
-    q = torch.zeros(images, TOKENS, IDS)
-    drafted = torch.zeros(images, TOKENS, dtype=torch.bool)
+    ids, length = shape
+    toy, place = Toy(sampling, images, seed, shape), torch.arange(length)
+    q = torch.zeros(images, length, ids)
+    drafted = torch.zeros(images, length, dtype=torch.bool)
     noise = None
     if table is not None:
-        noise = toy.uniforms(table, IDS).clamp(min=1e-30).log().neg().log().neg()[:, place % table]
+        noise = toy.uniforms(table, ids).clamp(min=1e-30).log().neg().log().neg()[:, place % table]
     while toy.unfinished:
         held, tokens = toy.held[:, None], toy.tokens
-        ends = (held + window - 1).clamp(max=TOKENS - 1)  # the slot there has no draft
+        ends = (held + window - 1).clamp(max=length - 1)  # the slot there has no draft
         fresh = (place >= held) & (place < ends) & ~drafted
-        tokens = tokens.where(~fresh, (toy.uniforms(TOKENS) * IDS).long())
-        q = torch.where(fresh[..., None], torch.nn.functional.one_hot(tokens, IDS).float(), q)
+        tokens = tokens.where(~fresh, (toy.uniforms(length) * ids).long())
+        q = torch.where(fresh[..., None], torch.nn.functional.one_hot(tokens, ids).float(), q)
         p = toy.laws(tokens)
         judged = (place >= held) & (place < ends)
-        passes = ((toy.uniforms(TOKENS) < rule(p, q, tokens)) & judged) | (place < held)
+        passes = ((toy.uniforms(length) < rule(p, q, tokens)) & judged) | (place < held)
         stop = first_false(passes)[:, None]
         falls = judged & (~passes if keep else place == stop)
-        drawn = draw(torch.where(falls[..., None], residual(p, q), p), toy.uniforms(TOKENS))
+        drawn = draw(torch.where(falls[..., None], residual(p, q), p), toy.uniforms(length))
         if noise is not None:
             drawn = drawn.where(falls, (p.log() + noise).argmax(dim=-1))
         stays = (judged & passes) if keep else (place < stop)
         tokens = tokens.where(stays | (place < held), drawn.where(place <= ends, tokens))
         shortest = (stop[:, 0] + 1 - toy.held).view(-1, batch).amin(dim=1).repeat_interleave(batch)
-        toy.held = (toy.held + shortest).clamp(max=TOKENS)
+        toy.held = (toy.held + shortest).clamp(max=length)
         old = stays & judged if stale else torch.zeros_like(stays)
         q = torch.where(old[..., None], q, p)
         drafted = (place >= held) & (place <= ends) & (place >= toy.held[:, None])
@@ -167,8 +171,8 @@ class Tree:
         for depth in range(len(node)):
             tokens[rows, toy.held + depth] = self.token(node[: depth + 1])
         at = toy.held + len(node)
-        found = toy.laws(tokens[:, :TOKENS])[rows, at.clamp(max=TOKENS - 1)]
-        return torch.where((at < TOKENS)[:, None], found, 1 / IDS)
+        found = toy.laws(tokens[:, : toy.length])[rows, at.clamp(max=toy.length - 1)]
+        return torch.where((at < toy.length)[:, None], found, 1 / toy.ids)
 
     def _judge(self, parent: Node, branch: int) -> None:
         node, depth = (*parent, branch), len(parent)
@@ -205,7 +209,7 @@ class Tree:
         if below:
             return self.left[(*node, below - 1)]
         if len(node) == self.length and mistakes.bonus:
-            return torch.full_like(self.plain[node], 1 / IDS)
+            return torch.full_like(self.plain[node], 1 / self.toy.ids)
         return self.plain[node]
 
     def next_candidates(self, node: Node, mistakes: Mistakes) -> tuple[Tensor, Tensor]:
@@ -237,7 +241,7 @@ class Tree:
             laws.append(plain)
         while len(candidates) < self.length:
             candidates.append(different(self.toy, self.branches))
-            laws.append(torch.full_like(self.plain[()], 1 / IDS))
+            laws.append(torch.full_like(self.plain[()], 1 / self.toy.ids))
         return torch.stack(candidates, dim=2), torch.stack(laws, dim=1)
 
 
@@ -250,13 +254,14 @@ def sjd_pac(
     levels: int = 3,
     length: int = 3,
     seed: int = 0,
+    shape: Shape = SMALL,
 ) -> Tensor:
     """Sequences (B, N) by SJD-PAC (arXiv 2603.18599), from section 7 of our second_ring.md: `branches` candidates at
     each depth of a tree of `levels`, and a chain to depth `length`.
     """
-    toy = Toy(sampling, images, seed)
+    toy = Toy(sampling, images, seed, shape)
     candidates = torch.stack([different(toy, branches) for _ in range(length)], dim=2)
-    q = torch.full((images, length, IDS), 1 / IDS)
+    q = torch.full((images, length, toy.ids), 1 / toy.ids)
     while toy.unfinished:
         tree = Tree(toy, candidates, q, levels)
         candidates, q, held = candidates.clone(), q.clone(), toy.held.clone()
@@ -266,11 +271,11 @@ def sjd_pac(
             path = [tree.token(node[: depth + 1]) for depth in range(len(node))]
             path.append(draw(tree.law_of_one_more(node, mistakes), toy.uniforms()))
             for depth, token in enumerate(path):
-                writes = here & (toy.held + depth < TOKENS)
+                writes = here & (toy.held + depth < toy.length)
                 toy.tokens[writes, (toy.held + depth)[writes]] = token[writes]
             following, laws = tree.next_candidates(node, mistakes)
             candidates[here], q[here] = following[here], laws[here]
-            held[here] = (toy.held[here] + len(path)).clamp(max=TOKENS)
+            held[here] = (toy.held[here] + len(path)).clamp(max=toy.length)
         toy.held = held
     return toy.tokens
 
@@ -283,4 +288,4 @@ def without(law: Tensor, ids: Tensor) -> Tensor:
 
 def different(toy: Toy, count: int) -> Tensor:
     """Ids (B, count), all different, any as likely as the others."""
-    return toy.uniforms(IDS).argsort(dim=1)[:, :count]
+    return toy.uniforms(toy.ids).argsort(dim=1)[:, :count]

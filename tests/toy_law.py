@@ -1,7 +1,7 @@
 """A network whose law is a table, so that the probability of every sequence is known, and a test whether draws follow
 it: what speculative decoding is judged by.
 
-Five tokens of three ids make 243 sequences.
+Five tokens of three ids make 243 sequences; what needs more ids has four tokens of six, 1,296 sequences.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from imgtok.generators.sampling import TokenSampling
-from imgtok.generators.speculative import DraftNetwork, Jacobi, Law, Noise, decode
+from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Noise, decode
 from imgtok.generators.speculative_rules import grouped, token_rule
 from imgtok.tokenizers.tokens import Tokens
 
 IDS, TOKENS = 3, 5
+Shape = tuple[int, int]
+SMALL, WIDE = (IDS, TOKENS), (6, 4)
+"""Ids and tokens."""
 CPU = torch.device("cpu")
 LAWS = {
     "plain": TokenSampling(guidance=1.0),
@@ -70,9 +73,9 @@ class TableNetwork:
         return torch.cat([table[rows] for table in self.tables])
 
 
-def tables_of(sampling: TokenSampling, *, draft: bool = False) -> list[Tensor]:
-    conditional = (logits(2) if draft else 1.2 * logits(0),)
-    return [*conditional, *(() if sampling.guidance == 1 else (logits(1),))]
+def tables_of(sampling: TokenSampling, shape: Shape = SMALL, *, draft: bool = False) -> list[Tensor]:
+    conditional = (logits(2, *shape) if draft else 1.2 * logits(0, *shape),)
+    return [*conditional, *(() if sampling.guidance == 1 else (logits(1, *shape),))]
 
 
 def uniforms(images: int, *shape: int, seed: int) -> Tensor:
@@ -80,10 +83,11 @@ def uniforms(images: int, *shape: int, seed: int) -> Tensor:
     return torch.rand(images, *shape, generator=generator, dtype=torch.float64)
 
 
-def noise(images: int, window: int, seed: int = 0, *, gumbel: bool = False) -> Noise:
+def noise(images: int, window: int, seed: int = 0, shape: Shape = SMALL, *, gumbel: bool = False) -> Noise:
     """Of all images of a call."""
-    of_tokens = uniforms(images, TOKENS, IDS, seed=seed + 2).clamp(min=1e-30).log().neg().log().neg()
-    rounds = uniforms(images, TOKENS - 1, window, 3, seed=seed + 1)
+    ids, tokens = shape
+    of_tokens = uniforms(images, tokens, ids, seed=seed + 2).clamp(min=1e-30).log().neg().log().neg()
+    rounds = uniforms(images, tokens - 1, window, 3, seed=seed + 1)
     return Noise(uniforms(images, seed=seed), rounds, of_tokens if gumbel else None)
 
 
@@ -99,33 +103,42 @@ def drawn(
     group: int = 1,
     seed: int = 0,
     given: Noise | None = None,
+    shape: Shape = SMALL,
 ) -> Tokens:
     """Sequences of the toy by one method."""
-    given = noise(images, window, seed, gumbel=gumbel) if given is None else given
-    law = Law(sampling, TOKENS, CPU)
-    drafter = Jacobi(tail, given.gumbel)
+    given = noise(images, window, seed, shape, gumbel=gumbel) if given is None else given
+    tokens = shape[1]
+    law = Law(sampling, tokens, CPU)
+    drafter: Drafter = Jacobi(tail, given.gumbel)
     if draft:
-        drafter = DraftNetwork(TableNetwork(tables_of(sampling, draft=True), images), law, TOKENS)
+        drafter = DraftNetwork(TableNetwork(tables_of(sampling, shape, draft=True), images, tokens), law, tokens)
     rule = token_rule if group == 1 else partial(grouped, size=group)
-    network = TableNetwork(tables_of(sampling), images)
-    return decode(network, law, drafter, given, num_tokens=TOKENS, window=window, rule=rule, keep=keep)
+    network = TableNetwork(tables_of(sampling, shape), images, tokens)
+    return decode(network, law, drafter, given, num_tokens=tokens, window=window, rule=rule, keep=keep)
 
 
-def probabilities(sampling: TokenSampling) -> Tensor:
-    """(243,): of all sequences, in order."""
-    sequences = torch.tensor(list(itertools.product(range(IDS), repeat=TOKENS)))
-    rows, law = number_of(sequences)[:, :-1], Law(sampling, TOKENS, CPU)
-    found = law(torch.cat([table[rows] for table in tables_of(sampling)]), torch.arange(TOKENS).expand(rows.shape))
+def probabilities(sampling: TokenSampling, shape: Shape = SMALL) -> Tensor:
+    """Of all sequences, in order: (243,) of the small toy."""
+    ids, tokens = shape
+    sequences = torch.tensor(list(itertools.product(range(ids), repeat=tokens)))
+    rows, law = number_of(sequences, ids)[:, :-1], Law(sampling, tokens, CPU)
+    tables = tables_of(sampling, shape)
+    found = law(torch.cat([table[rows] for table in tables]), torch.arange(tokens).expand(rows.shape))
     return found.double().gather(2, sequences[..., None]).prod(dim=1)[:, 0]
 
 
-def goodness(ids: Tensor, expected: Tensor) -> tuple[float, float]:
+def sequence_numbers(ids: Tensor, shape: Shape) -> Tensor:
+    """(B,): which sequence each of ids (B, N) is."""
+    return (ids * shape[0] ** torch.arange(shape[1] - 1, -1, -1)).sum(dim=1)
+
+
+def goodness(ids: Tensor, expected: Tensor, shape: Shape = SMALL) -> tuple[float, float]:
     """How well draws (B, N) follow the probabilities of all sequences: the chi-square statistic as a number of standard
     deviations from its mean, z, and the probability of one as large or larger. Cells of fewer than 5 are one cell.
 
     An impossible sequence makes z infinite.
     """
-    numbers = (ids * IDS ** torch.arange(TOKENS - 1, -1, -1)).sum(dim=1)
+    numbers = sequence_numbers(ids, shape)
     found, due = torch.bincount(numbers, minlength=len(expected)).double(), expected * len(ids)
     if found[due == 0].any():
         return math.inf, 0.0
@@ -139,7 +152,7 @@ def goodness(ids: Tensor, expected: Tensor) -> tuple[float, float]:
     return float((statistic - freedom) / math.sqrt(2 * freedom)), float(beyond)
 
 
-def distance(ids: Tensor, expected: Tensor) -> float:
+def distance(ids: Tensor, expected: Tensor, shape: Shape = SMALL) -> float:
     """Total variation of what was drawn from the law; a sample of 10^5 of the law itself has about 0.02."""
-    numbers = (ids * IDS ** torch.arange(TOKENS - 1, -1, -1)).sum(dim=1)
+    numbers = sequence_numbers(ids, shape)
     return float((torch.bincount(numbers, minlength=len(expected)) / len(ids) - expected).abs().sum() / 2)

@@ -1,0 +1,210 @@
+"""What guessing tokens saves a trained GPT: calls of the network, accepted drafts, and time.
+
+    python benchmarks/speculative.py MODEL                      # windows 8, 16 and 32, groups of 3, 10, 25 and 50
+    python benchmarks/speculative.py MODEL --windows 16 --groups 10 --images 8 --threads 2
+    python benchmarks/speculative.py MODEL --tails              # two laws for positions that no window had yet
+    python benchmarks/speculative.py --passes                   # a call of GPT-B over 1, 4, 8, 16 and 32 tokens
+    python benchmarks/speculative.py MODEL --passes             # both, and what GPT-B would gain with these guesses
+
+Methods take turns, image by image, in the other order at every second. Calls count one for both streams of guidance,
+the first call among them. Seconds are of an image, the median, tokens alone and not their decoding; `times` is the
+median of exact / method for the same image, of wall time and of CPU seconds, which other programs disturb less. A
+prediction is tokens a call, times the cost of a call over one token, by that of a call over the window. `jacobi` and
+`coupled` without groups draw from the law of `exact`; the others do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from imgtok import hub
+from imgtok.generators import speculative_gpt
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.sampling import TokenSampling
+from imgtok.generators.speculative import Jacobi
+from imgtok.tokenizers.calls import Totals, summary, together
+
+SLOTS = (1, 4, 8, 16, 32)
+
+
+@dataclass
+class Method:
+    """A way of decoding, and what it has taken so far."""
+
+    name: str
+    changes: dict[str, Any]
+    tail: str = "last"
+    took: list[Totals] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    @property
+    def window(self) -> int:
+        return int(self.changes.get("window", 1))
+
+    def draw(self, model: GPT, sampling: TokenSampling, indices: range, seed: int) -> None:
+        labels = torch.tensor(indices) % model.config.num_classes
+        how = replace(sampling, **self.changes)
+        with patch.object(speculative_gpt, "Jacobi", lambda **given: Jacobi(self.tail, **given)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens = model.generate(labels, seed=seed, indices=indices, sampling=how)
+            if model.device.type != "cpu":
+                torch.accelerator.synchronize()
+        self.wall.append((time.perf_counter() - wall) / len(indices))
+        self.cpu.append((time.process_time() - cpu) / len(indices))
+        assert tokens.calls is not None
+        self.took.append(tokens.calls.totals())
+
+
+def methods(windows: list[int], groups: list[int], *, tails: bool, gumbel: bool) -> list[Method]:
+    """`exact` first."""
+    found = [Method("exact", {"decoding": "exact"})]
+    for window in windows:
+        one: list[tuple[str, dict[str, Any]]] = [("jacobi", {"decoding": "jacobi"})]
+        one.append(("coupled", {"decoding": "coupled"}))
+        if gumbel:
+            one.append(("coupled, gumbel", {"decoding": "coupled", "coupling": "gumbel"}))
+        for way in ("grouped", "coupled"):
+            one += [(f"{way} G={size}", {"decoding": way, "group_size": size}) for size in groups]
+        for name, changes in one:
+            for tail in ("last", "uniform") if tails else ("last",):
+                label = f"{name}, tail {tail}" if tails else name
+                found.append(Method(label, {**changes, "window": window}, tail))
+    return found
+
+
+def measure(model: GPT, sampling: TokenSampling, ways: list[Method], options: argparse.Namespace) -> None:
+    for start in range(-options.batch, options.images, options.batch):  # the first batch is for warming up
+        indices = range(max(start, 0), max(start, 0) + options.batch)
+        for way in ways if (start // options.batch) % 2 else reversed(ways):
+            way.draw(model, sampling, indices, options.seed)
+            if start < 0:
+                del way.wall[:], way.cpu[:], way.took[:]
+
+
+def passes(threads: int, rounds: int, *, tiny: bool = False) -> dict[int, float]:
+    """Median seconds of a call of GPT-B, two rows, over some tokens after 128 that are in the cache."""
+    config = GPTConfig() if not tiny else GPTConfig(vocab_size=64, width=32, depth=1, num_heads=2)
+    model = GPT(config).eval()
+    cache = model.new_cache(2, config.num_tokens)
+    found: dict[int, list[float]] = {slots: [] for slots in SLOTS}
+    with torch.no_grad():
+        model.prefill(torch.tensor([1, -1]), cache)
+        model.step(torch.zeros(2, 127, dtype=torch.long), cache)
+        for number in range(rounds + 1):
+            for slots in SLOTS if number % 2 else reversed(SLOTS):
+                cache.truncate(128)
+                ids = torch.zeros(2, slots, dtype=torch.long)
+                start = time.perf_counter()
+                model.step(ids, cache)
+                if number:
+                    found[slots].append(time.perf_counter() - start)
+    medians = {slots: statistics.median(times) for slots, times in found.items()}
+    print(f"\nGPT-B, {threads} threads, 2 rows, 128 tokens in the cache, median of {rounds} calls")
+    print("| slots | ms | times one slot |\n| --- | --- | --- |")
+    for slots, seconds in medians.items():
+        print(f"| {slots} | {1000 * seconds:.1f} | {seconds / medians[1]:.2f} |")
+    return medians
+
+
+def cost(window: int, medians: dict[int, float]) -> float:
+    """A call over a window by one over a single token, between the measured ones on a straight line."""
+    lower = max(slots for slots in medians if slots <= window)
+    upper = min((slots for slots in medians if slots >= window), default=lower)
+    share = 0.0 if upper == lower else (window - lower) / (upper - lower)
+    return (medians[lower] * (1 - share) + medians[upper] * share) / medians[1]
+
+
+def row(way: Method, exact: Method, num_tokens: int, medians: dict[int, float] | None) -> dict[str, Any]:
+    said = summary(together(way.took))
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(getattr(exact, name), getattr(way, name), strict=True))
+        for name in ("wall", "cpu")
+    }
+    found = {
+        "method": way.name,
+        "window": way.window,
+        "calls": said["calls"],
+        "fewer": round(num_tokens / said["calls"], 2),
+        "tokens a call": said["tokens_per_call"],
+        "accepted": said.get("accepted_share"),
+        "one token": said.get("single_share"),
+        "seconds": round(statistics.median(way.wall), 3),
+        "times": round(ratios["wall"], 2),
+        "times, CPU": round(ratios["cpu"], 2),
+    }
+    if medians is not None:
+        found["GPT-B, predicted"] = round(said["tokens_per_call"] / cost(way.window, medians), 2)
+    return found | {"by token": said.get("accepted_by_token")}
+
+
+def show(rows: list[dict[str, Any]], write: Callable[[str], Any] = print) -> None:
+    names = [name for name in rows[0] if name != "by token"]
+    write("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+    for one in rows:
+        write("| " + " | ".join("" if one[name] is None else str(one[name]) for name in names) + " |")
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or Hub name of a GPT that draws classes")
+    parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--groups", type=int, nargs="*", default=[3, 10, 25, 50])
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--guidance", type=float, help="without, that of the model")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int, dest="top_k")
+    parser.add_argument("--top-p", type=float, dest="top_p")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20, help="calls of each length, of --passes")
+    parser.add_argument("--gumbel", action="store_true", help="Gumbel coupling, too")
+    parser.add_argument("--tails", action="store_true", help="compare where new guesses come from")
+    parser.add_argument("--passes", action="store_true", help="time calls of GPT-B")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model in place of GPT-B, to see that it runs")
+    parser.add_argument("--out", type=Path, help="write all numbers to this JSON file, too")
+    options = parser.parse_args(arguments)
+    if options.model is None and not options.passes:
+        parser.error("name a model, or say --passes")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = options_of(arguments)
+    torch.set_num_threads(options.threads)
+    medians = passes(options.threads, options.rounds, tiny=options.tiny) if options.passes else None
+    rows: list[dict[str, Any]] = []
+    if options.model is not None:
+        model = hub.load(hub.resolve(options.model, expect=GPT))
+        given = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        sampling = replace(model.config.sampling, decoding="exact", group_size=None, draft_model=None, **chosen)
+        groups = [size for size in options.groups if size <= model.config.vocab_size]
+        ways = methods(options.windows, groups, tails=options.tails, gumbel=options.gumbel)
+        measure(model, sampling, ways, options)
+        config = model.config
+        print(
+            f"\n{options.model}: {config.num_tokens} tokens of {config.vocab_size}, {config.depth} x {config.width}, "
+            f"guidance {sampling.guidance}, temperature {sampling.temperature}, top-k {sampling.top_k}, top-p "
+            f"{sampling.top_p}; {options.images} images, batch {options.batch}, {options.threads} threads\n"
+        )
+        rows = [row(way, ways[0], config.num_tokens, medians) for way in ways]
+        show(rows)
+    if options.out is not None:
+        options.out.write_text(json.dumps({"passes": medians, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
