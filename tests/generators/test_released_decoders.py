@@ -31,14 +31,21 @@ def test_jacobi_decoding_with_laws_or_noise_of_before(how, stale, repaired):
     assert z(released_decoders.jacobi, **released | repaired) < 4
 
 
-@pytest.mark.parametrize("mistake", ["path", "siblings", "bonus"])
-def test_a_tree_with_one_mistake(mistake):
-    assert z(released_decoders.sjd_pac, Mistakes(**REPAIRED | {mistake: True}), images=40_000) > 5
+@pytest.mark.parametrize(
+    ("mistake", "images"),
+    [
+        ("bonus", 3_000),
+        pytest.param("path", 40_000, marks=pytest.mark.slow),
+        pytest.param("siblings", 40_000, marks=pytest.mark.slow),
+    ],
+)
+def test_a_tree_with_one_mistake(mistake, images):
+    assert z(released_decoders.sjd_pac, Mistakes(**REPAIRED | {mistake: True}), images=images) > 5
 
 
 def test_a_tree_without():
-    assert z(released_decoders.sjd_pac, Mistakes(**REPAIRED)) < 4
-    assert z(released_decoders.sjd_pac, Mistakes(**REPAIRED), branches=1, levels=2) < 4
+    assert z(released_decoders.sjd_pac, Mistakes(**REPAIRED), images=3_000) < 4
+    assert z(released_decoders.sjd_pac, Mistakes(**REPAIRED), branches=1, levels=2, images=3_000) < 4
 
 
 @pytest.mark.slow
