@@ -32,7 +32,9 @@ from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.tokenbridge import RevealSampling, TokenBridgeConfig
 from imgtok.generators.xar import FlowSampling, XARConfig, plan_entities
 from imgtok.generators.xar_fast import SamplingNetwork
+from imgtok.quantizers.binary import BinaryConfig
 from imgtok.quantizers.normal import NormalConfig
+from imgtok.quantizers.vq import TableConfig
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
 from imgtok.tokenizers.dcae import DCAEConfig, DCAESide
@@ -147,7 +149,7 @@ def karl_step(model: Any, device: torch.device) -> Step:
 def vq_step(model: Any, device: torch.device) -> Step:
     """Pixels of codes, a raster of them."""
     ids = tokens(model, 2).ids.to(device).unflatten(1, (model.config.grid, model.config.grid))
-    return lambda ids: model.to_pixels(F.embedding(ids, model.quantizer.rows())), (ids,)
+    return lambda ids: model.to_pixels(model.quantizer.codes_of(ids)), (ids,)
 
 
 def symbols_step(model: Any, device: torch.device) -> Step:
@@ -217,16 +219,25 @@ LINES: dict[str, Line] = {
     "vq": Line(
         config=VQConfig(
             image_size=16,
-            vocab_size=16,
-            code_width=4,
+            quantizer=TableConfig(vocab_size=16, width=4, entropy_weight=0.1),
             block_channels=(8, 16),
             layers_per_block=1,
             hidden_channels=8,
             norm_groups=4,
-            entropy_weight=0.1,
         ),
         step=vq_step,
         draws=False,
+    ),
+    "vq-binary": Line(
+        config=VQConfig(
+            image_size=16,
+            quantizer=BinaryConfig(bits=5, variance_weight=0.1),
+            block_channels=(8, 16),
+            layers_per_block=1,
+            hidden_channels=8,
+            norm_groups=4,
+        ),
+        step=vq_step,
     ),
     "gpt": Line(config=GPTConfig(**GPT), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
     "gpt-prefix": Line(

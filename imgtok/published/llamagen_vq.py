@@ -18,6 +18,7 @@ from torch import Tensor
 from imgtok.hub import Found
 from imgtok.published.kl16 import count_of
 from imgtok.published.names import check_telling
+from imgtok.quantizers.vq import TableConfig
 from imgtok.tokenizers.vq import VQ, VQConfig
 from imgtok.weights import check_tensors, fill, skeleton
 
@@ -82,8 +83,7 @@ def config_of(tensors: Mapping[str, Tensor], found: Found) -> VQConfig:
     try:
         return VQConfig(
             image_size=found.config.get("image_size", VQConfig.image_size),
-            vocab_size=rows,
-            code_width=width,
+            quantizer=TableConfig(vocab_size=rows, width=width),
             block_channels=tuple(len(tensors[name]) for name in firsts),
             layers_per_block=count_of(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
             hidden_channels=tensors["quant_conv.weight"].shape[1],

@@ -8,11 +8,35 @@ entropies, keeps all rows in use.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from imgtok.config import NonNegativeFloat, PositiveInt, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """A table of codes, and the weights of its losses; the defaults are those of LlamaGen's tokenizers."""
+
+    kind: Literal["table"] = "table"
+    vocab_size: PositiveInt = 16384
+    """Rows of the table."""
+    width: PositiveInt = 8
+    """Numbers of a code."""
+    codebook_weight: NonNegativeFloat = 1.0
+    """Weight of the loss that pulls codes to the vectors that they stand for."""
+    commitment_weight: NonNegativeFloat = 0.25
+    """Weight of the loss that pulls vectors to their codes."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the loss that keeps all codes in use, and each choice sure; it holds a number for every cell of a batch
+    and every row of the table."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Quantized(NamedTuple):
@@ -66,6 +90,10 @@ class VectorQuantizer(nn.Module):
         """Ids in [0, vocab_size) -> float32 codes (..., n). Raises ValueError outside that range."""
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(f"token ids must lie in [0, {self.vocab_size}); got {int(ids.min())} to {int(ids.max())}")
+        return self.codes_of(ids)
+
+    def codes_of(self, ids: Tensor) -> Tensor:
+        """`ids_to_codes` of ids that are known to exist; nothing is read by the host."""
         return F.embedding(ids, self.rows())
 
     def compared(self, vectors: Tensor) -> Tensor:

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgtok.config import NonNegativeFloat, PositiveInt, check
+from imgtok.config import PositiveInt, check
 from imgtok.flow import OnStep
 from imgtok.layers.convolution import channels_first, channels_last, norm_silu_conv, speed_up, through
-from imgtok.quantizers.vq import VectorQuantizer
+from imgtok.quantizers.binary import BinaryConfig, BinaryQuantizer
+from imgtok.quantizers.vq import TableConfig, VectorQuantizer
 from imgtok.tokenizers.base import CodedLosses, NoDecoding, Rate, Reconstruction, Tokenizer
 from imgtok.tokenizers.checks import check_images, check_side, check_whole
 from imgtok.tokenizers.tokens import Tokens
@@ -38,15 +39,14 @@ from imgtok.tokenizers.tokens import Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
-    """Shape of the tokenizer, and the weights of its quantizer's loss; the defaults are the published `vq_ds16`."""
+    """Shape of the tokenizer, and its quantizer; the defaults are the published `vq_ds16`."""
 
     kind: Literal["vq"] = "vq"
     image_size: PositiveInt = 256
     """Pixels a side of the images; a multiple of the pixels a side of a cell. No weight depends on it."""
-    vocab_size: PositiveInt = 16384
-    """Rows of the table of codes."""
-    code_width: PositiveInt = 8
-    """Numbers of a code."""
+    quantizer: TableConfig | BinaryConfig = TableConfig()
+    """From the numbers of a cell to its id: the nearest row of a `table` (LlamaGen), or their signs as bits, `binary`
+    (ELM)."""
     block_channels: tuple[int, ...] = (128, 128, 256, 256, 512)
     """Width of each level; every level but the last halves the image."""
     layers_per_block: PositiveInt = 2
@@ -55,13 +55,6 @@ class VQConfig:
     """Channels of a cell between the encoder, or the decoder, and the 1x1 convolution to its code."""
     norm_groups: PositiveInt = 32
     """Groups of every group normalisation; divides all widths."""
-    codebook_weight: NonNegativeFloat = 1.0
-    """Weight of the loss that pulls codes to the vectors that they stand for."""
-    commitment_weight: NonNegativeFloat = 0.25
-    """Weight of the loss that pulls vectors to their codes."""
-    entropy_weight: NonNegativeFloat = 0.0
-    """Weight of the loss that keeps all codes in use, and each choice sure; it holds a number for every cell of a batch
-    and every row of the table."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -248,14 +241,16 @@ class VQ(Tokenizer):
     config_class: ClassVar[type] = VQConfig
     reconstructs: ClassVar[bool] = True
     config: VQConfig
+    quantizer: VectorQuantizer | BinaryQuantizer
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(config.hidden_channels, config.code_width, 1)
-        self.quantizer = VectorQuantizer(config.vocab_size, config.code_width, unit_length=True)
-        self.post_quant_conv = nn.Conv2d(config.code_width, config.hidden_channels, 1)
+        width = config.quantizer.width
+        self.quant_conv = nn.Conv2d(config.hidden_channels, width, 1)
+        self.quantizer = make_quantizer(config.quantizer)
+        self.post_quant_conv = nn.Conv2d(width, config.hidden_channels, 1)
         self.decoder = Decoder(config)
         self._sped_up = speed_up(self)
 
@@ -275,7 +270,13 @@ class VQ(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return self.config.vocab_size
+        return self.quantizer.vocab_size
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The digits of an id: its bits, where the quantizer is binary."""
+        quantizer = self.config.quantizer
+        return (2,) * quantizer.bits if isinstance(quantizer, BinaryConfig) else ()
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -286,19 +287,38 @@ class VQ(Tokenizer):
     # ------------------------------------------------ training
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Reconstruction:
-        """Decodes the codes of images (B, 3, H, W); the loss besides is the quantizer's. Nothing is drawn."""
-        return self.forward_drawn(images)
+        """Decodes the codes of images (B, 3, H, W); the losses besides are the quantizer's. Bits alone are drawn."""
+        return self.forward_drawn(images, self._draw(images, generator))
 
-    def forward_drawn(self, images: Tensor) -> Reconstruction:
-        """`forward`: a function of tensors, which `training.compile` makes one graph."""
-        config, vectors = self.config, channels_last(self.vectors(images))
-        codes, ids, commitment, codebook = self.quantizer(vectors)
+    def _draw(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The numbers (B, h, w, n) in [0, 1) by which bits are drawn; None where none are."""
+        quantizer = self.config.quantizer
+        if not isinstance(quantizer, BinaryConfig) or quantizer.training == "threshold":
+            return None
+        batch, _, height, width = images.shape
+        shape = (batch, height // self.config.factor, width // self.config.factor, quantizer.bits)
+        return torch.rand(shape, generator=generator, device=generator.device).to(images.device)
+
+    def forward_drawn(self, images: Tensor, uniforms: Tensor | None = None) -> Reconstruction:
+        """`forward` with the random numbers drawn: a function of tensors, which `training.compile` makes one graph."""
+        codes, losses = self._quantized(channels_last(self.vectors(images)), uniforms)
+        return Reconstruction(self.to_pixels(codes), losses)
+
+    def _quantized(self, vectors: Tensor, uniforms: Tensor | None) -> tuple[Tensor, CodedLosses]:
+        """The codes of vectors (B, h, w, n), and the quantizer's losses."""
+        config, quantizer = self.config.quantizer, self.quantizer
+        if isinstance(config, BinaryConfig):
+            codes, ids, variance, entropy = quantizer(vectors, uniforms)
+            loss, parts = config.variance_weight * variance, {"variance": variance, "bit_entropy": entropy}
+            return codes, CodedLosses(loss, parts, ids, self.vocab_size)
+        assert isinstance(quantizer, VectorQuantizer)
+        codes, ids, commitment, codebook = quantizer(vectors)
         loss = config.codebook_weight * codebook + config.commitment_weight * commitment
         parts = {"quantizer": loss}
         if config.entropy_weight:
-            parts["entropy"] = self.quantizer.entropy_loss(vectors)
+            parts["entropy"] = quantizer.entropy_loss(vectors)
             loss = loss + config.entropy_weight * parts["entropy"]
-        return Reconstruction(self.to_pixels(codes), CodedLosses(loss, parts, ids, config.vocab_size))
+        return codes, CodedLosses(loss, parts, ids, self.vocab_size)
 
     # ------------------------------------------------ tokens
 
@@ -309,7 +329,7 @@ class VQ(Tokenizer):
         return vectors
 
     def to_pixels(self, codes: Tensor) -> Tensor:
-        """Images in about [-1, 1], not clamped, of codes (B, h, w, n) of unit length."""
+        """Images in about [-1, 1], not clamped, of codes (B, h, w, n), of unit length or bits."""
         features = self.post_quant_conv(channels_first(codes.to(self.last_layer.dtype)))
         return through(self.decoder, features, sped_up=self._sped_up)
 
@@ -343,5 +363,11 @@ class VQ(Tokenizer):
             raise ValueError("decoding: this tokenizer's decoder has no settings; leave it out")
         check_whole(tokens, indices, self.num_tokens, self.vocab_size)
         ids = tokens.ids.to(self.last_layer.device).unflatten(1, (self.config.grid, self.config.grid))
-        codes = F.embedding(ids, self.quantizer.rows())
-        return self.to_pixels(codes).clamp(-1, 1)
+        return self.to_pixels(self.quantizer.codes_of(ids)).clamp(-1, 1)
+
+
+def make_quantizer(config: TableConfig | BinaryConfig) -> VectorQuantizer | BinaryQuantizer:
+    """The quantizer of a configuration."""
+    if isinstance(config, BinaryConfig):
+        return BinaryQuantizer(config.bits)
+    return VectorQuantizer(config.vocab_size, config.width, unit_length=True)

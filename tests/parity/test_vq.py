@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import imgtok
 from imgtok import hub
 from imgtok.layers.convolution import channels_first, channels_last
-from imgtok.quantizers.vq import VectorQuantizer
+from imgtok.quantizers.vq import TableConfig, VectorQuantizer
 from imgtok.tokenizers import vq
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vq import VQ, VQConfig
@@ -60,7 +60,7 @@ def outputs(model: VQ, case: Case = TINY) -> dict[str, Tensor]:
         terms = model.quantizer(channels_last(vectors))
         share = case.about["build"]["config"]["entropy_loss_ratio"]
         entropy = share * model.quantizer.entropy_loss(channels_last(vectors))
-        weight = model.config.commitment_weight
+        weight = model.config.quantizer.commitment_weight
         found["losses"] = torch.stack([terms.codebook, weight * terms.commitment, entropy])
     return found
 
@@ -83,8 +83,7 @@ def config_of(case: Case) -> VQConfig:
     assert given["encoder_ch_mult"] == given["decoder_ch_mult"]
     return VQConfig(
         image_size=case.input("image").shape[-1],
-        vocab_size=given["codebook_size"],
-        code_width=given["codebook_embed_dim"],
+        quantizer=TableConfig(vocab_size=given["codebook_size"], width=given["codebook_embed_dim"]),
         block_channels=tuple(about["ch"] * multiplier for multiplier in given["encoder_ch_mult"]),
         hidden_channels=given["z_channels"],
     )

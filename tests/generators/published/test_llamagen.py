@@ -16,6 +16,7 @@ from imgtok.generators.gpt import GPT, LLAMAGEN_SIZES, GPTConfig, llamagen_size
 from imgtok.generators.published import llamagen
 from imgtok.layers.positions import rotary_2d
 from imgtok.published import llamagen_vq
+from imgtok.quantizers.vq import TableConfig
 from imgtok.tokenizers.vq import VQ, VQConfig
 
 SIZES = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "3B": 3_096_659_200}
@@ -130,7 +131,11 @@ def test_the_published_size_from_text():
 def test_a_published_pair_draws_images(tmp_path):
     made = model()
     write(published(made), tmp_path / "c2i.pt")
-    tokenizer = VQ(VQConfig(image_size=64, vocab_size=20, code_width=3, block_channels=(32, 32), hidden_channels=4))
+    tokenizer = VQ(
+        VQConfig(
+            image_size=64, quantizer=TableConfig(vocab_size=20, width=3), block_channels=(32, 32), hidden_channels=4
+        )
+    )
     tensors = {llamagen_vq.published_name(name): value for name, value in tokenizer.state_dict().items()}
     write(tensors, tmp_path / "vq.pt")
     pipe = imgtok.pipeline(tmp_path / "c2i.pt", tokenizer=tmp_path / "vq.pt", device="cpu")

@@ -20,6 +20,7 @@ from imgtok.generators.xar import XAR, XARConfig
 from imgtok.published import diffusers, flextok, kl16, llamagen_vq
 from imgtok.published.flextok_config import write_config
 from imgtok.published.names import places
+from imgtok.quantizers.vq import TableConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.tokenizers.vq import VQ, VQConfig
@@ -44,7 +45,11 @@ def small_kl16() -> Case:
 
 
 def small_vq() -> Case:
-    model = VQ(VQConfig(vocab_size=6, code_width=2, block_channels=(32, 64), layers_per_block=1, hidden_channels=5))
+    model = VQ(
+        VQConfig(
+            quantizer=TableConfig(vocab_size=6, width=2), block_channels=(32, 64), layers_per_block=1, hidden_channels=5
+        )
+    )
     tensors = {llamagen_vq.published_name(name): value for name, value in model.state_dict().items()}
     return Case(model, tensors, {})
 

@@ -5,6 +5,8 @@ Its numbers are held to the published code's in tests/parity/test_vq.py.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import kinds
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 import imgtok
+import imgtok.config
 from imgtok.cli import main
+from imgtok.layers.convolution import channels_last
 from imgtok.tokenizers.base import Rate
 from imgtok.tokenizers.tokens import Tokens
 from imgtok.tokenizers.vq import VQ, VQConfig
@@ -44,7 +48,7 @@ def test_there_and_back_is_what_training_decodes(model):
 def test_the_parts_of_the_loss_add_up(model):
     config = model.config
     losses = model(kinds.images(model, 2), generator=torch.Generator()).losses
-    total = losses.parts["quantizer"] + config.entropy_weight * losses.parts["entropy"]
+    total = losses.parts["quantizer"] + config.quantizer.entropy_weight * losses.parts["entropy"]
     assert losses.total.item() == pytest.approx(total.item())
     assert losses.num_codes == 16
     assert losses.codes.shape == (2, 8, 8)
@@ -56,7 +60,6 @@ def test_the_parts_of_the_loss_add_up(model):
         ({"image_size": 24}, r"image_size: 24 must be a multiple of 16, the pixels a side of a cell"),
         ({"block_channels": (128, 100)}, r"block_channels: 100 is not a positive multiple of norm_groups = 32"),
         ({"block_channels": ()}, r"block_channels: name the width of at least one level"),
-        ({"vocab_size": 0}, "vocab_size"),
     ],
 )
 def test_configurations_that_are_refused(given, message):
@@ -80,13 +83,63 @@ def test_what_is_refused(model):
         model.decode(tokens, decoding=object())
 
 
+# ---------------------------------------------------------------- bits in place of a table
+
+
+@pytest.fixture(scope="module")
+def binary() -> VQ:
+    return kinds.build(kinds.LINES["vq-binary"])
+
+
+def test_bits_are_tokens_too(binary):
+    assert (binary.vocab_size, binary.levels, binary.num_tokens) == (32, (2,) * 5, 64)
+    assert binary.cost() == "64 tokens of 32 ids, 320 bits"
+    assert not any(name.startswith("quantizer") for name, _ in binary.named_parameters()), "there is no table"
+    images = kinds.images(binary, 2)
+    tokens = binary.encode(images)
+    with torch.no_grad():
+        bits = (channels_last(binary.vectors(images)) > 0).float()
+        decoded = binary.to_pixels(bits).clamp(-1, 1)
+    torch.testing.assert_close(binary.decode(tokens), decoded)
+    with pytest.raises(ValueError, match=r"ids must lie in \[0, 32\); got 32 to 32"):
+        binary.decode(Tokens.full(torch.full((1, 64), 32)))
+
+
+def test_training_draws_bits_unless_it_takes_the_more_probable(binary):
+    images = kinds.images(binary, 2)
+    drawn = [binary(images, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0].losses.codes, drawn[1].losses.codes)
+    assert not torch.equal(drawn[0].losses.codes, drawn[2].losses.codes)
+    sure = copy.deepcopy(binary)
+    quantizer = dataclasses.replace(binary.config.quantizer, training="threshold")
+    sure.config = dataclasses.replace(binary.config, quantizer=quantizer)
+    found = sure(images, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.losses.codes.flatten(1), binary.encode(images).ids)
+    torch.testing.assert_close(found.images.clamp(-1, 1), binary.decode(binary.encode(images)), atol=1e-5, rtol=0)
+    parts = found.losses.parts
+    assert found.losses.total.item() == pytest.approx(0.1 * parts["variance"].item())
+    assert 0 < parts["bit_entropy"].item() <= 1
+    assert found.losses.num_codes == 32
+
+
+def test_the_quantizer_is_chosen_by_its_kind(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("quantizer: {kind: binary, bits: 20}\n")
+    config = imgtok.config.load(VQConfig, path)
+    assert config.quantizer.vocab_size == 2**20
+    assert imgtok.config.load(VQConfig, path, ["quantizer.kind=table"]) == VQConfig()
+    with pytest.raises(ValueError, match="quantizer has no field 'vocab_size'"):
+        imgtok.config.load(VQConfig, path, ["quantizer.vocab_size=5"])
+
+
 @pytest.mark.slow
 def test_it_learns(tmp_path):
     """A few colours of a few shapes, in a minute."""
     training = "{steps: 150, batch_size: 16, learning_rate: 3.e-3, warmup: 20, ema: 0.9, trackers: [], save_every: 150}"
-    model = "{kind: vq, image_size: 16, vocab_size: 64, block_channels: [16, 32], layers_per_block: 1, norm_groups: 8}"
+    model = "{kind: vq, image_size: 16, block_channels: [16, 32], layers_per_block: 1, norm_groups: 8}"
     data = "data={kind: shapes, textures: [solid], sizes: [large], scale: 1.3, num_images: 4096}"
     words = [f"out={tmp_path / 'vq'}", data, f"model={model}", f"training={training}", "num_preview=4"]
+    words += ["model.quantizer.vocab_size=64"]
     assert main(["train", "tokenizer", *words]) == 0
     log = [json.loads(line) for line in (tmp_path / "vq/log.jsonl").read_text().splitlines()]
     assert log[-1]["loss/mse"] < 0.25 * log[0]["loss/mse"]
