@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from imgtok.generators.conditioning import Condition, Control, Reading, controlled
+from imgtok.generators.digits import IndependentHead
 from imgtok.generators.dimension_head import DimensionHead
 from imgtok.generators.sampling import TokenSampling, draw, law
 from imgtok.tokenizers.tokens import Tokens
@@ -140,7 +141,7 @@ class Drawing:
             slots = slots.where(self.alive, 0)
             self.slots[:, k] = slots
             of_rows = slots.repeat(self.streams)
-        if isinstance(self.model.head, DimensionHead):
+        if isinstance(self.model.head, DimensionHead | IndependentHead):
             ids = self._draw_digits(k, self.model.features(found, of_rows), self.model.head)
         else:
             logits = found if of_rows is None else self.model.read_out(found, of_rows)
@@ -152,7 +153,7 @@ class Drawing:
             ids = ids.where(self.alive, 0)
         self.ids[:, k] = ids
 
-    def _draw_digits(self, k: int, features: Tensor, head: DimensionHead) -> Tensor:
+    def _draw_digits(self, k: int, features: Tensor, head: DimensionHead | IndependentHead) -> Tensor:
         """Ids (B,) of token k by the digits that the head draws from features (R, D), the same in both streams."""
         config = self.model.config
 

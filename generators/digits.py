@@ -4,16 +4,19 @@
 same. Embeddings and logits are sums of one vector a digit, beside a free row for each id.
 
 **A head for digits** (`DigitsConfig`, `Digits`): ELM (arXiv 2410.16257) splits the ids of a large vocabulary into a few
-sub-codes, two at best, so that no table has a row for each id. It draws them independently of one another; here each is
-drawn given those before it, by the dimension-wise head of TokenBridge (`dimension_head.py`) on the GPT's state:
+sub-codes, two at best, so that no table has a row for each id. It draws them independently of one another
+(`IndependentHead`). A head with a size of its own draws each given those before it, by the dimension-wise head of
+TokenBridge (`dimension_head.py`) on the GPT's state:
 
     p(id | ...) = p(digit 1 | ...) p(digit 2 | digit 1, ...) ... p(digit C | digits 1 to C - 1, ...)
 
+Independent digits have this law without the conditions on digits, which cannot say that two values only come together.
 Guidance, temperature, top-k and top-p are those of `sampling.law`, for one digit after the other, as if digits were
 tokens. So guidance acts on the logits of each digit, from the unconditional to the conditional ones, both given the
 digits drawn so far. Without guidance and filters an id comes with exactly the probability above. A guided or filtered
 law makes the probabilities of each digit add up to one, where that of a softmax over all ids would do so for the ids:
-that would be another law of the id, but one that takes the logits of all ids to draw from.
+that would be another law of the id, but one that takes the logits of all ids to draw from. Of independent digits the
+guided law is the same either way, and so is that of a temperature.
 
 Shapes: V ids, C digits of an id, D width.
 """
@@ -21,14 +24,15 @@ Shapes: V ids, C digits of an id, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgtok.config import PositiveInt
-from imgtok.generators.dimension_head import StackConfig
+from imgtok.config import PositiveInt, check
+from imgtok.generators.dimension_head import LOWEST, Choose, StackConfig
 
 
 class DigitRows(nn.Module):
@@ -53,16 +57,40 @@ class DigitRows(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsConfig(StackConfig):
-    """A head that draws the digits of an id one after the other, and its size."""
+class DigitsConfig:
+    """A head that draws the digits of an id: one after the other by a small transformer, whose size is given, or
+    independently of one another.
+    """
 
     digits: tuple[PositiveInt, ...]
     """How many values each digit has, the most significant digit first; their product is vocab_size."""
+    width: PositiveInt | None = None
+    """Channels of the transformer; a multiple of num_heads. null, as depth and num_heads then, for none: digits are
+    drawn independently (ELM)."""
+    depth: PositiveInt | None = None
+    """Blocks of the transformer."""
+    num_heads: PositiveInt | None = None
+    """Attention heads of the transformer."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check(self)
         if len(self.digits) < 2 or min(self.digits) < 2:
             raise ValueError(f"digits: {list(self.digits)} must be two or more, each of at least 2 values")
+        size = {name: getattr(self, name) for name in ("width", "depth", "num_heads")}
+        missing = [name for name, number in size.items() if number is None]
+        if 0 < len(missing) < len(size):
+            raise ValueError(
+                f"{missing[0]}: is missing beside {', '.join(f'{name} = {n}' for name, n in size.items() if n)}; give "
+                "all three for a transformer that draws each digit given those before it, none for independent digits"
+            )
+        _ = self.stack  # whose check it is that heads fit into the width
+
+    @property
+    def stack(self) -> StackConfig | None:
+        """The size of the transformer; None where digits are independent."""
+        if self.width is None or self.depth is None or self.num_heads is None:
+            return None
+        return StackConfig(width=self.width, depth=self.depth, num_heads=self.num_heads)
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises ValueError for digits that make another number of ids."""
@@ -106,3 +134,31 @@ class Digits(nn.Module):
         """Embeddings (..., D) of ids (...)."""
         rows = self.split(ids) + self.starts
         return F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum").unflatten(0, ids.shape)
+
+
+class IndependentHead(nn.Module):
+    """Features (N, Z) -> digits (N, C), each by a classifier of its own that does not know the others (ELM).
+
+    It is called as `dimension_head.DimensionHead` is. Where digits have unequal numbers of values, those that a digit
+    lacks have the lowest logit and are never drawn.
+    """
+
+    def __init__(self, feature_width: int, sizes: Sequence[int]) -> None:
+        """`sizes` are the numbers of values of the digits."""
+        super().__init__()
+        self.sizes = list(sizes)
+        self.readout = nn.Linear(feature_width, sum(sizes), bias=False)
+        nn.init.zeros_(self.readout.weight)  # every value is as likely at first, as of a GPT without digits
+
+    def forward(self, features: Tensor, digits: Tensor | None = None) -> Tensor:
+        """Logits (N, C, most values of a digit), float32; `digits` (N, C) change nothing."""
+        most = max(self.sizes)
+        parts = self.readout(features).float().split(self.sizes, dim=-1)
+        return torch.stack([F.pad(part, (0, most - part.shape[-1]), value=LOWEST) for part in parts], dim=1)
+
+    def draw(self, features: Tensor, choose: Choose) -> Tensor:
+        """Digits (N, C)."""
+        logits = self(features)
+        return torch.stack([choose(digit, logits[:, digit]) for digit in range(len(self.sizes))], dim=1)
+
+    draw_plainly = draw  # there is nothing that could be kept from one digit to the next

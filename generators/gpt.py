@@ -10,7 +10,7 @@ away from "no class" or the empty caption. Token sequences are ordered (learned 
 path; sampling hands it a cache.
 
 The law of a token is one softmax over all ids; or, with a `head`, it is that of the digits of its id, each given those
-before it (`digits.py`).
+before it, or independent of them (`digits.py`).
 
 Where a tokenizer picks slots (KARL), a sequence is pairs of a slot and an id, slots s_1 < s_2 < ... < s_n, and
 
@@ -51,7 +51,7 @@ from imgtok.generators.conditioning import (
     TextPrefix,
 )
 from imgtok.generators.decoding import Uniforms, closed_slots
-from imgtok.generators.digits import DigitRows, Digits, DigitsConfig
+from imgtok.generators.digits import DigitRows, Digits, DigitsConfig, IndependentHead
 from imgtok.generators.dimension_head import DimensionHead
 from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
@@ -296,13 +296,15 @@ class GPT(ConditionalGenerator):
         self.drafts: dict[str, GPT] = {}  # no part of this model: see `_draft`
         self._initialise()
 
-    def _make_head(self) -> nn.Linear | DimensionHead:
+    def _make_head(self) -> nn.Linear | DimensionHead | IndependentHead:
         config, ends = self.config, self.config.end is not None
         if config.head is None:
             return nn.Linear(config.width, config.vocab_size + ends, bias=False)
         first, *others = config.digits
         sizes = (first + ends, *others)  # what ends a sequence does so by its first digit
-        return DimensionHead(config.width, sizes, config.head, dropout=config.dropout, first_step="corrected")
+        if config.head.stack is None:
+            return IndependentHead(config.width, sizes)
+        return DimensionHead(config.width, sizes, config.head.stack, dropout=config.dropout, first_step="corrected")
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -407,11 +409,11 @@ class GPT(ConditionalGenerator):
         """Logits (..., V) in float32 of normed states (..., D), from `slots` as in `features`.
 
         Of a model that draws digits, logits (..., C, most values of a digit) of each digit of the `ids` (...) given
-        those before it.
+        those before it, where they are not independent.
         """
         states = self.features(states, slots)
-        if isinstance(self.head, DimensionHead):
-            assert ids is not None, "this model draws a digit given those before it"
+        if self.config.digits:
+            assert ids is not None, "this model draws the digits of ids"
             digits = self.digits.split(ids)
             return self.head(states.flatten(0, -2), digits.flatten(0, -2)).unflatten(0, ids.shape)
         logits = self.head(states)

@@ -258,6 +258,12 @@ LINES: dict[str, Line] = {
         short=FEW_IDS,
         long=MORE_IDS | {"sampling": TokenSampling(guidance=2.0, top_k=5, top_p=0.9)},
     ),
+    "gpt-independent": Line(
+        config=GPTConfig(**GPT, ends=True, head=DigitsConfig(digits=(12, 5))),
+        step=gpt_digits_step,
+        short=FEW_IDS,
+        long=MORE_IDS | {"sampling": TokenSampling(guidance=2.0, schedule="linear", top_k=5)},
+    ),
     "gpt-text": Line(config=GPTConfig(**GPT, condition=TEXT), step=gpt_step, short=FEW_IDS, long=MORE_IDS),
     "gpt-ends": Line(config=GPTConfig(**ENDS), step=gpt_step, short=FEW_IDS, long=ALL_IDS, looks=2),
     "gpt-slots": Line(

@@ -60,6 +60,8 @@ def test_levels_must_make_the_vocabulary():
 # ------------------------------------------------------------------------------------------------ drawn digit by digit
 
 HEAD = DigitsConfig(digits=(2, 3), width=16, depth=2, num_heads=2)
+INDEPENDENT = DigitsConfig(digits=(2, 3))
+HEADS = pytest.mark.parametrize("head", [HEAD, INDEPENDENT], ids=["causal", "independent"])
 TINY = GPTConfig(
     vocab_size=6, num_tokens=2, width=16, depth=1, num_heads=2, mlp_multiple=16, head=HEAD,
     condition=ClassSlot(num_classes=3, drop=0.0),
@@ -121,12 +123,13 @@ def test_ids_are_split_and_joined():
     torch.testing.assert_close(digits(torch.tensor([[37]]))[0, 0], digits.table[[3, 5 + 0, 9 + 1]].sum(0))
 
 
+@HEADS
 @pytest.mark.parametrize("digits", [(2, 3), (3, 2)])
 @pytest.mark.parametrize("ends", [False, True])
 @torch.no_grad()
-def test_the_probabilities_of_all_ids_make_up_one(digits, ends):
+def test_the_probabilities_of_all_ids_make_up_one(head, digits, ends):
     """By the training path, whichever digit has the more values; the loss is their logarithm."""
-    model = build(head=dataclasses.replace(HEAD, digits=digits), ends=ends)
+    model = build(head=dataclasses.replace(head, digits=digits), ends=ends)
     before = torch.tensor([[4, 0]] * 6)
     before[:, 1] = torch.arange(6)
     logits = model.logits(torch.full((6,), 2), before).double().log_softmax(-1)
@@ -170,10 +173,13 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize(("name", "ends"), [("plain", False), *((name, True) for name in SAMPLINGS)])
-def test_ids_have_exactly_the_probabilities_of_the_forward_pass(name, ends):
+@pytest.mark.parametrize(
+    ("name", "ends", "head"),
+    [("plain", False, HEAD), *((name, True, HEAD) for name in SAMPLINGS), ("guided", True, INDEPENDENT)],
+)
+def test_ids_have_exactly_the_probabilities_of_the_forward_pass(name, ends, head):
     """Over a grid of uniforms, one a digit, every sequence must come as often as the laws of its digits say."""
-    model, side, sampling = build(ends=ends), 8, SAMPLINGS[name]
+    model, side, sampling = build(ends=ends, head=head), 8, SAMPLINGS[name]
     points = grid(side, dims=4)
     drawn = decoding.cached(model, torch.full((len(points),), 2), Uniforms(points.view(-1, 2, 2)), sampling)
     found = Counter(tuple(row[:n]) for row, n in zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True))
@@ -207,10 +213,12 @@ def test_samples_have_the_distribution_of_the_digits():
     assert ((counts - expected) ** 2 / expected).sum() < 66.6
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("name", LENGTHS)
-def test_the_loops_draw_the_same(name, guidance):
-    model = build(**LENGTHS[name] | {"num_tokens": 6} | ({"num_slots": 20} if name == "slots" else {}))
+@pytest.mark.parametrize(
+    ("name", "guidance", "head"),
+    [*itertools.product(LENGTHS, [1.0, 2.0], [HEAD]), *((name, 2.0, INDEPENDENT) for name in LENGTHS)],
+)
+def test_the_loops_draw_the_same(name, guidance, head):
+    model = build(head=head, **LENGTHS[name] | {"num_tokens": 6} | ({"num_slots": 20} if name == "slots" else {}))
     options = {"seed": 3, "indices": range(60), "sampling": TokenSampling(guidance=guidance, top_k=2)}
     cached, plain = (model.generate(torch.arange(60) % 3, cached=c, **options) for c in (True, False))
     assert torch.equal(cached.ids, plain.ids)
@@ -241,8 +249,48 @@ def test_recomputed_activations_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_no_table_has_a_row_for_each_id():
-    head = DigitsConfig(digits=(1024, 1024), width=16, depth=1, num_heads=2)
+@torch.no_grad()
+def test_guided_independent_digits_make_the_guided_law_of_ids():
+    """Which the digits of a causal head do not."""
+    sampling, labels, before = (
+        TokenSampling(guidance=2.5, temperature=1.3),
+        torch.full((2,), 2),
+        torch.tensor([[0], [3]]),
+    )
+    differences = {}
+    for head in (HEAD, INDEPENDENT):
+        model = build(head=head)
+        first, second = laws_of_digits(model, [], sampling)
+        of_digits = (first[:, None] * second).flatten()
+        rows = []  # the logarithms of the probabilities of all ids, for the class and for none
+        for label in (labels, torch.full((2,), -1)):
+            one, two = model.logits(label, before)[:, 0].log_softmax(-1).unbind(1)
+            rows.append((one[0, :2, None] + two[:, :3]).flatten())
+        wanted = law(rows[0], sampling, rows[1]).double()
+        differences[head] = (of_digits - wanted).abs().max().item()
+    assert differences[INDEPENDENT] < 1e-6 < 1e-4 < differences[HEAD]
+
+
+@torch.no_grad()
+def test_independent_digits_do_not_know_each_other():
+    model = build(head=INDEPENDENT)
+    ids = torch.arange(6)[:, None]
+    logits = model.logits(torch.zeros(6, dtype=torch.long), ids)[:, 0]
+    assert torch.equal(logits, logits[:1].expand(6, -1, -1))
+    assert logits[0, 0, 2] < -1e30, "the first digit has two values"
+    assert not torch.equal(*build().logits(torch.zeros(2, dtype=torch.long), ids[[0, 3]])[:, 0, 1])
+
+
+def test_no_digit_is_likelier_before_training():
+    head = DigitsConfig(digits=(16, 4))
+    model = GPT(dataclasses.replace(TINY, vocab_size=64, head=head))
+    nats = model(Tokens.full(torch.tensor([[5, 60]])), LABELS[:1], generator=torch.Generator()).parts["cross_entropy"]
+    assert nats.item() == pytest.approx(math.log(64), abs=1e-5)
+
+
+@HEADS
+def test_no_table_has_a_row_for_each_id(head):
+    head = dataclasses.replace(head, digits=(1024, 1024))
     with torch.device("meta"):
         model = GPT(dataclasses.replace(TINY, vocab_size=2**20, head=head))
     assert max(p.numel() for p in (*model.parameters(), *model.buffers())) == 2 * 1024 * 16
@@ -259,5 +307,9 @@ def test_digits_that_do_not_fit():
     for digits in ((6,), (6, 1)):
         with pytest.raises(ValueError, match=r"digits: .* two or more, each of at least 2 values"):
             dataclasses.replace(HEAD, digits=digits)
+    with pytest.raises(ValueError, match=r"depth: is missing beside width = 16, num_heads = 2; give all three for"):
+        DigitsConfig(digits=(2, 3), width=16, num_heads=2)
+    with pytest.raises(ValueError, match=r"width: 16 must be a multiple of num_heads = 3"):
+        DigitsConfig(digits=(2, 3), width=16, depth=1, num_heads=3)
     with pytest.raises(ValueError, match=r"sampling.forbidden: this model draws ids digit by digit"):
         build().generate(LABELS, seed=0, indices=range(3), sampling=TokenSampling(forbidden=(1,)))
