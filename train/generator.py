@@ -70,7 +70,8 @@ class Config:
     init_drop: tuple[str, ...] = ()
     """Patterns of the parameters of `init` that are left out."""
     share_digits: bool = False
-    """Hand the tokenizer's FSQ levels, or bits, to the model, so that ids which share digits share embeddings and logits."""
+    """Hand the tokenizer's FSQ levels, or its bits, to the model, so that ids which share digits share embeddings and
+    logits."""
     sampling: Settings = Settings()
     """How previews are drawn: the model's own settings, in place of those in `model.sampling`."""
     decoding: Settings = Settings()
