@@ -42,9 +42,9 @@ def as_released(method: Draw, *given: object, **how: object) -> Draw:
     return lambda sampling, images, seed, shape: method(sampling, images, *given, seed=seed, shape=shape, **how)
 
 
-def pac(branches: int = 2, **mistakes: bool) -> Draw:
+def pac(**mistakes: bool) -> Draw:
     chosen = Mistakes(**{name: mistakes.get(name, False) for name in ("path", "siblings", "failing", "bonus")})
-    return as_released(sjd_pac, chosen, branches=branches)
+    return as_released(sjd_pac, chosen)
 
 
 PAIRS = partial(grouped, size=2, rule="released")
@@ -69,10 +69,10 @@ METHODS: list[tuple[str, str, Draw, str]] = [
     ("  F1, the longest path", "", pac(path=True), "the first sibling that passes"),
     ("  F2, siblings of the residual", "", pac(siblings=True), "siblings from p, without the earlier"),
     ("  F3, residual of the last sibling", "", pac(failing=True), "that of the draft itself"),
-    ("  F3, three branches, six ids", "", pac(failing=True, branches=3), "that of the draft itself"),
+    ("  F3, six ids", "", pac(failing=True), "that of the draft itself"),
     ("  F4, any token after a whole path", "", pac(bonus=True), "a draw from p"),
     ("  all repaired", "", as_released(sjd_pac, REPAIRED), ""),
-    ("  all repaired, three branches, six ids", "", as_released(sjd_pac, REPAIRED, branches=3), ""),
+    ("  all repaired, six ids", "", as_released(sjd_pac, REPAIRED), ""),
     ("SJD-PAC, one branch", "lossless", as_released(sjd_pac, Mistakes(), branches=1), "a draw from p after a path"),
     ("  bonus repaired", "", as_released(sjd_pac, Mistakes(bonus=False), branches=1), ""),
 ]
