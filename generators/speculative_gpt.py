@@ -14,7 +14,7 @@ from imgtok.config import ConfigError
 from imgtok.generators.conditioning import Condition, Reading
 from imgtok.generators.decoding import Drawing, Uniforms
 from imgtok.generators.sampling import TokenSampling
-from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Noise, OnStep, decode
+from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Network, Noise, OnStep, decode
 from imgtok.generators.speculative_rules import Rule, grouped, token_rule
 from imgtok.tokenizers.tokens import Tokens
 
@@ -65,28 +65,59 @@ def generate(
     check(model, sampling, draft)
     if draft is not None and isinstance(condition, Reading):
         raise ConfigError("sampling.decoding: draft takes labels or captions, since two networks read them")
-    config, device = model.config, model.device
-    first = randomness.uniform(seed, indices, (config.num_tokens,), "tokens")[:, 0]
-    rounds = randomness.uniform(seed, indices, (num_tokens - 1, sampling.window, 3), "rounds")
-    noise = Noise(*(None if part is None else part.to(device) for part in (first, rounds)))
-    if sampling.decoding == "coupled" and sampling.coupling == "gumbel":
-        noise = noise._replace(gumbel=gumbel(seed, indices, num_tokens, config.vocab_size).to(device))
-    law = Law(sampling, config.num_tokens, device)
+    config = model.config
 
     def network(of: GPT) -> GPTNetwork:
-        reading = Drawing(of, Uniforms(rounds[:, :1, 0, 0]), sampling).reading(condition)
+        reading = Drawing(of, Uniforms(torch.empty(len(indices), 1)), sampling).reading(condition)
         return GPTNetwork(of, reading, len(indices), num_tokens)
 
-    drafter: Drafter = Jacobi(gumbel=noise.gumbel)
-    if draft is not None:
-        drafter = DraftNetwork(network(draft), law, num_tokens)
-    return decode(
+    return decode_by(
         network(model),
+        sampling,
+        seed=seed,
+        indices=indices,
+        num_tokens=num_tokens,
+        length=config.num_tokens,
+        vocab_size=config.vocab_size,
+        device=model.device,
+        draft=None if draft is None else network(draft),
+        on_step=on_step,
+    )
+
+
+def decode_by(
+    network: Network,
+    sampling: TokenSampling,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    num_tokens: int,
+    length: int,
+    vocab_size: int,
+    device: torch.device,
+    draft: Network | None = None,
+    on_step: OnStep | None = None,
+) -> Tokens:
+    """Tokens (B, num_tokens) of any network by the settings; `exact` is a window of one token.
+
+    `length` is how many tokens a whole image has, on which guidance may depend; `draft` is the network of
+    decoding=draft.
+    """
+    window = 1 if sampling.decoding == "exact" else sampling.window
+    first = randomness.uniform(seed, indices, (length,), "tokens")[:, 0]
+    rounds = randomness.uniform(seed, indices, (num_tokens - 1, window, 3), "rounds")
+    noise = Noise(*(None if part is None else part.to(device) for part in (first, rounds)))
+    if sampling.decoding == "coupled" and sampling.coupling == "gumbel":
+        noise = noise._replace(gumbel=gumbel(seed, indices, num_tokens, vocab_size).to(device))
+    law = Law(sampling, length, device)
+    drafter: Drafter = Jacobi(gumbel=noise.gumbel) if draft is None else DraftNetwork(draft, law, num_tokens)
+    return decode(
+        network,
         law,
         drafter,
         noise,
         num_tokens=num_tokens,
-        window=sampling.window,
+        window=window,
         rule=rule_of(sampling),
         keep=sampling.decoding == "coupled" and sampling.coupling == "maximal",
         on_step=on_step,
@@ -99,11 +130,7 @@ def check(model: GPT, sampling: TokenSampling, draft: GPT | None) -> None:
     if config.ends or config.digits:
         what = "draws sequences that end" if config.ends else "draws ids digit by digit"
         raise ConfigError(f"sampling.decoding: {way} is not there for a model that {what}; say exact")
-    if sampling.group_size is not None and sampling.group_size > config.vocab_size:
-        raise ConfigError(
-            f"sampling.group_size: a group of {sampling.group_size} is larger than the vocabulary, which has "
-            f"{config.vocab_size} ids"
-        )
+    check_group(sampling, config.vocab_size)
     if (draft is None) == (way == "draft"):
         raise ConfigError("sampling.draft_model: goes with decoding=draft, which needs one: a GPT of the same ids")
     if draft is None:
@@ -119,6 +146,15 @@ def check(model: GPT, sampling: TokenSampling, draft: GPT | None) -> None:
             raise ConfigError(f"sampling.draft_model: it has {other} {name}, and the model {own}; both must agree")
     if theirs.ends or theirs.digits:
         raise ConfigError("sampling.draft_model: it must draw ids as a whole, and as many for every image")
+
+
+def check_group(sampling: TokenSampling, vocab_size: int) -> None:
+    """Raises ConfigError for groups of more ids than there are."""
+    if sampling.group_size is not None and sampling.group_size > vocab_size:
+        raise ConfigError(
+            f"sampling.group_size: a group of {sampling.group_size} is larger than the vocabulary, which has "
+            f"{vocab_size} ids"
+        )
 
 
 def rule_of(sampling: TokenSampling) -> Rule:
