@@ -19,7 +19,7 @@ from imgtok.generators.speculative import Noise
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
-MANY, FEWER = 100_000, 20_000
+MANY, FEWER = 100_000, 10_000
 EACH = pytest.mark.parametrize("method", METHODS)
 
 # ---------------------------------------------------------------- the law, on a toy that is known
@@ -302,10 +302,20 @@ def test_settings_that_do_not_suit_a_model(models, way, given, message):
         ({"condition": ClassSlot(num_classes=7)}, r"sampling.draft_model: it has 7 classes, and the model 1000"),
     ],
 )
-def test_a_draft_model_of_other_tokens(models, tmp_path, changes, message):
-    build(**changes).save_pretrained(tmp_path)
+def test_a_draft_model_of_other_tokens(models, monkeypatch, changes, message):
+    monkeypatch.setitem(models[0].drafts, "other", build(**changes))
     with pytest.raises(ConfigError, match=message):
-        generate((models[0], str(tmp_path)), "draft")
+        generate((models[0], "other"), "draft")
+
+
+def test_a_draft_model_is_read_from_its_folder_once(models, tmp_path, monkeypatch):
+    build(depth=1, std=0.25).save_pretrained(tmp_path)
+    monkeypatch.setattr(models[0], "drafts", {})
+    found = generate((models[0], str(tmp_path)), "draft", 2)
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(generate((models[0], str(tmp_path)), "draft", 2).ids, found.ids)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        generate((models[0], "nowhere"), "draft")
 
 
 @pytest.mark.parametrize(
