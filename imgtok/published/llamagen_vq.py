@@ -8,7 +8,6 @@ are those of the suite's `VQ`, but for the table. Files are read without running
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from imgtok.hub import Found
 from imgtok.published.kl16 import count_of
-from imgtok.published.names import check_telling
+from imgtok.published.names import check_telling, without
 from imgtok.quantizers.vq import TableConfig
 from imgtok.tokenizers.vq import VQ, VQConfig
 from imgtok.weights import check_tensors, fill, skeleton
-
-logger = logging.getLogger(__name__)
 
 KIND = "vq"
 LOOKS_LIKE = "a VQ tokenizer like vq_ds16_c2i.pt"
@@ -56,11 +53,7 @@ def load(
     An `image_size` in the configuration of `found` is taken over. Raises ValueError for weights that are damaged,
     missing, unexpected or misshapen (all are listed).
     """
-    whole = found.weights(raw=raw)
-    dropped = [name for name in whole if name.startswith(LEFTOVERS)]
-    if dropped:
-        logger.info("%s: left out %d tensors of its training (%s)", found.path, len(dropped), ", ".join(dropped[:4]))
-    stored = whole.select({name: name for name in whole if name not in dropped})
+    stored = without(found.weights(raw=raw), LEFTOVERS)
     config = config_of(stored.blank, found)
     model = skeleton(lambda: VQ(config))
     names = {name: published_name(name) for name in model.state_dict()}
