@@ -302,6 +302,8 @@ LINES |= {
 
 TRAINED = {name: line for name, line in LINES.items() if line.trained}
 """Those of models with anything to train."""
+FIRST_OF_KIND = frozenset({line.config.kind: name for name, line in reversed(LINES.items())}.values())
+"""One line of each kind. What is dear is done with these in the fast tests, with their variants in the slow ones."""
 ENCODING = {name: line for name, line in LINES.items() if line.config.kind not in hub.GENERATORS}
 """Those of models that encode images, which generators do not."""
 

@@ -7,13 +7,18 @@ import kinds
 import pytest
 import torch
 from fake_cuda import CUDA
-from kinds import ENCODING, LINES, Line
+from kinds import ENCODING, FIRST_OF_KIND, LINES, Line
 
 from imgtok.generators import decoding
 from imgtok.generators.gpt import GPT
 
 
-@pytest.fixture(params=LINES.values(), ids=LINES)
+@pytest.fixture(
+    params=[
+        pytest.param(line, id=name, marks=[] if name in FIRST_OF_KIND else [pytest.mark.slow])
+        for name, line in LINES.items()
+    ]
+)
 def line(request) -> Line:
     return request.param
 

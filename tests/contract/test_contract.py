@@ -13,7 +13,7 @@ from typing import Any
 import kinds
 import pytest
 import torch
-from kinds import ENCODING, LINES, TRAINED, Line
+from kinds import ENCODING, FIRST_OF_KIND, LINES, TRAINED, Line
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -268,7 +268,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-FIRST_OF_KIND = {line.config.kind: name for name, line in reversed(LINES.items())}.values()
 COMPILED = [
     *(pytest.param(LINES[name], "eager", id=name) for name in sorted(FIRST_OF_KIND)),
     *(pytest.param(line, "aot_eager", id=f"{name}-aot", marks=pytest.mark.slow) for name, line in LINES.items()),

@@ -55,7 +55,10 @@ def test_one_step():
 
 
 @pytest.mark.parametrize("plainly", [False, True])
-@pytest.mark.parametrize("name", ["sample_sde_cfg", "sample_sde_nocfg", "sample_sde_40", "sample_ode_cfg"])
+@pytest.mark.parametrize(
+    "name",
+    ["sample_sde_cfg", "sample_sde_nocfg", pytest.param("sample_sde_40", marks=pytest.mark.slow), "sample_ode_cfg"],
+)
 def test_sampling(name, plainly):
     case = Case.load(f"xar/{name}")
     ours = xar_runs.sampling(xar(case), case, plainly=plainly)

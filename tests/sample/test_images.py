@@ -117,6 +117,7 @@ def test_the_record_says_what_guessing_tokens_took(generator, samples, tmp_path)
     assert "drawing" not in record(samples), "where a token is a call"
 
 
+@pytest.mark.slow
 def test_two_processes_and_another_batch_size_draw_the_same_bytes(generator, samples, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("ACCELERATE_USE_CPU", None)  # a machine without a GPU is enough

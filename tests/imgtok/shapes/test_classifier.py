@@ -127,6 +127,7 @@ def assert_ordered(found: dict[str, float], margin: float) -> None:
     assert found["blank"] > 50 * found["clean"]
 
 
+@pytest.mark.slow
 def test_order_of_damages_after_a_short_training():
     assert_ordered(distances(train(Recipe(steps=80, batch=32)), 512), margin=1.1)
 

@@ -348,6 +348,7 @@ def test_drawing_and_decoding_use_the_threads_of_the_job(generator, tokenizer, t
     assert seen == [1, 1, 3, 3]
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_scores_as_one(samples, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
