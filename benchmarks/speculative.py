@@ -111,7 +111,8 @@ def passes(threads: int, rounds: int, *, tiny: bool = False) -> dict[int, float]
                 if number:
                     found[slots].append(time.perf_counter() - start)
     medians = {slots: statistics.median(times) for slots, times in found.items()}
-    print(f"\nGPT-B, {threads} threads, 2 rows, 128 tokens in the cache, median of {rounds} calls")
+    name = "a tiny model" if tiny else "GPT-B"
+    print(f"\n{name}, {threads} threads, 2 rows, 128 tokens in the cache, median of {rounds} calls")
     print("| slots | ms | times one slot |\n| --- | --- | --- |")
     for slots, seconds in medians.items():
         print(f"| {slots} | {1000 * seconds:.1f} | {seconds / medians[1]:.2f} |")
