@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, Range, check
+from imgtok.quantizers.ids import check_ids
 
 MOST_BITS = 32
 
@@ -89,8 +90,7 @@ class BinaryQuantizer(nn.Module):
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
         """Ids in [0, vocab_size) -> float32 codes (..., n). Raises ValueError outside that range."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
-            raise ValueError(f"token ids must lie in [0, {self.vocab_size}); got {int(ids.min())} to {int(ids.max())}")
+        check_ids(ids, self.vocab_size)
         return self.codes_of(ids)
 
     def codes_of(self, ids: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from imgtok.quantizers.ids import check_ids
+
 
 class FSQ(nn.Module):
     """Quantizer for `levels` such as (8, 8, 8, 5, 5, 5): z (..., n) <-> codes (..., n) <-> ids (...)."""
@@ -60,7 +62,6 @@ class FSQ(nn.Module):
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
         """Ids in [0, vocab_size) -> float32 codes (..., n). Raises ValueError outside that range."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
-            raise ValueError(f"token ids must lie in [0, {self.vocab_size}); got {int(ids.min())} to {int(ids.max())}")
+        check_ids(ids, self.vocab_size)
         digits = (ids[..., None] // self.basis) % self.levels
         return (digits - self.half_width) / self.half_width

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtok.config import NonNegativeFloat, PositiveInt, check
+from imgtok.quantizers.ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,7 @@ class VectorQuantizer(nn.Module):
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
         """Ids in [0, vocab_size) -> float32 codes (..., n). Raises ValueError outside that range."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
-            raise ValueError(f"token ids must lie in [0, {self.vocab_size}); got {int(ids.min())} to {int(ids.max())}")
+        check_ids(ids, self.vocab_size)
         return self.codes_of(ids)
 
     def codes_of(self, ids: Tensor) -> Tensor:

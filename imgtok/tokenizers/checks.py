@@ -11,6 +11,13 @@ from torch import Tensor
 from imgtok.tokenizers.tokens import Tokens
 
 
+def check_widths(block_channels: Sequence[int], norm_groups: int) -> None:
+    """Raises ValueError for widths of levels that group normalisation cannot divide."""
+    for width in block_channels:
+        if width < 1 or width % norm_groups:
+            raise ValueError(f"block_channels: {width} is not a positive multiple of norm_groups = {norm_groups}")
+
+
 def token_counts(num_tokens: int | Sequence[int] | None, batch: int, most: int) -> list[int]:
     """One number of tokens for each image, all of them for None. Raises ValueError outside 1..`most`."""
     if num_tokens is None or isinstance(num_tokens, int):

@@ -29,6 +29,7 @@ from imgtok.flow import OnStep
 from imgtok.layers.convolution import channels_first, channels_last, norm_silu_conv, silu, speed_up, through
 from imgtok.quantizers.vq import VectorQuantizer
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, NoDecoding, Reconstruction
+from imgtok.tokenizers.checks import check_widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,7 @@ class MaskGITVQGANConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for width in self.block_channels:
-            if width < 1 or width % self.norm_groups:
-                raise ValueError(
-                    f"block_channels: {width} is not a positive multiple of norm_groups = {self.norm_groups}"
-                )
+        check_widths(self.block_channels, self.norm_groups)
 
     @property
     def factor(self) -> int:

@@ -22,6 +22,7 @@ from imgtok.flow import OnStep
 from imgtok.hub import Found, load, resolve
 from imgtok.runtime import check_doc_strings
 from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Reconstruction
+from imgtok.tokenizers.checks import check_widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for width in self.block_channels:
-            if width < 1 or width % self.norm_groups:
-                raise ValueError(
-                    f"block_channels: {width} is not a positive multiple of norm_groups = {self.norm_groups}"
-                )
+        check_widths(self.block_channels, self.norm_groups)
 
     @property
     def factor(self) -> int:

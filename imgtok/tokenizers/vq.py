@@ -33,7 +33,7 @@ from imgtok.layers.convolution import channels_first, channels_last, norm_silu_c
 from imgtok.quantizers.binary import BinaryConfig, BinaryQuantizer
 from imgtok.quantizers.vq import TableConfig, VectorQuantizer
 from imgtok.tokenizers.base import CodedLosses, NoDecoding, Rate, Reconstruction, Tokenizer
-from imgtok.tokenizers.checks import check_images, check_side, check_whole
+from imgtok.tokenizers.checks import check_images, check_side, check_whole, check_widths
 from imgtok.tokenizers.tokens import Tokens
 
 
@@ -58,11 +58,7 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for width in self.block_channels:
-            if width < 1 or width % self.norm_groups:
-                raise ValueError(
-                    f"block_channels: {width} is not a positive multiple of norm_groups = {self.norm_groups}"
-                )
+        check_widths(self.block_channels, self.norm_groups)
         if not self.block_channels:
             raise ValueError("block_channels: name the width of at least one level")
         if self.image_size % self.factor:
