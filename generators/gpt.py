@@ -57,6 +57,7 @@ from imgtok.generators.sampling import TokenSampling
 from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import KVCache, LayerCache, MemoryLayer, Window
 from imgtok.layers.feed_forward import SwiGLU
+from imgtok.layers.linear import packed_linears
 from imgtok.layers.norms import RMSNorm
 from imgtok.layers.positions import rotary_1d, rotary_2d, rotate
 from imgtok.layers.recompute import call_block
@@ -528,16 +529,17 @@ class GPT(ConditionalGenerator):
             if control is not None or not cached:
                 what = "control: goes" if cached else "cached=False: goes"
                 raise ValueError(f"{what} with sampling.decoding=exact alone, given {sampling.decoding}")
-            return speculative_gpt.generate(
-                self,
-                condition,
-                seed=seed,
-                indices=indices,
-                num_tokens=count,
-                sampling=sampling,
-                on_step=on_step,
-                draft=None if sampling.draft_model is None else self._draft(sampling.draft_model),
-            )
+            with torch.no_grad(), packed_linears(self):
+                return speculative_gpt.generate(
+                    self,
+                    condition,
+                    seed=seed,
+                    indices=indices,
+                    num_tokens=count,
+                    sampling=sampling,
+                    on_step=on_step,
+                    draft=None if sampling.draft_model is None else self._draft(sampling.draft_model),
+                )
         shape = (self.config.num_tokens,)
         of_ids = (*shape, len(self.config.digits)) if self.config.digits else shape
         uniforms = Uniforms(
@@ -545,7 +547,8 @@ class GPT(ConditionalGenerator):
             randomness.uniform(seed, indices, shape, "slots")[:, :count] if self.config.num_slots else None,
         )
         loop = decoding.cached if cached else decoding.plain
-        tokens = loop(self, condition, uniforms, sampling, on_step, control)
+        with torch.no_grad(), packed_linears(self):
+            tokens = loop(self, condition, uniforms, sampling, on_step, control)
         ended = (tokens.lengths < tokens.ids.shape[1]).long()  # by one more call
         return replace(tokens, calls=Calls.one_each(tokens.lengths + ended))
 
