@@ -1,16 +1,26 @@
-"""What guessing tokens saves a trained GPT: calls of the network, accepted drafts, and time.
+"""What guessing tokens saves a trained GPT: calls of the network, accepted drafts, and time; and what it costs.
 
     python benchmarks/speculative.py MODEL                      # windows 8, 16 and 32, groups of 3, 10, 25 and 50
     python benchmarks/speculative.py MODEL --windows 16 --groups 10 --images 8 --threads 2
+    python benchmarks/speculative.py MODEL --images 512 --batch 16 --oracle --out vq.json --figure vq.png
     python benchmarks/speculative.py MODEL --tails              # two laws for positions that no window had yet
     python benchmarks/speculative.py --passes                   # a call of GPT-B over 1, 4, 8, 16 and 32 tokens
     python benchmarks/speculative.py MODEL --passes             # both, and what GPT-B would gain with these guesses
+    python benchmarks/speculative.py --predict vq.json          # the same, by guesses that were counted before
 
-Methods take turns, image by image, in the other order at every second. Calls count one for both streams of guidance,
-the first call among them. Seconds are of an image, the median, tokens alone and not their decoding; `times` is the
-median of exact / method for the same image, of wall time and of CPU seconds, which other programs disturb less. A
-prediction is tokens a call, times the cost of a call over one token, by that of a call over the window. `jacobi` and
-`coupled` without groups draw from the law of `exact`; the others do not.
+Methods take turns, batch by batch, in the other order at every second. NFE are calls of the network for an image, one
+for both streams of guidance, the first call among them; `tokens a call` is the number of tokens by that of calls;
+`accepted length` is tokens a call after the first (the mean accepted length), `accepted` the share of judged guesses
+that stood, and `one token` that of calls that gave a single token. Seconds are of an image, the median, tokens alone
+and not their decoding, and a share of those of the batch; `times` is the median of exact / method for the same images,
+of wall time and of CPU seconds, which other programs disturb less.
+
+With --oracle, images are decoded and judged: how many show the one object that was asked for, with the standard error
+of that share, and the Fréchet distance to fresh renders, beside that of other renders. Both need a tokenizer that was
+trained on the built-in shapes. `jacobi` and `coupled` without groups draw from the law of `exact`; the others do not.
+
+A prediction is no measurement: accepted length, times the cost of a call over one token, by that of a call over the
+window. `speculative_figure.py` draws what --out of several models wrote.
 """
 
 from __future__ import annotations
@@ -26,14 +36,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import speculative_figure
 import torch
+from shapes_judges import Judges, check_classes, scores
+from torch import Tensor
+from tqdm import tqdm
 
 from imgtok import hub
 from imgtok.generators import speculative_gpt
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.speculative import Jacobi
+from imgtok.metrics.scorers import Scorer
 from imgtok.tokenizers.calls import Totals, summary, together
+from imgtok.tokenizers.tokens import Tokens
 
 SLOTS = (1, 4, 8, 16, 32)
 
@@ -48,13 +64,14 @@ class Method:
     took: list[Totals] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    judges: list[Scorer] = field(default_factory=list)
+    """Of its images."""
 
     @property
     def window(self) -> int:
         return int(self.changes.get("window", 1))
 
-    def draw(self, model: GPT, sampling: TokenSampling, indices: range, seed: int) -> None:
-        labels = torch.tensor(indices) % model.config.num_classes
+    def draw(self, model: GPT, sampling: TokenSampling, labels: Tensor, indices: range, seed: int) -> Tokens:
         how = replace(sampling, **self.changes)
         with patch.object(speculative_gpt, "Jacobi", lambda **given: Jacobi(self.tail, **given)):
             wall, cpu = time.perf_counter(), time.process_time()
@@ -65,6 +82,7 @@ class Method:
         self.cpu.append((time.process_time() - cpu) / len(indices))
         assert tokens.calls is not None
         self.took.append(tokens.calls.totals())
+        return tokens
 
 
 def methods(windows: list[int], groups: list[int], *, tails: bool, gumbel: bool) -> list[Method]:
@@ -84,13 +102,24 @@ def methods(windows: list[int], groups: list[int], *, tails: bool, gumbel: bool)
     return found
 
 
-def measure(model: GPT, sampling: TokenSampling, ways: list[Method], options: argparse.Namespace) -> None:
-    for start in range(-options.batch, options.images, options.batch):  # the first batch is for warming up
-        indices = range(max(start, 0), max(start, 0) + options.batch)
-        for way in ways if (start // options.batch) % 2 else reversed(ways):
-            way.draw(model, sampling, indices, options.seed)
-            if start < 0:
-                del way.wall[:], way.cpu[:], way.took[:]
+def measure(
+    model: GPT, sampling: TokenSampling, ways: list[Method], judges: Judges | None, options: argparse.Namespace
+) -> None:
+    for way in ways if judges is not None else ():
+        way.judges = judges.fresh()
+    starts = range(-options.batch, options.images, options.batch)  # the first batch is for warming up
+    with tqdm(total=len(starts) * len(ways), unit="batch", mininterval=1) as progress:
+        for start in starts:
+            indices = range(max(start, 0), min(max(start, 0) + options.batch, options.images))
+            labels = torch.tensor(indices) % model.config.num_classes
+            for way in ways if (start // options.batch) % 2 else reversed(ways):
+                progress.set_postfix_str(f"{way.name}, window {way.window}", refresh=False)
+                tokens = way.draw(model, sampling, labels, indices, options.seed)
+                if start < 0:
+                    del way.wall[:], way.cpu[:], way.took[:]
+                elif judges is not None:
+                    judges.see(way.judges, tokens, labels, indices, options.seed)
+                progress.update()
 
 
 def passes(threads: int, rounds: int, *, tiny: bool = False) -> dict[int, float]:
@@ -136,18 +165,37 @@ def row(way: Method, exact: Method, num_tokens: int, medians: dict[int, float] |
     found = {
         "method": way.name,
         "window": way.window,
-        "calls": said["calls"],
-        "fewer": round(num_tokens / said["calls"], 2),
-        "tokens a call": said["tokens_per_call"],
+        "NFE": said["calls"],
+        "tokens a call": round(num_tokens / said["calls"], 2),
+        "accepted length": said["tokens_per_call"],
         "accepted": said.get("accepted_share"),
         "one token": said.get("single_share"),
         "seconds": round(statistics.median(way.wall), 3),
         "times": round(ratios["wall"], 2),
         "times, CPU": round(ratios["cpu"], 2),
     }
+    found |= scores(way.judges, said["images"])
     if medians is not None:
-        found["GPT-B, predicted"] = round(said["tokens_per_call"] / cost(way.window, medians), 2)
+        found["GPT-B, predicted"] = predicted(found, medians)
     return found | {"by token": said.get("accepted_by_token")}
+
+
+def predicted(row: dict[str, Any], medians: dict[int, float]) -> float:
+    """By how much a network of these seconds a call would be faster, if as many of its guesses stood."""
+    return round(row["accepted length"] / cost(row["window"], medians), 2)
+
+
+def predict(path: Path, medians: dict[int, float]) -> list[dict[str, Any]]:
+    """The predictions for what --out wrote of a model."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if not written.get("rows"):
+        raise SystemExit(f"--predict: {path} holds no methods; it is a file that --out wrote with a MODEL")
+    name = "GPT-B, predicted"
+    return [
+        {key: row[key] for key in ("method", "window", "accepted length")}
+        | {"cost of a call": round(cost(row["window"], medians), 2), name: predicted(row, medians)}
+        for row in written["rows"]
+    ]
 
 
 def show(rows: list[dict[str, Any]], write: Callable[[str], Any] = print) -> None:
@@ -171,14 +219,27 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20, help="calls of each length, of --passes")
-    parser.add_argument("--gumbel", action="store_true", help="Gumbel coupling, too")
+    parser.add_argument(
+        "--gumbel",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Gumbel coupling, too: 4 bytes for each token and id of an image",
+    )
+    parser.add_argument("--oracle", action="store_true", help="judge the images, which takes a tokenizer of shapes")
     parser.add_argument("--tails", action="store_true", help="compare where new guesses come from")
     parser.add_argument("--passes", action="store_true", help="time calls of GPT-B")
     parser.add_argument("--tiny", action="store_true", help="a tiny model in place of GPT-B, to see that it runs")
+    parser.add_argument("--predict", type=Path, metavar="FILE.json", help="what GPT-B would gain by a file of --out")
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file, too")
+    parser.add_argument("--figure", type=Path, help="draw them to this PNG file")
     options = parser.parse_args(arguments)
+    options.passes |= options.predict is not None
     if options.model is None and not options.passes:
         parser.error("name a model, or say --passes")
+    if options.model is None and (options.oracle or options.figure):
+        parser.error("--oracle and --figure need a model")
+    if options.images < 1 or options.batch < 1 or min(options.windows) < 1 or min(options.groups, default=1) < 1:
+        parser.error("--images, --batch, --windows and --groups are numbers of at least 1")
     return options
 
 
@@ -186,25 +247,50 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
     medians = passes(options.threads, options.rounds, tiny=options.tiny) if options.passes else None
-    rows: list[dict[str, Any]] = []
+    rows, of = list[dict[str, Any]](), dict[str, Any]()
+    if options.predict is not None:
+        assert medians is not None, "see `options_of`"
+        print(f"\nPredicted for GPT-B by the guesses of {options.predict}, not measured\n")
+        show(predict(options.predict, medians))
     if options.model is not None:
-        model = hub.load(hub.resolve(options.model, expect=GPT))
-        given = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        sampling = replace(model.config.sampling, decoding="exact", group_size=None, draft_model=None, **chosen)
-        groups = [size for size in options.groups if size <= model.config.vocab_size]
-        ways = methods(options.windows, groups, tails=options.tails, gumbel=options.gumbel)
-        measure(model, sampling, ways, options)
-        config = model.config
-        print(
-            f"\n{options.model}: {config.num_tokens} tokens of {config.vocab_size}, {config.depth} x {config.width}, "
-            f"guidance {sampling.guidance}, temperature {sampling.temperature}, top-k {sampling.top_k}, top-p "
-            f"{sampling.top_p}; {options.images} images, batch {options.batch}, {options.threads} threads\n"
-        )
-        rows = [row(way, ways[0], config.num_tokens, medians) for way in ways]
+        try:
+            rows, of = run(options, medians)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from None
         show(rows)
     if options.out is not None:
-        options.out.write_text(json.dumps({"passes": medians, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        written = {"model": of, "passes": medians, "rows": rows}
+        options.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if options.figure is not None:
+        speculative_figure.draw({str(options.model): rows}, options.figure)
+
+
+def run(options: argparse.Namespace, medians: dict[int, float] | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row a method, and what was drawn from."""
+    found = hub.resolve(options.model, expect=GPT)
+    model = hub.load(found)
+    given = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    sampling = replace(model.config.sampling, decoding="exact", group_size=None, draft_model=None, **chosen)
+    groups = [size for size in options.groups if size <= model.config.vocab_size]
+    ways = methods(options.windows, groups, tails=options.tails, gumbel=options.gumbel)
+    judges = None
+    if options.oracle:
+        check_classes(model.config.num_classes)
+        judges = Judges(found, options.images, model.device)
+    measure(model, sampling, ways, judges, options)
+    config = model.config
+    of = {
+        "model": options.model,
+        "tokens": config.num_tokens,
+        "ids": config.vocab_size,
+        "depth": config.depth,
+        "width": config.width,
+        **{name: getattr(sampling, name) for name in ("guidance", "temperature", "top_k", "top_p")},
+        **{name: getattr(options, name) for name in ("images", "batch", "threads", "seed")},
+    }
+    print("\n" + ", ".join(f"{name} {value}" for name, value in of.items()) + "\n")
+    return [row(way, ways[0], config.num_tokens, medians) for way in ways], of
 
 
 if __name__ == "__main__":
