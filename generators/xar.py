@@ -41,6 +41,7 @@ from imgtok.generators.conditioning import (
 from imgtok.generators.entities import Cells, EntityConfig
 from imgtok.layers.attention import Attention, CrossAttention, Look
 from imgtok.layers.cache import KVCache, LayerCache, Memory, MemoryLayer
+from imgtok.layers.linear import packed_linears
 from imgtok.layers.norms import RMSNorm, rms_norm
 from imgtok.layers.positions import rotary_of, rotate, time_features
 from imgtok.layers.recompute import call_block
@@ -481,10 +482,11 @@ class XAR(ConditionalGenerator):
             reading = self._reading(condition, len(indices), guided=any(plan.ever_guided for plan in plans))
             network = xar_fast.SamplingNetwork(self, reading, plans, control)
         done = 0
-        for plan, draws in zip(plans, self._draws(plans, seed, indices), strict=True):
-            report = None if on_step is None else self._report(on_step, done, network.finished)
-            done += plan.steps
-            network.finished.append(plan.solve(network.velocity, draws, report))
+        with packed_linears(self):
+            for plan, draws in zip(plans, self._draws(plans, seed, indices), strict=True):
+                report = None if on_step is None else self._report(on_step, done, network.finished)
+                done += plan.steps
+                network.finished.append(plan.solve(network.velocity, draws, report))
         return self.entities.join(torch.cat(network.finished, dim=1))
 
     def _plans(self, sampling: FlowSampling | None) -> list[EntityPlan]:

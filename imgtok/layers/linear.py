@@ -56,7 +56,7 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
     suits = all(_suits(layer) for layer in layers) and not any(
         module._compiled_call_impl is not None for module in model.modules()
     )
-    if torch.is_grad_enabled() or not suits or size < SMALLEST_MODEL or not _has_packed_kernels():
+    if not suits or size < SMALLEST_MODEL or not _has_packed_kernels():
         return []
     return layers if size < psutil.virtual_memory().available / 2 else []
 
