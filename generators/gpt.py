@@ -295,6 +295,7 @@ class GPT(ConditionalGenerator):
         self._add_text(config.width)
         self.recompute = False
         self.drafts: dict[str, GPT] = {}  # no part of this model: see `_draft`
+        self.replays = True  # on a GPU steps are CUDA graphs: see `replay`
         self._initialise()
 
     def _make_head(self) -> nn.Linear | DimensionHead | IndependentHead:
@@ -548,7 +549,10 @@ class GPT(ConditionalGenerator):
         )
         loop = decoding.cached if cached else decoding.plain
         with torch.no_grad(), packed_linears(self):
-            tokens = loop(self, condition, uniforms, sampling, on_step, control)
+            if cached and control is None and speculative_gpt.draws_exactly(self, condition):
+                tokens = speculative_gpt.exact(self, condition, uniforms, sampling, on_step)
+            else:
+                tokens = loop(self, condition, uniforms, sampling, on_step, control)
         ended = (tokens.lengths < tokens.ids.shape[1]).long()  # by one more call
         return replace(tokens, calls=Calls.one_each(tokens.lengths + ended))
 

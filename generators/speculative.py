@@ -10,9 +10,12 @@ With the token rule the tokens have exactly the law of `decoding.cached`, whatev
 the law after all of that; with groups they do not.
 
 Each image advances at its own pace (rows are ragged), and its random numbers are those of (seed, index), round and
-place in its window: so it is the same alone and in a batch, but for the arithmetic of the network. Nothing is read by
-the host on an accelerator, but for a look every `LOOK_EVERY` rounds whether all images are finished. There the window
-has one size, and near the end of an image it begins with tokens that are settled; on a CPU it shrinks.
+place in its window: so it is the same alone and in a batch, but for the arithmetic of the network.
+
+A round changes tensors in place and is a function of tensors alone. On an accelerator the window has one size, so that
+all rounds are one graph, and near the end of an image it begins with tokens that are settled; on a CPU it shrinks. The
+random numbers of all rounds are uploaded at once, and the host reads nothing but, every `LOOK_EVERY` rounds from the
+first after which that is possible, whether all images are finished: with a window of one token never.
 
 Shapes: B images, R rows through the network (2B where guided), N tokens of an image, L slots of a call, V ids.
 """
@@ -20,11 +23,13 @@ Shapes: B images, R rows through the network (2B where guided), N tokens of an i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from imgtok.generators.replay import Replayed
 from imgtok.generators.sampling import TokenSampling, draw, draw_several, guide, law
 from imgtok.generators.speculative_rules import Rule, judge, token_rule
 from imgtok.tokenizers.calls import Calls
@@ -86,8 +91,8 @@ class Window(NamedTuple):
 class Drafter(Protocol):
     """Where drafts come from."""
 
-    def begin(self, first: Tensor) -> None:
-        """The law (B, V) that the first token was drawn from."""
+    def begin(self, first: Tensor, width: int) -> None:
+        """The law (B, V) that the first token was drawn from, and the most slots of a call."""
         ...
 
     def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
@@ -136,27 +141,32 @@ class Jacobi:
     def __init__(self, tail: str = "last", gumbel: Tensor | None = None) -> None:
         self.tail, self.gumbel = tail, gumbel
 
-    def begin(self, first: Tensor) -> None:
-        self.laws = first[:, None]
+    def begin(self, first: Tensor, width: int) -> None:
+        self.laws = first[:, None].repeat(1, width, 1)
+        self.count = torch.ones((), dtype=torch.long, device=first.device)  # laws that are there: the rest is its last
         self.known = torch.zeros(len(first), dtype=torch.long, device=first.device)  # the token of the first law
 
     def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
         targets = window.targets[:, :-1]
-        place, count = targets - self.known[:, None], self.laws.shape[1]
-        last = self.laws[:, -1]
+        place, last = targets - self.known[:, None], self.laws[:, -1]
         if self.tail == "uniform":
             last = torch.full_like(last, 1 / last.shape[-1])
-        new = place >= count
+        new = place >= self.count
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         if self.gumbel is None:
             drawn = draw_several(last, uniforms)
         else:
             drawn = (last.log()[:, None] + noise_of(self.gumbel, targets)).argmax(dim=-1)
         tokens.scatter_(1, targets, drawn.where(new, tokens.gather(1, targets)))
-        return torch.where(new[..., None], last[:, None], self.laws[rows, place.clamp(0, count - 1)])
+        return torch.where(new[..., None], last[:, None], self.laws[rows, place.clamp(0, self.laws.shape[1] - 1)])
 
     def learn(self, laws: Tensor, window: Window) -> None:
-        self.laws, self.known = laws, window.starts + 1
+        if laws.shape == self.laws.shape:
+            self.laws.copy_(laws)
+        else:  # of a window that shrinks
+            self.laws = laws
+        self.count.fill_(laws.shape[1])
+        self.known.copy_(window.starts + 1)
 
 
 class DraftNetwork:
@@ -164,11 +174,9 @@ class DraftNetwork:
 
     def __init__(self, network: Network, law: Law, num_tokens: int) -> None:
         self.network, self.law, self.num_tokens = network, law, num_tokens
-        self.calls = 0
 
-    def begin(self, first: Tensor) -> None:
+    def begin(self, first: Tensor, width: int) -> None:
         self.network.first()
-        self.calls += 1
 
     def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
         count, found = window.width - 1, list[Tensor]()
@@ -185,7 +193,6 @@ class DraftNetwork:
             else:
                 before = (target - 1).clamp(max=self.num_tokens - 2)
                 logits = self.network.score(tokens.gather(1, before[:, None]), in_one(before))
-            self.calls += 1
             found.append(self.law(logits, target[:, None]))
             slot = (target - window.starts - 1).clamp(max=count - 1)
             drawn = draw(found[-1][:, 0], uniforms.gather(1, slot[:, None])[:, 0])
@@ -202,8 +209,8 @@ class DraftNetwork:
 
 
 def in_one(first: Tensor) -> Tensor | int:
-    """A number in place of `first` (B,), where all of them are the same; that is looked at on the CPU alone."""
-    if first.device.type != "cpu":
+    """A number in place of `first` (B,), where all of them are the same; that is looked at where shapes may change."""
+    if has_one_shape(first.device):
         return first
     low, high = first.aminmax()
     return int(low) if low == high else first
@@ -218,6 +225,62 @@ def noise_of(gumbel: Tensor, targets: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the loop
 
 
+def has_one_shape(device: torch.device) -> bool:
+    """Whether all rounds have tensors of the same shapes, and nothing is read of them."""
+    return device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What rounds work with, and the tensors that they change in place."""
+
+    network: Network
+    law: Law
+    drafter: Drafter
+    noise: Noise
+    num_tokens: int
+    """N."""
+    rule: Rule
+    keep: bool
+    tokens: Tensor
+    """(B, N and a window): drafts may reach past the end."""
+    held: Tensor
+    """(B,): tokens of each image that are settled."""
+    number: Tensor
+    """(1,): rounds that are done."""
+    calls: Calls
+    """Of the rounds."""
+
+    def advance(self, width: int) -> None:
+        """A round with a window of `width` slots."""
+        tokens, held = self.tokens, self.held
+        slots = Window((held - 1).clamp(max=self.num_tokens - 1 - width), width, held)
+        targets, uniforms = slots.targets, self.noise.rounds.index_select(1, self.number)[:, 0]
+        uniforms = uniforms.gather(1, slots.places[..., None].expand(-1, -1, 3))
+        if width > 1:
+            q = self.drafter.propose(tokens, slots, uniforms[:, :-1, DRAFT])
+        ids = tokens.gather(1, targets - 1)
+        p = self.law(self.network.score(ids, in_one(slots.starts)), targets)
+        self.drafter.learn(p, slots)
+        is_settled = targets < held[:, None]
+        found = judge(
+            p,
+            q if width > 1 else p[:, :0],
+            ids[:, 1:],
+            uniforms[:, :-1, ACCEPT],
+            uniforms[..., PICK],
+            rule=self.rule,
+            keep=self.keep,
+            noise=None if self.noise.gumbel is None else noise_of(self.noise.gumbel, targets),
+            settled=is_settled[:, :-1],
+        )
+        tokens.scatter_(1, targets, tokens.gather(1, targets).where(is_settled, found.tokens))
+        now = (slots.starts + found.accepted + 2).clamp(max=self.num_tokens)
+        _count(self.calls, slots, found.accepted, now)
+        held.copy_(now)
+        self.number.add_(1)
+
+
 @torch.no_grad()
 def decode(
     network: Network,
@@ -230,56 +293,44 @@ def decode(
     rule: Rule = token_rule,
     keep: bool = False,
     on_step: OnStep | None = None,
+    replay: bool = False,
 ) -> Tokens:
     """Draws `num_tokens` tokens (N) of each image in calls of at most `window` slots, one of them a settled token.
 
     `keep` is maximal coupling, and Gumbel noise couples, see `speculative_rules.judge`. `on_step` is told how many
-    tokens are settled in all images.
+    tokens are settled in all images; on an accelerator how many that are at least. With `replay`, rounds on a GPU are
+    replays of a CUDA graph: the network must then change nothing but tensors.
     """
     images, device = len(noise.first), noise.first.device
-    tokens = torch.zeros(images, num_tokens + window, dtype=torch.long, device=device)  # drafts may reach past the end
+    widest, one_shape = min(window, num_tokens - 1), has_one_shape(device)
     held = torch.ones(images, dtype=torch.long, device=device)
-    calls = Calls.none(images, tokens.shape[1], device)
+    tokens = torch.zeros(images, num_tokens + window, dtype=torch.long, device=device)
+    number, calls = torch.zeros_like(held[:1]), Calls.none(images, tokens.shape[1], device)
+    rounds = Rounds(network, law, drafter, noise, num_tokens, rule, keep, tokens, held, number, calls)
     first = law(network.first()[:, None], torch.zeros_like(held)[:, None])[:, 0]
     tokens[:, 0] = draw(first, noise.first)
-    drafter.begin(first)
-    for number in range(num_tokens - 1):
-        if on_step is not None:
-            on_step(int(held.min()))
-        width = min(window, num_tokens - 1)
-        if device.type == "cpu":
-            left = num_tokens - int(held.min())
-            if left == 0:
-                break
-            width = min(window, left)
-        elif number % LOOK_EVERY == 0 and bool((held == num_tokens).all()):
+    drafter.begin(first, widest)
+
+    def widest_round() -> None:
+        rounds.advance(widest)
+
+    advance = Replayed(widest_round, device) if replay else widest_round
+    fewest = -(-(num_tokens - 1) // max(1, widest))
+    known = 1  # tokens that are settled in all images, as far as the host knows: a round settles one at least
+    for done in range(num_tokens - 1):
+        if not one_shape or (done >= fewest and (done - fewest) % LOOK_EVERY == 0):
+            known = max(known, int(held.min()))
+        if known == num_tokens:
             break
-        slots = Window((held - 1).clamp(max=num_tokens - 1 - width), width, held)
-        targets, uniforms = slots.targets, noise.rounds[:, number]
-        uniforms = uniforms.gather(1, slots.places[..., None].expand(-1, -1, 3))
-        q = drafter.propose(tokens, slots, uniforms[:, :-1, DRAFT]) if width > 1 else first[:, None][:, :0]
-        ids = tokens.gather(1, targets - 1)
-        p = law(network.score(ids, in_one(slots.starts)), targets)
-        drafter.learn(p, slots)
-        is_settled = targets < held[:, None]
-        found = judge(
-            p,
-            q,
-            ids[:, 1:],
-            uniforms[:, :-1, ACCEPT],
-            uniforms[..., PICK],
-            rule=rule,
-            keep=keep,
-            noise=None if noise.gumbel is None else noise_of(noise.gumbel, targets),
-            settled=is_settled[:, :-1],
-        )
-        tokens.scatter_(1, targets, tokens.gather(1, targets).where(is_settled, found.tokens))
-        now = (slots.starts + found.accepted + 2).clamp(max=num_tokens)
-        _count(calls, slots, found.accepted, now)
-        held = now
-    else:
         if on_step is not None:
-            on_step(num_tokens)
+            on_step(known)
+        if one_shape:
+            advance()
+        else:
+            rounds.advance(min(window, num_tokens - known))
+        known += 1
+    if on_step is not None:
+        on_step(num_tokens)
     ids, lengths = tokens[:, :num_tokens], torch.full_like(held, num_tokens)
     judged, accepted = calls.judged[:, :num_tokens], calls.accepted[:, :num_tokens]
     return Tokens(ids, lengths, calls=Calls(calls.calls + 1, lengths, calls.single, judged, accepted, calls.seconds))

@@ -14,7 +14,7 @@ from imgtok.config import ConfigError
 from imgtok.generators.conditioning import Condition, Reading
 from imgtok.generators.decoding import Drawing, Uniforms
 from imgtok.generators.sampling import TokenSampling
-from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Network, Noise, OnStep, decode
+from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Network, Noise, OnStep, Window, decode
 from imgtok.generators.speculative_rules import Rule, grouped, token_rule
 from imgtok.tokenizers.tokens import Tokens
 
@@ -82,7 +82,41 @@ def generate(
         device=model.device,
         draft=None if draft is None else network(draft),
         on_step=on_step,
+        replay=model.replays,
     )
+
+
+def draws_exactly(model: GPT, condition: Condition | Reading) -> bool:
+    """Whether `exact` is for this drawing: on a GPU, whole ids, as many for every image, and nothing that a `Reading`
+    may want to be told of each step.
+    """
+    config = model.config
+    whole = not (config.ends or config.digits or config.num_slots)
+    return model.device.type == "cuda" and whole and not isinstance(condition, Reading)
+
+
+def exact(
+    model: GPT, condition: Condition | Reading, uniforms: Uniforms, sampling: TokenSampling, on_step: OnStep | None
+) -> Tokens:
+    """What `decoding.cached` draws, by steps of one shape each, of which a GPU makes a graph: rounds of one token."""
+    images, count = uniforms.ids.shape
+    ids, device = uniforms.ids.to(model.device), model.device
+    reading = Drawing(model, uniforms, sampling).reading(condition)
+    law = Law(sampling, model.config.num_tokens, device)
+    rounds = ids[:, 1:, None, None].expand(-1, -1, 1, 3)
+    network = GPTNetwork(model, reading, images, count)
+    noise, nothing = Noise(ids[:, 0], rounds), Undrafted()
+    return decode(network, law, nothing, noise, num_tokens=count, window=1, on_step=on_step, replay=model.replays)
+
+
+class Undrafted:
+    """Drafts where there are none, see `speculative.Drafter`."""
+
+    def begin(self, first: Tensor, width: int) -> None: ...
+    def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
+        raise AssertionError("a window of one token has no drafts")
+
+    def learn(self, laws: Tensor, window: Window) -> None: ...
 
 
 def decode_by(
@@ -97,11 +131,12 @@ def decode_by(
     device: torch.device,
     draft: Network | None = None,
     on_step: OnStep | None = None,
+    replay: bool = False,
 ) -> Tokens:
     """Tokens (B, num_tokens) of any network by the settings; `exact` is a window of one token.
 
     `length` is how many tokens a whole image has, on which guidance may depend; `draft` is the network of
-    decoding=draft.
+    decoding=draft; `replay` is that of `speculative.decode`.
     """
     window = 1 if sampling.decoding == "exact" else sampling.window
     first = randomness.uniform(seed, indices, (length,), "tokens")[:, 0]
@@ -121,6 +156,7 @@ def decode_by(
         rule=rule_of(sampling),
         keep=sampling.decoding == "coupled" and sampling.coupling == "maximal",
         on_step=on_step,
+        replay=replay,
     )
 
 

@@ -71,7 +71,7 @@ def test_a_read_in_a_loop_is_found(monkeypatch):
     monkeypatch.setattr(decoding, "draw", reading)
     short, long = ({"num_tokens": count} for count in (3, 8))
     looped = fake_cuda.looped(
-        lambda: kinds.build(LINES["gpt"]),
+        lambda: kinds.build(LINES["gpt-ends"]),
         lambda model: kinds.decode(model, range(4), CUDA, **short),
         lambda model: kinds.decode(model, range(4), CUDA, **long),
     )

@@ -1,0 +1,165 @@
+"""Steps of one shape, as a GPU runs them: the same tokens as on the CPU, one graph, and nothing read in between.
+
+There is no GPU here: `has_one_shape` is told that the CPU is like one, and the fake one counts.
+"""
+
+import fake_cuda
+import pytest
+import torch
+from fake_cuda import CUDA
+
+from imgtok.generators import replay, speculative, speculative_gpt
+from imgtok.generators.conditioning import ClassSlot
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.sampling import TokenSampling
+
+TINY = GPTConfig(
+    vocab_size=24, num_tokens=16, width=32, depth=1, num_heads=2, mlp_multiple=32, condition=ClassSlot(num_classes=5)
+)
+WAYS = {
+    "exact": {},
+    "exact, scheduled": {"schedule": "linear", "interval": (2, 9), "top_k": 9, "forbidden": (3, 5)},
+    "jacobi": {"decoding": "jacobi"},
+    "maximal": {"decoding": "coupled", "schedule": "cosine"},
+    "gumbel": {"decoding": "coupled", "coupling": "gumbel"},
+    "both": {"decoding": "coupled", "group_size": 3, "top_p": 0.9},
+    "draft": {"decoding": "draft", "draft_model": "small"},
+}
+ALL = pytest.mark.parametrize("way", WAYS)
+
+
+def build(std: float = 0.3) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(TINY).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=std)
+    return model
+
+
+def draw(model: GPT, way: str, device: torch.device | str = "cpu", **changes) -> torch.Tensor:
+    sampling = TokenSampling(**{"guidance": 2.0, "window": 5} | WAYS[way] | changes)
+    labels = torch.arange(6, device=device) % 5
+    return model.generate(labels, seed=3, indices=range(6), sampling=sampling)
+
+
+@pytest.fixture
+def model() -> GPT:
+    made = build()
+    made.drafts["small"] = build(0.25)
+    return made
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(speculative, "has_one_shape", lambda device: True)
+    monkeypatch.setattr(speculative_gpt, "draws_exactly", lambda model, condition: True)
+
+
+@ALL
+def test_steps_of_one_shape_draw_the_same(model, way, request):
+    expected, told = draw(model, way), []
+    request.getfixturevalue("like_a_gpu")
+    found = draw(model, way)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.calls.calls, expected.calls.calls)
+    if way.startswith("exact"):
+        model.generate(torch.arange(2), seed=0, indices=range(2), on_step=told.append)
+        assert told == list(range(1, 17))
+
+
+class Compiled:
+    """In the place of `Replayed`: without a break, or it raises."""
+
+    backend = "eager"
+
+    def __init__(self, body, device):
+        self.run = torch.compile(body, fullgraph=True, backend=self.backend)
+
+    def __call__(self):
+        self.run()
+
+
+def check_graph(model: GPT, way: str, monkeypatch, backend: str) -> None:
+    expected = draw(model, way)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(Compiled, "backend", backend)
+    monkeypatch.setattr(speculative, "Replayed", Compiled)
+    assert torch.equal(draw(model, way).ids, expected.ids)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 2, "the first round finds a cache of equal rows"
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize("way", [pytest.param("exact", marks=pytest.mark.slow), "maximal"])
+def test_a_step_is_one_graph(model, way, monkeypatch):
+    """The network's own step is compiled for every kind of model by `tests/contract`."""
+    check_graph(model, way, monkeypatch, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("like_a_gpu")
+@ALL
+def test_a_step_is_one_graph_through_autograd_too(model, way, monkeypatch):
+    check_graph(model, way, monkeypatch, "aot_eager")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way == "maximal" else pytest.mark.slow) for way in WAYS if way != "draft"]
+)
+def test_the_host_looks_seldom_and_copies_nothing(way, monkeypatch):
+    """On the fake GPU all 15 rounds run; a window of 5 could be done after 3, and then every fourth is looked at."""
+    monkeypatch.setattr(speculative, "LOOK_EVERY", 4)
+    found = fake_cuda.run(build, lambda model: draw(model, way, CUDA))
+    looks = {place: count for place, count in found.reads.items() if count and "in _checked" not in place}  # of labels
+    assert list(looks.values()) == ([] if way.startswith("exact") else [3]), looks
+    assert all("known = max(known, int(held.min()))" in place for place in looks)
+    assert all(count <= 2 for count in found.copies.values()), found.copies
+
+
+def test_a_body_becomes_a_graph_after_two_calls(monkeypatch):
+    """With stand-ins for torch's own: what is captured is not run, and what is replayed runs no Python."""
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    class Capture:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            log.append("capture")
+
+        def __exit__(self, *error):
+            log.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    step = replay.Replayed(lambda: log.append("body"), CUDA)
+    for _ in range(4):
+        step()
+    assert log == ["body", "body", "capture", "body", "captured", "replay", "replay"]
+    log.clear()
+    for _ in range(3):
+        replay.Replayed(lambda: log.append("body"), torch.device("cpu"))()
+    assert log == ["body"] * 3
+
+
+def test_a_body_that_makes_no_graph_runs_as_it_is(monkeypatch, caplog):
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    log = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    step = replay.Replayed(lambda: log.append("body"), CUDA)
+    for _ in range(4):
+        step()
+    assert log == ["body"] * 4
+    assert caplog.text.count("no CUDA graph could be made, so kernels are launched one by one") == 1
