@@ -34,6 +34,7 @@ from imgtok.metrics.arrays import open_npz
 from imgtok.metrics.saved_images import RECORD
 from imgtok.pictures import preprocess
 from imgtok.runtime import process_state
+from imgtok.sample import calls_figure
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
 from imgtok.tokenizers.calls import Totals, summary, together
@@ -47,8 +48,8 @@ POSITIONAL = "model"
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Draws images from a generator: PNGs named by their index, `samples.json` with their labels (classes, or numbers
-    of prompts) and, where images have numbers of tokens of their own, these; and beside their folder a picture of many
-    of them.
+    of prompts) and, where images have numbers of tokens of their own, these; where tokens were guessed, `calls.svg`
+    says how well; and beside their folder a picture of many of them.
     """
 
     job: Literal["sample"] = "sample"
@@ -335,6 +336,8 @@ def draw_images(
 
 CALLS = ".drawing-*.jsonl"
 """Lines of what batches took to draw, a file a process, until the record has them."""
+FIGURE = "calls.svg"
+"""These as a figure, which no program takes for one of the images."""
 
 
 def note_drawing(out: Path, drawn: Drawn) -> None:
@@ -404,9 +407,10 @@ def finish(config: Config, plan: Plan, folder: Path, pipe: Pipeline) -> None:
         said = summary(took)
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))
         write_record(config.out / RECORD, record | {"drawing": {"totals": took} | said})
+        calls_figure.save(said, config.out / FIGURE)
         for path in config.out.glob(CALLS):
             path.unlink()
-        note = f"{said['calls']} calls of the network an image, {said['tokens_per_call']} tokens a call"
+        note = f"{said['calls']} calls of the network an image, {said['tokens_per_call']} tokens a call ({FIGURE})"
     if pipe.own_lengths:
         arrays["tokens"] = counts = [count_of(image_path(folder, index)) for index in range(len(labels))]
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))

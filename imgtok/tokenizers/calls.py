@@ -65,9 +65,13 @@ class Calls:
         return summary(self.totals())
 
     def totals(self) -> Totals:
-        """Sums over the images, and the most calls of one."""
+        """Sums over the images, the most calls of one and, where drafts are judged, the images of each number of calls
+        from 0 on.
+        """
         sums = {one.name: getattr(self, one.name).sum(dim=0).tolist() for one in fields(self)}
-        return {"images": len(self.calls), "most_calls": int(self.calls.max())} | sums
+        most, tokens = int(self.calls.max()), self.judged.shape[1]
+        by_calls = torch.bincount(self.calls, minlength=tokens + 1).tolist() if tokens else []
+        return {"images": len(self.calls), "most_calls": most, "by_calls": by_calls} | sums
 
 
 def together(parts: Sequence[Totals]) -> Totals:
@@ -86,8 +90,8 @@ def _sum(one: Any, other: Any) -> Any:
 
 def summary(totals: Totals) -> dict[str, Any]:
     """What totals say, rounded: calls of an image (mean and most); seconds of drawing an image; tokens that a call gave
-    and the share of calls that gave one alone, both after the first; and the share of judged drafts that were accepted,
-    of all and of each token.
+    and the share of calls that gave one alone, both after the first; the share of judged drafts that were accepted, of
+    all and of each token; and pairs of a number of calls and of the images that took so many.
 
     Where no draft of a token was judged, its share is None.
     """
@@ -106,6 +110,7 @@ def summary(totals: Totals) -> dict[str, Any]:
         "single_share": _share(totals["single"], later),
         "accepted_share": _share(sum(totals["accepted"]), sum(totals["judged"])),
         "accepted_by_token": by_token,
+        "images_by_calls": [[calls, images] for calls, images in enumerate(totals["by_calls"]) if images],
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from kinds import ENCODING, LINES, TRAINED, Line
 from torch import Tensor
 
+from imgtok.generators.sampling import TokenSampling
 from imgtok.train.loop import compile_forward
 
 pytestmark = pytest.mark.gpu
@@ -103,3 +104,13 @@ def test_the_decoder_s_step_compiles(line):
     compiled = torch.compile(step, fullgraph=True, backend=BACKEND)(*arguments)
     step, arguments = line.step(model, DEVICE)
     torch.testing.assert_close(compiled, step(*arguments), **CLOSE)
+
+
+@pytest.mark.parametrize("way", [{}, {"decoding": "jacobi"}, {"decoding": "coupled", "window": 4}], ids=str)
+def test_a_graph_draws_what_single_kernels_draw(way, caplog):
+    model = kinds.build(LINES["gpt"]).to(DEVICE)
+    drawn = []
+    for model.replays in (True, False):
+        drawn.append(kinds.decode(model, range(4), DEVICE, sampling=TokenSampling(guidance=2.0, **way)).cpu())
+    assert torch.equal(*drawn)
+    assert "no CUDA graph could be made" not in caplog.text

@@ -113,8 +113,14 @@ def test_the_record_says_what_guessing_tokens_took(generator, samples, tmp_path)
         assert 3 <= drawing["calls"] <= 8
         assert len(drawing["accepted_by_token"]) == 8
         assert drawing["seconds"] > 0
+        assert sum(images for _, images in drawing["images_by_calls"]) == num
+        figure = (tmp_path / "calls.svg").read_text(encoding="utf-8")
+        assert figure.startswith("<svg")
+        assert figure.rstrip().endswith("</svg>")
     assert not list(tmp_path.glob(".*"))
+    assert sorted(contents(tmp_path)) == [f"{index:06d}.png" for index in range(5)]
     assert "drawing" not in record(samples), "where a token is a call"
+    assert not (samples / "calls.svg").exists()
 
 
 @pytest.mark.slow

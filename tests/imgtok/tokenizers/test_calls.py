@@ -28,6 +28,7 @@ def test_what_counts_say():
         "single_share": 0.6667,
         "accepted_share": 0.2857,
         "accepted_by_token": [None, 0.5, 0.0, 0.5, 0.0],
+        "images_by_calls": [[3, 1], [5, 1]],
     }
     assert Calls.one_each(torch.tensor([4, 4])).summary() == {
         "images": 2,
