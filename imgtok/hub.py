@@ -74,6 +74,12 @@ GENERATORS: dict[str, str] = {
 KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
 """All of them: a view, so that a line in one of the three tables is the whole entry of a new method."""
 
+CONTROLS: dict[str, str] = {
+    "tome": "imgtok.generators.controls.tome:SemanticMerge",
+    "frap": "imgtok.generators.controls.frap:AdaptiveWeights",
+}
+"""`kind` of a control of prompts -> class; see `imgtok.generators.controls.scene.PromptControl`."""
+
 READERS: dict[str, str] = {
     "flextok": "imgtok.published.flextok",
     "karl": "imgtok.published.karl",
@@ -216,6 +222,29 @@ def model_class(kind: str) -> type[Any]:
 def config_class(kind: str) -> type[Any]:
     """The frozen dataclass that configures the models of a kind. Raises ValueError as `model_class` does."""
     found: type[Any] = model_class(kind).config_class
+    return found
+
+
+def controls_of(controls: str | Sequence[Any]) -> list[Any]:
+    """Controls of prompts, each given by the name of its kind, by its configuration, or as it is.
+
+    Raises ValueError for a name that there is not, or one that stands twice.
+    """
+    found = []
+    for one in [controls] if isinstance(controls, str) else controls:
+        kind = one if isinstance(one, str) else getattr(one, "kind", None)
+        if kind is None:
+            found.append(one)
+        elif kind not in CONTROLS:
+            raise ValueError(f"controls: given {kind!r}, must be one of {', '.join(CONTROLS)}")
+        else:
+            module, _, name = CONTROLS[kind].partition(":")
+            made: type[Any] = getattr(importlib.import_module(module), name)
+            found.append(made() if isinstance(one, str) else made(one))
+    kinds = [type(one) for one in found]
+    twice = next((kind.__name__ for kind in kinds if kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise ValueError(f"controls: {twice} stands there twice; give each control once")
     return found
 
 

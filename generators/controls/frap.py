@@ -13,11 +13,16 @@ Shapes: T columns of a caption, D width of a state, Q = P * P queries, S objects
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from imgtok.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, check
+from imgtok.generators.controls.scene import ControlRun, Prompt, Scene, Texts
+from imgtok.text.parsing import Entity
 
 # ---------------------------------------------------------------- weights
 
@@ -136,3 +141,196 @@ def step_of(change: float, low: float, high: float) -> float:
 
 TINY = 1e-12
 """Keeps divisions finite."""
+
+# ---------------------------------------------------------------- the control
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveWeightsConfig:
+    """Adaptive weights of words. All defaults are ours."""
+
+    kind: Literal["frap"] = "frap"
+    """Which control this is."""
+    strength: Fraction = 1.0
+    """Scales every change of a weight; 0 changes nothing [ours]."""
+    way: Way = "interpolate"
+    """Where weights act: on the line from the empty prompt's states, as factors of the states, or in the attention
+    (logit: a weight of 2 is the word twice). Which of them is meant is not known."""
+    low: PositiveFloat = 0.6
+    """Weights stay above."""
+    high: PositiveFloat = 1.4
+    """Weights stay below."""
+    change: NonNegativeFloat = 0.1
+    """The most that a weight changes in one update, where gradients are normalised."""
+    rate: PositiveFloat | None = None
+    """Step of the plain gradient in place of that; null normalises."""
+    until: Fraction = 0.5
+    """Share of the steps of a diffusion model at which weights are updated."""
+    updates: NonNegativeInt = 6
+    """Updates for a generator whose images are drawn as a whole and looked at then; each costs a pass of the
+    network."""
+    overlap: NonNegativeFloat = 1.0
+    """Weight of what object and modifier share against presence (lambda)."""
+    prob: Prob = "sum"
+    """How a map becomes a distribution."""
+    reduce: Reduce = "sum"
+    """What is taken over its queries; `mean` is what summaries have."""
+    smooth: bool = True
+    """Smooths maps that lie over the image."""
+    free: Literal["entities", "words"] = "entities"
+    """Words whose weights move: those of objects and what belongs to them, or all."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.low < 1 < self.high:
+            raise ValueError(
+                f"low, high: given {self.low} and {self.high}; weights start at 1, which must lie between: low=0.6 "
+                "high=1.4, say"
+            )
+
+    def weights(self, alpha: Tensor) -> Tensor:
+        """Weights of coefficients; exactly 1 for coefficients of 0."""
+        start = torch.tensor((1 - self.low) / (self.high - self.low)).logit().item()
+        shifted = bounded(alpha + start, self.low, self.high) - bounded(
+            torch.full_like(alpha, start), self.low, self.high
+        )
+        return 1 + self.strength * shifted
+
+
+class AdaptiveWeights:
+    """FRAP as a control of prompts; see the head of this file."""
+
+    config_class: ClassVar[type] = AdaptiveWeightsConfig
+
+    def __init__(self, config: AdaptiveWeightsConfig | None = None) -> None:
+        self.config = config or AdaptiveWeightsConfig()
+
+    def start(self, scene: Scene) -> ControlRun:
+        """Raises ValueError for a doubtful group, or a word that the text encoder cut off."""
+        return WeightsRun(self.config, [Words.of(prompt) for prompt in scene.prompts], scene.texts)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a prompt that the losses are about, each with its columns."""
+
+    columns: Sequence[Sequence[int]]
+    objects: Sequence[int]
+    """Numbers of words that are objects."""
+    pairs: Sequence[tuple[int, int]]
+    """An object and what modifies it."""
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> Words:
+        """Raises ValueError where the parser was not sure."""
+        prompt.parse.check()
+        columns: list[list[int]] = []
+        objects: list[int] = []
+        pairs: list[tuple[int, int]] = []
+
+        def add(entity: Entity) -> None:
+            objects.append(len(columns))
+            head = len(columns)
+            columns.append(prompt.columns([entity.head]))
+            for word in entity.modifiers:
+                pairs.append((head, len(columns)))
+                columns.append(prompt.columns([word]))
+            for other in (*entity.sub_objects, *entity.mentions):
+                add(other)
+
+        for entity in prompt.entities:
+            add(entity)
+        return cls(columns, objects, pairs)
+
+    def without(self, gone: Tensor) -> Words:
+        """Those that are left where columns (T,) are gone."""
+        left = [i for i, columns in enumerate(self.columns) if not gone[list(columns)].all()]
+        place = {word: number for number, word in enumerate(left)}
+        columns = [[column for column in self.columns[i] if not gone[column]] for i in left]
+        pairs = [(place[a], place[b]) for a, b in self.pairs if a in place and b in place]
+        return Words(columns, [place[one] for one in self.objects if one in place], pairs)
+
+    def maps(self, average: Tensor) -> Tensor:
+        """The maps (Q, words) of words, each the mean of its columns (Q, T) [ours]."""
+        return torch.stack([average[:, list(columns)].mean(dim=-1) for columns in self.columns], dim=-1)
+
+
+class WeightsRun:
+    """`AdaptiveWeights` in a batch."""
+
+    def __init__(self, config: AdaptiveWeightsConfig, words: Sequence[Words], texts: Texts) -> None:
+        gone = torch.zeros_like(texts.mask) if texts.gone is None else texts.gone
+        self.config = config
+        self.words = [one.without(own) for one, own in zip(words, gone.cpu(), strict=True)]
+        self.rows = [row for row, one in enumerate(self.words) if one.objects]
+        self.alpha = torch.zeros(texts.mask.shape, device=texts.states.device)
+        self.gone = gone
+
+    def looks(self, scene: Scene) -> int:
+        """As the configuration says."""
+        return self.config.updates if self.rows and self.config.strength > 0 else 0
+
+    def free(self, scene: Scene) -> Tensor:
+        """(B, T): the columns whose weights move."""
+        found = torch.zeros_like(scene.texts.mask)
+        for row, (prompt, words) in enumerate(zip(scene.prompts, self.words, strict=True)):
+            of_entities = [column for columns in words.columns for column in columns]
+            wanted = of_entities if self.config.free == "entities" else prompt.words
+            found[row, wanted] = True
+        return found & ~self.gone
+
+    def weighted(self, texts: Texts, alpha: Tensor) -> Texts:
+        """The texts with the weights of coefficients (N, T)."""
+        how = {
+            "interpolate": interpolated,
+            "scale": lambda states, null, weights: scaled(states, weights),
+            "logit": None,
+        }
+        return replace(texts, weights=self.config.weights(alpha), weighted=how[self.config.way])
+
+    def act(self, scene: Scene) -> None:
+        """One update of all weights, from the maps under the present ones."""
+        config = self.config
+        if not self.rows or config.strength == 0:
+            return
+        if scene.latents is not None and scene.step >= config.until * scene.steps:
+            return
+        rows = torch.tensor(self.rows, device=self.alpha.device)
+        texts = scene.texts[rows]
+        with torch.enable_grad():
+            alpha = self.alpha[rows].requires_grad_()
+            maps = scene.maps(self.weighted(texts, alpha), rows, None if scene.latents is None else scene.latents[rows])
+            if scene.grid is not None and config.smooth and min(scene.grid) > 1:
+                maps = smoothed(maps, scene.grid)
+            losses = torch.stack([self.loss(self.words[row], own) for row, own in zip(self.rows, maps, strict=True)])
+            (gradient,) = torch.autograd.grad(losses.sum(), alpha)
+        normalised = config.rate is None
+        step = config.rate or step_of(config.change, config.low, config.high)
+        new = updated(self.alpha[rows], gradient, self.free(scene)[rows], step=step, normalised=normalised)
+        self.alpha = self.alpha.index_copy(0, rows, new)
+        scene.texts = self.weighted(scene.texts, self.alpha)
+        weights = config.weights(self.alpha)
+        note = {"control": "frap", "step": scene.step, "loss": losses.tolist()}
+        scene.notes.append(
+            note | {"weights": [self.in_words(scene.prompts[row], self.words[row], weights[row]) for row in self.rows]}
+        )
+
+    def loss(self, words: Words, average: Tensor) -> Tensor:
+        """The objective of one prompt, of its map (Q, T)."""
+        config = self.config
+        return objective(
+            words.maps(average),
+            words.objects,
+            words.pairs,
+            strength=config.overlap,
+            prob=config.prob,
+            reduce=config.reduce,
+        )
+
+    def in_words(self, prompt: Prompt, words: Words, weights: Tensor) -> dict[str, float]:
+        """The weight of each word, by what stands in the prompt."""
+        text, spans, found = prompt.parse.prompt, prompt.spans.tolist(), {}
+        for columns in words.columns:
+            start, stop = spans[columns[0]][0], spans[columns[-1]][1]
+            found[f"{text[start:stop]}@{start}"] = round(weights[list(columns)].mean().item(), 4)
+        return found

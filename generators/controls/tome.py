@@ -14,10 +14,15 @@ Shapes: T columns of a caption, D width of a state, K objects, Q queries (positi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from imgtok.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check
+from imgtok.generators.controls.scene import ControlRun, Prompt, Scene, Texts, repeated
+from imgtok.text.parsing import Entity
 
 # ---------------------------------------------------------------- composite states
 
@@ -94,11 +99,9 @@ def average_maps(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(maps)).mean(dim=0)
 
 
-def word_maps(average: Tensor, words: int, temperature: float = 0.5) -> Tensor:
-    """A map (Q, T) among the prompt's pieces alone: columns 1 to `words`, over the temperature, softmax: (Q, words)
-    [code].
-    """
-    return (average[:, 1 : words + 1] / temperature).softmax(dim=-1)
+def word_maps(average: Tensor, words: Sequence[int], temperature: float = 0.5) -> Tensor:
+    """A map (Q, T) among the columns of the prompt's pieces alone, over the temperature, softmax: (Q, words) [code]."""
+    return (average[:, list(words)] / temperature).softmax(dim=-1)
 
 
 def spread(scores: Tensor) -> Tensor:
@@ -109,24 +112,31 @@ def spread(scores: Tensor) -> Tensor:
     return (scores - low) / (high - low + TINY)
 
 
-def entropies(average: Tensor, nouns: Sequence[int], words: int, temperature: float = 0.5) -> Tensor:
+def noun_maps(average: Tensor, nouns: Sequence[int], words: Sequence[int], temperature: float) -> Tensor:
+    """The maps (Q, K) of the columns of nouns, which are among those of words, from 0 to 1 [code]."""
+    place = {column: number for number, column in enumerate(words)}
+    return spread(word_maps(average, words, temperature)[:, [place[noun] for noun in nouns]])
+
+
+def entropies(average: Tensor, nouns: Sequence[int], words: Sequence[int], temperature: float = 0.5) -> Tensor:
     """Twice the entropy, in nats, of where each noun is looked at from, (K,), of a map (Q, T): at most 2 ln Q each.
 
     Their sum is the entropy loss [code].
     """
-    scores = spread(word_maps(average, words, temperature)[:, [noun - 1 for noun in nouns]])
+    scores = noun_maps(average, nouns, words, temperature)
     p = scores / (scores.sum(dim=0) + TINY)
     return -2 * (p * (p + 1e-5).log()).sum(dim=0)
 
 
-def centres(average: Tensor, nouns: Sequence[int], words: int, side: int, temperature: float = 0.5) -> Tensor:
-    """Centres of mass (K, 2), as (x, y) in 32nds of the image, of a map (side * side, T) [code]."""
-    scores = spread(word_maps(average, words, temperature)[:, [noun - 1 for noun in nouns]])
-    line = torch.linspace(0, 1, side, device=scores.device)
-    grid = scores.unflatten(0, (side, side))
-    mass = grid.sum(dim=(0, 1)) + TINY
-    x = (grid.sum(dim=0) * line[:, None]).sum(dim=0) / mass
-    y = (grid.sum(dim=1) * line[:, None]).sum(dim=0) / mass
+def centres(
+    average: Tensor, nouns: Sequence[int], words: Sequence[int], grid: tuple[int, int], temperature: float = 0.5
+) -> Tensor:
+    """Centres of mass (K, 2), as (x, y) in 32nds of the image, of a map (Q, T) over a grid (h, w) [code]."""
+    scores = noun_maps(average, nouns, words, temperature).unflatten(0, grid)
+    down, right = (torch.linspace(0, 1, side, device=scores.device)[:, None] for side in grid)
+    mass = scores.sum(dim=(0, 1)) + TINY
+    x = (scores.sum(dim=0) * right).sum(dim=0) / mass
+    y = (scores.sum(dim=1) * down).sum(dim=0) / mass
     return 32 * torch.stack([x, y], dim=-1)
 
 
@@ -160,12 +170,14 @@ def bind(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = binding_loss,
     step: float = 10000.0,
+    share: float | None = None,
     updates: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Composites (N, D) moved so that `predict(tokens)` (N, ...) comes nearer to `target`: token - gradient of
     step * loss, `updates` times; and the losses (updates, N) before each [code].
 
-    The step 10000 belongs to SDXL's scale of noise.
+    The step 10000 belongs to SDXL's scale of noise. With `share`, each update is that share of the composite's length
+    along the gradient, whatever its size [ours].
     """
     losses = []
     for _ in range(updates):
@@ -173,7 +185,11 @@ def bind(
             tokens = tokens.detach().requires_grad_()
             found = loss(target, predict(tokens))
             (gradient,) = torch.autograd.grad(step * found.sum(), tokens)
-        tokens = tokens.detach() - gradient
+        tokens = tokens.detach()
+        if share is not None:
+            lengths = tokens.norm(dim=-1, keepdim=True)
+            gradient = share * lengths * gradient / (gradient.norm(dim=-1, keepdim=True) + TINY)
+        tokens = tokens - gradient
         losses.append(found.detach())
     return tokens, torch.stack(losses) if losses else target.new_zeros(0, len(tokens))
 
@@ -241,3 +257,245 @@ def refine(
 
 TINY = 1e-8
 """Keeps divisions finite; far below what parity can see."""
+
+# ---------------------------------------------------------------- the control
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticMergeConfig:
+    """Semantic binding by merged tokens. The defaults are the attribute demo of the published code with what we hold to
+    be mistakes put right; `published` gives that code as it is.
+    """
+
+    kind: Literal["tome"] = "tome"
+    """Which control this is."""
+    strength: Fraction = 1.0
+    """How far states go towards composites, and the share of every step; 0 changes nothing [ours]."""
+    binds: Literal["all", "attributes", "objects"] = "all"
+    """What is merged into a head noun: its adjectives, the nouns of its sub-objects ("wearing a hat"), or both."""
+    noun: PositiveFloat = 1.1
+    """Weight of nouns in a composite [code]."""
+    modifier: PositiveFloat = 1.2
+    """Weight of what belongs to them [code]."""
+    fill: Literal["zero", "mask"] = "zero"
+    """Emptied columns are zeros, which keep a share of every softmax [code], or not seen at all [ours]."""
+    norm: Norm = "none"
+    """Length of a composite: as the sum has it [code], its head's, or the mean of its parts [ours]."""
+    end_step: NonNegativeInt | None = None
+    """Step before which the end of the text becomes that of the shortened prompt; null never (the attribute demo), 0
+    from the start (the object demo) [code]."""
+    pooled: Literal["keep", "short"] = "keep"
+    """What a model reads of the prompt as a whole: unchanged [code], or the shortened prompt's [ours]."""
+    binding_steps: NonNegativeInt = 5
+    """Steps with updates of composites by the binding loss [code: 5 or 7]."""
+    binding_updates: PositiveInt = 3
+    """Such updates a step and object [code]."""
+    binding_step: PositiveFloat | None = None
+    """Their step; null takes 10000 for diffusion models [code], and otherwise `binding_share` of the composite's
+    length."""
+    binding_share: PositiveFloat = 0.05
+    """Length of an update where there is no step, as a share of the composite's [ours]."""
+    entropy_steps: NonNegativeInt = 5
+    """Steps with passes that lower the entropy of the maps [code: 5 or 7]."""
+    entropy_passes: PositiveInt = 4
+    """Most such passes a step [code: 4 or 6]."""
+    step: NonNegativeFloat = 3.0
+    """Step of the text in these passes at the first step; it falls to 0 linearly [code]."""
+    temperature: PositiveFloat = 0.5
+    """Divides maps before the softmax over words [code]."""
+    position: bool = False
+    """Pulls exactly two objects to the left and to the right [code]."""
+    anchor: Literal["guided", "published"] = "guided"
+    """Trajectory of a phrase: guided to it, or with the published sign and scaling, which lead away [code]."""
+    moves: Literal["composites", "all"] = "composites"
+    """Columns that follow the entropy's gradient: composites alone [ours], or all [code]."""
+    latent: Literal["kept", "once", "still"] = "kept"
+    """Latents of a diffusion model in these passes: moved for good [ours], for the noise of this step alone [code], or
+    not at all [ours]."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def published(cls, demo: Literal["attribute", "object"] = "attribute", **changes: Any) -> SemanticMergeConfig:
+        """The settings of a demo of the published code, as they are there."""
+        known: dict[str, Any] = {"anchor": "published", "moves": "all", "latent": "once"}
+        if demo == "object":
+            known |= {"end_step": 0, "binding_steps": 7, "entropy_steps": 7, "entropy_passes": 6, "position": True}
+        return cls(**known | changes)
+
+
+class SemanticMerge:
+    """ToMe as a control of prompts; see the head of this file."""
+
+    config_class: ClassVar[type] = SemanticMergeConfig
+
+    def __init__(self, config: SemanticMergeConfig | None = None) -> None:
+        self.config = config or SemanticMergeConfig()
+
+    def start(self, scene: Scene) -> ControlRun:
+        """Merges the objects of every prompt. Raises ValueError for a doubtful group, or a word that was cut off."""
+        config, texts = self.config, scene.texts
+        run = MergeRun(config, [merged_groups(prompt, config.binds) for prompt in scene.prompts])
+        if config.strength == 0 or not any(run.groups):
+            return run
+        states, gone = texts.states.clone(), torch.zeros_like(texts.mask)
+        for row, groups in enumerate(run.groups):
+            columns = [one.group for one in groups]
+            merged = merge(states[row], columns, noun=config.noun, modifier=config.modifier, norm=config.norm)
+            states[row] = torch.lerp(states[row], merged, config.strength)
+            gone[row, emptied(columns)] = True
+        scene.texts = replace(texts, states=states, gone=gone)
+        if config.fill == "mask":
+            weight = torch.tensor(1.0 - config.strength, device=gone.device).log()
+            before = torch.zeros_like(gone, dtype=states.dtype) if texts.log_weights is None else texts.log_weights
+            scene.texts = replace(scene.texts, log_weights=torch.where(gone, before + weight, before))
+        if config.end_step is not None or config.pooled == "short":
+            run.short = scene.encode([prompt.parse.short for prompt in scene.prompts])
+        if config.end_step == 0:
+            run.substitute(scene)
+        if config.pooled == "short" and run.short is not None:
+            scene.texts = replace(scene.texts, pooled=run.short.pooled)
+        return run
+
+
+class Merged(NamedTuple):
+    """An object of a prompt, and its columns."""
+
+    entity: Entity
+    group: Group
+    named_again: bool = False
+    """Whether it is another mention of an object that came before."""
+
+
+def merged_groups(prompt: Prompt, binds: Literal["all", "attributes", "objects"]) -> list[Merged]:
+    """The groups of a prompt: the objects that something belongs to, each mention by itself. Raises ValueError where
+    the parser was not sure.
+    """
+    prompt.parse.check()
+    found = []
+    for entity in prompt.entities:
+        for number, one in enumerate((entity, *entity.mentions)):
+            words = list(one.modifiers) if binds != "objects" else []
+            if binds != "attributes":
+                words += [word for part in one.sub_objects for word in part.words]
+            if words:
+                group = Group(prompt.columns([one.head]), prompt.columns(words))
+                found.append(Merged(one, group, named_again=number > 0))
+    return found
+
+
+class MergeRun:
+    """`SemanticMerge` in a batch."""
+
+    def __init__(self, config: SemanticMergeConfig, groups: Sequence[Sequence[Merged]]) -> None:
+        """`groups` are those of each prompt; without any, there is nothing to do."""
+        self.config, self.groups = config, groups
+        self.short: Texts | None = None
+
+    def looks(self, scene: Scene) -> int:
+        """As many as there are steps with something to do."""
+        config = self.config
+        if config.strength == 0 or not any(self.groups):
+            return 0
+        return max(config.binding_steps, config.entropy_steps if scene.grid is not None else 0)
+
+    def act(self, scene: Scene) -> None:
+        """Substitutes the end, binds composites, lowers entropies, in this order [code]."""
+        config = self.config
+        if config.strength == 0 or not any(self.groups):
+            return
+        if config.end_step == scene.step > 0:
+            self.substitute(scene)
+        if scene.step < config.binding_steps:
+            self.bind(scene)
+        if scene.step < config.entropy_steps and scene.grid is not None and config.step > 0:
+            self.refine(scene)
+
+    def substitute(self, scene: Scene) -> None:
+        """The end of each text from that of its shortened prompt: from the same columns where that has any, or else
+        from its last [ours: encoders that do not pad].
+        """
+        assert self.short is not None
+        states = scene.texts.states.clone()
+        for row, prompt in enumerate(scene.prompts):
+            if not self.groups[row]:
+                continue
+            short, mask = self.short.states[row], self.short.mask[row]
+            source = torch.arange(len(mask), device=mask.device).where(mask, mask.nonzero().max())
+            replaced = substitute_end(states[row], short[source], max(prompt.words))
+            states[row] = torch.lerp(states[row], replaced, self.config.strength)
+        scene.texts = replace(scene.texts, states=states)
+
+    def bind(self, scene: Scene) -> None:
+        """Updates every composite by what its phrase says."""
+        items = [(row, one) for row, groups in enumerate(self.groups) for one in groups if not one.named_again]
+        rows = repeated([row for row, _ in items], scene.texts.states.device)
+        columns = repeated([one.group.column for _, one in items], rows.device)
+        phrases = [scene.prompts[row].parse.text_of(one.entity) for row, one in items]
+        config = self.config
+        anchor = scene.anchor(rows, phrases, published=config.anchor == "published")
+        step = config.binding_step or scene.bind_step
+        tokens, losses = bind(
+            scene.texts.states[rows, columns],
+            anchor.target,
+            anchor.predict,
+            loss=anchor.loss,
+            step=config.strength * (step or 1.0),
+            share=None if step else config.strength * config.binding_share,
+            updates=config.binding_updates,
+        )
+        states = scene.texts.states.clone()
+        states[rows, columns] = tokens
+        scene.texts = replace(scene.texts, states=states)
+        scene.notes.append({"control": "tome", "step": scene.step, "binding": losses.tolist()})
+
+    def refine(self, scene: Scene) -> None:
+        """Lowers the entropies of the maps of the objects, of texts and latents."""
+        config = self.config
+        chosen = [row for row, groups in enumerate(self.groups) if groups]
+        rows = repeated(chosen, scene.texts.states.device)
+        nouns = [[one.group.column for one in self.groups[row] if not one.named_again] for row in chosen]
+        words = [self.seen_words(scene, row) for row in chosen]
+        moves = torch.zeros_like(scene.texts.mask[rows])
+        for number, columns in enumerate(nouns):
+            moves[number, columns] = True
+        texts, latents = scene.texts[rows], scene.latents
+        still = config.latent == "still" or latents is None
+
+        def loss_of(moved: Tensor, states: Tensor) -> Tensor:
+            maps = scene.maps(replace(texts, states=states), rows, None if latents is None else moved)
+            found = []
+            for average, own, all_words in zip(maps, nouns, words, strict=True):
+                loss = entropies(average, own, all_words, config.temperature).sum()
+                if config.position and len(own) == 2 and scene.grid is not None:
+                    loss = loss + position_loss(centres(average, own, all_words, scene.grid, config.temperature))
+                found.append(loss)
+            return torch.stack(found)
+
+        share = 1 - scene.step / max(1, scene.steps - 1)
+        step = config.strength * config.step * share
+        threshold = THRESHOLDS[min(scene.step, len(THRESHOLDS) - 1)]
+        enough = torch.tensor([low_enough(threshold, len(own)) for own in nouns], device=rows.device)
+        moved, states, losses = refine(
+            texts.states if latents is None else latents[rows],
+            texts.states,
+            loss_of,
+            step=step,
+            latent_step=0.0 if still else step / 2,
+            enough=enough,
+            passes=config.entropy_passes,
+            moves=moves if config.moves == "composites" else None,
+        )
+        scene.texts = replace(scene.texts, states=scene.texts.states.index_copy(0, rows, states))
+        if latents is not None and not still:
+            scene.latents = latents.index_copy(0, rows, moved)
+            scene.once = config.latent == "once"
+        note = {"control": "tome", "step": scene.step, "passes": len(losses)}
+        scene.notes.append(note | {"entropy": [loss.tolist() for loss in losses]})
+
+    def seen_words(self, scene: Scene, row: int) -> list[int]:
+        """The columns of the words of a prompt that are seen."""
+        bias = scene.texts.bias
+        hidden = set() if bias is None else set(bias[row].isneginf().nonzero().flatten().tolist())
+        return [column for column in scene.prompts[row].words if column not in hidden]

@@ -48,14 +48,14 @@ def merge(case: Case) -> Outputs:
 
 def entropy(case: Case) -> Outputs:
     """Of both cases."""
-    nouns, words, build = case.about["nouns"], case.about["words"], case.about["build"]
+    nouns, words, build = case.about["nouns"], range(1, case.about["words"] + 1), case.about["build"]
     logits = [case.input(entry["name"]).requires_grad_() for entry in case.about["inputs"]]
     average = tome.average_maps([layer.softmax(dim=-1) for layer in logits])
     side = math.isqrt(len(average))
     found = tome.entropies(average, nouns, words, build["temperature"])
     loss, outputs = found.sum(), {"entropies": found}
     if build["position_term"]:
-        outputs["centres"] = tome.centres(average, nouns, words, side, build["temperature"])
+        outputs["centres"] = tome.centres(average, nouns, words, (side, side), build["temperature"])
         loss = loss + tome.position_loss(outputs["centres"])
     outputs["loss"] = loss
     of_average, of_logits = torch.autograd.grad(loss, [average, logits[0]])
@@ -86,7 +86,7 @@ def binding(case: Case) -> Outputs:
 
 
 def refinement(case: Case) -> Outputs:
-    nouns, words = case.about["nouns"], case.about["words"]
+    nouns, words = case.about["nouns"], range(1, case.about["words"] + 1)
     outputs: Outputs = {}
     for number, run in enumerate(case.about["runs"]):
         toy, embeds = Toy(case), case.input("embeds")

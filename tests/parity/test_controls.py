@@ -67,8 +67,8 @@ def test_the_end_from_its_first_token_on(monkeypatch):
 
 
 def test_a_softmax_over_marks_and_padding(monkeypatch):
-    def over_all(average: Tensor, words: int, temperature: float) -> Tensor:
-        return (average / temperature).softmax(dim=-1)[:, 1 : words + 1]
+    def over_all(average: Tensor, words: range, temperature: float) -> Tensor:
+        return (average / temperature).softmax(dim=-1)[:, list(words)]
 
     monkeypatch.setattr(tome, "word_maps", over_all)
     assert worst("tome_entropy") > 1
@@ -82,11 +82,11 @@ def test_a_map_without_its_least(monkeypatch):
 def test_a_constant_map_is_finite():
     """Pitfall 6: min-max scaling divides by zero."""
     average = torch.full((16, 5), 0.2, requires_grad=True)
-    loss = tome.entropies(average, [1, 2], words=3).sum()
+    loss = tome.entropies(average, [1, 2], words=range(1, 4)).sum()
     loss.backward()
     assert loss.isfinite()
     assert average.grad.isfinite().all()
-    assert tome.centres(average.detach(), [1, 2], 3, 4).isfinite().all()
+    assert tome.centres(average.detach(), [1, 2], range(1, 4), (4, 4)).isfinite().all()
 
 
 def test_centres_by_rows(monkeypatch):
