@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import logging
 import tempfile
 import time
@@ -29,13 +30,16 @@ from tqdm import tqdm
 
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
+from imgtok.generators.controls import own
+from imgtok.generators.controls.scene import PromptControl
 from imgtok.generators.known import WAYS, Known, kept
-from imgtok.hub import OURS, RUN, Found, load, resolve
+from imgtok.hub import OURS, RUN, Found, controls_of, load, resolve
 from imgtok.pictures import preprocess, to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.sections import Settings
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder
+from imgtok.text.parsing import Parse, Parser, parse
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
@@ -133,6 +137,7 @@ def pipeline(
     text_encoder: str | None = None,
     exact: bool = False,
     threads: int | None = None,
+    controls: str | Sequence[Any] = (),
 ) -> Pipeline:
     """The generator that a name leads to (a folder or a Hub repository), with its decoder, ready to draw.
 
@@ -142,6 +147,7 @@ def pipeline(
     text_encoder: folder, Hub name or minilm, for a generator that reads text; without one, that which the generator
         names.
     exact, threads: see `Pipeline`.
+    controls: what is done to prompts while images are drawn, by kind (`imgtok.hub.CONTROLS`) or as configurations.
 
     Raises FileNotFoundError for what is not there, ValueError for a model that is no generator, or for a decoder that
     cannot decode what it draws.
@@ -161,6 +167,7 @@ def pipeline(
         text_encoder=text_encoder,
         exact=exact,
         threads=threads,
+        controls=controls,
     )
     pipe.found = found, inside
     return pipe
@@ -187,9 +194,17 @@ class Pipeline:
         text_encoder: str | None = None,
         exact: bool = False,
         threads: int | None = None,
+        controls: str | Sequence[Any] = (),
     ) -> None:
-        """Raises ValueError for a decoder of other tokens or latents than the generator's."""
+        """Raises ValueError for a decoder of other tokens or latents than the generator's, and for controls that are
+        none or that this generator does not take.
+        """
         generator.check_decoder(decoder)
+        self.controls: list[PromptControl] = controls_of(controls)
+        if self.controls:
+            own.check_reads(generator)
+        self.parses: dict[str, Parse] = {}
+        self.notes: list[dict[str, Any]] = []
         self.generator = generator.eval()
         self.decoder: Any = decoder.eval()
         self.exact, self.threads = exact, threads
@@ -302,6 +317,7 @@ class Pipeline:
         progress: bool | None = None,
         callback: Callback | None = None,
         control: Control | None = None,
+        entities: Sequence[Any] | None = None,
         **settings: Any,
     ) -> Images:
         """Images of classes, by number (-1 for none) or by name (`pipe.class_names`), or, from a generator that reads
@@ -321,9 +337,14 @@ class Pipeline:
         callback: is given a `Step` now and then, whose `images()` are what the images are becoming.
         control: may change what the generator sees of its conditions between steps; see
             `imgtok.generators.conditioning.Control`.
+        entities: what a prompt names, for `controls`, such as ["red circle", "blue star"], or a list of that for each
+            of several prompts; see `read_prompts`.
 
         Raises ValueError for a class, a setting or a number of tokens that the models do not have.
         """
+        if entities is not None:
+            words = prompts if prompts is not None else cast(str | Sequence[str], classes)
+            self.read_prompts([words] if isinstance(words, str) else words, entities)
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
         sampling, decoder = self.settings(settings, decoding)
         there = self._known(known, keep, len(subjects), num_per_condition)
@@ -388,6 +409,21 @@ class Pipeline:
         if mask.ndim == 3 and len(mask) != len(latents):
             raise ValueError(f"keep: {len(mask)} masks for {len(latents)} pictures; give one for all or one for each")
         return Known(latents, mask)
+
+    def read_prompts(
+        self, prompts: Sequence[str], entities: Sequence[Any] | None = None, *, parser: Parser = "grammar"
+    ) -> list[Parse]:
+        """What controls understand of prompts, from now on: their entities as given (for one prompt a list of them, for
+        several a list of lists), or by a parser; see `imgtok.text.parsing.parse`, which says what is refused.
+        """
+        given: Sequence[Any] = [None] * len(prompts)
+        if entities is not None:
+            given = [entities] if len(prompts) == 1 and (not entities or isinstance(entities[0], str)) else entities
+        if len(given) != len(prompts):
+            raise ValueError(f"entities: {len(given)} lists for {len(prompts)} prompts; give one for each")
+        found = [parse(prompt, parser=parser, entities=one) for prompt, one in zip(prompts, given, strict=True)]
+        self.parses |= {one.prompt: one for one in found}
+        return found
 
     def decode(
         self,
@@ -701,19 +737,51 @@ class Pipeline:
         given = {"num_tokens": num_tokens, "control": control, "known": there}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         start = time.perf_counter()
+        asked, numbers = self.blocks.padded(subjects), self.blocks.padded(indices)
         with self._computing():
-            drawn: Drawn = self.generator.generate(
-                self.condition(self.blocks.padded(subjects)),
+            generate = functools.partial(
+                self.generator.generate,
                 seed=seed,
-                indices=self.blocks.padded(indices),
+                indices=numbers,
                 sampling=sampling,
                 on_step=None if callback is None else on_step,
                 **options,
             )
+            condition = self.condition(asked)
+            drawn: Drawn = self._controlled(generate, condition, asked, seed, numbers)
         if isinstance(drawn, Tokens) and drawn.calls is not None:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
             drawn = replace(drawn, calls=drawn.calls.timed(time.perf_counter() - start, len(indices)))
+        return drawn
+
+    def _controlled(
+        self,
+        generate: Callable[[Condition], Drawn],
+        condition: Condition,
+        subjects: Sequence[Subject],
+        seed: int,
+        indices: Sequence[int],
+    ) -> Drawn:
+        """What is generated, under the controls if there are any."""
+        if not self.controls:
+            return generate(condition)
+        prompts = cast(Sequence[str], subjects)
+        unread = sorted({prompt for prompt in prompts if prompt not in self.parses})
+        if unread:
+            self.read_prompts(unread)
+        parses = [self.parses[prompt] for prompt in prompts]
+        drawn: Drawn = own.draw(
+            self.generator,
+            self.controls,
+            parses,
+            cast(Captions, condition),
+            self.encoder().encode,
+            generate,
+            seed=seed,
+            indices=indices,
+            notes=self.notes,
+        )
         return drawn
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ from imgtok.places import (
     repository,
     unreachable,
 )
+from imgtok.sections import Settings
 from imgtok.weights import (
     Weights,
     check_tensors,
@@ -225,12 +226,13 @@ def config_class(kind: str) -> type[Any]:
     return found
 
 
-def controls_of(controls: str | Sequence[Any]) -> list[Any]:
+def controls_of(controls: str | Sequence[Any], settings: Mapping[str, Any] | None = None) -> list[Any]:
     """Controls of prompts, each given by the name of its kind, by its configuration, or as it is.
 
-    Raises ValueError for a name that there is not, or one that stands twice.
+    `settings` are those of controls that are given by name, a mapping (`Settings`, say) for each kind. Raises ValueError
+    for a name that there is not, or one that stands twice, and for settings of a control that is not among them.
     """
-    found = []
+    found, settings = [], dict(settings or {})
     for one in [controls] if isinstance(controls, str) else controls:
         kind = one if isinstance(one, str) else getattr(one, "kind", None)
         if kind is None:
@@ -240,7 +242,11 @@ def controls_of(controls: str | Sequence[Any]) -> list[Any]:
         else:
             module, _, name = CONTROLS[kind].partition(":")
             made: type[Any] = getattr(importlib.import_module(module), name)
-            found.append(made() if isinstance(one, str) else made(one))
+            config = made.config_class() if isinstance(one, str) else one
+            found.append(made(Settings(**settings.pop(kind, {})).over(config, f"control_settings.{kind}")))
+    if settings:
+        left = next(iter(settings))
+        raise ValueError(f"control_settings.{left}: there is no such control; say controls={left}, or leave it out")
     kinds = [type(one) for one in found]
     twice = next((kind.__name__ for kind in kinds if kinds.count(kind) > 1), None)
     if twice is not None:

@@ -80,7 +80,7 @@ def draw(
     drawing = Drawing(pipe, [one for one in found for _ in range(repeats)], layers, options)
     if notes is not None:
         drawing.notes = notes
-    return drawing.draw(made, prompts, repeats)
+    return drawing.draw(made, prompt, repeats)
 
 
 REFUSED = (
@@ -199,8 +199,8 @@ def watched(unet: Any, watch: Watch, layers: Sequence[str]) -> Iterator[None]:
     foreign = {type(one).__name__ for name, one in before.items() if name.endswith("attn2.processor")} - KNOWN
     if foreign:
         raise ValueError(
-            f"unet: its cross-attention is computed by {', '.join(sorted(foreign))}, which a control would replace; call "
-            "unet.set_default_attn_processor() first"
+            f"unet: its cross-attention is computed by {', '.join(sorted(foreign))}, which a control would replace; "
+            "call unet.set_default_attn_processor() first"
         )
     unet.set_attn_processor(processors)
     try:
@@ -278,7 +278,7 @@ class Drawing:
 
     # ------------------------------------------------ the call
 
-    def draw(self, controls: Sequence[PromptControl], prompts: Sequence[str], repeats: int) -> Any:
+    def draw(self, controls: Sequence[PromptControl], prompt: str | Sequence[str], repeats: int) -> Any:
         """The pipeline's output."""
         options, pipe = dict(self.options), self.pipe
         theirs, wanted = (
@@ -287,7 +287,8 @@ class Drawing:
         )
         negative, generator = options.pop("negative_prompt", None), options.get("generator")
         self.clip_skip = options.get("clip_skip")
-        found = self._encoded(list(prompts), repeats, guided=self.guided, negative=negative)
+        words = prompt if isinstance(prompt, str) else list(prompt)
+        found = self._encoded(words, repeats, guided=self.guided, negative=negative)
         self.negative = {"embeds": found[1], "pooled": found[3]}
         empty = self._encoded([""])
         self.texts, self.null, self.dtype = texts_of(found, empty), texts_of(empty, empty), found[0].dtype
@@ -330,7 +331,7 @@ class Drawing:
         return ["latents", "prompt_embeds"]
 
     def _encoded(
-        self, prompts: list[str], repeats: int = 1, *, guided: bool = False, negative: Any = None
+        self, prompts: str | list[str], repeats: int = 1, *, guided: bool = False, negative: Any = None
     ) -> tuple[Any, Any, Any, Any]:
         """The states of prompts and of what they are guided away from, and both pooled; None for what is not there."""
         found = self.pipe.encode_prompt(

@@ -160,7 +160,9 @@ def binding_loss(target: Tensor, predicted: Tensor) -> Tensor:
 def divergence(target: Tensor, predicted: Tensor) -> Tensor:
     """KL (N,) of laws with logits (N, L, V), the mean over L positions: the binding loss of tokens [ours]."""
     target, predicted = target.log_softmax(dim=-1), predicted.log_softmax(dim=-1)
-    return (target.exp() * (target - predicted)).sum(dim=-1).flatten(1).mean(dim=1)
+    never = target.isneginf()
+    ratios = target.masked_fill(never, 0) - predicted.masked_fill(never, 0)
+    return (target.exp() * ratios).sum(dim=-1).flatten(1).mean(dim=1)
 
 
 def bind(

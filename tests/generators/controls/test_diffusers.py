@@ -1,0 +1,287 @@
+"""Controls in pipelines of diffusers with few random weights, built from configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_diffusion
+import torch
+
+from imgtok.generators.controls import diffusers as adapter
+from imgtok.generators.controls.diffusers import draw
+from imgtok.generators.controls.frap import AdaptiveWeights, AdaptiveWeightsConfig
+from imgtok.generators.controls.scene import Prompt
+from imgtok.generators.controls.tome import SemanticMergeConfig
+
+PROMPT = "a red cat and a blue dog"
+PIPES = {"sd": tiny_diffusion.sd, "sdxl": tiny_diffusion.sdxl}
+STEPS = 2
+
+
+@pytest.fixture(scope="module", params=PIPES)
+def pipe(request):
+    return PIPES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_diffusion.sd()
+
+
+def options(seed: int = 0, **changes) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator, **changes}
+
+
+def controlled(pipe, controls, prompt=PROMPT, *, given=None, **changes):
+    return draw(pipe, prompt, controls=controls, **(given or {}), **options(**changes)).images
+
+
+def stock(pipe, prompt=PROMPT, **changes):
+    return pipe(prompt, **options(**changes)).images
+
+
+OFF = [
+    pytest.param([], id="none"),
+    pytest.param([SemanticMergeConfig(strength=0), AdaptiveWeightsConfig(strength=0)], id="zero"),
+]
+
+
+@pytest.mark.parametrize("controls", OFF)
+def test_controls_that_are_off_change_no_bit(pipe, controls):
+    before = dict(pipe.unet.attn_processors)
+    assert torch.equal(controlled(pipe, controls), stock(pipe))
+    assert dict(pipe.unet.attn_processors) == before
+
+
+def test_controls_that_are_off_change_no_bit_whatever_the_call(sd):
+    for changes in ({"guidance_scale": 1.0}, {"num_images_per_prompt": 2, "negative_prompt": "hat"}):
+        assert torch.equal(controlled(sd, [AdaptiveWeightsConfig(strength=0)], **changes), stock(sd, **changes))
+
+
+TOME = SemanticMergeConfig(binding_updates=1, entropy_passes=1)
+
+
+@pytest.mark.parametrize("control", [TOME, AdaptiveWeightsConfig()], ids=["tome", "frap"])
+def test_a_control_changes_the_image(pipe, control):
+    notes: list = []
+    found = controlled(pipe, [control], given={"notes": notes})
+    assert found.isfinite().all()
+    assert not torch.equal(found, stock(pipe))
+    assert torch.equal(found, controlled(pipe, [control])), "the same again"
+    assert {note["control"] for note in notes} == {control.kind}
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+
+
+@pytest.mark.slow
+def test_both_together_are_neither_alone(pipe):
+    both = controlled(pipe, [TOME, "frap"])
+    assert both.isfinite().all()
+    for alone in (TOME, "frap"):
+        assert not torch.allclose(both, controlled(pipe, [alone]))
+
+
+def test_weights_lower_their_objective(sd):
+    notes: list = []
+    config = AdaptiveWeightsConfig(until=1.0, change=0.2)
+    controlled(sd, [config], given={"notes": notes})
+    weights = notes[-1]["weights"][0]
+    assert list(weights) == ["cat@6", "red@2", "dog@21", "blue@16"]
+    assert all(config.low < weight < config.high for weight in weights.values())
+    assert any(weight != 1 for weight in weights.values())
+
+
+@pytest.mark.slow
+def test_batches_of_prompts_are_drawn_as_alone(sd):
+    prompts = [PROMPT, "a cat wearing a red hat and a dog"]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    controls = [TOME, "frap"]
+    together = controlled(sd, controls, prompts, latents=noise)
+    for row, prompt in enumerate(prompts):
+        alone = controlled(sd, controls, prompt, latents=noise[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=2e-3, rtol=1e-2)
+
+
+def test_masked_columns_are_a_shorter_prompt(sd):
+    """Hidden columns leave no trace in any layer; zeros do (section 2.3 of our specification)."""
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor(500)
+    states = torch.randn(1, 12, tiny_diffusion.WIDTH)
+    kept = [i for i in range(12) if i not in (3, 7)]
+    watch = adapter.Watch()
+    with torch.no_grad(), adapter.watched(sd.unet, watch, []):
+        shorter = sd.unet(x, t, states[:, kept]).sample
+        watch.bias = torch.zeros(1, 12)
+        watch.bias[0, [3, 7]] = -torch.inf
+        masked = sd.unet(x, t, states).sample
+        watch.bias = None
+        zeroed = states.clone()
+        zeroed[:, [3, 7]] = 0
+        with_zeros = sd.unet(x, t, zeroed).sample
+    torch.testing.assert_close(masked, shorter, atol=1e-5, rtol=1e-5)
+    assert (with_zeros - shorter).abs().max() > 1e-3
+
+
+def test_the_maps_are_those_of_the_layers(sd):
+    watch = adapter.Watch()
+    layers, factor = adapter.chosen_layers(sd.unet, [])
+    assert factor == 2
+    watch.maps = []
+    x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 12, tiny_diffusion.WIDTH)
+    with torch.no_grad(), adapter.watched(sd.unet, watch, layers):
+        found = sd.unet(x, torch.tensor(500), states).sample
+        assert len(watch.maps) == len(layers) == 4
+        assert {tuple(one.shape[2:]) for one in watch.maps} == {(16, 12)}
+        torch.testing.assert_close(watch.maps[0].sum(-1), torch.ones_like(watch.maps[0][..., 0]))
+    with torch.no_grad():
+        torch.testing.assert_close(found, sd.unet(x, torch.tensor(500), states).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_gives_the_same(sd):
+    expected = controlled(sd, [TOME, "frap"])
+    sd.unet.enable_gradient_checkpointing()
+    try:
+        found = controlled(sd, [TOME, "frap"])
+    finally:
+        sd.unet.disable_gradient_checkpointing()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+VARIANTS = [
+    {"fill": "mask"},
+    {"end_step": 0, "pooled": "short"},
+    {"end_step": 1},
+    {"norm": "head"},
+    {"anchor": "published"},
+    {"moves": "all"},
+    {"latent": "once"},
+    {"latent": "still"},
+    {"strength": 0.5},
+]
+
+
+@pytest.mark.slow
+def test_every_setting_of_tome_is_at_work():
+    pipe = tiny_diffusion.sdxl()
+    config = SemanticMergeConfig(binding_steps=2, binding_updates=1, entropy_steps=2, entropy_passes=1)
+    prompt = "a cat wearing a red hat and a blue dog"
+    usual = controlled(pipe, [config], prompt)
+    for changes in VARIANTS:
+        other = controlled(pipe, [dataclasses.replace(config, **changes)], prompt)
+        assert other.isfinite().all(), changes
+        assert not torch.equal(other, usual), changes
+
+
+@pytest.mark.slow
+def test_every_setting_of_frap_is_at_work(sd):
+    usual = controlled(sd, ["frap"])
+    for changes in ({"way": "scale"}, {"way": "logit"}, {"overlap": 0.0}, {"rate": 1.0}, {"smooth": False}):
+        other = controlled(sd, [AdaptiveWeightsConfig(**changes)])
+        assert other.isfinite().all(), changes
+        assert not torch.equal(other, usual), changes
+
+
+def test_latents_that_move_for_one_call_alone():
+    """Pitfall 3: the scheduler goes on from where it was. With a step so large that it would show."""
+    pipe = tiny_diffusion.sdxl()
+    seen: list = []
+    quiet = {"binding_steps": 0, "entropy_steps": 1, "entropy_passes": 1, "moves": "composites"}
+
+    def told(pipe, i, t, given):
+        seen.append(given["latents"].clone())
+        return given
+
+    for latent in ("once", "kept"):
+        config = SemanticMergeConfig(**quiet, step=300.0, latent=latent)
+        controlled(pipe, [config], callback_on_step_end=told)
+    once, kept = seen[0], seen[STEPS]
+    assert (once - kept).abs().max() > 0.1
+    assert once.abs().max() < kept.abs().max()
+
+
+def test_gradients_of_weights_are_finite_differences(sd):
+    """Of the objective, through the U-Net."""
+    prompt = Prompt(adapter.parse(PROMPT), adapter.spans_of(sd.tokenizer, PROMPT))
+    drawing = adapter.Drawing(sd, [prompt], [], {"num_inference_steps": 2})
+    drawing.clip_skip = None
+    encoded, empty = drawing._encoded([PROMPT]), drawing._encoded([""])
+    drawing.texts, drawing.dtype, drawing.t = adapter.texts_of(encoded, empty), torch.float32, torch.tensor(500)
+    run, x, rows = AdaptiveWeights().start(drawing), torch.randn(1, 4, 8, 8), torch.tensor([0])
+
+    def loss(alpha: torch.Tensor) -> torch.Tensor:
+        return run.loss(run.words[0], drawing.maps(run.weighted(drawing.texts, alpha), rows, x)[0])
+
+    alpha = torch.zeros(1, 20, requires_grad=True)
+    with adapter.watched(sd.unet, drawing.watch, drawing.layers):
+        (gradient,) = torch.autograd.grad(loss(alpha), alpha)
+        step = 0.05 * gradient / gradient.abs().max()
+        with torch.no_grad():
+            slope = (loss(step) - loss(-step)) / 2
+    assert slope.item() == pytest.approx((gradient * step).sum().item(), rel=0.05)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"entities": ["red bird"]}, "bird"),
+        ({"entities": ["red cat", "red dog"]}, "red"),
+        ({"layers": ["down_blocks.7"]}, "no cross-attention layer of this U-Net is called down_blocks.7; there are: "),
+        ({"prompt_embeds": torch.zeros(1, 20, 32)}, "prompt_embeds: does not go with controls"),
+    ],
+)
+def test_what_cannot_be(sd, given, message):
+    with pytest.raises(ValueError, match=message):
+        draw(sd, PROMPT, controls=["tome"], **given)
+
+
+def test_controls_that_cannot_be(sd):
+    with pytest.raises(ValueError, match="controls: given 'tom', must be one of tome, frap"):
+        draw(sd, PROMPT, controls=["tom"])
+    with pytest.raises(ValueError, match="controls: SemanticMerge stands there twice"):
+        draw(sd, PROMPT, controls=["tome", "tome"])
+    with pytest.raises(ValueError, match="weights start at 1, which must lie between"):
+        AdaptiveWeightsConfig(low=1.1)
+    with pytest.raises(ValueError, match="strength"):
+        SemanticMergeConfig(strength=2.0)
+
+
+def test_a_prompt_that_is_too_long(sd):
+    with pytest.raises(ValueError, match="'dog'.*too long.*shorten"):
+        draw(sd, "a cat with a hat with a hat with a hat with a hat with a hat and a blue dog", controls=["tome"])
+
+
+def test_a_pipeline_without_cross_attention():
+    class Other:
+        unet = None
+
+    with pytest.raises(ValueError, match="Other: has no U-Net with cross-attention to a text"):
+        draw(Other(), PROMPT, controls=["tome"])
+
+
+def test_processors_that_would_be_lost(sd):
+    class Foreign:
+        def __call__(self, attn, hidden_states, *rest, **options):
+            return hidden_states
+
+    before = dict(sd.unet.attn_processors)
+    sd.unet.set_attn_processor(Foreign())
+    try:
+        with pytest.raises(ValueError, match="computed by Foreign"):
+            controlled(sd, ["tome"])
+    finally:
+        sd.unet.set_attn_processor(before)
+
+
+def test_a_callback_of_the_users_is_called_too(sd):
+    seen = []
+
+    def told(pipe, i, t, given):
+        seen.append((i, sorted(given)))
+        return given
+
+    controlled(sd, ["frap"], callback_on_step_end=told, callback_on_step_end_tensor_inputs=["latents"])
+    assert seen == [(i, ["latents", "prompt_embeds"]) for i in range(STEPS)]

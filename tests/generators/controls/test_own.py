@@ -1,0 +1,231 @@
+"""Controls in our generators that read text, with few random weights and an encoder of random words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+
+import pytest
+import torch
+from torch import nn
+
+from imgtok.generators.conditioning import ClassSlot, ConditionalGenerator, TextCrossAttention, TextPrefix
+from imgtok.generators.controls import own
+from imgtok.generators.controls.frap import AdaptiveWeights, AdaptiveWeightsConfig, Words
+from imgtok.generators.controls.tome import SemanticMergeConfig
+from imgtok.generators.entities import Cells
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.hub import controls_of
+from imgtok.text.captions import Captions
+from imgtok.text.parsing import parse
+from imgtok.tokenizers.tokens import Tokens
+
+WIDTH, LONGEST = 12, 12
+ACROSS = TextCrossAttention(text_width=WIDTH, text_length=LONGEST)
+BEFORE = TextPrefix(text_width=WIDTH, text_length=LONGEST)
+PROMPTS = ["a red circle and a blue star", "a circle wearing a red hat and a star", "a green square"]
+
+
+def encode(prompts) -> list[Captions]:
+    """A feature for each word, and one for the end."""
+    found = []
+    for prompt in prompts:
+        words = [*re.finditer(r"\w+|[^\w\s]", prompt)]
+        seeds = [zlib.crc32(word.group().encode()) for word in words] + [0]
+        rows = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        spans = torch.tensor([[word.start(), word.end()] for word in words] + [[0, 0]])
+        found.append(Captions.pad([rows], [spans]))
+    return found
+
+
+def awake(model: ConditionalGenerator) -> ConditionalGenerator:
+    """No weight so small that nothing depends on it."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.15)
+    model.set_empty_caption(encode([""])[0].features[0])
+    return model.eval()
+
+
+def gpt(condition=ACROSS, **changes) -> GPT:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "num_tokens": 9, "width": 32, "depth": 2, "num_heads": 2, "mlp_multiple": 1}
+    return awake(GPT(GPTConfig(**sizes | changes, condition=condition)))
+
+
+def xar() -> XAR:
+    torch.manual_seed(0)
+    sizes = {"latent_channels": 3, "grid": 4, "entities": Cells(height=2, width=2), "width": 32, "depth": 1}
+    sampling = FlowSampling(steps=(3,), guidance=(2.0,))
+    return awake(XAR(XARConfig(**sizes, num_heads=2, condition=ACROSS, sampling=sampling)))
+
+
+MODELS = [
+    pytest.param(gpt, id="gpt"),
+    pytest.param(lambda: gpt(BEFORE, positions="rotary_2d"), id="raster prefix"),
+    pytest.param(xar, id="xar"),
+]
+
+
+FEW = SemanticMergeConfig(binding_steps=1, binding_updates=1, entropy_steps=1, entropy_passes=1)
+
+
+def plainly(drawn) -> torch.Tensor:
+    return drawn.ids if isinstance(drawn, Tokens) else drawn
+
+
+def drawn(model, controls, prompts=PROMPTS, indices=None, notes=None, entities=None):
+    """What is drawn, and the captions that it was drawn for in the end."""
+    indices, seen = list(range(len(prompts))) if indices is None else indices, []
+
+    def generate(captions: Captions):
+        seen.append(captions)
+        return model.generate(captions, seed=0, indices=indices)
+
+    captions = Captions.cat(encode(prompts))
+    parses = [parse(prompt, entities=entities) for prompt in prompts]
+    found = own.draw(
+        model, controls_of(controls), parses, captions, encode, generate, seed=0, indices=indices, notes=notes
+    )
+    return plainly(found), seen
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_controls_that_are_off_change_no_bit(build):
+    model, captions = build(), Captions.cat(encode(PROMPTS))
+    expected = plainly(model.generate(captions, seed=0, indices=range(3)))
+    zero = [SemanticMergeConfig(strength=0), AdaptiveWeightsConfig(strength=0)]
+    for controls in ([], zero):
+        found, seen = drawn(model, controls)
+        assert torch.equal(found, expected)
+        assert len(seen) == 1, "drawn once"
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_each_control_moves_the_texts_of_its_prompts(build):
+    model = build()
+    for controls in ([FEW], ["frap"], [FEW, "frap"]):
+        notes: list = []
+        found, seen = drawn(model, controls, notes=notes)
+        assert torch.isfinite(found.double()).all()
+        assert notes
+        before = model._checked(Captions.cat(encode(PROMPTS)))
+        moved = (seen[-1].features != before.features).any(-1)
+        assert moved[:2].any(dim=1).all()
+        assert not moved[~before.mask].any()
+    again, _ = drawn(model, controls)
+    assert torch.equal(again, found)
+
+
+def test_an_image_depends_on_its_prompt_and_index_alone():
+    """Captions are the same to rounding whatever shares the batch, and so are most images."""
+    for build in (gpt, xar):
+        model = build()
+        _, together = drawn(model, [FEW, "frap"])
+        _, alone = drawn(model, [FEW, "frap"], PROMPTS[1:2], [1])
+        torch.testing.assert_close(together[-1].features[1:2], alone[-1].features, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["interpolate", "scale", "logit"])
+@pytest.mark.parametrize("build", MODELS)
+def test_weights_lower_their_objective(build, way):
+    """On what was drawn first; a gradient step of each prompt, short enough to go down."""
+    model, notes = build(), []
+    config = AdaptiveWeightsConfig(way=way, change=0.02, updates=2)
+    drawn(model, [config], notes=notes)
+    losses = torch.tensor([note["loss"] for note in notes])
+    assert losses.shape == (2, 3)
+    assert losses[-1].sum() < losses[0].sum()
+    assert list(notes[-1]["weights"][0]) == ["circle@6", "red@2", "star@24", "blue@19"]
+
+
+def test_a_composite_comes_nearer_to_its_phrase():
+    for build in (gpt, xar):
+        notes: list = []
+        drawn(build(), [SemanticMergeConfig(binding_steps=3, entropy_steps=0)], notes=notes)
+        losses = torch.tensor([loss for note in notes for loss in note["binding"]])
+        assert (losses[-1] < losses[0]).all()
+
+
+def test_entropies_fall_where_there_is_a_grid():
+    config = SemanticMergeConfig(binding_steps=0, entropy_steps=1, entropy_passes=2, step=0.5)
+    for build, there in ((xar, True), (gpt, False)):
+        notes: list = []
+        drawn(build(), [config], notes=notes)
+        assert bool(notes) == there
+        if there:
+            losses = torch.tensor(notes[0]["entropy"])
+            assert losses[-1].nansum() < losses[0].sum()
+
+
+def test_hidden_columns_are_a_shorter_caption():
+    """Of a bidirectional reader: the composite and the rest, without the columns that it was made of."""
+    model = gpt()
+    config = SemanticMergeConfig(fill="mask", binding_steps=0, entropy_steps=0, noun=1.0, modifier=1.0)
+    found, seen = drawn(model, [config], PROMPTS[:1])
+    assert seen[-1].attention_mask[0, 0, 0].isneginf().nonzero().flatten().tolist() == [1, 5, *range(8, LONGEST)]
+    rows = encode(PROMPTS[:1])[0].features[0]
+    rows[2], rows[6] = rows[1] + rows[2], rows[5] + rows[6]
+    kept = Captions.pad([rows[[0, 2, 3, 4, 6, 7]]])
+    assert torch.equal(found, plainly(model.generate(kept, seed=0, indices=[0])))
+
+
+def test_the_end_of_the_shortened_prompt():
+    """At its own place, of an encoder that does not pad."""
+    config = SemanticMergeConfig(end_step=0, binding_steps=0, entropy_steps=0)
+    _, seen = drawn(gpt(), [config], PROMPTS[1:2])
+    short = encode(["a circle and a star"])[0].features[0]
+    torch.testing.assert_close(seen[-1].features[0, 9], short[-1])
+
+
+def test_words_that_were_merged_have_no_weights():
+    words = Words(columns=[[2], [1], [6], [4, 5]], objects=[0, 2], pairs=[(0, 1), (2, 3)])
+    gone = torch.zeros(8, dtype=torch.bool)
+    gone[[1, 5]] = True
+    left = words.without(gone)
+    assert left == Words(columns=[[2], [6], [4]], objects=[0, 1], pairs=[(1, 2)])
+
+
+def test_weights_begin_at_one_and_stay_within_their_bounds():
+    config = AdaptiveWeightsConfig(low=0.5, high=3.0)
+    assert (config.weights(torch.zeros(4)) == 1).all()
+    assert config.weights(torch.tensor([-1e3, 1e3])).tolist() == pytest.approx([0.5, 3.0])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_what_has_no_text_has_no_controls():
+    for condition, message in ((ClassSlot(num_classes=3), "condition class_slot draws classes, and has no prompt"),):
+        with pytest.raises(ValueError, match=message):
+            own.check_reads(GPT(dataclasses.replace(gpt().config, condition=condition)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "entities", "message"),
+    [
+        (["a red circle"], ["red bird"], "bird"),
+        (["a red circle and a star"], ["red circle", "red star"], "red"),
+        ([""], None, "no words"),
+        (["a red circle and " + "a " * 9 + "star"], None, "'star'.*too long"),
+    ],
+)
+def test_what_cannot_be(prompts, entities, message):
+    model = gpt(dataclasses.replace(ACROSS, text_length=LONGEST))
+
+    def short(prompts):
+        return [
+            one if one.features.shape[1] <= LONGEST else Captions(
+                one.features[:, :LONGEST], one.mask[:, :LONGEST], None, one.spans[:, :LONGEST]
+            )
+            for one in encode(prompts)
+        ]  # fmt: skip
+
+    with pytest.raises(ValueError, match=message):
+        own.draw(
+            model, [AdaptiveWeights()], [parse(prompt, entities=entities) for prompt in prompts],
+            Captions.cat(short(prompts)), short, lambda captions: model.generate(captions, seed=0, indices=[0]),
+            seed=0, indices=[0],
+        )  # fmt: skip
