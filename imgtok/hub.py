@@ -229,8 +229,8 @@ def config_class(kind: str) -> type[Any]:
 def controls_of(controls: str | Sequence[Any], settings: Mapping[str, Any] | None = None) -> list[Any]:
     """Controls of prompts, each given by the name of its kind, by its configuration, or as it is.
 
-    `settings` are those of controls that are given by name, a mapping (`Settings`, say) for each kind. Raises ValueError
-    for a name that there is not, or one that stands twice, and for settings of a control that is not among them.
+    `settings` are those of controls that are given by name, a mapping (`Settings`, say) for each kind. Raises
+    ValueError for a name that there is not or that stands twice, and for settings of a control that is not among them.
     """
     found, settings = [], dict(settings or {})
     for one in [controls] if isinstance(controls, str) else controls:

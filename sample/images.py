@@ -30,6 +30,7 @@ from imgtok.data.files import OVERVIEW, numbered_images, overview_of
 from imgtok.files import check_there, file_sha256, replacing
 from imgtok.generators.known import PARTS, WAYS, Known, shown
 from imgtok.generators.pipeline import Drawn, Made, Pipeline, Precision, Subject, batches_of, pipeline
+from imgtok.hub import controls_of
 from imgtok.metrics.arrays import open_npz
 from imgtok.metrics.saved_images import RECORD
 from imgtok.pictures import preprocess
@@ -37,6 +38,7 @@ from imgtok.runtime import process_state
 from imgtok.sample import calls_figure
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
+from imgtok.text.parsing import Parse
 from imgtok.tokenizers.calls import Totals, summary, together
 from imgtok.tokenizers.tokens import Tokens
 
@@ -85,6 +87,11 @@ class Config:
     """Images drawn at once by one process."""
     format: Literal["png", "npz"] = "png"
     """Numbered PNGs, or one `samples.npz` as the ADM evaluator reads it."""
+    controls: tuple[str, ...] = ()
+    """What is done to prompts while images are drawn, so that each object gets its own attributes: tome, frap, or both
+    (docs/controls.md)."""
+    control_settings: Settings = Settings()
+    """Their settings, by control: control_settings.frap.updates=3, say."""
     sampling: Settings = Settings()
     """How tokens or latents are drawn: settings of the generator; what is left out is as its configuration says."""
     decoding: Settings = Settings()
@@ -125,6 +132,7 @@ def main(config: Config) -> None:
         text_encoder=config.text_encoder,
         exact=config.exact,
         threads=config.threads,
+        controls=controls_of(config.controls, config.control_settings),
     )
     plan = Plan.make(config, pipe)
     labels = plan.labels
@@ -191,6 +199,16 @@ def say_what_is_drawn(config: Config, plan: Plan, pipe: Pipeline) -> None:
     announce.begins(
         "sample", model=model.in_words, decoder=decoder.in_words, images=drawn, on=pipe.device, out=config.out
     )
+    for parse in plan.parses[:MOST_SAID]:
+        logger.info("%r: %s", parse.prompt, "; ".join(parse.lines()))
+    if len(plan.parses) > MOST_SAID:
+        logger.info(
+            "... and %d more prompts: what was understood of each is in %s", len(plan.parses) - MOST_SAID, RECORD
+        )
+
+
+MOST_SAID = 8
+"""Prompts of which it is said what controls understood."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +225,8 @@ class Plan:
     """Those that were asked for, by number."""
     known: Known | None = None
     """What the images are drawn around, image i around row i % number of rows."""
+    parses: tuple[Parse, ...] = ()
+    """What controls understand of each prompt."""
 
     @classmethod
     def make(cls, config: Config, pipe: Pipeline) -> Plan:
@@ -220,7 +240,8 @@ class Plan:
         numbers = tuple(pipe.class_numbers(config.classes))
         labels = plan_labels(config, len(prompts) or num_labels(pipe), numbers)
         known = pipe.known(config.known, config.keep) if config.known else None
-        return cls(labels, prompts, sampling, decoding, numbers, known)
+        parses = tuple(pipe.read_prompts(prompts)) if pipe.controls else ()
+        return cls(labels, prompts, sampling, decoding, numbers, known, parses)
 
     def subjects(self, indices: Sequence[int]) -> list[Subject]:
         """Classes or prompts of some of the images."""
@@ -301,6 +322,10 @@ def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, An
         request["keep"] = config.keep if config.keep in PARTS else file_sha256(Path(config.keep).expanduser())
     if config.order == "by_class":
         request["per_class"] = config.per_class
+    if plan.parses:
+        request["entities"] = [parse.as_json() for parse in plan.parses]
+    else:
+        del request["controls"], request["control_settings"]  # records of before have none
     return request | {
         "classes": list(plan.classes),
         "prompts": plan.prompts,

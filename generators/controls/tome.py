@@ -13,6 +13,7 @@ Shapes: T columns of a caption, D width of a state, K objects, Q queries (positi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -212,9 +213,13 @@ THRESHOLDS = (26.0, 25.0, 24.0, 23.0, 22.5, 22.0, 21.5, 21.0, 21.0, 21.0)
 the last of them, where the published code ends with a KeyError [ours]."""
 
 
-def low_enough(threshold: float, objects: int) -> float:
-    """The entropy loss of so many objects below which a step is refined no more [code]."""
-    return threshold / 2 * objects - 2
+def low_enough(threshold: float, objects: int, queries: int = 1024) -> float:
+    """The entropy loss of so many objects below which a step is refined no more [code].
+
+    The published thresholds belong to maps of 1024 queries; those of others are lower by as much as the largest entropy
+    is [ours].
+    """
+    return threshold / 2 * objects - 2 - 2 * objects * math.log(1024 / queries)
 
 
 def refine(
@@ -478,7 +483,8 @@ class MergeRun:
         share = 1 - scene.step / max(1, scene.steps - 1)
         step = config.strength * config.step * share
         threshold = THRESHOLDS[min(scene.step, len(THRESHOLDS) - 1)]
-        enough = torch.tensor([low_enough(threshold, len(own)) for own in nouns], device=rows.device)
+        assert scene.grid is not None
+        enough = torch.tensor([low_enough(threshold, len(own), math.prod(scene.grid)) for own in nouns]).to(rows.device)
         moved, states, losses = refine(
             texts.states if latents is None else latents[rows],
             texts.states,
