@@ -5,7 +5,7 @@ attention processors and a callback at the end of each step.
     from imgtok.generators.controls.diffusers import draw
 
     pipe = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
-    images = draw(pipe, "a red cube and a blue ball", controls=["tome", "frap"], num_inference_steps=50).images
+    images = draw(pipe, "a red cube and a blue ball", controls=("tome", "frap"), num_inference_steps=50).images
 
 A control acts before a step on the conditional texts alone, which are the second half of the pipeline's guidance batch.
 Before the first step nothing calls a control, so the first noise is drawn here, just as the pipeline would. Each pass
