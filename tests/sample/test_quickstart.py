@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 
+import processes
 import pytest
 import torch
 
@@ -69,12 +70,20 @@ def test_configs_elsewhere_must_exist(tmp_path):
         quickstart.Plan.make(quickstart.Config(configs=tmp_path))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Stages come from the process that other tests fork from."""
+    monkeypatch.setattr(quickstart, "PRELOADED", processes.PRELOADED)
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_failing_stage_stops_the_quickstart(tmp_path):
     with pytest.raises(ValueError, match="'try' failed with exit status 2"):
         quickstart.run_stage("try", ["nonsense"], tmp_path / "stages.json")
     assert not (tmp_path / "stages.json").exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_seconds_of_finished_work_are_kept(tmp_path):
     times = tmp_path / "stages.json"
     times.write_text(json.dumps({"version": 1000.0}))

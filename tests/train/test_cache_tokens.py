@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,7 +23,6 @@ from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.train.cache_tokens import Config, main
 
-ROOT = Path(__file__).parents[2]
 TRUNK = TrunkConfig(width=16, depth=1, head_dim=8)
 
 
@@ -55,19 +52,11 @@ def cache(tokenizer: Path, folder: Path, out: Path, **fields) -> TokenDataset:
 
 
 def test_each_shard_is_written_by_one_process(tokenizer, folder, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment.pop("ACCELERATE_USE_CPU", None)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [str(tokenizer), f"out={tmp_path / 'two'}", "data.kind=folder", f"data.path={folder}", "data.labels=none"]
-    done = subprocess.run(
-        [*launch, "-m", "imgtok.train.cache_tokens", *words, "held_out=0", "shard_size=1"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "3 shards to write in this process, one of 2" in done.stderr
+    words += ["held_out=0", "shard_size=1"]
+    first, second = processes.two("-m", "imgtok.train.cache_tokens", *words)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-3000:] + second.stderr[-3000:]
+    assert "3 shards to write in this process, one of 2" in first.stderr  # the other says nothing
     one, two = cache(tokenizer, folder, tmp_path / "one"), TokenDataset(tmp_path / "two")
     assert torch.equal(one.tokens(range(6)).ids, two.tokens(range(6)).ids)
     assert torch.equal(one.indices, two.indices)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -77,9 +75,7 @@ def test_a_gpt_with_dropout_that_was_killed_ends_with_the_same_weights(tmp_path,
     inputs = [f"tokens={tokens}", f"tokenizer={flextok}", "model.dropout=0.1", *QUIET]
     whole = train(generator, "gpt", tmp_path / "whole", *inputs)
     arguments = ["train", "generator", str(TINY / "gpt.yaml"), *inputs, f"out={tmp_path / 'killed'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, timeout=400)
+    done = processes.python("-c", KILLED, *arguments)
     assert done.returncode == -signal.SIGKILL
     assert complete_steps(tmp_path / "killed/checkpoints") == [2]
     assert main(arguments) == 0

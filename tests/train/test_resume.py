@@ -7,10 +7,9 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import toy_job
@@ -21,15 +20,6 @@ from imgtok.train.optim import rate_at
 from imgtok.train.state import complete_steps
 
 PROGRAM = Path(toy_job.__file__)
-ROOT = PROGRAM.parents[2]
-
-
-def run_program(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """With this process's thread count when alone, as its weights are compared with ours: threads show in last bits."""
-    threads = str(1 if launcher else torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +44,14 @@ def interrupt(out: Path, after: int, **changes) -> None:
 
 
 def test_kill_in_the_middle_of_a_step(tmp_path, uninterrupted):
-    assert run_program(tmp_path, "die_in_step=5").returncode == -signal.SIGKILL
+    assert processes.python(PROGRAM, tmp_path, "die_in_step=5").returncode == -signal.SIGKILL
     assert complete_steps(tmp_path / "checkpoints") == [4, 2]
     assert len(train(tmp_path).seen) == 2  # steps 4 and 5
     assert same(final(tmp_path), uninterrupted)
 
 
 def test_kill_in_the_middle_of_a_checkpoint(tmp_path, uninterrupted):
-    assert run_program(tmp_path, "die_in_save=4").returncode == -signal.SIGKILL
+    assert processes.python(PROGRAM, tmp_path, "die_in_save=4").returncode == -signal.SIGKILL
     assert complete_steps(tmp_path / "checkpoints") == [2]
     assert (tmp_path / "checkpoints/.tmp-step_0000004").is_dir()
     assert len(train(tmp_path).seen) == 4
@@ -89,9 +79,8 @@ def test_resume_is_exact_with(tmp_path, changes):
 
 
 def test_two_processes_resume_exactly_and_stop_together(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_program(tmp_path, "two_processes", launcher=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in processes.two(PROGRAM, tmp_path, "two_processes"):
+        assert done.returncode == 0, done.stderr[-3000:]
     facts = [json.loads((tmp_path / f"facts_{rank}.json").read_text()) for rank in range(2)]
     assert same(final(tmp_path / "resumed"), final(tmp_path / "whole"))
     assert same(final(tmp_path / "stopped"), final(tmp_path / "whole"))
