@@ -13,10 +13,14 @@ tells them apart by running the loop twice, short and long. Backward passes cann
 
 from __future__ import annotations
 
+import functools
+import linecache
+import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -69,14 +73,29 @@ def invented(tensor: Tensor) -> bool | int | float:
     return hasattr(tensor, "holds") if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
 
 
-def line(what: str, stack: traceback.StackSummary | None = None) -> str:
-    """The innermost line of the suite that is at work, or was in `stack`, or else of who called it."""
-    stack = traceback.extract_stack() if stack is None else stack
-    frames = [frame for frame in stack if frame.filename != __file__ and "site-packages" not in frame.filename]
-    places = [(frame, Path(frame.filename).resolve()) for frame in frames]
-    ours = [(frame, path) for frame, path in places if any(folder in path.parents for folder in OURS)]
-    frame, path = (ours or places)[-1]
-    return f"{what} at {path.relative_to(ROOT) if ours else path}:{frame.lineno} in {frame.name}: {frame.line}"
+def line(what: str, frames: Iterable[tuple[FrameType, int]] | None = None) -> str:
+    """The innermost line of the suite that is at work, or is among `frames`, or else of who called it.
+
+    Frames come from the innermost outwards. Thousands are looked at, so no text is read but that of the answer.
+    """
+    others = []
+    for frame, number in traceback.walk_stack(sys._getframe(1)) if frames is None else frames:
+        name = frame.f_code.co_filename
+        place = ours(name)
+        if place is not None:
+            return f"{what} at {place}:{number} in {frame.f_code.co_name}: {linecache.getline(name, number).strip()}"
+        if name != __file__ and "site-packages" not in name:
+            others.append((frame, number))
+    frame, number = others[0]
+    name = frame.f_code.co_filename
+    return f"{what} at {name}:{number} in {frame.f_code.co_name}: {linecache.getline(name, number).strip()}"
+
+
+@functools.cache
+def ours(name: str) -> Path | None:
+    """Where a file of the suite lies in it; none for a file of others."""
+    path = Path(name).resolve()
+    return path.relative_to(ROOT) if any(folder in path.parents for folder in OURS) else None
 
 
 def move(model: nn.Module) -> nn.Module:
@@ -102,7 +121,7 @@ def run(make: Callable[[], nn.Module], work: Callable[[Any], object]) -> Watch:
             try:
                 work(moved)
             except RuntimeError as error:
-                error.add_note(line("raised", traceback.extract_tb(error.__traceback__)))
+                error.add_note(line("raised", reversed(list(traceback.walk_tb(error.__traceback__)))))
                 raise
     return watch
 

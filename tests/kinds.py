@@ -185,8 +185,8 @@ TEXT = TextCrossAttention(text_width=12, text_length=5)
 FEW_IDS, MORE_IDS = {"num_tokens": 3}, {"num_tokens": 8}
 ENDS: dict[str, Any] = GPT | {"ends": True, "num_tokens": 2 * LOOK_EVERY + 2}  # long enough for two looks
 ALL_IDS = {"num_tokens": ENDS["num_tokens"]}
-FEW_STEPS, MORE_STEPS = {"decoding": FlexTokDecoding(steps=2)}, {"decoding": FlexTokDecoding(steps=5, guidance=2.0)}
-FEW_CALLS, MORE_CALLS = {"sampling": FlowSampling(steps=(2,))}, {"sampling": FlowSampling(steps=(5,))}
+FEW_STEPS, MORE_STEPS = {"decoding": FlexTokDecoding(steps=2)}, {"decoding": FlexTokDecoding(steps=3, guidance=2.0)}
+FEW_CALLS, MORE_CALLS = ({"sampling": FlowSampling(steps=steps)} for steps in ((2,), (2, 3, 2, 2)))
 
 LINES: dict[str, Line] = {
     "vae": Line(config=SMALL_VAE, step=lambda model, device: (model.decode, (latents(model, 2).to(device),))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -39,8 +40,13 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and name_of(node.func) in ("import_module", "__import__"):
             yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def name_of(function: ast.expr) -> str:
+    """`f` of `f` and of `a.b.f`."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def package_of(module: str) -> str:
@@ -49,13 +55,14 @@ def package_of(module: str) -> str:
     return rest[0] if top == "imgtok" and rest and rest[0] in MAY_IMPORT else top
 
 
-def imported_packages(path: Path) -> set[str]:
+@functools.cache
+def imported_packages(path: Path) -> frozenset[str]:
     tree = ast.parse(path.read_text(), str(path))
     if path == ROOT / "imgtok/__init__.py":  # tells type checkers of names that it imports when they are asked for
         tree.body = [
             node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node))
         ]
-    return {package_of(name) for name in imported_modules(tree)}
+    return frozenset(package_of(name) for name in imported_modules(tree))
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
