@@ -246,7 +246,13 @@ def fitted(job: LineJob, out: Path, **training: Any) -> dict[str, Tensor]:
     return load_file(fit(job, config, out, Whole(training=config)) / "model.safetensors")
 
 
-@pytest.mark.parametrize("line", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, id=name, marks=[] if name in FIRST_OF_KIND else [pytest.mark.slow])
+        for name, line in TRAINED.items()
+    ],
+)
 def test_a_run_that_is_resumed_ends_with_the_same_weights(line, tmp_path):
     whole = fitted(LineJob(line), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
