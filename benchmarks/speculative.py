@@ -3,7 +3,7 @@
     python benchmarks/speculative.py MODEL                      # windows 8, 16 and 32, groups of 3, 10, 25 and 50
     python benchmarks/speculative.py MODEL --windows 16 --groups 10 --images 8 --threads 2
     python benchmarks/speculative.py MODEL --images 512 --batch 16 --oracle --out vq.json --figure vq.png
-    python benchmarks/speculative.py MODEL --tails              # two laws for positions that no window had yet
+    python benchmarks/speculative.py MODEL --tails              # guesses of positions that no window had yet
     python benchmarks/speculative.py --passes                   # a call of GPT-B over 1, 4, 8, 16 and 32 tokens
     python benchmarks/speculative.py MODEL --passes             # both, and what GPT-B would gain with these guesses
     python benchmarks/speculative.py --predict vq.json          # the same, by guesses that were counted before
@@ -47,6 +47,7 @@ from imgtok.generators import speculative_gpt
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.speculative import Jacobi
+from imgtok.generators.speculative_recycled import Recycling
 from imgtok.metrics.scorers import Scorer
 from imgtok.tokenizers.calls import Totals, summary, together
 from imgtok.tokenizers.tokens import Tokens
@@ -71,9 +72,12 @@ class Method:
     def window(self) -> int:
         return int(self.changes.get("window", 1))
 
+    def drafter(self, **given: Any) -> Jacobi:
+        return Recycling(**given) if self.tail == "recycled" else Jacobi(self.tail, **given)
+
     def draw(self, model: GPT, sampling: TokenSampling, labels: Tensor, indices: range, seed: int) -> Tokens:
         how = replace(sampling, **self.changes)
-        with patch.object(speculative_gpt, "Jacobi", lambda **given: Jacobi(self.tail, **given)):
+        with patch.object(speculative_gpt, "Jacobi", self.drafter):
             wall, cpu = time.perf_counter(), time.process_time()
             tokens = model.generate(labels, seed=seed, indices=indices, sampling=how)
             if model.device.type != "cpu":
@@ -96,7 +100,7 @@ def methods(windows: list[int], groups: list[int], *, tails: bool, gumbel: bool)
         for way in ("grouped", "coupled"):
             one += [(f"{way} G={size}", {"decoding": way, "group_size": size}) for size in groups]
         for name, changes in one:
-            for tail in ("last", "uniform") if tails else ("last",):
+            for tail in ("last", "uniform", "recycled") if tails else ("last",):
                 label = f"{name}, tail {tail}" if tails else name
                 found.append(Method(label, {**changes, "window": window}, tail))
     return found
@@ -111,7 +115,7 @@ def measure(
     with tqdm(total=len(starts) * len(ways), unit="batch", mininterval=1) as progress:
         for start in starts:
             indices = range(max(start, 0), min(max(start, 0) + options.batch, options.images))
-            labels = torch.tensor(indices) % model.config.num_classes
+            labels = torch.tensor(indices, device=model.device) % model.config.num_classes
             for way in ways if (start // options.batch) % 2 else reversed(ways):
                 progress.set_postfix_str(f"{way.name}, window {way.window}", refresh=False)
                 tokens = way.draw(model, sampling, labels, indices, options.seed)
@@ -218,6 +222,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, dest="top_p")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where the model draws; --passes is of the CPU")
     parser.add_argument("--rounds", type=int, default=20, help="calls of each length, of --passes")
     parser.add_argument(
         "--gumbel",
@@ -268,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace, medians: dict[int, float] | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row a method, and what was drawn from."""
     found = hub.resolve(options.model, expect=GPT)
-    model = hub.load(found)
+    model = hub.load(found).to(options.device)
     given = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
     chosen = {name: value for name, value in given.items() if value is not None}
     sampling = replace(model.config.sampling, decoding="exact", group_size=None, draft_model=None, **chosen)
@@ -287,7 +292,7 @@ def run(options: argparse.Namespace, medians: dict[int, float] | None) -> tuple[
         "depth": config.depth,
         "width": config.width,
         **{name: getattr(sampling, name) for name in ("guidance", "temperature", "top_k", "top_p")},
-        **{name: getattr(options, name) for name in ("images", "batch", "threads", "seed")},
+        **{name: getattr(options, name) for name in ("images", "batch", "threads", "seed", "device")},
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in of.items()) + "\n")
     return [row(way, ways[0], config.num_tokens, medians) for way in ways], of

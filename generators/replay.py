@@ -42,7 +42,8 @@ class Replayed:
         """Kernels are noted and not run, so that tensors are afterwards what they were."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # "thread_local": what other threads ask of the GPU meanwhile, as those that load data do, is not in the way
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.body()
         except RuntimeError as error:
             logger.warning("no CUDA graph could be made, so kernels are launched one by one: %s", error)

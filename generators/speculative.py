@@ -101,8 +101,8 @@ class Drafter(Protocol):
         """
         ...
 
-    def learn(self, laws: Tensor, window: Window) -> None:
-        """What the network said of the window: laws (B, L, V)."""
+    def learn(self, laws: Tensor, window: Window, ids: Tensor) -> None:
+        """What the network said of the window, after each of its ids (B, L): laws (B, L, V)."""
         ...
 
 
@@ -148,19 +148,26 @@ class Jacobi:
 
     def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
         targets = window.targets[:, :-1]
-        place, last = targets - self.known[:, None], self.laws[:, -1]
+        place, rows = targets - self.known[:, None], torch.arange(len(tokens), device=tokens.device)[:, None]
+        new = place >= self.count
+        law = self.draw(tokens, targets, new, uniforms)
+        return torch.where(new[..., None], law, self.laws[rows, place.clamp(0, self.laws.shape[1] - 1)])
+
+    def draw(self, tokens: Tensor, targets: Tensor, new: Tensor, uniforms: Tensor) -> Tensor:
+        """Writes drafts of those `targets` (B, L - 1) that are `new`; the law of all, which broadcasts to
+        (B, L - 1, V).
+        """
+        last = self.laws[:, -1]
         if self.tail == "uniform":
             last = torch.full_like(last, 1 / last.shape[-1])
-        new = place >= self.count
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         if self.gumbel is None:
             drawn = draw_several(last, uniforms)
         else:
             drawn = (last.log()[:, None] + noise_of(self.gumbel, targets)).argmax(dim=-1)
         tokens.scatter_(1, targets, drawn.where(new, tokens.gather(1, targets)))
-        return torch.where(new[..., None], last[:, None], self.laws[rows, place.clamp(0, self.laws.shape[1] - 1)])
+        return last[:, None]
 
-    def learn(self, laws: Tensor, window: Window) -> None:
+    def learn(self, laws: Tensor, window: Window, ids: Tensor) -> None:
         if laws.shape == self.laws.shape:
             self.laws.copy_(laws)
         else:  # of a window that shrinks
@@ -204,7 +211,7 @@ class DraftNetwork:
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         return laws[rows, window.places[:, :-1].clamp(max=count - 1)]
 
-    def learn(self, laws: Tensor, window: Window) -> None:
+    def learn(self, laws: Tensor, window: Window, ids: Tensor) -> None:
         """Nothing: it has read what it proposed."""
 
 
@@ -261,7 +268,7 @@ class Rounds:
             q = self.drafter.propose(tokens, slots, uniforms[:, :-1, DRAFT])
         ids = tokens.gather(1, targets - 1)
         p = self.law(self.network.score(ids, in_one(slots.starts)), targets)
-        self.drafter.learn(p, slots)
+        self.drafter.learn(p, slots, ids)
         is_settled = targets < held[:, None]
         found = judge(
             p,

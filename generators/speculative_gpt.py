@@ -116,7 +116,7 @@ class Undrafted:
     def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
         raise AssertionError("a window of one token has no drafts")
 
-    def learn(self, laws: Tensor, window: Window) -> None: ...
+    def learn(self, laws: Tensor, window: Window, ids: Tensor) -> None: ...
 
 
 def decode_by(

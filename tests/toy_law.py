@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Noise, decode
+from imgtok.generators.speculative_recycled import Recycling
 from imgtok.generators.speculative_rules import grouped, token_rule
 from imgtok.tokenizers.tokens import Tokens
 
@@ -37,7 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "draft": {"draft": True},
     "jacobi": {},
     "jacobi, uniform tail": {"tail": "uniform"},
+    "jacobi, recycled tail": {"tail": "recycled"},
     "maximal": {"keep": True},
+    "maximal, recycled tail": {"tail": "recycled", "keep": True},
     "gumbel": {"gumbel": True},
 }
 
@@ -109,7 +112,7 @@ def drawn(
     given = noise(images, window, seed, shape, gumbel=gumbel) if given is None else given
     tokens = shape[1]
     law = Law(sampling, tokens, CPU)
-    drafter: Drafter = Jacobi(tail, given.gumbel)
+    drafter: Drafter = Recycling() if tail == "recycled" else Jacobi(tail, given.gumbel)
     if draft:
         drafter = DraftNetwork(TableNetwork(tables_of(sampling, shape, draft=True), images, tokens), law, tokens)
     rule = token_rule if group == 1 else partial(grouped, size=group)

@@ -47,6 +47,7 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_methods_are_counted_judged_predicted_and_drawn(programs, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classifier, "load_or_train", lambda: classifier.ShapesNet().eval())
     program, figure = programs

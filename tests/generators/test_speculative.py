@@ -15,7 +15,8 @@ from imgtok.generators.conditioning import ClassSlot, StartPlusClass, TextPrefix
 from imgtok.generators.digits import DigitsConfig
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling, law
-from imgtok.generators.speculative import Noise
+from imgtok.generators.speculative import Noise, Window
+from imgtok.generators.speculative_recycled import Recycling
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
@@ -100,6 +101,17 @@ def test_calls_never_exceed_tokens(method):
     assert (calls.calls - 1 - calls.single <= (TOKENS - 1) // 2).all(), "two or more tokens each"
     if method == "exact":
         assert set(calls.calls.tolist()) == {TOKENS}
+
+
+def test_what_followed_a_token_before_is_guessed_again():
+    """The latest time counts, also within a window; a token that was not seen is guessed to follow itself."""
+    drafter, tokens = Recycling(), torch.tensor([[2, 0, 1, 0, 0, 0, 0]])
+    drafter.begin(torch.eye(4)[[2]], 3)
+    said = torch.eye(4)[[1, 3, 2]][None]  # after the ids 0, 1, 0: of tokens 1 to 3
+    drafter.learn(said, Window(torch.tensor([0]), 3, torch.tensor([1])), torch.tensor([[0, 1, 0]]))
+    q = drafter.propose(tokens, Window(torch.tensor([1]), 5, torch.tensor([2])), torch.zeros(1, 4))
+    assert tokens.tolist() == [[2, 0, 1, 0, 2, 2, 0]], "tokens 4 and 5 are new"
+    assert torch.equal(q[0], torch.eye(4)[[3, 2, 2, 2]])
 
 
 # ---------------------------------------------------------------- the GPT
