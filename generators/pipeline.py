@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
-from imgtok.generators.controls import own
 from imgtok.generators.controls.scene import PromptControl
 from imgtok.generators.known import WAYS, Known, kept
 from imgtok.hub import OURS, RUN, Found, controls_of, load, resolve
@@ -202,6 +201,8 @@ class Pipeline:
         generator.check_decoder(decoder)
         self.controls: list[PromptControl] = controls_of(controls)
         if self.controls:
+            from imgtok.generators.controls import own  # which knows generators: imported where they are controlled
+
             own.check_reads(generator)
         self.parses: dict[str, Parse] = {}
         self.notes: list[dict[str, Any]] = []
@@ -766,6 +767,8 @@ class Pipeline:
         """What is generated, under the controls if there are any."""
         if not self.controls:
             return generate(condition)
+        from imgtok.generators.controls import own
+
         prompts = cast(Sequence[str], subjects)
         unread = sorted({prompt for prompt in prompts if prompt not in self.parses})
         if unread:

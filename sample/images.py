@@ -88,10 +88,10 @@ class Config:
     format: Literal["png", "npz"] = "png"
     """Numbered PNGs, or one `samples.npz` as the ADM evaluator reads it."""
     controls: tuple[str, ...] = ()
-    """What is done to prompts while images are drawn, so that each object gets its own attributes: tome, frap, or both
-    (docs/controls.md)."""
+    """What is done to prompts while images are drawn, so that each object gets its own attributes: one or more of the
+    controls that docs/controls.md lists, in order."""
     control_settings: Settings = Settings()
-    """Their settings, by control: control_settings.frap.updates=3, say."""
+    """Their settings, by control: control_settings.NAME.strength=0.5, say."""
     sampling: Settings = Settings()
     """How tokens or latents are drawn: settings of the generator; what is left out is as its configuration says."""
     decoding: Settings = Settings()

@@ -158,6 +158,7 @@ VARIANTS = [
     {"latent": "once"},
     {"latent": "still"},
     {"strength": 0.5},
+    {"position": True},
 ]
 
 
