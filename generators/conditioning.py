@@ -21,10 +21,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from imgtok.config import FROM_DATA, Fraction, PositiveInt, check
+from imgtok.config import FROM_DATA, Fraction, NonNegativeInt, PositiveInt, check
 from imgtok.hub import Pretrained
-from imgtok.layers.attention import CrossAttention
+from imgtok.layers.attention import Attention, CrossAttention
 from imgtok.layers.cache import Memory
+from imgtok.layers.feed_forward import SwiGLU
+from imgtok.layers.norms import RMSNorm
 from imgtok.layers.record import AttentionRecord
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder
@@ -76,6 +78,9 @@ class FromText:
     empty_length: Annotated[PositiveInt, FROM_DATA] = 1
     """Features of the empty caption, by which the text encoder is known again; training fills it in from the text
     cache."""
+    context_layers: NonNegativeInt = 0
+    """Blocks in which a caption's features see each other before the network reads them, trained with the generator; 0
+    for an encoder that has done so. 2 for encoder=words, which knows each word alone."""
     drop: Fraction = 0.1
     """Share of training samples whose caption is replaced by none."""
 
@@ -241,6 +246,7 @@ class ConditionalGenerator(nn.Module, Pretrained):
     """Whether `generate` takes `known`, latents of which a part is kept (`imgtok.generators.known.Known`)."""
     config: ConditionConfig
     text_proj: nn.Sequential | None
+    text_context: TextContext | None
     empty_caption: Tensor | None
     """(empty_length, text_width): the empty text's features, by which the text encoder is known again, and which stand
     for "no caption" unless `no_caption` does; see `set_empty_caption`. None where no captions are read."""
@@ -253,7 +259,7 @@ class ConditionalGenerator(nn.Module, Pretrained):
         That is saved, so that a folder knows its unconditional branch without the text encoder.
         """
         condition = self.config.condition
-        self.text_proj, empty, none = None, None, None
+        self.text_proj, self.text_context, empty, none = None, None, None, None
         if isinstance(condition, FromText):
             empty = torch.zeros(condition.empty_length, condition.text_width)
         if isinstance(condition, TextCrossAttention):
@@ -261,6 +267,9 @@ class ConditionalGenerator(nn.Module, Pretrained):
         if isinstance(condition, TextPrefix):
             self.text_proj = text_projection(condition.text_width, width, width)
             none = torch.randn(condition.text_length, condition.text_width) / condition.text_width**0.5
+        if isinstance(condition, FromText) and condition.context_layers:
+            heads: Any = self.config  # as its own blocks have
+            self.text_context = TextContext(width, heads.num_heads, condition.context_layers, condition.text_length)
         self.register_buffer("empty_caption", empty)
         self.register_buffer("no_caption", none)
 
@@ -385,6 +394,8 @@ class ConditionalGenerator(nn.Module, Pretrained):
         weight = next(self.text_proj.parameters())
         captions = self._placed(condition)
         context = self.text_proj(captions.features.to(weight.dtype))  # (R, T, D)
+        if self.text_context is not None:
+            context = self.text_context(context, captions)
         if self.no_caption is not None:
             return Reading(prefix=context, prefix_mask=captions.attention_mask[:, 0, 0])
         attentions = (module for module in self.modules() if isinstance(module, CrossAttention))  # block by block
@@ -433,6 +444,31 @@ class ConditionalGenerator(nn.Module, Pretrained):
                 f"got {int(condition.min())} to {int(condition.max())}"
             )
         return condition
+
+
+class TextContext(nn.Module):
+    """Pre-norm blocks in which the features of a caption see each other and their order, (R, T, D) -> (R, T, D).
+
+    Columns that are not seen are left out of the count of places, so padding and holes leave no trace.
+    """
+
+    def __init__(self, width: int, num_heads: int, depth: int, text_length: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(text_length, width))
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(depth))
+        self.attentions = nn.ModuleList(Attention(width, num_heads) for _ in range(depth))
+        self.mlp_norms = nn.ModuleList(RMSNorm(width) for _ in range(depth))
+        self.mlps = nn.ModuleList(SwiGLU(width, 2 * width) for _ in range(depth))
+
+    def forward(self, x: Tensor, captions: Captions) -> Tensor:
+        """`captions` are those whose features x stands for."""
+        place = (captions.mask.cumsum(dim=1) - 1).clamp(min=0)
+        x = x + self.positions[place].to(x.dtype)
+        mask = captions.attention_mask
+        for norm, attention, mlp_norm, mlp in zip(self.norms, self.attentions, self.mlp_norms, self.mlps, strict=True):
+            x = x + attention(norm(x), mask=mask)
+            x = x + mlp(mlp_norm(x))
+        return x
 
 
 def text_projection(text_width: int, hidden: int, width: int) -> nn.Sequential:

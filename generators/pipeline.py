@@ -36,9 +36,11 @@ from imgtok.hub import OURS, RUN, Found, controls_of, load, resolve
 from imgtok.pictures import preprocess, to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.sections import Settings
+from imgtok.text import words
 from imgtok.text.captions import Captions
-from imgtok.text.encoder import TextEncoder
+from imgtok.text.encoder import TextEncoder, load_encoder
 from imgtok.text.parsing import Parse, Parser, parse
+from imgtok.text.words import WordEncoder, is_words
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
@@ -158,6 +160,8 @@ def pipeline(
     generator, decoder = load(found), load(inside)
     if inside.layout not in (OURS, RUN) and isinstance(decoder, Tokenizer):  # a published file may not say a size
         decoder.resize(generator.config.num_tokens)
+    if text_encoder is None and is_words(found.path / words.NAME):  # of words, which the training has put there
+        text_encoder = str(found.path / words.NAME)
     pipe = Pipeline(
         generator,
         decoder,
@@ -210,7 +214,7 @@ class Pipeline:
         self.decoder: Any = decoder.eval()
         self.exact, self.threads = exact, threads
         self.text_encoder = text_encoder or generator.config.condition.text_encoder
-        self._encoder: TextEncoder | None = None
+        self._encoder: TextEncoder | WordEncoder | None = None
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.to(default_device() if device is None else device, dtype)
@@ -463,6 +467,8 @@ class Pipeline:
         write_cards(folder, name or str(folder), generator.config, self.decoder.config)
         generator.save_pretrained(folder)
         self.decoder.save_pretrained(folder / "tokenizer")
+        if self.text_encoder is not None and is_words(Path(self.text_encoder)):
+            words.copy(Path(self.text_encoder), folder / words.NAME)
 
     def push_to_hub(
         self,
@@ -584,7 +590,7 @@ class Pipeline:
             except ValueError as error:
                 raise ValueError(f"num_tokens: {count} cannot be decoded: {error}") from error
 
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> TextEncoder | WordEncoder:
         """The text encoder, loaded when it is first needed.
 
         Raises ValueError for a generator without text, or for another encoder than it was trained with.
@@ -597,7 +603,7 @@ class Pipeline:
                 raise ValueError(f"prompts: this generator cannot read them, {why}")
             try:
                 length = self.generator.config.condition.text_length
-                found = TextEncoder.load(self.text_encoder, max_length=length, device=self.device)
+                found = load_encoder(self.text_encoder, max_length=length, device=self.device)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{error}; say where the text encoder is with text_encoder=FOLDER") from error
             empty = self.generator.empty_caption

@@ -50,6 +50,10 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "sample": ("imgtok.sample.images", "make new images with a trained generator"),
     "reconstruct": ("imgtok.sample.reconstruct", "show images beside their reconstructions at several token counts"),
     "evaluate": ("imgtok.sample.evaluate.job", "score images or a model"),
+    "evaluate shapes": (
+        "imgtok.sample.benchmark.job",
+        "measure on the built-in shapes whether the objects of captions appear with their own attributes",
+    ),
     "complexity": ("imgtok.sample.complexity.job", "count how many tokens each image needs, and show them sorted"),
     "calibrate": (
         "imgtok.sample.calibrate.job",
@@ -75,6 +79,7 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "sample": ("model", "tokenizer"),
     "reconstruct": ("model",),
     "evaluate": ("model", "tokenizer"),
+    "evaluate shapes": ("model", "tokenizer"),
     "complexity": ("model",),
     "calibrate": ("vae",),
     "export": ("model", "vae"),
@@ -93,9 +98,20 @@ FILES: Mapping[str, tuple[str, ...]] = {
     "complexity": IMAGES,
     "calibrate": IMAGES,
     "evaluate": ("images", "originals", "reference", *IMAGES, "probe_data.path", "probe_data.val_path"),
+    "evaluate shapes": ("images", "baseline"),
 }
 """Command -> its fields that name files or folders, likewise."""
-LONE_MODEL = ("cache", "cache latents", "sample", "reconstruct", "complexity", "calibrate", "export", "info")
+LONE_MODEL = (
+    "cache",
+    "cache latents",
+    "sample",
+    "reconstruct",
+    "evaluate shapes",
+    "complexity",
+    "calibrate",
+    "export",
+    "info",
+)
 """Commands that take the first of these as a lone word."""
 
 TOOLS = {
@@ -302,6 +318,7 @@ def _deeper(first: str) -> list[str]:
 
 def _find_job(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The longest command that `argv` begins with, and the arguments after it."""
+    argv = _without_benchmark(argv)
     given, deeper = " ".join(argv[:2]), _deeper(argv[0])
     if given in JOBS:
         return given, list(argv[2:])
@@ -318,6 +335,21 @@ def _find_job(argv: Sequence[str]) -> tuple[str, list[str]]:
     hint = f"; did you mean 'imgtok {str(job).replace('-', ' ')} {argv[0]}'?" if job else ""
     hint = hint or suggest(argv[0], [*commands, *JOBS, "--help"])
     raise ValueError(f"unknown command {argv[0]!r}{hint} Commands: {', '.join(commands)}")
+
+
+def _without_benchmark(argv: Sequence[str]) -> list[str]:
+    """`evaluate benchmark=shapes ...`, or with --benchmark, as `evaluate shapes ...`."""
+    words = list(argv)
+    for place, word in enumerate(words[1:], 1):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name == "benchmark" and (equals or word.startswith("--")):
+            value = value if equals else " ".join(words[place + 1 : place + 2])
+            if words[0] != "evaluate" or value not in _deeper("evaluate"):
+                known = ", ".join(f"evaluate benchmark={name}" for name in _deeper("evaluate"))
+                raise ValueError(f"benchmark: given {value!r}; there is: {known}")
+            del words[place : place + (1 if equals else 2)]
+            return [words[0], value, *words[1:]]
+    return words
 
 
 def _run(module: ModuleType, argv: Sequence[str], program: str) -> None:

@@ -20,8 +20,10 @@ from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, Opened, in_
 from imgtok.data.shards import as_begun
 from imgtok.data.sources import DataError
 from imgtok.runtime import process_state
+from imgtok.text import words
 from imgtok.text.captions import Captions
-from imgtok.text.encoder import TextEncoder, find_encoder
+from imgtok.text.encoder import TextEncoder, find_encoder, load_encoder
+from imgtok.text.words import WordEncoder
 from imgtok.train.shards import Rows, say_what_is_there, write_missing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class Config:
     """Which program this file is for."""
     encoder: str = "google/flan-t5-xl"
     """Folder or Hub name of a T5, of CLIP's text model or of a BERT, or minilm, which comes by pip
-    (imgtok[judges]); that of arXiv 2502.13967 is FLAN-T5-XL."""
+    (imgtok[judges]); that of arXiv 2502.13967 is FLAN-T5-XL. `words` takes the words of the captions themselves, whose
+    meaning is trained with the generator (model.condition.context_layers=2): no download."""
     out: Path
     """Folder of the shards."""
     data: DataConfig = field(metadata={REMEDY: HOW_TO_NAME})
@@ -67,18 +70,25 @@ def main(config: Config) -> None:
     """Encodes the shards that are still missing; under several processes each writes its own."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    find_encoder(config.encoder)  # a mistyped name is said before the data are opened
+    if not _of_words(config):
+        find_encoder(config.encoder)  # a mistyped name is said before the data are opened
     state = process_state()
     opened = Opened(config.data)
     source = opened.images(NO_SIZE, config.split, config.held_out)
-    encoder = TextEncoder.load(config.encoder, max_length=config.max_length, device=state.device)
+    name = config.encoder
+    if name == words.NAME:  # beside the shards, where sampling finds it
+        name = str(config.out / words.NAME)
+        with state.main_process_first():
+            if not words.is_words(Path(name)):
+                words.build(texts_of(source), Path(name))
+    encoder = load_encoder(name, max_length=config.max_length, device=state.device)
     info = CaptionCacheInfo(
         fingerprint=encoder.fingerprint(),
         dataset=source.identity,
         split=config.split,
         num_images=len(source),
         shard_size=config.shard_size,
-        encoder=config.encoder,
+        encoder=name,
         width=encoder.width,
         max_length=encoder.max_length,
         dtype=config.dtype,
@@ -96,7 +106,19 @@ def main(config: Config) -> None:
     say_what_is_there(config.out, info, state)
 
 
-def encode_rows(config: Config, encoder: TextEncoder, source: ImageSource, wanted: Sequence[int]) -> Iterator[Rows]:
+def _of_words(config: Config) -> bool:
+    return config.encoder == words.NAME or words.is_words(Path(config.encoder).expanduser())
+
+
+def texts_of(source: ImageSource) -> Iterator[str]:
+    """Every caption, some at a time."""
+    for start in range(0, len(source), 4096):
+        yield from filter(None, source.texts(range(start, min(len(source), start + 4096))))
+
+
+def encode_rows(
+    config: Config, encoder: TextEncoder | WordEncoder, source: ImageSource, wanted: Sequence[int]
+) -> Iterator[Rows]:
     """Encodes the captions of the wanted images, `batch_size` at once; images that cannot be read have none."""
     texts = {index: text for index, text in zip(wanted, source.texts(wanted), strict=True) if text is not None}
     starts = bool(texts) and wanted[0] % config.shard_size == 0  # a shard, not the rest of one

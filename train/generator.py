@@ -27,6 +27,7 @@ from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import ROWS, write_cards
 from imgtok.hub import Found
 from imgtok.sections import ByKind, Section, Settings
+from imgtok.text import words
 from imgtok.tokenizers.base import Losses
 from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition, preview_titles
 from imgtok.train.config import TrainingConfig
@@ -256,6 +257,8 @@ class GeneratorJob(Job):
             shutil.copytree(self.decoder.path, folder / "tokenizer", ignore=own, dirs_exist_ok=True)
         else:
             self.content.decoder.save_pretrained(folder / "tokenizer")
+        if self.captions is not None and words.is_words(encoder := Path(self.captions.info.encoder).expanduser()):
+            words.copy(encoder, folder / words.NAME)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,103 @@ def caption(scene: Scene, split: str, index: int) -> Caption:
     return Caption(tuple(tokens), facts, order)
 
 
+# ---------------------------------------------------------------- from a sentence to what it says
+
+
+def facts_of(text: str) -> Facts:
+    """What a sentence of this grammar asserts: the way back from `Caption.text`.
+
+    Raises ValueError for a sentence of another form, with the word where it leaves the grammar.
+    """
+    return _Reader(text).facts()
+
+
+class _Reader:
+    """Reads `caption = list [", " clause] | noun REL noun` from left to right."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.words, self.place = text, text.lower().replace(",", " , ").rstrip(" .").split(), 0
+
+    def facts(self) -> Facts:
+        objects = [self._noun()]
+        relations: list[Relation] = []
+        if self._relation_follows():
+            name = self._relation()
+            objects.append(self._noun())
+            relations = [Relation(0, name, 1)]
+        while self._next() in (",", "and"):
+            last = self._take() == "and"
+            if not last and self._next() == "the":
+                relations.append(self._clause(objects))
+                break
+            objects.append(self._noun())
+        if self._next():
+            self._refuse("the end")
+        return Facts(tuple(objects), tuple(relations))
+
+    def _next(self, ahead: int = 0) -> str:
+        place = self.place + ahead
+        return self.words[place] if place < len(self.words) else ""
+
+    def _take(self, *allowed: str) -> str:
+        """The next word, which must be one of those that are allowed, if any are named."""
+        word = self._next()
+        if allowed and word not in allowed:
+            self._refuse(" or ".join(allowed) if len(allowed) < 5 else f"one of {', '.join(allowed)}")
+        self.place += 1
+        return word
+
+    def _refuse(self, wanted: str) -> None:
+        found = repr(self._next()) if self._next() else "the end"
+        raise ValueError(f"caption {self.text!r}: after {self.place} words there is {found}, and {wanted} is expected")
+
+    def _noun(self) -> ObjectFacts:
+        self._take("a", "an")
+        size = self._take() if self._next() in SIZES else None
+        texture = self._take() if self._next() in TEXTURES else None
+        colour, shape = self._take(*COLOURS), self._take(*SHAPES)
+        cell = None
+        if self._next() == "in":
+            self._take("in")
+            self._take("the")
+            both = f"{self._next()} {self._next(1)}"
+            cell = both if both in CELLS else self._next()
+            if cell not in CELLS:
+                self._refuse(f"one of {', '.join(CELLS)}")
+            self.place += len(cell.split())
+        return ObjectFacts(shape=shape, colour=colour, texture=texture, size=size, cell=cell)
+
+    def _relation_follows(self) -> bool:
+        return self._next() in ("to", "left", "right", "above", "below", "under")
+
+    def _relation(self) -> str:
+        if self._next() == "to":
+            self._take("to")
+            self._take("the")
+        word = self._take("left", "right", "above", "below", "under")
+        if word in ("left", "right"):
+            self._take("of")
+        return "below" if word == "under" else word
+
+    def _clause(self, objects: Sequence[ObjectFacts]) -> Relation:
+        subject = self._known(objects)
+        self._take("is")
+        name = self._relation()
+        return Relation(subject, name, self._known(objects))
+
+    def _known(self, objects: Sequence[ObjectFacts]) -> int:
+        """The place of "the colour shape" among the objects that were named."""
+        self._take("the")
+        colour, shape = self._take(*COLOURS), self._take(*SHAPES)
+        for place, item in enumerate(objects):
+            if (item.colour, item.shape) == (colour, shape):
+                return place
+        raise ValueError(f"caption {self.text!r}: 'the {colour} {shape}' was not named before")
+
+
+# ---------------------------------------------------------------- from a scene to a sentence
+
+
 def _pick_relation(scene: Scene, order: tuple[int, ...], split: str, uniform: np.ndarray) -> Relation | None:
     """One relation between two objects in the order of mention, or none."""
     needed = split in ("same_shape", "relation")

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -235,13 +236,36 @@ def _background(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _components(mask: Tensor) -> Tensor:
-    """Labels the 8-connected components of (B, H, W): each pixel gets its component's largest position in the batch."""
-    labels = torch.arange(mask.numel(), dtype=torch.float32).view_as(mask) * mask  # exact below 2**24
-    while True:
-        spread = F.max_pool2d(F.max_pool2d(labels, 3, 1, 1) * mask, 3, 1, 1) * mask
-        if torch.equal(spread, labels):
-            return labels
-        labels = spread
+    """Labels the 8-connected components of (B, H, W): each pixel gets its component's largest position in the batch.
+
+    Neighbours take over the larger label, and then what the pixel of that label has by now, until nothing changes.
+    """
+    there = mask.numpy()
+    places = np.flatnonzero(there)
+    number = np.zeros(there.size, np.int64)
+    number[places] = np.arange(len(places))
+    height, width = there.shape[1:]
+    position = np.arange(there.size).reshape(there.shape)
+    firsts, seconds = [], []
+    for down, across in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        here = (slice(None), slice(0, height - down), slice(max(0, -across), width - max(0, across)))
+        other = (slice(None), slice(down, height), slice(max(0, across), width + min(0, across)))
+        both = there[here] & there[other]
+        firsts.append(number[position[here][both]])
+        seconds.append(number[position[other][both]])
+    first, second = np.concatenate(firsts), np.concatenate(seconds)
+    labels = places.copy()
+    while len(first):
+        before = labels.copy()
+        larger = np.maximum(labels[first], labels[second])
+        np.maximum.at(labels, first, larger)
+        np.maximum.at(labels, second, larger)
+        labels = labels[number[labels]]
+        if np.array_equal(labels, before):
+            break
+    found = np.zeros(there.size, np.float32)
+    found[places] = labels  # exact below 2**24
+    return torch.from_numpy(found).view_as(mask)
 
 
 def _largest(image: Tensor, area: Tensor, least: float) -> Tensor:
@@ -256,9 +280,19 @@ def _largest(image: Tensor, area: Tensor, least: float) -> Tensor:
 def _grow(owner: Tensor, mask: Tensor) -> Tensor:
     """Gives the pixels around a component to it, as far as three pixels, never those of another component."""
     for _ in range(3):
-        spread = F.max_pool2d(owner.float(), 3, 1, 1).to(owner.dtype)
-        owner = torch.where(mask | (owner >= 0), owner, spread)
+        owner = torch.where(mask | (owner >= 0), owner, _largest_around(owner))
     return owner
+
+
+def _largest_around(values: Tensor) -> Tensor:
+    """The largest of each 3 x 3 neighbourhood of (B, H, W), rows and then columns."""
+    across = values.clone()
+    torch.maximum(across[:, :, 1:], values[:, :, :-1], out=across[:, :, 1:])
+    torch.maximum(across[:, :, :-1], values[:, :, 1:], out=across[:, :, :-1])
+    down = across.clone()
+    torch.maximum(down[:, 1:], across[:, :-1], out=down[:, 1:])
+    torch.maximum(down[:, :-1], across[:, 1:], out=down[:, :-1])
+    return down
 
 
 def _box(x: Tensor, y: Tensor, component: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:
@@ -695,27 +729,27 @@ class Report:
     """Mean of `Score.probability`: the graded version of `prompt`, for learning curves."""
 
 
+RATES: Mapping[str, tuple[str, str | None]] = {
+    "presence": ("matched", "objects"),
+    "binding": ("bound", "matched"),
+    "object_exact": ("bound", "objects"),
+    "leakage": ("leaked", "matched"),
+    "texture": ("textures_right", "textures"),
+    "size": ("sizes_right", "sizes"),
+    "cell": ("cells_right", "cells"),
+    "relation": ("relations_right", "relations"),
+    "extra": ("extra", None),
+    "prompt": ("prompt", None),
+    "probability": ("probability", None),
+}
+"""Field of `Report` -> the fields of `Score` whose sums are divided; None stands for the number of images."""
+
+
 def report(rows: Sequence[Score]) -> Report:
     """Sums scores over images into rates."""
 
-    def rate(part: str, whole: str) -> float:
-        total = sum(getattr(row, whole) for row in rows)
+    def rate(part: str, whole: str | None) -> float:
+        total = len(rows) if whole is None else sum(getattr(row, whole) for row in rows)
         return sum(getattr(row, part) for row in rows) / total if total else math.nan
 
-    def mean(name: str) -> float:
-        return sum(getattr(row, name) for row in rows) / len(rows) if rows else math.nan
-
-    return Report(
-        images=len(rows),
-        presence=rate("matched", "objects"),
-        binding=rate("bound", "matched"),
-        object_exact=rate("bound", "objects"),
-        leakage=rate("leaked", "matched"),
-        texture=rate("textures_right", "textures"),
-        size=rate("sizes_right", "sizes"),
-        cell=rate("cells_right", "cells"),
-        relation=rate("relations_right", "relations"),
-        extra=mean("extra"),
-        prompt=mean("prompt"),
-        probability=mean("probability"),
-    )
+    return Report(images=len(rows), **{name: rate(part, whole) for name, (part, whole) in RATES.items()})

@@ -28,6 +28,7 @@ from imgtok.files import file_sha256, package_folders
 from imgtok.hub import find_folder, read_json
 from imgtok.runtime import check_doc_strings
 from imgtok.text.captions import Captions
+from imgtok.text.words import WordEncoder, is_words
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,17 @@ class TextEncoder:
 
 
 # ---------------------------------------------------------------- finding, and reading
+
+
+def load_encoder(name: str, *, max_length: int, device: torch.device) -> TextEncoder | WordEncoder:
+    """The frozen encoder of this name, or the word-level one in a folder that `imgtok cache text words` wrote.
+
+    Raises as `TextEncoder.load`.
+    """
+    folder = Path(name).expanduser()
+    if is_words(folder):
+        return WordEncoder.load(name, folder, max_length=max_length, device=device)
+    return TextEncoder.load(name, max_length=max_length, device=device)
 
 
 def find_encoder(name: str) -> Located:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Parser = Literal["grammar", "textblob", "spacy"]
 PARSERS: tuple[Parser, ...] = ("grammar", "textblob", "spacy")
@@ -90,7 +91,7 @@ class Parse:
             if entity.doubt:
                 raise ValueError(
                     f"prompt: not sure what belongs to {entity.head.text!r} in {self.prompt!r}: {entity.doubt}; say it "
-                    f"with entities=..., such as entities={_example(self.entities)!r}"
+                    f"with entities=..., such as entities='{_example(self.entities)}'"
                 )
 
     def lines(self) -> list[str]:
@@ -134,8 +135,8 @@ def _as_json(entity: Entity) -> dict[str, Any]:
     return found | ({"doubt": entity.doubt} if entity.doubt else {})
 
 
-def _example(entities: Sequence[Entity]) -> list[str]:
-    return [" ".join(word.text for word in (*entity.modifiers, entity.head)) for entity in entities]
+def _example(entities: Sequence[Entity]) -> str:
+    return ",".join(" ".join(word.text for word in (*entity.modifiers, entity.head)) for entity in entities)
 
 
 def columns(
@@ -146,7 +147,7 @@ def columns(
     Spans are characters [start, stop) of the prompt, [0, 0) for marks and padding: `Captions.spans[row]`, or the
     `offset_mapping` of a fast tokenizer. Raises ValueError for a word without a column: the prompt was cut off.
     """
-    pairs: list[Sequence[int]] = spans.tolist() if isinstance(spans, Tensor) else [list(span) for span in spans]
+    pairs: list[Sequence[int]] = [[int(end) for end in span] for span in spans]
     found: set[int] = set()
     for word in words:
         own = [column for column, (start, stop) in enumerate(pairs) if start < word.stop and stop > word.start]

@@ -26,9 +26,9 @@ from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
 from imgtok.generators.pipeline import Pipeline
 from imgtok.metrics.saved_images import SavedImages
-from imgtok.shapes.captions import VOCABULARY
+from imgtok.shapes.captions import VOCABULARY, caption
 from imgtok.shapes.dataset import ShapesDataset
-from imgtok.shapes.world import ShapesConfig
+from imgtok.shapes.world import ShapesConfig, scene
 from imgtok.signals import Stopped
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import MINILM_PACKAGE, TextEncoder
@@ -305,6 +305,36 @@ def test_minilm_goes_from_captions_to_pictures(trained, t5, tmp_path):
     assert (tmp_path / "one/000000.png").is_file()
     with pytest.raises(ValueError, match="is not the encoder that the generator was trained with"):
         imgtok.pipeline(tmp_path / "run/final", device="cpu", text_encoder=str(t5))("a red circle")
+
+
+def test_words_go_from_captions_to_pictures_without_any_download(trained, tmp_path):
+    data = ("data.kind=shapes", "data.mode=text", "data.num_images=12")
+    run("cache", "text", "words", f"out={tmp_path / 'text'}", "max_length=24", *data)
+    text = CaptionDataset(tmp_path / "text")
+    assert text.info.encoder == str(tmp_path / "text/words")
+    assert text.info.width == len(set(" ".join(scene_texts(12)).replace(",", " ,").split())) + 2
+    run(
+        "train", "generator", f"out={tmp_path / 'run'}", f"tokens={trained / 'tokens'}", f"text={tmp_path / 'text'}",
+        f"tokenizer={trained / 'tokenizer'}", "num_preview=2", "model.kind=gpt",
+        "model.condition.kind=cross_attention", "model.condition.context_layers=1", "model.width=32",
+        "model.depth=1", "model.num_heads=2", "model.mlp_multiple=1", "training.steps=2",
+        "training.batch_size=4", "training.learning_rate=1e-2", "training.trackers=[]",
+    )  # fmt: skip
+    (tmp_path / "text").rename(tmp_path / "moved")  # the model has its own words
+    pipe = imgtok.pipeline(tmp_path / "run/final", device="cpu")
+    (first,) = pipe("a red circle")
+    captions = pipe.condition(["a red circle", "a zebra"])
+    with torch.no_grad():
+        logits = pipe.generator.logits(captions, torch.zeros(2, pipe.generator.config.num_tokens, dtype=torch.long))
+    assert not torch.equal(logits[0], logits[1])
+    assert captions.features.sum(-1).tolist() == [[1.0] * 4, [1.0] * 3 + [0.0]]
+    assert captions.columns(0, 2, 5) == [1]
+    pipe.save_pretrained(tmp_path / "again")
+    assert imgtok.pipeline(tmp_path / "again", device="cpu")("a red circle")[0].tobytes() == first.tobytes()
+
+
+def scene_texts(count: int) -> list[str]:
+    return [caption(scene("train", k), "train", k).text for k in range(count)]
 
 
 def test_a_mistyped_encoder_is_said_before_the_data_are_opened(tmp_path, capsys):

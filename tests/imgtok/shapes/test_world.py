@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from imgtok.config import ConfigError, from_dict, to_dict
-from imgtok.shapes.captions import VOCABULARY, caption, cell_of, true_facts
+from imgtok.shapes.captions import VOCABULARY, caption, cell_of, facts_of, true_facts
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.render import _MANY, BACKGROUND, PALETTE, coverage, render, signed_distance
 from imgtok.shapes.world import (
@@ -407,3 +407,25 @@ def test_class_scenes_are_those_of_the_data_set():
     assert dataset.scenes([3 * 56 + 55])[0] == item
     with pytest.raises(ValueError, match="label is 0"):
         class_scene(0, 0, config=config)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_facts_are_read_back_from_the_sentence_alone(split):
+    for i, item in enumerate(sample_scenes(text(split), range(60))):
+        said = caption(item, split, i)
+        assert facts_of(said.text) == said.facts
+
+
+@pytest.mark.parametrize(
+    ("sentence", "message"),
+    [
+        ("", "there is the end, and a or an is expected"),
+        ("a red dog", "after 2 words there is 'dog'"),
+        ("a red circle beside a blue square", "there is 'beside', and the end is expected"),
+        ("a red circle in the sky", "there is 'sky'"),
+        ("a red circle, the blue star is above the red circle", "'the blue star' was not named before"),
+    ],
+)
+def test_a_sentence_of_another_form_is_refused(sentence, message):
+    with pytest.raises(ValueError, match=message):
+        facts_of(sentence)

@@ -7,6 +7,8 @@ import importlib.util
 import pytest
 import torch
 
+from imgtok.shapes.captions import caption
+from imgtok.shapes.world import SPLITS, ShapesConfig, sample_scenes
 from imgtok.text.parsing import Entity, columns, describe, parse
 
 PROMPTS = {
@@ -108,6 +110,23 @@ def test_columns_come_from_spans():
         ValueError, match=r"'ring' \(character 10\) has no place among the 4 features of CLIP.*too long"
     ):
         columns(ring.words, spans[:4], "CLIP")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_of_shapes_are_grouped_as_their_words_say(split):
+    """The roles that the captions give every word are the answer: heads and modifiers, of second mentions too."""
+    doubtful = 0
+    for index, item in enumerate(sample_scenes(ShapesConfig(mode="text", split=split, max_objects=4), range(100))):
+        said = caption(item, split, index)
+        groups: dict[int, list[str]] = {}
+        for token in said.tokens:
+            if token.role in ("size", "texture", "colour", "object"):
+                groups.setdefault(token.object, []).append(token.word)
+        found = parse(said.text)
+        assert [[word.text for word in entity.words] for entity in found.entities] == list(groups.values()), said.text
+        assert not found.rest
+        doubtful += any(entity.doubt for entity in found.entities)
+    assert doubtful == 0
 
 
 def test_a_parser_that_is_not_there_is_named(monkeypatch):

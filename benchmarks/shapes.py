@@ -1,0 +1,163 @@
+"""The world of shapes: how fast scenes are drawn and read back, and how exactly after damage.
+
+    python benchmarks/shapes.py speed
+    python benchmarks/shapes.py table --size 64 --scenes 300
+
+One thread; figures are of CPU time of the process, which other jobs on the machine disturb least. `speed` compares the
+renderer with one that draws each scene alone, and the fast reading with the plain one. `table` reads scenes of `val`
+from number 1,000,000 on, which nothing else looks at, after noise, blur, JPEG and other damage (the table of
+shared/design/shapes_benchmark.md, section 6): the share of objects that are found, of their attributes that are right,
+and of scenes of which everything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from imgtok.shapes import oracle, oracle_fast
+from imgtok.shapes.captions import true_facts
+from imgtok.shapes.oracle import score
+from imgtok.shapes.render import render
+from imgtok.shapes.world import Scene, SceneTable, ShapesConfig, sample_scenes
+
+FIRST = 1_000_000
+"""The first scene of the table: none of those that the oracle was made with, or that a test looks at."""
+
+
+def scenes(count: int) -> SceneTable:
+    return sample_scenes(ShapesConfig(mode="text", split="val"), range(FIRST, FIRST + count))
+
+
+# ---------------------------------------------------------------- damage
+
+
+def noise(deviation: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + deviation * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def blur(sigma: float) -> Callable[[Tensor], Tensor]:
+    def damage(x: Tensor) -> Tensor:
+        reach = math.ceil(4 * sigma)
+        kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1.0) / sigma) ** 2)
+        kernel = kernel / kernel.sum()
+        flat = F.pad(x.flatten(0, 1).unsqueeze(1), (reach,) * 4, mode="reflect")
+        return F.conv2d(F.conv2d(flat, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).view_as(x)
+
+    return damage
+
+
+def jpeg(quality: int) -> Callable[[Tensor], Tensor]:
+    def once(image: Tensor) -> Tensor:
+        buffer = io.BytesIO()
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(buffer, "jpeg", quality=quality)
+        return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 255
+
+    return lambda x: torch.stack([once(image) for image in x])
+
+
+def half(x: Tensor) -> Tensor:
+    return F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def mixture(x: Tensor) -> Tensor:
+    return jpeg(75)(noise(0.05)(blur(1.0)(x)))
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "clean": lambda x: x,
+    **{f"noise {d:g}": noise(d) for d in (0.05, 0.1, 0.2, 0.3)},
+    **{f"blur {s:g} px": blur(s) for s in (0.5, 1.0, 1.5, 2.0, 3.0)},
+    **{f"JPEG {q}": jpeg(q) for q in (95, 75, 50, 30, 10)},
+    "half resolution and back": half,
+    "blur 1 + noise .05 + JPEG 75": mixture,
+}
+
+
+# ---------------------------------------------------------------- the two parts
+
+
+def speed() -> None:
+    table = scenes(1024)
+    for size in (32, 64):
+        render(table, size)
+        fast, plain = seconds(lambda s=size: render(table, s)), seconds(lambda s=size: each_alone(table, s))
+        print(f"render {size} px: {1024 / fast:,.0f} a CPU-second, {plain / fast:.1f} x one by one", flush=True)
+    for size, count in ((64, 256), (32, 96)):
+        images = render(table.take(np.arange(count)), size)
+        oracle_fast.read(images[:8])
+        oracle.read(images[:8])
+        fast, plain = seconds(lambda x=images: oracle_fast.read(x)), seconds(lambda x=images: oracle.read(x))
+        print(f"read {size} px: {count / fast:,.0f} a CPU-second, {plain / fast:.1f} x the plain reading", flush=True)
+
+
+def each_alone(table: SceneTable, size: int) -> None:
+    for scene in table:
+        render([scene], size)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """CPU seconds, the least of three."""
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def accuracy(size: int, count: int) -> None:
+    table = scenes(count)
+    truth = list(table)
+    images = render(table, size)
+    print(f"{count} scenes at {size} px\n{'':32}found  shape  colour  texture  size   exact scene")
+    for name, damage in DAMAGE.items():
+        start = time.process_time()
+        found = rates(truth, oracle_fast.read(damage(images).clamp(0, 1)))
+        took = (time.process_time() - start) / count
+        print(
+            f"{name:32}" + "  ".join(f"{value:.3f}" for value in found) + f"   ({1 / took:.0f} a CPU-second)",
+            flush=True,
+        )
+
+
+def rates(truth: Sequence[Scene], readings: Sequence[Sequence[oracle.Detection]]) -> list[float]:
+    """Objects found (by the nearest centre), of these the attributes that are right, and scenes that are exact."""
+    objects = found = exact = 0
+    right = dict.fromkeys(("shape", "colour", "texture", "size"), 0)
+    for scene, seen in zip(truth, readings, strict=True):
+        objects += len(scene.objects)
+        for item in scene.objects:
+            near = [d for d in seen if math.hypot(d.x - item.x, d.y - item.y) < 0.05]
+            if near:
+                found += 1
+                nearest = min(near, key=lambda d: math.hypot(d.x - item.x, d.y - item.y))
+                for name in right:
+                    right[name] += getattr(nearest, name) == getattr(item, name)
+        one = score(true_facts(scene), seen)
+        exact += one.objects == one.bound and one.extra == 0
+    return [found / objects, *(value / max(1, found) for value in right.values()), exact / len(truth)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("speed", "table"))
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--scenes", type=int, default=300)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    speed() if given.part == "speed" else accuracy(given.size, given.scenes)
+
+
+if __name__ == "__main__":
+    main()

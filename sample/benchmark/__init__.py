@@ -1,0 +1,1 @@
+"""`imgtok evaluate shapes`: whether objects that a prompt names appear, and carry their own attributes."""

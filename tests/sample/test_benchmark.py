@@ -1,0 +1,241 @@
+"""`imgtok evaluate shapes`: true images get everything, and wrong ones what they deserve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from imgtok import pictures
+from imgtok.cli import JOBS, _find_job, parse
+from imgtok.generators.conditioning import TextCrossAttention
+from imgtok.generators.entities import Cells
+from imgtok.generators.pipeline import Pipeline
+from imgtok.generators.xar import XAR, FlowSampling, XARConfig
+from imgtok.sample.benchmark import job, page
+from imgtok.sample.benchmark.items import groups_of, items_of
+from imgtok.sample.benchmark.job import Config, main
+from imgtok.sample.images import read_image
+from imgtok.sample.reconstruct import Reconstruction
+from imgtok.shapes.render import render
+from imgtok.shapes.world import ShapesConfig
+from imgtok.tokenizers.vae import VAE, VAEConfig
+
+WORLD = ShapesConfig(mode="text", textures=("solid",), sizes=("medium", "large"), max_objects=2, scale=1.2)
+FEW = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_folder(folder: Path, split: str, *, moved: int = 0) -> Path:
+    """Images of the captions of a split, or of captions further on."""
+    items = items_of(WORLD, split, FEW)
+    images = pictures.to_uint8(render([item.scene for item in items], 32).roll(moved, 0) * 2 - 1)
+    folder.mkdir(parents=True)
+    for item, image in zip(items, images, strict=True):
+        pictures.save_png(image, folder / f"{item.index}.png")
+    lines = [json.dumps({"file_name": f"{item.index}.png", "text": item.text}) for item in items]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> Path:
+    """The result for true images, folders of two splits."""
+    root = tmp_path_factory.mktemp("judged")
+    for split in ("val", "swap"):
+        write_folder(root / "images" / split, split)
+    main(Config(images=root / "images", splits=("val", "swap"), num=FEW, data=WORLD, out=root / "out"))
+    return root
+
+
+def test_true_images_get_everything(judged):
+    rows = report_of(judged / "out")["rows"]
+    assert [(row["split"], row["what"], row["images"]) for row in rows] == [
+        ("val", "samples", FEW),
+        ("swap", "samples", FEW),
+    ]
+    for row in rows:
+        values = {name: row["rates"][name]["value"] for name in ("presence", "binding", "leakage", "extra", "prompt")}
+        assert values == {"presence": 1.0, "binding": 1.0, "leakage": 0.0, "extra": 0.0, "prompt": 1.0}
+    lines = [json.loads(line) for line in (judged / "out/readings.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * FEW
+    first = items_of(WORLD, "val", 1)[0]
+    assert lines[0]["text"] == first.text
+    assert {one["shape"] for one in lines[0]["read"]} == {one.shape for one in first.scene.objects}
+
+
+def test_the_page_shows_what_was_asked_and_read(judged):
+    text = (judged / "out/index.html").read_text()
+    for item in items_of(WORLD, "val", FEW):
+        assert text.count(item.text) >= 1
+    assert text.count("<figure>") == 2 * FEW
+    assert text.count("class=right") == 2 * FEW
+    assert "<td>100.0 [100.0, 100.0]" in text
+    assert "http" not in text
+
+
+def test_other_images_score_less_by_a_paired_difference(judged, tmp_path, capsys):
+    folder = write_folder(tmp_path / "val", "val", moved=1)
+    config = Config(images=folder, splits=("val",), num=FEW, data=WORLD, out=tmp_path / "out", baseline=judged / "out")
+    with pytest.raises(ValueError, match="baseline: has no answer for 4 of the 4 captions of images"):
+        main(config)
+    wrong = tmp_path / "again"
+    wrong.mkdir()
+    folder.rename(wrong / "val")
+    main(Config(images=wrong, splits=("val",), num=FEW, data=WORLD, out=tmp_path / "out2", baseline=judged / "out"))
+    (row,) = report_of(tmp_path / "out2")["rows"]
+    assert row["rates"]["prompt"]["value"] == 0.0
+    assert row["differences"]["prompt"] == {"value": -1.0, "low": -1.0, "high": -1.0}
+    assert "minus the baseline" in capsys.readouterr().out
+
+
+def test_another_request_is_refused(judged):
+    with pytest.raises(ValueError, match=r"holds a result of another request \(different: num, files\)"):
+        main(Config(images=judged / "images", splits=("val", "swap"), num=2, data=WORLD, out=judged / "out"))
+
+
+def tiny_vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE(VAEConfig(latent_channels=2, block_channels=(8, 8, 8, 8), norm_groups=2)).eval()
+
+
+def test_a_tokenizer_is_asked_for_everything_beside_ceiling_and_floor(tmp_path, monkeypatch):
+    """Of an autoencoder that leaves the images as they are, but for the first, of which it makes a blank."""
+
+    def reconstruct(model, images, indices, rates, **options):
+        images = images.clone()
+        images[torch.tensor(list(indices)) == 0] = 0.84
+        return {rate: Reconstruction(pictures.to_uint8(images), None) for rate in rates}
+
+    monkeypatch.setattr(job, "reconstruct", reconstruct)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    config = Config(
+        tokenizer=str(tmp_path / "vae"), splits=("val",), num=FEW, data=WORLD, image_size=32, out=tmp_path / "out"
+    )
+    main(config)
+    rows = {row["what"]: row["rates"] for row in report_of(tmp_path / "out")["rows"]}
+    assert set(rows) == {"reconstructions", *page.REFERENCES}
+    assert rows["true images"]["prompt"]["value"] == 1.0
+    assert rows["another scene's"]["prompt"]["value"] == 0.0
+    assert rows["reconstructions"]["prompt"]["value"] == 1 - 1 / FEW
+    assert rows["reconstructions"]["texture"]["value"] == 1.0, "which no caption speaks of in all of these"
+
+
+class Words:
+    """Stands for a text encoder: an image's caption as one feature of its length."""
+
+    name = "words"
+
+    def encode(self, texts):
+        from imgtok.text.captions import Captions
+
+        return [Captions.pad([torch.full((1, 4), len(text) / 50)]) for text in texts]
+
+
+@pytest.fixture
+def pipe(tmp_path, monkeypatch) -> Pipeline:
+    torch.manual_seed(0)
+    condition = TextCrossAttention(text_width=4, text_length=2, text_encoder="words")
+    sampling = FlowSampling(steps=(2,), guidance=(1.0,))
+    config = XARConfig(
+        latent_channels=2, grid=4, entities=Cells(height=2, width=2), width=16, depth=1, num_heads=2,
+        condition=condition, sampling=sampling,
+    )  # fmt: skip
+    made = Pipeline(XAR(config), tiny_vae(), device="cpu")
+    made.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(Pipeline, "encoder", lambda self: Words())
+    return made
+
+
+def test_a_generator_draws_what_is_missing_for_the_captions(pipe, tmp_path):
+    out = tmp_path / "out"
+    config = Config(
+        model=str(tmp_path / "model"), splits=("val", "swap"), num=2, data=WORLD, out=out, references=False, exact=True
+    )
+    main(config)
+    first = (out / "images/swap/000001.png").read_bytes()
+    (expected,) = pipe.images_at((None,), [items_of(WORLD, "swap", 2)[1].text], [0], seed=0).values()
+    found = read_image(out / "images/swap/000001.png").int()
+    assert (found - expected.images[0].int()).abs().max() <= 1, "the two of a pair have one noise"
+    (out / "images/swap/000001.png").unlink()
+    main(config)
+    assert (out / "images/swap/000001.png").read_bytes() == first
+    again = Config(images=out / "images", splits=("val", "swap"), num=2, data=WORLD, out=tmp_path / "again")
+    main(again)
+    assert [row["rates"] for row in report_of(tmp_path / "again")["rows"]] == [
+        row["rates"] for row in report_of(out)["rows"]
+    ]
+    assert report_of(out)["request"]["models"].keys() == {"model", "tokenizer"}
+
+
+def test_swap_pairs_are_one_group_and_differ_by_colours():
+    items = items_of(WORLD, "swap", 4)
+    assert groups_of(items, "swap") == [0, 0, 1, 1]
+    assert groups_of(items, "val") == [0, 1, 2, 3]
+    assert [item.noise for item in items] == [0, 0, 1, 1]
+    assert len(items_of(WORLD, "crowd", 1)[0].facts.objects) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give one of model=NAME, images=FOLDER or tokenizer=NAME"),
+        ({"model": "m", "rates": (4,)}, "rates: these belong to tokenizer"),
+        ({"model": "m", "num": 3}, "num: 3 is odd"),
+        ({"model": "m", "splits": ("val", "val")}, "name each once"),
+        ({"model": "m", "data": ShapesConfig()}, "data.mode: captions are of scenes"),
+    ],
+)
+def test_requests_that_make_no_sense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+def test_folders_that_cannot_be_judged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        main(Config(images=tmp_path / "nowhere"))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png has no caption; captions are metadata.jsonl"):
+        main(Config(images=tmp_path))
+    (tmp_path / "a.txt").write_text("a photo of a cat")
+    with pytest.raises(ValueError, match="after 1 words there is 'photo'.*sentences about shapes alone"):
+        main(Config(images=tmp_path))
+    (tmp_path / "samples.json").write_text(json.dumps({"labels": [3], "request": {"prompts": []}}))
+    with pytest.raises(ValueError, match="drawn for classes and have no captions"):
+        main(Config(images=tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(ValueError, match="line 1 has no file_name and text"):
+        main(Config(images=tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a red circle"}\n')
+    with pytest.raises(FileNotFoundError, match="b.png: has a caption, and is not there"):
+        main(Config(images=tmp_path))
+
+
+@pytest.mark.parametrize("words", [["benchmark=shapes"], ["--benchmark", "shapes"], ["--benchmark=shapes"], ["shapes"]])
+def test_all_spellings_name_the_job(words):
+    command, rest = _find_job(["evaluate", *words, "outputs/model", "splits=val,novel"])
+    assert command == "evaluate shapes"
+    assert JOBS[command][0] == job.__name__
+    config = parse(Config, rest, job.POSITIONAL)
+    assert (config.model, config.splits) == ("outputs/model", ("val", "novel"))
+
+
+def test_another_benchmark_is_refused():
+    with pytest.raises(ValueError, match="benchmark: given 'coco'; there is: evaluate benchmark=shapes"):
+        _find_job(["evaluate", "benchmark=coco"])
+    with pytest.raises(ValueError, match="benchmark: given 'shapes'"):
+        _find_job(["sample", "--benchmark", "shapes"])
