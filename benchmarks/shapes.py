@@ -2,12 +2,14 @@
 
     python benchmarks/shapes.py speed
     python benchmarks/shapes.py table --size 64 --scenes 300
+    python benchmarks/shapes.py scores --size 64 --scenes 300
 
 One thread; figures are of CPU time of the process, which other jobs on the machine disturb least. `speed` compares the
 renderer with one that draws each scene alone, and the fast reading with the plain one. `table` reads scenes of `val`
 from number 1,000,000 on, which nothing else looks at, after noise, blur, JPEG and other damage (the table of
 shared/design/shapes_benchmark.md, section 6): the share of objects that are found, of their attributes that are right,
-and of scenes of which everything is.
+and of scenes of which everything is. `scores` shows images in which one thing was spoiled, and that it shows in its own
+score and in no other.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from imgtok.shapes import oracle, oracle_fast
-from imgtok.shapes.captions import true_facts
-from imgtok.shapes.oracle import score
+from imgtok.shapes.captions import caption, true_facts
+from imgtok.shapes.oracle import report, score
 from imgtok.shapes.render import render
 from imgtok.shapes.world import Scene, SceneTable, ShapesConfig, sample_scenes
 
@@ -149,14 +152,46 @@ def rates(truth: Sequence[Scene], readings: Sequence[Sequence[oracle.Detection]]
     return [found / objects, *(value / max(1, found) for value in right.values()), exact / len(truth)]
 
 
+def scores(size: int, count: int) -> None:
+    """The scores of images that answer their captions in one respect alone, or in none."""
+    for split in ("val", "same_shape"):
+        table = list(sample_scenes(ShapesConfig(mode="text", split=split), range(FIRST, FIRST + count)))
+        facts = [caption(scene, split, FIRST + k).facts for k, scene in enumerate(table)]
+        own = render(table, size)
+        rows = {
+            "its own": own,
+            "colours passed to the next object": render([pass_on(scene) for scene in table], size),
+            "one object left out": render([Scene(scene.objects[1:]) for scene in table], size),
+            "mirrored left to right": own.flip(3),
+            "another scene's image": own.roll(1, 0),
+            "blank": torch.full_like(own, 0.92),
+            "blur 1 + noise .05 + JPEG 75": mixture(own).clamp(0, 1),
+        }
+        print(f"{split}, {count} captions at {size} px\n{'':36}presence  binding  leakage  relation  extra  prompt")
+        for name, images in rows.items():
+            found = report([score(f, d) for f, d in zip(facts, oracle_fast.read(images), strict=True)])
+            told = [found.presence, found.binding, found.leakage, found.relation, found.extra, found.prompt]
+            print(f"{name:36}" + "  ".join(f"{value:7.3f}" for value in told), flush=True)
+
+
+def pass_on(scene: Scene) -> Scene:
+    """Each object in the colour of the one before it."""
+    colours = [item.colour for item in scene.objects]
+    pairs = zip(scene.objects, colours[1:] + colours[:1], strict=True)
+    return Scene(tuple(replace(item, colour=colour) for item, colour in pairs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("speed", "table"))
+    parser.add_argument("part", choices=("speed", "table", "scores"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=300)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    speed() if given.part == "speed" else accuracy(given.size, given.scenes)
+    if given.part == "speed":
+        speed()
+    else:
+        {"table": accuracy, "scores": scores}[given.part](given.size, given.scenes)
 
 
 if __name__ == "__main__":

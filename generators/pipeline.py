@@ -618,6 +618,9 @@ class Pipeline:
             return torch.tensor(subjects, dtype=torch.long, device=self.device)
         encoder, prompts = self.encoder(), cast(Sequence[str], subjects)
         captions = {prompt: encoder.encode([prompt])[0] for prompt in sorted(set(prompts))}
+        for prompt, caption in captions.items():
+            if rest := cut_off(prompt, caption, encoder.max_length):
+                logger.warning("prompts: %r is too long for %s: %r is not read", prompt, encoder.name, rest)
         return Captions.cat([captions[prompt] for prompt in prompts])
 
     # ------------------------------------------------ in blocks
@@ -866,6 +869,13 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype: given {name!r}, must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def cut_off(prompt: str, caption: Captions, most: int) -> str:
+    """The end of a prompt that its caption (1, T, W) leaves out, as an encoder gives `most` features; "" for none."""
+    if caption.spans is None or caption.features.shape[1] < most:
+        return ""
+    return prompt[int(caption.spans.max()) :].strip()
 
 
 def are_words(given: Any) -> bool:

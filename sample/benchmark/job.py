@@ -29,7 +29,7 @@ from imgtok.data.trained_on import Training
 from imgtok.files import file_sha256, name_after, replacing
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import Pipeline, Precision, batches_of, pipeline
-from imgtok.hub import Found, resolve
+from imgtok.hub import Found, controls_of, resolve
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.runtime import Blocks, cpu_threads, process_state
 from imgtok.sample.benchmark import page
@@ -95,6 +95,10 @@ class Config:
     """Numbers of tokens at which a tokenizer reconstructs; empty takes those that it lists."""
     text_encoder: str | None = None
     """Folder or Hub name of the text encoder, or minilm; null takes the one that the generator names."""
+    controls: tuple[str, ...] = ()
+    """What is done to captions while `model` draws: tome, frap, or both (docs/controls.md)."""
+    control_settings: Settings = Settings()
+    """Their settings, by control: control_settings.frap.updates=3, say."""
     baseline: Path | None = None
     """Folder of another result for the same captions: differences from it are paired, caption by caption."""
     references: bool = True
@@ -128,6 +132,8 @@ class Config:
             raise ValueError(f"splits: given {','.join(self.splits) or 'none'}; name each once, of {','.join(SPLITS)}")
         if self.rates and (self.model is not None or self.tokenizer is None):
             raise ValueError("rates: these belong to tokenizer=NAME alone, which reconstructs at them")
+        if self.controls and self.model is None:
+            raise ValueError("controls: these act while a generator draws; they belong to model=NAME")
         if self.data is not None and self.data.mode != "text":
             raise ValueError("data.mode: captions are of scenes, data.mode=text; class is for `imgtok evaluate`")
         if "swap" in self.splits and self.num % 2:
@@ -209,6 +215,7 @@ class Drawing:
             text_encoder=config.text_encoder,
             exact=config.exact,
             threads=config.threads,
+            controls=controls_of(config.controls, config.control_settings),
         )
         if not self.pipe.reads_text:
             raise ValueError(
@@ -219,6 +226,8 @@ class Drawing:
         self.sampling = config.sampling.over(self.pipe.sampling, "sampling")
         self.decoding = config.decoding.over(self.pipe.decoding, "decoding")
         self.in_words = {"model": found.in_words, "decoder": inside.in_words}
+        if config.controls:
+            self.in_words["controls"] = ",".join(config.controls)
         self.settings = {"sampling": to_dict(self.sampling), "decoding": to_dict(self.decoding)}
 
     def series(self, out: Path) -> list[Series]:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from imgtok.sample.benchmark.results import SHOWN_RATES, Answer, Row, read_in_words, with_interval
 from imgtok.sample.page import inline_thumbnail, notes_of, section, settings, write_html
+from imgtok.shapes.intervals import Interval
 
 SIDE = 128
 """Pixels a side, at most, of the pictures."""
 STYLE = """
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.2rem,1fr));gap:.9rem .7rem;margin:1rem 0}
 .answers figure{text-align:left} .answers figcaption b{font-weight:600} table.rates td{white-space:nowrap}
-table.rates{font-size:.85rem} .scroll{overflow-x:auto}
+table.rates{font-size:.85rem;line-height:1.25} table.rates small{color:#777} .scroll{overflow-x:auto}
 tr.minor td{color:#777} tr.difference td{color:#2a6f97;border-top-style:dotted}
 """.strip()
 
@@ -26,7 +27,7 @@ of every shape, colour and texture; no network is involved. <b>presence</b>: obj
 <b>binding</b>: of those, the ones with all the attributes that the caption gives them. <b>leakage</b>: of those, the
 ones in another named object's colour. <b>relation</b>: relations asserted that hold. <b>extra</b>: things in an image
 that nobody asked for. <b>prompt</b>: images where everything asserted holds and nothing is extra. In per cent (extra: a
-number an image), with the middle 95 % of 1000 resamples of the captions in brackets. Grey rows are no results: the true
+number an image), with the middle 95 % of 1000 resamples of the captions below. Grey rows are no results: the true
 images, which nothing can beat, and those of another scene, the floor.</p>"""
 
 
@@ -68,15 +69,21 @@ def rates_table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{name}" for name in ("split", "images", "n", *SHOWN_RATES))
     body = []
     for row in rows:
-        cells = "".join(f"<td>{with_interval(name, row.rates[name])}" for name in SHOWN_RATES)
+        cells = "".join(f"<td>{_cell(name, row.rates[name])}" for name in SHOWN_RATES)
         kind = " class=minor" if row.what in REFERENCES else ""
         body.append(
             f"<tr{kind}><td>{html.escape(row.split)}<td class=left>{html.escape(row.what)}<td>{row.images}{cells}"
         )
         if row.differences is not None:
-            told = "".join(f"<td>{with_interval(name, row.differences[name])}" for name in SHOWN_RATES)
+            told = "".join(f"<td>{_cell(name, row.differences[name])}" for name in SHOWN_RATES)
             body.append(f"<tr class=difference><td><td class=left>minus the baseline<td>{told}")
     return f"<div class=scroll><table class=rates><tr>{head}{''.join(body)}</table></div>"
+
+
+def _cell(name: str, interval: Interval) -> str:
+    """A rate with its interval below."""
+    value, _, ends = with_interval(name, interval).partition(" [")
+    return f"{value}<br><small>{ends.removesuffix(']')}</small>" if ends else value
 
 
 REFERENCES = ("true images", "another scene's")

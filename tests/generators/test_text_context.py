@@ -11,6 +11,7 @@ from torch import nn
 from imgtok.generators.conditioning import ConditionalGenerator, TextCrossAttention, TextPrefix
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.pipeline import cut_off
 from imgtok.generators.xar import XAR, XARConfig
 from imgtok.text.captions import Captions
 
@@ -101,3 +102,12 @@ def test_an_image_is_drawn_from_its_own_words_alone():
     together = model.generate(CAPTIONS, seed=1, indices=range(3)).ids
     alone = [model.generate(Captions.pad([row]), seed=1, indices=[k]).ids for k, row in enumerate(ROWS)]
     assert torch.equal(torch.cat(alone), together)
+
+
+def test_the_end_of_a_prompt_that_is_not_read_is_known():
+    spans = torch.tensor([[[0, 1], [2, 5], [0, 0]]])
+    caption = Captions(torch.zeros(1, 3, WIDTH), torch.ones(1, 3, dtype=torch.bool), spans=spans)
+    assert cut_off("a red circle ", caption, 3) == "circle"
+    assert cut_off("a red ", caption, 3) == ""
+    assert cut_off("a red circle", caption, 4) == "", "there would have been room"
+    assert cut_off("a red circle", dataclasses.replace(caption, spans=None), 3) == ""

@@ -84,7 +84,7 @@ def test_the_page_shows_what_was_asked_and_read(judged):
         assert text.count(item.text) >= 1
     assert text.count("<figure>") == 2 * FEW
     assert text.count("class=right") == 2 * FEW
-    assert "<td>100.0 [100.0, 100.0]" in text
+    assert "<td>100.0<br><small>100.0, 100.0</small>" in text
     assert "http" not in text
 
 
@@ -138,7 +138,7 @@ def test_a_tokenizer_is_asked_for_everything_beside_ceiling_and_floor(tmp_path, 
 class Words:
     """Stands for a text encoder: an image's caption as one feature of its length."""
 
-    name = "words"
+    name, max_length = "words", 2
 
     def encode(self, texts):
         from imgtok.text.captions import Captions
