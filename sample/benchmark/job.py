@@ -61,6 +61,9 @@ logger = logging.getLogger(__name__)
 POSITIONAL = "model"
 Split = Literal["val", "novel", "same_shape", "swap", "crowd", "relation"]
 SPLITS: tuple[Split, ...] = ("val", "novel", "same_shape", "swap", "crowd", "relation")
+PARSES = "parses.jsonl"
+SAID = 3
+"""Captions of a split of which it is said what the controls understand."""
 SAMPLES, TRUE, OTHERS = "samples", *page.REFERENCES
 
 
@@ -241,6 +244,8 @@ class Drawing:
         """Draws and writes what this process has to of a series; the number of images."""
         assert series.folder is not None
         missing = _missing(series, rank, world)
+        if self.pipe.controls and rank == 0:
+            self._keep_parses(series)
         with tqdm(total=len(missing), unit="image", desc=f"draw {series.split}", disable=rank > 0) as progress:
             for chunk in batches_of(missing, self.config.batch_size):
                 items = [series.items[index] for index in chunk]
@@ -256,6 +261,15 @@ class Drawing:
                     pictures.save_png(image, image_path(series.folder, item.index))
                 progress.update(len(chunk))
         return len(missing)
+
+    def _keep_parses(self, series: Series) -> None:
+        """Says what the controls understand of the first captions, and writes beside the images what of each."""
+        assert series.folder is not None
+        parses = self.pipe.read_prompts([item.text for item in series.items])
+        for one in parses[:SAID]:
+            logger.info("%s: %r names %s", series.split, one.prompt, "; ".join(one.lines()))
+        with replacing(series.folder / PARSES) as temporary:
+            temporary.write_text("".join(json.dumps(one.as_json()) + "\n" for one in parses), encoding="utf-8")
 
 
 class Reconstructing:
