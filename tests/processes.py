@@ -93,4 +93,5 @@ def _python(words: list[str], environment: Mapping[str, str], folder: Path, told
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
+        sys.path.insert(0, str(Path(first).resolve().parent))
         runpy.run_path(first, run_name="__main__")

@@ -1,10 +1,10 @@
 """The benchmark's own arithmetic and its first words; what it times needs the peer."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -51,9 +51,7 @@ def test_goals_are_those_of_the_size_and_device(program):
 
 
 def test_a_missing_peer_is_named_with_the_remedy(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "flextok.py"), "--peer", str(tmp_path)], capture_output=True, text=True
-    )
+    done = processes.python(FOLDER / "flextok.py", "--peer", tmp_path)
     assert done.returncode == 2
     assert f"git clone https://github.com/apple/ml-flextok {tmp_path}" in done.stderr
     assert "pip install" in done.stderr

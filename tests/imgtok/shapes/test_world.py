@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -203,13 +204,17 @@ def test_images_do_not_depend_on_their_batch():
 
 
 def test_another_process_draws_the_same_pixels():
-    program = (
+    """Scenes in a Python that was just started, whose hashes are others; their pixels in one that has torch."""
+    world = "from imgtok.shapes.world import scene; print([scene('val', i) for i in range(20)])"
+    run = subprocess.run([sys.executable, "-c", world], capture_output=True, text=True, check=True)
+    scenes = [scene("val", i) for i in range(20)]
+    assert run.stdout.strip() == str(scenes)
+    drawn = (
         "import hashlib; from imgtok.shapes.render import render; from imgtok.shapes.world import scene;"
         "print(hashlib.sha256(render([scene('val', i) for i in range(20)], 32).numpy().tobytes()).hexdigest())"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    images = render([scene("val", i) for i in range(20)], 32)
-    assert run.stdout.strip() == hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    done = processes.python("-c", drawn)
+    assert done.stdout.strip() == hashlib.sha256(render(scenes, 32).numpy().tobytes()).hexdigest(), done.stderr
 
 
 @pytest.mark.parametrize("shape", AREAS)
