@@ -186,7 +186,8 @@ class DraftNetwork:
         self.network.first()
 
     def propose(self, tokens: Tensor, window: Window, uniforms: Tensor) -> Tensor:
-        count, found = window.width - 1, list[Tensor]()
+        count = window.width - 1
+        found: list[Tensor] = []
         held = window.held.clamp(max=self.num_tokens - 1)  # finished images draw something that nobody reads
         # two tokens: where all drafts were accepted, the last of them has not been read yet
         first = (held - 2).clamp(min=0)
