@@ -48,6 +48,7 @@ from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.speculative import Jacobi
 from imgtok.generators.speculative_recycled import Recycling
+from imgtok.layers.linear import packed_linears
 from imgtok.metrics.scorers import Scorer
 from imgtok.tokenizers.calls import Totals, summary, together
 from imgtok.tokenizers.tokens import Tokens
@@ -132,7 +133,7 @@ def passes(threads: int, rounds: int, *, tiny: bool = False) -> dict[int, float]
     model = GPT(config).eval()
     cache = model.new_cache(2, config.num_tokens)
     found: dict[int, list[float]] = {slots: [] for slots in SLOTS}
-    with torch.no_grad():
+    with torch.no_grad(), packed_linears(model):  # as `generate` does
         model.prefill(torch.tensor([1, -1]), cache)
         model.step(torch.zeros(2, 127, dtype=torch.long), cache)
         for number in range(rounds + 1):
@@ -153,9 +154,13 @@ def passes(threads: int, rounds: int, *, tiny: bool = False) -> dict[int, float]
 
 
 def cost(window: int, medians: dict[int, float]) -> float:
-    """A call over a window by one over a single token, between the measured ones on a straight line."""
+    """A call over a window by one over a single token, between the measured ones on a straight line, or beyond the
+    longest in proportion.
+    """
     lower = max(slots for slots in medians if slots <= window)
     upper = min((slots for slots in medians if slots >= window), default=lower)
+    if window > upper:
+        return medians[upper] / medians[1] * window / upper
     share = 0.0 if upper == lower else (window - lower) / (upper - lower)
     return (medians[lower] * (1 - share) + medians[upper] * share) / medians[1]
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -530,7 +531,8 @@ class GPT(ConditionalGenerator):
             if control is not None or not cached:
                 what = "control: goes" if cached else "cached=False: goes"
                 raise ValueError(f"{what} with sampling.decoding=exact alone, given {sampling.decoding}")
-            with torch.no_grad(), packed_linears(self):
+            draft = None if sampling.draft_model is None else self._draft(sampling.draft_model)
+            with torch.no_grad(), packed_linears(self), nullcontext() if draft is None else packed_linears(draft):
                 return speculative_gpt.generate(
                     self,
                     condition,
@@ -539,7 +541,7 @@ class GPT(ConditionalGenerator):
                     num_tokens=count,
                     sampling=sampling,
                     on_step=on_step,
-                    draft=None if sampling.draft_model is None else self._draft(sampling.draft_model),
+                    draft=draft,
                 )
         shape = (self.config.num_tokens,)
         of_ids = (*shape, len(self.config.digits)) if self.config.digits else shape

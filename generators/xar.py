@@ -477,12 +477,11 @@ class XAR(ConditionalGenerator):
         before each step, see `conditioning.Control`; finished entities in the cache stay as they were computed. Raises
         ValueError for a condition that the model does not know.
         """
-        plans = self._plans(sampling)
-        with torch.no_grad():
-            reading = self._reading(condition, len(indices), guided=any(plan.ever_guided for plan in plans))
-            network = xar_fast.SamplingNetwork(self, reading, plans, control)
-        done = 0
+        plans, done = self._plans(sampling), 0
         with packed_linears(self):
+            with torch.no_grad():
+                reading = self._reading(condition, len(indices), guided=any(plan.ever_guided for plan in plans))
+                network = xar_fast.SamplingNetwork(self, reading, plans, control)
             for plan, draws in zip(plans, self._draws(plans, seed, indices), strict=True):
                 report = None if on_step is None else self._report(on_step, done, network.finished)
                 done += plan.steps

@@ -11,9 +11,9 @@ Only float32 on a CPU is computed so, without gradients. The results differ from
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import psutil
 import torch
@@ -22,31 +22,58 @@ from torch import Tensor, nn
 
 SMALLEST_MODEL = 64 * 2**20
 """Bytes of linear weights that a model has at least: those of a smaller one stay in the processor's cache."""
+LARGEST_SHARE = 0.25
+"""Of the machine's memory that linear weights take at most, since there will be as much again."""
 
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[bool]:
-    """Inside, the linear layers of `model` compute with packed copies of their weights, where that pays and the memory
-    is there; whether they do is what it gives. Weights must not change inside. Parameters and their names stay as they
-    are.
+    """Inside, the linear layers of `model` compute with packed copies of their weights, where that pays and the machine
+    has the memory; whether they do is what it gives, and depends on model and machine alone. Weights must not change
+    inside. Parameters and their names stay as they are. Drawings that overlap share the copies.
     """
-    layers = _layers(model)
-    for layer in layers:
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        layer.forward = partial(_linear, layer, packed=packed)  # type: ignore[method-assign]
+    layers, entered = _layers(model), list[nn.Linear]()
     try:
+        with LOCK:
+            for layer in layers:
+                _Packed.enter(layer)
+                entered.append(layer)
         yield bool(layers)
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)  # gone already where two drawings of one model overlapped
+        with LOCK:
+            for layer in entered:
+                _Packed.leave(layer)
 
 
-def _linear(layer: nn.Linear, x: Tensor, *, packed: Tensor) -> Tensor:
-    """What `layer` makes of x, from its packed weight unless somebody wants gradients."""
-    if torch.is_grad_enabled():
-        return F.linear(x, layer.weight, layer.bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
-    return out
+LOCK = threading.Lock()
+
+
+class _Packed:
+    """What takes the place of a layer's `forward`."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer, self.users = layer, 0
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # the packed product has no gradients
+            return F.linear(x, self.layer.weight, self.layer.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.layer.bias, "none", [], "")
+        return out
+
+    @classmethod
+    def enter(cls, layer: nn.Linear) -> None:
+        found = vars(layer).get("forward")
+        packed = found if isinstance(found, cls) else cls(layer)
+        packed.users += 1
+        vars(layer)["forward"] = packed
+
+    @classmethod
+    def leave(cls, layer: nn.Linear) -> None:
+        packed = vars(layer)["forward"]
+        packed.users -= 1
+        if not packed.users:
+            del vars(layer)["forward"]
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
@@ -56,9 +83,8 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
     suits = all(_suits(layer) for layer in layers) and not any(
         module._compiled_call_impl is not None for module in model.modules()
     )
-    if not suits or size < SMALLEST_MODEL or not _has_packed_kernels():
-        return []
-    return layers if size < psutil.virtual_memory().available / 2 else []
+    fits = SMALLEST_MODEL <= size <= LARGEST_SHARE * psutil.virtual_memory().total
+    return layers if suits and fits and _has_packed_kernels() else []
 
 
 def _suits(layer: nn.Linear) -> bool:

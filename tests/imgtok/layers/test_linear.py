@@ -76,7 +76,7 @@ def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not packed
     with torch.autocast("cpu", torch.bfloat16), packed_linears(two_layers()) as packed:
         assert not packed
-    monkeypatch.setattr(linear.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(linear.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 1000}))
     with packed_linears(two_layers()) as packed:
         assert not packed
     monkeypatch.setattr(linear, "SMALLEST_MODEL", 2**20)
@@ -85,16 +85,36 @@ def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_two_drawings_of_one_model_may_overlap() -> None:
-    model, x = two_layers(), torch.ones(2, 48)
+def test_drawings_of_one_model_that_overlap_compute_alike_to_their_ends() -> None:
+    model, x = two_layers(), torch.randn(2, 48, generator=torch.Generator().manual_seed(1))
     plain = model(x)
     first, second = packed_linears(model), packed_linears(model)
     first.__enter__()
+    alone, kernel = model(x), vars(model[0])["forward"]
     second.__enter__()
     first.__exit__(None, None, None)
-    torch.testing.assert_close(model(x), plain)
+    assert vars(model[0])["forward"] is kernel
+    assert torch.equal(model(x), alone)
     second.__exit__(None, None, None)
     assert torch.equal(model(x), plain)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_an_error_while_packing_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = two_layers(), []
+    pack = linear._Packed.__init__
+
+    def fails_at_the_second(self: linear._Packed, layer: nn.Linear) -> None:
+        made.append(layer)
+        if len(made) == 2:
+            raise MemoryError
+        pack(self, layer)
+
+    monkeypatch.setattr(linear._Packed, "__init__", fails_at_the_second)
+    with pytest.raises(MemoryError), packed_linears(model):
+        raise AssertionError("nothing was refused")
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_an_error_inside_leaves_nothing() -> None:
@@ -111,8 +131,8 @@ def test_a_gpt_draws_the_same_tokens_packed(decoding: str, monkeypatch: pytest.M
     nn.init.normal_(model.head.weight, std=0.5)  # type: ignore[arg-type, union-attr]
     sampling = TokenSampling(guidance=1.5, decoding=decoding, window=3)
     calls = []
-    kernel = linear._linear
-    monkeypatch.setattr(linear, "_linear", lambda *given, **named: calls.append(1) or kernel(*given, **named))
+    kernel = linear._Packed.__call__
+    monkeypatch.setattr(linear._Packed, "__call__", lambda self, x: calls.append(1) or kernel(self, x))
     packed = model.generate(torch.tensor([1, 2]), seed=0, indices=[0, 1], sampling=sampling)
     assert calls
     monkeypatch.setattr(linear, "SMALLEST_MODEL", 2**40)
