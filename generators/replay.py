@@ -9,6 +9,7 @@ on other devices. So a graph belongs to one loop, and nothing is kept from one d
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 2
 """Calls before the graph is made, in which libraries set themselves up."""
+CAPTURING = threading.Lock()
+"""torch makes one graph at a time in a process."""
 
 
 class Replayed:
@@ -25,7 +28,7 @@ class Replayed:
     """
 
     def __init__(self, body: Callable[[], None], device: torch.device) -> None:
-        self.body, self.done = body, 0
+        self.body, self.device, self.done = body, device, 0
         self.wanted = device.type == "cuda" and torch.cuda.is_available()
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -40,11 +43,17 @@ class Replayed:
 
     def _capture(self) -> None:
         """Kernels are noted and not run, so that tensors are afterwards what they were."""
-        graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local": what other threads ask of the GPU meanwhile, as those that load data do, is not in the way
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.body()
+            # the device of the tensors, which need not be the current one: what is captured is what its stream is given
+            with CAPTURING, torch.cuda.device(self.device):
+                graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+                # "thread_local": what other threads ask of the GPU meanwhile, as those that load data do, is not in the
+                # way. The outer context gives the current stream back also where the inner one raises at either end
+                with (
+                    torch.cuda.stream(stream),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
+                    self.body()
         except RuntimeError as error:
             logger.warning("no CUDA graph could be made, so kernels are launched one by one: %s", error)
             self.wanted = False
