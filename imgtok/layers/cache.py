@@ -154,7 +154,7 @@ class KVCache:
 
     @property
     def lengths(self) -> Tensor:
-        """Positions that each row holds, (R,)."""
+        """Positions that each row holds, (R,); where rows differ the cache's own tensor, which further calls change."""
         if self.length is not None:
             return torch.full((len(self),), self.length, device=self.device)
         assert self._lengths is not None
@@ -190,7 +190,7 @@ class KVCache:
                     f"the cache was made for a shorter sequence: {self.capacity} positions, not {stop}; a window near "
                     "the end of a row has to start earlier, at positions that are given"
                 )
-        self.length, self._lengths = None, torch.maximum(lengths, positions[:, -1] + 1)
+        self._hold(torch.maximum(lengths, positions[:, -1] + 1))
         mask = causal_mask(positions, self.capacity, self.prefix_mask) if causal else None
         return Window(slice(None), slice(0), positions, mask, causal=False)
 
@@ -212,8 +212,18 @@ class KVCache:
             if isinstance(lengths, int) and held.device.type == "cpu" and int(held.min()) >= lengths:
                 self.length, self._lengths = lengths, None
                 return
-            self._lengths = held.clamp(max=lengths) if isinstance(lengths, int) else torch.minimum(held, lengths)
-            self.length = None
+            self._hold(held.clamp(max=lengths) if isinstance(lengths, int) else torch.minimum(held, lengths))
+
+    def _hold(self, lengths: Tensor) -> None:
+        """Rows hold `lengths` (R,) from now on, a tensor that nobody else has.
+
+        Where they differed before, these are written over: a CUDA graph of calls reads and writes one place.
+        """
+        if self.length is None:
+            assert self._lengths is not None
+            self._lengths.copy_(lengths)
+        else:
+            self.length, self._lengths = None, lengths
 
     def rows(self, rows: slice, length: int) -> KVCache:
         """Some rows of the batch as a cache on the same memory, the first `length` positions of which are filled."""
