@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imgtok.generators.replay import Replayed
+from imgtok.generators.replay import WARM_UP, Replayed
 from imgtok.generators.sampling import TokenSampling, draw, draw_several, guide, law
 from imgtok.generators.speculative_rules import Rule, judge, token_rule
 from imgtok.tokenizers.calls import Calls
@@ -38,6 +38,8 @@ from imgtok.tokenizers.tokens import Tokens
 OnStep = Callable[[int], None]
 LOOK_EVERY = 4
 """Rounds between two looks at an accelerator whether all images are finished."""
+FEWEST_REPLAYS = 16
+"""Rounds that a graph has to be good for: to make one costs as much as some rounds do."""
 ACCEPT, PICK, DRAFT = range(3)
 """What the uniforms of a slot in a round are for."""
 
@@ -307,7 +309,7 @@ def decode(
 
     `keep` is maximal coupling, and Gumbel noise couples, see `speculative_rules.judge`. `on_step` is told how many
     tokens are settled in all images; on an accelerator how many that are at least. With `replay`, rounds on a GPU are
-    replays of a CUDA graph: the network must then change nothing but tensors.
+    replays of a CUDA graph, unless there are too few: the network must then change nothing but tensors, in place.
     """
     images, device = len(noise.first), noise.first.device
     widest, one_shape = min(window, num_tokens - 1), has_one_shape(device)
@@ -322,7 +324,8 @@ def decode(
     def widest_round() -> None:
         rounds.advance(widest)
 
-    advance = Replayed(widest_round, device) if replay else widest_round
+    worthwhile = num_tokens - 1 - WARM_UP >= FEWEST_REPLAYS  # if no round settled more than a token of an image
+    advance = Replayed(widest_round, device) if replay and worthwhile else widest_round
     fewest = -(-(num_tokens - 1) // max(1, widest))
     known = 1  # tokens that are settled in all images, as far as the host knows: a round settles one at least
     for done in range(num_tokens - 1):

@@ -12,7 +12,7 @@ from torch import Tensor
 from imgtok import randomness
 from imgtok.config import ConfigError
 from imgtok.generators.conditioning import Condition, Reading
-from imgtok.generators.decoding import Drawing, Uniforms
+from imgtok.generators.decoding import Uniforms
 from imgtok.generators.sampling import TokenSampling
 from imgtok.generators.speculative import Drafter, DraftNetwork, Jacobi, Law, Network, Noise, OnStep, Window, decode
 from imgtok.generators.speculative_rules import Rule, grouped, token_rule
@@ -68,7 +68,7 @@ def generate(
     config = model.config
 
     def network(of: GPT) -> GPTNetwork:
-        reading = Drawing(of, Uniforms(torch.empty(len(indices), 1)), sampling).reading(condition)
+        reading = of._reading(condition, len(indices), guided=sampling.guidance != 1)
         return GPTNetwork(of, reading, len(indices), num_tokens)
 
     return decode_by(
@@ -87,12 +87,12 @@ def generate(
 
 
 def draws_exactly(model: GPT, condition: Condition | Reading) -> bool:
-    """Whether `exact` is for this drawing: on a GPU, whole ids, as many for every image, and nothing that a `Reading`
-    may want to be told of each step.
+    """Whether `exact` is for this drawing: on a GPU where steps are to be graphs, whole ids, as many for every image,
+    and nothing that a `Reading` may want to be told of each step.
     """
     config = model.config
     whole = not (config.ends or config.digits or config.num_slots)
-    return model.device.type == "cuda" and whole and not isinstance(condition, Reading)
+    return model.device.type == "cuda" and model.replays and whole and not isinstance(condition, Reading)
 
 
 def exact(
@@ -101,7 +101,7 @@ def exact(
     """What `decoding.cached` draws, by steps of one shape each, of which a GPU makes a graph: rounds of one token."""
     images, count = uniforms.ids.shape
     ids, device = uniforms.ids.to(model.device), model.device
-    reading = Drawing(model, uniforms, sampling).reading(condition)
+    reading = model._reading(condition, images, guided=sampling.guidance != 1)
     law = Law(sampling, model.config.num_tokens, device)
     rounds = ids[:, 1:, None, None].expand(-1, -1, 1, 3)
     network = GPTNetwork(model, reading, images, count)

@@ -3,10 +3,13 @@
 There is no GPU here: `has_one_shape` is told that the CPU is like one, and the fake one counts.
 """
 
+import contextlib
+
 import fake_cuda
 import pytest
 import torch
 from fake_cuda import CUDA
+from torch import Tensor, nn
 
 from imgtok.generators import replay, speculative, speculative_gpt
 from imgtok.generators.conditioning import ClassSlot
@@ -55,6 +58,7 @@ def model() -> GPT:
 def like_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(speculative, "has_one_shape", lambda device: True)
     monkeypatch.setattr(speculative_gpt, "draws_exactly", lambda model, condition: True)
+    monkeypatch.setattr(speculative, "FEWEST_REPLAYS", 1)
 
 
 @ALL
@@ -120,47 +124,139 @@ def test_the_host_looks_seldom_and_copies_nothing(way, monkeypatch):
     assert all(count <= 2 for count in found.copies.values()), found.copies
 
 
-def test_a_body_becomes_a_graph_after_two_calls(monkeypatch):
-    """With stand-ins for torch's own: what is captured is not run, and what is replayed runs no Python."""
+class InPlace:
+    """In the place of `Replayed`: a call after those that warm up finds and leaves all tensors where they were, as a
+    replay does.
+    """
+
+    checked = 0
+
+    def __init__(self, body, device):
+        self.body, self.done = body, 0
+
+    def __call__(self):
+        before = held(self.body.__closure__)
+        self.body()
+        if self.done >= replay.WARM_UP:
+            after = held(self.body.__closure__)
+            moved = [name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)]
+            assert not moved, moved
+            assert any("cache._lengths" in name for name in after)
+            InPlace.checked += 1
+        self.done += 1
+
+
+def held(thing, name="") -> dict[str, Tensor]:
+    """All tensors that it has but those of modules, by where they stand in it."""
+    if isinstance(thing, Tensor):
+        return {name: thing}
+    if isinstance(thing, list | tuple):
+        parts = {f"[{number}]": part for number, part in enumerate(thing)}
+    elif type(thing).__name__ == "cell":
+        return held(thing.cell_contents, name)
+    elif (
+        type(thing).__module__.startswith("imgtok.") and not isinstance(thing, nn.Module) and hasattr(thing, "__dict__")
+    ):
+        parts = {f".{attribute}": part for attribute, part in vars(thing).items()}
+    else:
+        return {}
+    return {place: found for key, part in parts.items() for place, found in held(part, name + key).items()}
+
+
+@ALL
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_round_leaves_all_tensors_where_they_are(model, way, monkeypatch):
+    """A graph reads and writes the memory that tensors had when it was made."""
+    monkeypatch.setattr(speculative, "Replayed", InPlace)
+    monkeypatch.setattr(InPlace, "checked", 0)
+    draw(model, way)
+    assert InPlace.checked
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_few_rounds_make_no_graph(model, monkeypatch):
+    made = []
+
+    def note(body, device):
+        made.append(device)
+        return body
+
+    monkeypatch.setattr(speculative, "Replayed", note)
+    monkeypatch.setattr(speculative, "FEWEST_REPLAYS", 10)
+    for count, graphs in ((10 + replay.WARM_UP, 0), (11 + replay.WARM_UP, 1)):
+        draw(model, "exact", count=count)
+        assert len(made) == graphs
+
+
+def test_without_graphs_a_gpu_draws_as_a_cpu_does():
+    def work(moved):
+        labels, ways = torch.zeros(2, dtype=torch.long, device=CUDA), []
+        for moved.replays in (True, False):
+            ways.append(speculative_gpt.draws_exactly(moved, labels))
+        assert ways == [True, False]
+
+    fake_cuda.run(build, work)
+
+
+@pytest.fixture
+def torch_s_own(monkeypatch) -> list[str]:
+    """What is asked of stand-ins for CUDA; what is captured is run here, so that it can be seen."""
     log = []
 
     class Graph:
         def replay(self):
             log.append("replay")
 
-    class Capture:
-        def __init__(self, graph, **options):
-            pass
+    @contextlib.contextmanager
+    def noted(name):
+        log.append(name)
+        try:
+            yield
+        finally:
+            log.append(f"end of {name}")
 
-        def __enter__(self):
-            log.append("capture")
-
-        def __exit__(self, *error):
-            log.append("captured")
+    def capture(graph, stream, capture_error_mode):
+        assert replay.CAPTURING.locked()
+        return noted(f"graph on {stream}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: noted(device))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted(stream))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    step = replay.Replayed(lambda: log.append("body"), CUDA)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return log
+
+
+def test_a_body_becomes_a_graph_after_two_calls(torch_s_own):
+    """On its own device, whichever the current one is; what is replayed runs no Python."""
+    log, device = torch_s_own, torch.device("cuda", 1)
+    step = replay.Replayed(lambda: log.append("body"), device)
     for _ in range(4):
         step()
-    assert log == ["body", "body", "capture", "body", "captured", "replay", "replay"]
+    stream, graph = "a stream of cuda:1", "graph on a stream of cuda:1"
+    begun, ended = [device, stream, graph], [f"end of {graph}", f"end of {stream}", "end of cuda:1"]
+    assert log == ["body", "body", *begun, "body", *ended, "replay", "replay"]
+    assert not replay.CAPTURING.locked()
     log.clear()
     for _ in range(3):
         replay.Replayed(lambda: log.append("body"), torch.device("cpu"))()
     assert log == ["body"] * 3
 
 
-def test_a_body_that_makes_no_graph_runs_as_it_is(monkeypatch, caplog):
-    def refuse(graph, **options):
-        raise RuntimeError("operation not permitted when stream is capturing")
+def test_a_body_that_makes_no_graph_runs_as_it_is(torch_s_own, monkeypatch, caplog):
+    """On the stream that was current before, wherever it fails."""
 
-    log = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    class Refusing(contextlib.nullcontext):
+        def __enter__(self):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    log = torch_s_own
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: Refusing())
     step = replay.Replayed(lambda: log.append("body"), CUDA)
     for _ in range(4):
         step()
-    assert log == ["body"] * 4
+    stream = "a stream of cuda:0"
+    assert log == ["body", "body", CUDA, stream, f"end of {stream}", "end of cuda:0", "body", "body"]
+    assert not replay.CAPTURING.locked()
     assert caplog.text.count("no CUDA graph could be made, so kernels are launched one by one") == 1
