@@ -435,7 +435,7 @@ def finish(config: Config, plan: Plan, folder: Path, pipe: Pipeline) -> None:
         calls_figure.save(said, config.out / FIGURE)
         for path in config.out.glob(CALLS):
             path.unlink()
-        note = f"{said['calls']} calls of the network an image, {said['tokens_per_call']} tokens a call ({FIGURE})"
+        note = f"{said['calls']} calls of the network an image{calls_figure.each_gave(said)} ({FIGURE})"
     if pipe.own_lengths:
         arrays["tokens"] = counts = [count_of(image_path(folder, index)) for index in range(len(labels))]
         record = json.loads((config.out / RECORD).read_text(encoding="utf-8"))

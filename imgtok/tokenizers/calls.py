@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 Totals = dict[str, Any]
-"""Sums over images, as plain numbers and lists: see `Calls.totals`."""
+"""Sums over images, as plain numbers and lists: see `Calls.totals`. Those of earlier versions have no `by_calls`, which
+is then not known of sums with them either."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Calls:
 
 def together(parts: Sequence[Totals]) -> Totals:
     """The totals of several batches as one."""
+    if not all("by_calls" in part for part in parts):
+        parts = [{name: value for name, value in part.items() if name != "by_calls"} for part in parts]
     first, *others = parts
     made = dict(first)
     for other in others:
@@ -93,7 +96,7 @@ def summary(totals: Totals) -> dict[str, Any]:
     and the share of calls that gave one alone, both after the first; the share of judged drafts that were accepted, of
     all and of each token; and pairs of a number of calls and of the images that took so many.
 
-    Where no draft of a token was judged, its share is None.
+    Where no draft of a token was judged, its share is None. The pairs are missing where totals do not tell.
     """
     images, later = totals["images"], totals["calls"] - totals["images"]
     said = {
@@ -106,12 +109,14 @@ def summary(totals: Totals) -> dict[str, Any]:
     if not any(totals["judged"]):
         return said
     by_token = [_share(*counts) for counts in zip(totals["accepted"], totals["judged"], strict=True)]
-    return said | {
+    said |= {
         "single_share": _share(totals["single"], later),
         "accepted_share": _share(sum(totals["accepted"]), sum(totals["judged"])),
         "accepted_by_token": by_token,
-        "images_by_calls": [[calls, images] for calls, images in enumerate(totals["by_calls"]) if images],
     }
+    if "by_calls" in totals:
+        said["images_by_calls"] = [[calls, images] for calls, images in enumerate(totals["by_calls"]) if images]
+    return said
 
 
 def _share(part: float, whole: float, digits: int = 4) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from imgtok.sample import calls_figure
 from imgtok.tokenizers.calls import Calls, summary, together
 from imgtok.tokenizers.tokens import Tokens
 
@@ -43,6 +44,27 @@ def test_batches_add_up():
     parts = [COUNTED.each(lambda counts, row=row: counts[row : row + 1]).totals() for row in range(2)]
     assert together(parts) == COUNTED.totals()
     assert summary(together(parts)) == COUNTED.summary()
+
+
+def test_what_an_earlier_version_noted_adds_up():
+    """Without the images of each number of calls, which are then not known of all."""
+    new, said = COUNTED.totals(), COUNTED.summary()
+    old = {name: value for name, value in new.items() if name != "by_calls"}
+    del said["images_by_calls"]
+    assert summary(old) == said
+    for parts in ([old, new], [new, old], [new, new, old]):
+        both = together(parts)
+        assert "by_calls" not in both
+        assert summary(both) == said | {"images": 2 * len(parts), "seconds": 1.0}
+
+
+def test_the_figure_says_what_is_known(tmp_path):
+    said = COUNTED.summary()
+    whole, half = (said, {name: said[name] for name in said if name != "images_by_calls"} | {"tokens_per_call": None})
+    for said, panels in ((whole, 2), (half, 1)):
+        calls_figure.save(said, tmp_path / "calls.svg")
+        assert (tmp_path / "calls.svg").read_text(encoding="utf-8").count('id="axes_') == panels
+    assert (calls_figure.each_gave(whole), calls_figure.each_gave(half)) == (", 1.333 tokens a call", "")
 
 
 def test_counts_go_with_their_tokens():
