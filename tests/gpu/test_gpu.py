@@ -5,6 +5,9 @@ python -m pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import os
 from collections.abc import Iterator
 
@@ -14,6 +17,9 @@ import torch
 from kinds import ENCODING, LINES, TRAINED, Line
 from torch import Tensor
 
+from imgtok.generators import speculative, speculative_gpt
+from imgtok.generators.gpt import GPT, GPTConfig
+from imgtok.generators.replay import Replayed
 from imgtok.generators.sampling import TokenSampling
 from imgtok.train.loop import compile_forward
 
@@ -23,6 +29,9 @@ DEVICE = torch.device(os.environ.get("IMGTOK_GPU", "cuda"))
 BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"
 CLOSE = {"atol": 2e-3, "rtol": 2e-3}
 """For float32 without TF32: sums in another order, through a few blocks and solver steps."""
+
+LONG = GPTConfig(**kinds.GPT | {"num_tokens": 36})
+"""Of more than a few rounds."""
 
 
 @pytest.fixture(params=LINES.values(), ids=LINES)
@@ -106,11 +115,44 @@ def test_the_decoder_s_step_compiles(line):
     torch.testing.assert_close(compiled, step(*arguments), **CLOSE)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
 @pytest.mark.parametrize("way", [{}, {"decoding": "jacobi"}, {"decoding": "coupled", "window": 4}], ids=str)
-def test_a_graph_draws_what_single_kernels_draw(way, caplog):
-    model = kinds.build(LINES["gpt"]).to(DEVICE)
-    drawn = []
-    for model.replays in (True, False):
-        drawn.append(kinds.decode(model, range(4), DEVICE, sampling=TokenSampling(guidance=2.0, **way)).cpu())
-    assert torch.equal(*drawn)
+def test_a_graph_draws_what_single_kernels_draw(way, temperature, monkeypatch, caplog):
+    """And what `decoding.cached` draws, where that draws the same tokens."""
+    graphs = []
+
+    class Noted(Replayed):
+        def __init__(self, body, device):
+            super().__init__(body, device)
+            graphs.append(self)
+
+    if "check_input_liveness" in inspect.signature(torch.cuda.graph).parameters:
+        monkeypatch.setattr(torch.cuda, "graph", functools.partial(torch.cuda.graph, check_input_liveness=True))
+    monkeypatch.setattr(speculative, "Replayed", Noted)
+    model = sharpened(kinds.build(dataclasses.replace(LINES["gpt"], config=LONG)))
+    model.to(DEVICE)
+
+    def drawn(**settings):
+        sampling = TokenSampling(guidance=2.0, temperature=temperature, **settings)
+        return kinds.decode(model, range(4), DEVICE, sampling=sampling).cpu()
+
+    found = []
+    for fewest in (1, LONG.num_tokens):
+        monkeypatch.setattr(speculative, "FEWEST_REPLAYS", fewest)
+        found.append(drawn(**way))
+    assert torch.equal(*found)
     assert "no CUDA graph could be made" not in caplog.text
+    if DEVICE.type == "cuda":
+        assert [one.graph is not None for one in graphs] == [True]
+    model.replays = False
+    if not way or temperature == 0:
+        monkeypatch.setattr(speculative_gpt, "exact", None)  # never asked for
+        agree(found[0], drawn())
+
+
+def sharpened(model: GPT) -> GPT:
+    """Its head begins at zero, and so do its laws, flat."""
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(kinds.random(*parameter.shape, seed=number), alpha=0.3)
+    return model
