@@ -275,11 +275,11 @@ def fresh_compiler() -> Iterator[None]:
 
 
 COMPILED = [
-    *(pytest.param(LINES[name], "eager", id=name) for name in sorted(FIRST_OF_KIND)),
+    *(pytest.param(LINES[name], "eager", id=name) for name in ("dcae", "gpt")),
     *(pytest.param(line, "aot_eager", id=f"{name}-aot", marks=pytest.mark.slow) for name, line in LINES.items()),
 ]
-"""Each kind by its first line is captured whole. To trace what was captured through autograd as well, and the variants
-of a kind, takes two minutes more, and is left to the slow tests."""
+"""A generator and an autoencoder are captured whole. All lines, traced through autograd as well, take minutes more, and
+are left to the slow tests."""
 
 
 @pytest.mark.usefixtures("fresh_compiler")
