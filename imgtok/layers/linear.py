@@ -24,6 +24,8 @@ SMALLEST_MODEL = 64 * 2**20
 """Bytes of linear weights that a model has at least: those of a smaller one stay in the processor's cache."""
 LARGEST_SHARE = 0.25
 """Of the machine's memory that linear weights take at most, since there will be as much again."""
+LOCK = threading.Lock()
+"""Held while layers are entered and left, so that drawings in several threads count their users right."""
 
 
 @contextmanager
@@ -43,9 +45,6 @@ def packed_linears(model: nn.Module) -> Iterator[bool]:
         with LOCK:
             for layer in entered:
                 _Packed.leave(layer)
-
-
-LOCK = threading.Lock()
 
 
 class _Packed:
