@@ -91,8 +91,12 @@ class Parse:
             if entity.doubt:
                 raise ValueError(
                     f"prompt: not sure what belongs to {entity.head.text!r} in {self.prompt!r}: {entity.doubt}; say it "
-                    f"with entities=..., such as entities='{_example(self.entities)}'"
+                    f"with entities=..., such as entities={self.example()}"
                 )
+
+    def example(self) -> list[str]:
+        """The entities as `parse` takes them, where somebody is to say them: the noun is marked by a star."""
+        return [_example(self.prompt, entity) for entity in self.entities]
 
     def lines(self) -> list[str]:
         """The entities in words, one a line."""
@@ -135,8 +139,12 @@ def _as_json(entity: Entity) -> dict[str, Any]:
     return found | ({"doubt": entity.doubt} if entity.doubt else {})
 
 
-def _example(entities: Sequence[Entity]) -> str:
-    return ",".join(" ".join(word.text for word in (*entity.modifiers, entity.head)) for entity in entities)
+def _example(prompt: str, entity: Entity) -> str:
+    """Its words in the order of the prompt, with the noun marked; as it stands there if other things are tied to it."""
+    if entity.sub_objects:
+        return prompt[slice(*entity.phrase)]
+    own = sorted((*entity.modifiers, entity.head), key=lambda word: word.start)
+    return " ".join(f"{word.text}*" if word == entity.head else word.text for word in own)
 
 
 def columns(

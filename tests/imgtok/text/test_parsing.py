@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+import ast
+
 import pytest
 import torch
 
@@ -59,10 +61,16 @@ def test_anchors_and_the_short_prompt_come_from_the_same_parse():
     assert parse("a red circle").short == "a red circle"
 
 
-@pytest.mark.parametrize("prompt", ["a purse of very soft brown coin leather", "a ball red"])
+@pytest.mark.parametrize("prompt", [
+    "a purse of very soft brown coin leather",
+    "a ball red",
+    "a red star and a blue star wearing a hat, the star is above a ring",
+])  # fmt: skip
 def test_a_doubtful_group_is_refused_before_it_is_merged(prompt):
-    with pytest.raises(ValueError, match="not sure what belongs to"):
+    with pytest.raises(ValueError, match="not sure what belongs to") as refused:
         parse(prompt).check()
+    _, _, example = str(refused.value).rpartition("such as entities=")
+    parse(prompt, entities=ast.literal_eval(example)).check()
 
 
 def test_given_entities_win():
