@@ -229,6 +229,9 @@ def config_class(kind: str) -> type[Any]:
 def controls_of(controls: str | Sequence[Any], settings: Mapping[str, Any] | None = None) -> list[Any]:
     """Controls of prompts, each given by the name of its kind, by its configuration, or as it is.
 
+    In whatever order they are given, they act in that of `CONTROLS`, and those that are not there after them: what is
+    merged should be merged before weights are given to it.
+
     `settings` are those of controls that are given by name, a mapping (`Settings`, say) for each kind. Raises
     ValueError for a name that there is not or that stands twice, and for settings of a control that is not among them.
     """
@@ -251,7 +254,13 @@ def controls_of(controls: str | Sequence[Any], settings: Mapping[str, Any] | Non
     twice = next((kind.__name__ for kind in kinds if kinds.count(kind) > 1), None)
     if twice is not None:
         raise ValueError(f"controls: {twice} stands there twice; give each control once")
-    return found
+    order = list(CONTROLS)
+    places = [order.index(kind) if kind in order else len(order) for kind in map(_kind_of, found)]
+    return [found[place] for place in sorted(range(len(found)), key=places.__getitem__)]
+
+
+def _kind_of(control: Any) -> str | None:
+    return getattr(getattr(control, "config", None), "kind", None)
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,12 @@ def draw(
     notes: list[dict[str, Any]] | None = None,
     **options: Any,
 ) -> Any:
-    """What `pipe(prompt, **options)` returns, drawn under controls (names, configurations or controls, in order).
+    """What `pipe(prompt, **options)` returns, drawn under controls (names, configurations or controls).
 
-    entities: what the prompt names, or a list of that for each of several prompts; without it a parser finds them.
+    entities: what the prompt names, or a list of that for each of several prompts; without it `parser` finds them.
     layers: the cross-attention layers whose maps controls look at, by parts of their names (`unet.attn_processors`);
         without any, those of the published ToMe in an SDXL, or else all of a quarter of the latent's side.
-    notes: is filled with what controls did at each step: losses, weights, passes.
+    notes: is filled with what controls did at each step: losses, weights, passes, of images numbered from 0.
     options: those of the pipeline's call, less what would bypass the controls.
 
     Without controls, or with controls of strength 0, the images are those of the pipeline, to the bit. Raises
@@ -64,6 +64,8 @@ def draw(
     encoder cuts off, and options that do not go with controls.
     """
     made = controls_of(controls)
+    if not made:
+        return pipe(prompt, **options)
     check_pipeline(pipe)
     refused = [name for name in REFUSED if options.get(name) is not None]
     if refused:
@@ -255,6 +257,9 @@ class Drawing:
 
     def __init__(self, pipe: Any, prompts: Sequence[Prompt], layers: Sequence[str], options: dict[str, Any]) -> None:
         self.pipe, self.prompts, self.options = pipe, prompts, options
+        self.images: Sequence[int] = range(len(prompts))
+        self.kwargs: dict[str, Any] = dict(options.get("cross_attention_kwargs") or {})
+        self.clip_skip, self.negative_2 = options.get("clip_skip"), None
         signature = inspect.signature(type(pipe).__call__).parameters
         own = {name: options.get(name, signature[name].default) for name in ("guidance_scale", "num_inference_steps")}
         self.guidance, self.steps = float(own["guidance_scale"]), int(own["num_inference_steps"])
@@ -278,15 +283,17 @@ class Drawing:
 
     # ------------------------------------------------ the call
 
+    @torch.no_grad()
     def draw(self, controls: Sequence[PromptControl], prompt: str | Sequence[str], repeats: int) -> Any:
-        """The pipeline's output."""
+        """The pipeline's output. Gradients are kept in the passes of the controls alone, and none of text encoders."""
         options, pipe = dict(self.options), self.pipe
         theirs, wanted = (
             options.pop("callback_on_step_end", None),
             options.pop("callback_on_step_end_tensor_inputs", ()),
         )
         negative, generator = options.pop("negative_prompt", None), options.get("generator")
-        self.clip_skip = options.get("clip_skip")
+        if self.is_xl:
+            self.negative_2 = options.pop("negative_prompt_2", None)
         words = prompt if isinstance(prompt, str) else list(prompt)
         found = self._encoded(words, repeats, guided=self.guided, negative=negative)
         self.negative = {"embeds": found[1], "pooled": found[3]}
@@ -302,7 +309,7 @@ class Drawing:
         self.start_scheduler = copy.deepcopy(self.scheduler)
         learning = [one for one in pipe.unet.parameters() if one.requires_grad]
         hook = pipe.unet.register_forward_pre_hook(self._moved_input, with_kwargs=True)
-        with watched(pipe.unet, self.watch, self.layers), torch.no_grad():
+        with watched(pipe.unet, self.watch, self.layers):
             try:
                 for one in learning:
                     one.requires_grad_(False)
@@ -313,7 +320,7 @@ class Drawing:
                     latents=self._first_latents(),
                     **self._embeddings(),
                     callback_on_step_end=lambda *told: self._after_step(theirs, *told),
-                    callback_on_step_end_tensor_inputs=sorted({*wanted, *self._inputs}),
+                    callback_on_step_end_tensor_inputs=sorted({*wanted, "latents", "prompt_embeds"}),
                 )
             finally:
                 hook.remove()
@@ -324,11 +331,6 @@ class Drawing:
     def is_xl(self) -> bool:
         """Whether the U-Net reads the prompt as a whole, too."""
         return bool(self.pipe.unet.config.addition_embed_type == "text_time")
-
-    @property
-    def _inputs(self) -> list[str]:
-        """What the callback changes."""
-        return ["latents", "prompt_embeds"]
 
     def _encoded(
         self, prompts: str | list[str], repeats: int = 1, *, guided: bool = False, negative: Any = None
@@ -341,6 +343,8 @@ class Drawing:
             do_classifier_free_guidance=guided,
             negative_prompt=negative,
             clip_skip=self.clip_skip,
+            lora_scale=self.kwargs.get("scale"),
+            **({} if self.negative_2 is None else {"negative_prompt_2": self.negative_2}),
         )
         return found if len(found) == 4 else (*found, None, None)
 
@@ -431,7 +435,8 @@ class Drawing:
         if self.anchors is None:
             scheduler = copy.deepcopy(self.start_scheduler)
             z = self.noise[rows].float() * scheduler.init_noise_sigma
-            self.anchors = Anchors(scheduler, z, self.encode(phrases).states)
+            stream = torch.Generator(self.device).manual_seed(0)
+            self.anchors = Anchors(scheduler, z, self.encode(phrases).states, stream)
         self.watch.maps = self.watch.bias = None
         anchors, t = self.anchors, self.t
         scaled = self._scaled(anchors.scheduler, anchors.z, t)[0]
@@ -440,14 +445,14 @@ class Drawing:
             target = self._noise(scaled, anchors.states, rows, none)
             null = self._noise(scaled, self.null.states.expand(len(rows), -1, -1), rows, none)
             noise = anchor_noise(target, null, self.guidance, published=published)
-            extra = self.pipe.prepare_extra_step_kwargs(torch.Generator(self.device).manual_seed(0), 0.0)
+            extra = self.pipe.prepare_extra_step_kwargs(anchors.stream, 0.0)
             z = scaled if published else anchors.z
             anchors.z = anchors.scheduler.step(noise, t, z, **extra, return_dict=False)[0]
         return Anchor(target, lambda tokens: self._noise(scaled, tokens[:, None], rows, none), binding_loss)
 
     def _noise(self, scaled: Tensor, states: Tensor, rows: Tensor, pooled: Tensor | None) -> Tensor:
         """The U-Net's noise (N, C, h, w), float32, of conditional rows."""
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"cross_attention_kwargs": dict(self.kwargs)} if self.kwargs else {}
         if self.is_xl:
             assert pooled is not None, "an SDXL reads the prompt as a whole, too"
             sizes = [
@@ -460,7 +465,7 @@ class Drawing:
             ]
             ids = torch.tensor([[one for pair in sizes for one in pair]], dtype=self.dtype, device=self.device)
             conditions = {"text_embeds": pooled.to(self.dtype), "time_ids": ids.expand(len(rows), -1)}
-            more = {"added_cond_kwargs": conditions}
+            more["added_cond_kwargs"] = conditions
         found = self.pipe.unet(
             scaled.to(self.dtype), self.t, encoder_hidden_states=states.to(self.dtype), return_dict=False, **more
         )
@@ -475,6 +480,8 @@ class Anchors:
     scheduler: Any
     z: Tensor
     states: Tensor
+    stream: torch.Generator
+    """Of schedulers that add noise at every step."""
 
 
 def texts_of(encoded: tuple[Any, Any, Any, Any], empty: tuple[Any, Any, Any, Any]) -> Texts:

@@ -40,8 +40,8 @@ def plain(alpha: Tensor) -> Tensor:
 
 
 def interpolated(states: Tensor, null: Tensor, weights: Tensor) -> Tensor:
-    """States (..., T, D) on the line from those of the empty prompt, weight 0, through their own, weight 1 [ours: what
-    libraries of prompt weighting do above 1]. Weights of 1 give the states themselves, to the bit.
+    """States (..., T, D) on the line from those for no prompt, weight 0, through their own, weight 1 [ours: what libraries
+    of prompt weighting do above 1]. Weights of 1 give the states themselves, to the bit.
     """
     return states + (weights - 1)[..., None] * (states - null)
 
@@ -154,8 +154,9 @@ class AdaptiveWeightsConfig:
     strength: Fraction = 1.0
     """Scales every change of a weight; 0 changes nothing [ours]."""
     way: Way = "interpolate"
-    """Where weights act: on the line from the empty prompt's states, as factors of the states, or in the attention
-    (logit: a weight of 2 is the word twice). Which of them is meant is not known."""
+    """Where weights act: on the line from what stands for no prompt, as factors of the states, or in the attention
+    (logit: a weight of 2 is the word twice). Which of them is meant is not known. For no prompt stand the empty
+    prompt's states, or in our generators with a text prefix the trained states of a caption that is left out."""
     low: PositiveFloat = 0.6
     """Weights stay above."""
     high: PositiveFloat = 1.4
@@ -166,6 +167,9 @@ class AdaptiveWeightsConfig:
     """Step of the plain gradient in place of that; null normalises."""
     until: Fraction = 0.5
     """Share of the steps of a diffusion model at which weights are updated."""
+    used: Literal["next", "now"] = "next"
+    """From which step of a diffusion model on an update counts: from the next [summary], or from the one that it is
+    made at [ours]. Our generators draw again after all updates, whatever this says."""
     updates: NonNegativeInt = 6
     """Updates for a generator whose images are drawn as a whole and looked at then; each costs a pass of the
     network."""
@@ -255,29 +259,37 @@ class Words:
         return torch.stack([average[:, list(columns)].mean(dim=-1) for columns in self.columns], dim=-1)
 
 
+def gone_in(texts: Texts) -> Tensor:
+    """(B, T): the columns whose words were merged into others."""
+    return torch.zeros_like(texts.mask) if texts.gone is None else texts.gone
+
+
 class WeightsRun:
     """`AdaptiveWeights` in a batch."""
 
     def __init__(self, config: AdaptiveWeightsConfig, words: Sequence[Words], texts: Texts) -> None:
-        gone = torch.zeros_like(texts.mask) if texts.gone is None else texts.gone
         self.config = config
-        self.words = [one.without(own) for one, own in zip(words, gone.cpu(), strict=True)]
-        self.rows = [row for row, one in enumerate(self.words) if one.objects]
+        self.all_words = list(words)
         self.alpha = torch.zeros(texts.mask.shape, device=texts.states.device)
-        self.gone = gone
+
+    def words(self, scene: Scene) -> list[Words]:
+        """The words of each prompt that stand there still: another control may merge some, before or after this one."""
+        gone = gone_in(scene.texts).cpu()
+        return [one.without(own) for one, own in zip(self.all_words, gone, strict=True)]
 
     def looks(self, scene: Scene) -> int:
         """As the configuration says."""
-        return self.config.updates if self.rows and self.config.strength > 0 else 0
+        there = any(one.objects for one in self.words(scene))
+        return self.config.updates if there and self.config.strength > 0 else 0
 
-    def free(self, scene: Scene) -> Tensor:
+    def free(self, scene: Scene, words: Sequence[Words]) -> Tensor:
         """(B, T): the columns whose weights move."""
         found = torch.zeros_like(scene.texts.mask)
-        for row, (prompt, words) in enumerate(zip(scene.prompts, self.words, strict=True)):
-            of_entities = [column for columns in words.columns for column in columns]
+        for row, (prompt, own) in enumerate(zip(scene.prompts, words, strict=True)):
+            of_entities = [column for columns in own.columns for column in columns]
             wanted = of_entities if self.config.free == "entities" else prompt.words
             found[row, wanted] = True
-        return found & ~self.gone
+        return found & ~gone_in(scene.texts)
 
     def weighted(self, texts: Texts, alpha: Tensor) -> Texts:
         """The texts with the weights of coefficients (N, T)."""
@@ -290,30 +302,35 @@ class WeightsRun:
 
     def act(self, scene: Scene) -> None:
         """One update of all weights, from the maps under the present ones."""
-        config = self.config
-        if not self.rows or config.strength == 0:
+        config, words = self.config, self.words(scene)
+        chosen = [row for row, own in enumerate(words) if own.objects]
+        if not chosen or config.strength == 0:
             return
-        if scene.latents is not None and scene.step >= config.until * scene.steps:
+        over = scene.latents is not None and scene.step >= config.until * scene.steps
+        later = config.used == "next" and scene.latents is not None
+        if later and scene.step > 0:
+            scene.texts = self.weighted(scene.texts, self.alpha)
+        if over:
             return
-        rows = torch.tensor(self.rows, device=self.alpha.device)
+        rows = torch.tensor(chosen, device=self.alpha.device)
         texts = scene.texts[rows]
         with torch.enable_grad():
             alpha = self.alpha[rows].requires_grad_()
             maps = scene.maps(self.weighted(texts, alpha), rows, None if scene.latents is None else scene.latents[rows])
             if scene.grid is not None and config.smooth and min(scene.grid) > 1:
                 maps = smoothed(maps, scene.grid)
-            losses = torch.stack([self.loss(self.words[row], own) for row, own in zip(self.rows, maps, strict=True)])
+            losses = torch.stack([self.loss(words[row], own) for row, own in zip(chosen, maps, strict=True)])
             (gradient,) = torch.autograd.grad(losses.sum(), alpha)
         normalised = config.rate is None
         step = config.rate or step_of(config.change, config.low, config.high)
-        new = updated(self.alpha[rows], gradient, self.free(scene)[rows], step=step, normalised=normalised)
+        new = updated(self.alpha[rows], gradient, self.free(scene, words)[rows], step=step, normalised=normalised)
         self.alpha = self.alpha.index_copy(0, rows, new)
-        scene.texts = self.weighted(scene.texts, self.alpha)
+        if not later:
+            scene.texts = self.weighted(scene.texts, self.alpha)
         weights = config.weights(self.alpha)
-        note = {"control": "frap", "step": scene.step, "loss": losses.tolist()}
-        scene.notes.append(
-            note | {"weights": [self.in_words(scene.prompts[row], self.words[row], weights[row]) for row in self.rows]}
-        )
+        note = {"control": "frap", "step": scene.step, "images": [scene.images[row] for row in chosen]}
+        told = [self.in_words(scene.prompts[row], words[row], weights[row]) for row in chosen]
+        scene.notes.append(note | {"loss": losses.tolist(), "weights": told})
 
     def loss(self, words: Words, average: Tensor) -> Tensor:
         """The objective of one prompt, of its map (Q, T)."""

@@ -31,6 +31,7 @@ from imgtok.generators.xar import XAR
 from imgtok.layers.record import AttentionRecord
 from imgtok.text.captions import Captions
 from imgtok.text.parsing import Parse
+from imgtok.tokenizers.tokens import Tokens
 
 FIRST = 8
 """Tokens of a phrase that a composite is bound by."""
@@ -60,15 +61,18 @@ def draw(
     encode: Encode,
     generate: Callable[[Captions], Any],
     *,
+    first: Callable[[Captions], Any] | None = None,
     seed: int,
     indices: Sequence[int],
     notes: list[dict[str, Any]] | None = None,
 ) -> Any:
-    """What `generate` draws for the captions that controls make of those of parsed prompts.
+    """What `generate` draws for the captions that controls make of those of parsed prompts; their calls of the network
+    are those of both drawings, where there are two, without the passes of the controls.
 
-    `encode` is that of the text encoder, which the captions came from. Raises ValueError as the controls do.
+    `encode` is that of the text encoder, which the captions came from; `first` draws, like `generate`, what is only
+    looked at. Raises ValueError as the controls do.
     """
-    scene = OwnScene(generator, parses, captions, encode, generate, seed=seed, indices=indices)
+    scene = OwnScene(generator, parses, captions, encode, generate, first=first, seed=seed, indices=indices)
     if notes is not None:
         scene.notes = notes
     return scene.draw(controls)
@@ -85,13 +89,14 @@ class OwnScene:
         encode: Encode,
         generate: Callable[[Captions], Any],
         *,
+        first: Callable[[Captions], Any] | None = None,
         seed: int,
         indices: Sequence[int],
     ) -> None:
         check_reads(generator)
         self.look: Look = GPTLook(generator) if isinstance(generator, GPT) else XARLook(generator)  # type: ignore[arg-type]
-        self.generator, self._encode, self._generate = generator, encode, generate
-        self.seed, self.indices = seed, list(indices)
+        self.generator, self._encode, self._generate, self._first = generator, encode, generate, first or generate
+        self.seed, self.images = seed, list(indices)
         self.captions = self._placed(captions)
         if self.captions.spans is None:
             raise ValueError("controls: the captions do not say which characters their columns stand for")
@@ -118,7 +123,11 @@ class OwnScene:
             for run, count in zip(runs, looks, strict=True):
                 if step < count:
                     run.act(self)
-        return self._generate(self.captions_of(self.texts))
+        drawn = self._generate(self.captions_of(self.texts))
+        before = self.content
+        if isinstance(drawn, Tokens) and isinstance(before, Tokens) and drawn.calls and before.calls:
+            drawn = replace(drawn, calls=before.calls.plus(drawn.calls))
+        return drawn
 
     def captions_of(self, texts: Texts) -> Captions:
         """Texts as the generator reads them. Columns that are hidden have a weight of nothing, and keep their place."""
@@ -132,15 +141,15 @@ class OwnScene:
         """See `Scene`: of what is drawn for the texts as they were before anything was looked at."""
         if self.content is None:
             with torch.no_grad():
-                self.content = self._generate(self.captions_of(self.texts))
+                self.content = self._first(self.captions_of(self.texts))
         record = AttentionRecord()
-        chosen = [self.indices[row] for row in rows.tolist()]
+        chosen = [self.images[row] for row in rows.tolist()]
         return self.look.maps(self.captions_of(texts), self.content[rows], record, self.seed, chosen)
 
     def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
         """See `Scene`; the phrases stay where they are, so `published` changes nothing."""
         if self.anchors is None:
-            chosen = [self.indices[row] for row in rows.tolist()]
+            chosen = [self.images[row] for row in rows.tolist()]
             captions = self.captions_of(replace(self.encode(phrases), null=self.texts.null))
             with torch.no_grad():
                 self.anchors = self.look.anchor(captions, self.seed, chosen)

@@ -52,7 +52,8 @@ class Texts:
     mask: Tensor
     """(B, T) boolean: the columns that are no padding."""
     null: Tensor
-    """(T, D) or (B, T, D): the empty prompt's states, column by column."""
+    """(T, D) or (B, T, D): the states that stand for no prompt, column by column: the empty prompt's, or those that a
+    generator was trained with in place of captions."""
     log_weights: Tensor | None = None
     """(B, T), what is added to the attention logits of a column; None for zeros."""
     weights: Tensor | None = None
@@ -106,6 +107,8 @@ class Scene(Protocol):
     """A batch while it is drawn."""
 
     prompts: Sequence[Prompt]
+    images: Sequence[int]
+    """The number of the image of each prompt, for notes."""
     texts: Texts
     latents: Tensor | None
     """(B, ...): the input of the network that may be moved; None where there is none."""
@@ -118,7 +121,7 @@ class Scene(Protocol):
     grid: tuple[int, int] | None
     """Rows and columns of the queries; None where they have no place in the image."""
     notes: list[dict[str, Any]]
-    """What controls say of what they did."""
+    """What controls say of what they did: `control`, `step`, `images`, and figures of each of these images."""
 
     def encode(self, prompts: Sequence[str]) -> Texts:
         """The states of other prompts (N, T, D), by the same text encoder."""

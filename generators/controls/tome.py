@@ -326,7 +326,7 @@ class SemanticMergeConfig:
     @classmethod
     def published(cls, demo: Literal["attribute", "object"] = "attribute", **changes: Any) -> SemanticMergeConfig:
         """The settings of a demo of the published code, as they are there."""
-        known: dict[str, Any] = {"anchor": "published", "moves": "all", "latent": "once"}
+        known: dict[str, Any] = {"anchor": "published", "moves": "all", "latent": "once", "binds": f"{demo}s"}
         if demo == "object":
             known |= {"end_step": 0, "binding_steps": 7, "entropy_steps": 7, "entropy_passes": 6, "position": True}
         return cls(**known | changes)
@@ -455,7 +455,8 @@ class MergeRun:
         states = scene.texts.states.clone()
         states[rows, columns] = tokens
         scene.texts = replace(scene.texts, states=states)
-        scene.notes.append({"control": "tome", "step": scene.step, "binding": losses.tolist()})
+        note = {"control": "tome", "step": scene.step, "images": [scene.images[row] for row, _ in items]}
+        scene.notes.append(note | {"objects": [one.entity.head.text for _, one in items], "binding": losses.tolist()})
 
     def refine(self, scene: Scene) -> None:
         """Lowers the entropies of the maps of the objects, of texts and latents."""
@@ -499,8 +500,9 @@ class MergeRun:
         if latents is not None and not still:
             scene.latents = latents.index_copy(0, rows, moved)
             scene.once = config.latent == "once"
-        note = {"control": "tome", "step": scene.step, "passes": len(losses)}
-        scene.notes.append(note | {"entropy": [loss.tolist() for loss in losses]})
+        note = {"control": "tome", "step": scene.step, "images": [scene.images[row] for row in chosen]}
+        told = [[None if math.isnan(value) else value for value in loss.tolist()] for loss in losses]
+        scene.notes.append(note | {"passes": len(losses), "entropy": told})
 
     def seen_words(self, scene: Scene, row: int) -> list[int]:
         """The columns of the words of a prompt that are seen."""

@@ -7,6 +7,7 @@ without knowing how the tokens were drawn.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -57,6 +58,10 @@ class Calls:
         """The same with all counts changed, such as some of the rows."""
         return Calls(*(change(getattr(self, one.name)) for one in fields(self)))
 
+    def plus(self, other: Calls) -> Calls:
+        """Of images that were drawn twice: the sums."""
+        return Calls(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
     def timed(self, seconds: float, images: int) -> Calls:
         """The same, drawn in so many seconds for so many images, where others were only padding."""
         return replace(self, seconds=torch.full_like(self.seconds, seconds / images))
@@ -88,7 +93,9 @@ def together(parts: Sequence[Totals]) -> Totals:
 
 
 def _sum(one: Any, other: Any) -> Any:
-    return [a + b for a, b in zip(one, other, strict=True)] if isinstance(one, list) else one + other
+    if not isinstance(one, list):
+        return one + other
+    return [a + b for a, b in itertools.zip_longest(one, other, fillvalue=0)]  # of more calls in one batch than another
 
 
 def summary(totals: Totals) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from imgtok.generators.controls import diffusers as adapter
 from imgtok.generators.controls.diffusers import draw
-from imgtok.generators.controls.frap import AdaptiveWeights, AdaptiveWeightsConfig
+from imgtok.generators.controls.frap import AdaptiveWeights, AdaptiveWeightsConfig, WeightsRun
 from imgtok.generators.controls.scene import Prompt
 from imgtok.generators.controls.tome import SemanticMergeConfig
 
@@ -73,6 +73,52 @@ def test_a_control_changes_the_image(pipe, control):
     assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
 
 
+class Watching:
+    """A control that keeps the texts as they are, and looks whether they hold a graph of the text encoder."""
+
+    config = AdaptiveWeightsConfig()
+
+    def start(self, scene):
+        self.held = [one.requires_grad for one in (scene.texts.states, scene.texts.null, scene.negative["embeds"])]
+        self.held.append(scene.encode(["a cat"]).states.requires_grad)
+        return AdaptiveWeights(AdaptiveWeightsConfig(strength=0)).start(scene)
+
+
+def test_no_graph_of_a_text_encoder_is_kept(sd):
+    control = Watching()
+    assert any(parameter.requires_grad for parameter in sd.text_encoder.parameters())
+    controlled(sd, [control])
+    assert control.held == [False] * 4
+
+
+def test_the_order_of_controls_does_not_matter(sd):
+    """Words that are merged have no weights, whichever stands first."""
+    first, second = (controlled(sd, order) for order in ([TOME, "frap"], ["frap", TOME]))
+    assert torch.equal(first, second)
+
+
+def test_without_controls_any_prompt_will_do(sd):
+    assert torch.equal(controlled(sd, [], ""), stock(sd, ""))
+
+
+def test_further_options_reach_the_text_encoders_and_the_passes(monkeypatch):
+    """`negative_prompt_2` is no embedding; a scale of adapters belongs to every call."""
+    pipe = tiny_diffusion.sdxl()
+    off = [AdaptiveWeightsConfig(strength=0)]
+    changes = {"negative_prompt": "hat", "negative_prompt_2": "dog"}
+    assert torch.equal(controlled(pipe, off, **changes), stock(pipe, **changes))
+    told, forward = [], pipe.unet.forward
+
+    def seen(*given, cross_attention_kwargs=None, **more):
+        told.append(cross_attention_kwargs)
+        return forward(*given, cross_attention_kwargs=cross_attention_kwargs, **more)
+
+    monkeypatch.setattr(pipe.unet, "forward", seen)
+    controlled(pipe, ["frap"], cross_attention_kwargs={"scale": 0.5})
+    assert len(told) == STEPS + 1
+    assert all(one == {"scale": 0.5} for one in told)
+
+
 @pytest.mark.slow
 def test_both_together_are_neither_alone(pipe):
     both = controlled(pipe, [TOME, "frap"])
@@ -81,7 +127,41 @@ def test_both_together_are_neither_alone(pipe):
         assert not torch.allclose(both, controlled(pipe, [alone]))
 
 
+def drawing_at(sd, config: AdaptiveWeightsConfig) -> tuple[adapter.Drawing, WeightsRun]:
+    """A drawing at its first step, with a latent that no step changes, and its control."""
+    prompt = Prompt(adapter.parse(PROMPT), adapter.spans_of(sd.tokenizer, PROMPT))
+    drawing = adapter.Drawing(sd, [prompt], [], {"num_inference_steps": 2})
+    with torch.no_grad():
+        encoded, empty = drawing._encoded([PROMPT]), drawing._encoded([""])
+    drawing.texts, drawing.dtype, drawing.t = adapter.texts_of(encoded, empty), torch.float32, torch.tensor(500)
+    drawing.step, drawing.latents = 0, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return drawing, AdaptiveWeights(config).start(drawing)
+
+
 def test_weights_lower_their_objective(sd):
+    """At one latent: what later steps of a call lose is of other latents."""
+    drawing, run = drawing_at(sd, AdaptiveWeightsConfig(change=0.02, used="now"))
+    with adapter.watched(sd.unet, drawing.watch, drawing.layers):
+        for _ in range(3):
+            run.act(drawing)
+    losses = [note["loss"][0] for note in drawing.notes]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_an_update_counts_from_the_next_step_on(sd):
+    """As summaries have it; `now` is ours."""
+    for used, weighted in (("next", [False, True]), ("now", [True, True])):
+        drawing, run = drawing_at(sd, AdaptiveWeightsConfig(used=used, until=0.5))
+        there = []
+        with adapter.watched(sd.unet, drawing.watch, drawing.layers):
+            for drawing.step in range(2):
+                run.act(drawing)
+                there.append(not torch.equal(drawing.texts.seen, drawing.texts.states))
+        assert there == weighted
+        assert len(drawing.notes) == 1, "updates end at half of the steps"
+
+
+def test_weights_stay_within_their_bounds(sd):
     notes: list = []
     config = AdaptiveWeightsConfig(until=1.0, change=0.2)
     found = controlled(sd, [config], given={"notes": notes})
@@ -203,15 +283,11 @@ def test_latents_that_move_for_one_call_alone():
 
 def test_gradients_of_weights_are_finite_differences(sd):
     """Of the objective, through the U-Net."""
-    prompt = Prompt(adapter.parse(PROMPT), adapter.spans_of(sd.tokenizer, PROMPT))
-    drawing = adapter.Drawing(sd, [prompt], [], {"num_inference_steps": 2})
-    drawing.clip_skip = None
-    encoded, empty = drawing._encoded([PROMPT]), drawing._encoded([""])
-    drawing.texts, drawing.dtype, drawing.t = adapter.texts_of(encoded, empty), torch.float32, torch.tensor(500)
-    run, x, rows = AdaptiveWeights().start(drawing), torch.randn(1, 4, 8, 8), torch.tensor([0])
+    drawing, run = drawing_at(sd, AdaptiveWeightsConfig())
+    x, rows = drawing.latents, torch.tensor([0])
 
     def loss(alpha: torch.Tensor) -> torch.Tensor:
-        return run.loss(run.words[0], drawing.maps(run.weighted(drawing.texts, alpha), rows, x)[0])
+        return run.loss(run.words(drawing)[0], drawing.maps(run.weighted(drawing.texts, alpha), rows, x)[0])
 
     alpha = torch.zeros(1, 20, requires_grad=True)
     with adapter.watched(sd.unet, drawing.watch, drawing.layers):
@@ -229,7 +305,7 @@ def test_gradients_of_weights_are_finite_differences(sd):
     ("given", "message"),
     [
         ({"entities": ["red bird"]}, "bird"),
-        ({"entities": ["red cat", "red dog"]}, "red"),
+        ({"entities": ["red cat", "red* cat"]}, "'red cat' and 'red\\* cat' share the word 'red' of"),
         ({"layers": ["down_blocks.7"]}, "no cross-attention layer of this U-Net is called down_blocks.7; there are: "),
         ({"prompt_embeds": torch.zeros(1, 20, 32)}, "prompt_embeds: does not go with controls"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import zlib
 
@@ -13,7 +14,7 @@ from torch import nn
 from imgtok.generators.conditioning import ClassSlot, ConditionalGenerator, TextCrossAttention, TextPrefix
 from imgtok.generators.controls import own
 from imgtok.generators.controls.frap import AdaptiveWeights, AdaptiveWeightsConfig, Words
-from imgtok.generators.controls.tome import SemanticMergeConfig
+from imgtok.generators.controls.tome import SemanticMerge, SemanticMergeConfig
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
@@ -158,7 +159,7 @@ def test_entropies_fall_where_there_is_a_grid():
         drawn(build(), [config], notes=notes)
         assert bool(notes) == there
         if there:
-            losses = torch.tensor(notes[0]["entropy"])
+            losses = torch.tensor([[torch.nan if one is None else one for one in row] for row in notes[0]["entropy"]])
             assert losses[-1].nansum() < losses[0].sum()
 
 
@@ -190,6 +191,53 @@ def test_words_that_were_merged_have_no_weights():
     assert left == Words(columns=[[2], [6], [4]], objects=[0, 1], pairs=[(1, 2)])
 
 
+def test_the_order_of_controls_does_not_matter():
+    model = gpt()
+    first, second = (drawn(model, order, PROMPTS[:1])[1][-1].features for order in ([FEW, LITTLE], [LITTLE, FEW]))
+    assert torch.equal(first, second)
+    scene = own.OwnScene(
+        model,
+        [parse(PROMPTS[0])],
+        Captions.cat(encode(PROMPTS[:1])),
+        encode,
+        lambda captions: None,
+        seed=0,
+        indices=[0],
+    )
+    weights = AdaptiveWeights(LITTLE).start(scene)
+    assert len(weights.words(scene)[0].columns) == 4
+    SemanticMerge(FEW).start(scene)
+    assert len(weights.words(scene)[0].columns) == 2, "even where weights were started before words were merged"
+
+
+def test_notes_say_of_which_images_they_are():
+    notes: list = []
+    drawn(gpt(), [FEW, LITTLE], indices=[7, 8, 9], notes=notes)
+    assert [(note["control"], note["images"]) for note in notes] == [("tome", [7, 7, 8, 9]), ("frap", [7, 8, 9])]
+    assert notes[0]["objects"] == ["circle", "star", "circle", "square"]
+
+
+def test_calls_are_those_of_both_drawings_and_steps_those_of_the_last():
+    model, told = gpt(), []
+    captions = Captions.cat(encode(PROMPTS[:1]))
+
+    def generate(captions, on_step=told.append):
+        return model.generate(captions, seed=0, indices=[0], on_step=on_step)
+
+    found = own.draw(
+        model, [AdaptiveWeights(LITTLE)], [parse(PROMPTS[0])], captions, encode, generate,
+        first=functools.partial(generate, on_step=None), seed=0, indices=[0],
+    )  # fmt: skip
+    assert told == list(range(1, 10))
+    assert found.calls.calls.tolist() == [18]
+
+
+def test_demos_of_the_published_code():
+    attribute, thing = SemanticMergeConfig.published(), SemanticMergeConfig.published("object")
+    assert (attribute.binds, attribute.end_step, attribute.anchor) == ("attributes", None, "published")
+    assert (thing.binds, thing.end_step, thing.position) == ("objects", 0, True)
+
+
 def test_weights_begin_at_one_and_stay_within_their_bounds():
     config = AdaptiveWeightsConfig(low=0.5, high=3.0)
     assert (config.weights(torch.zeros(4)) == 1).all()
@@ -209,7 +257,7 @@ def test_what_has_no_text_has_no_controls():
     ("prompts", "entities", "message"),
     [
         (["a red circle"], ["red bird"], "bird"),
-        (["a red circle and a star"], ["red circle", "red star"], "red"),
+        (["a red circle and a star"], ["red circle", "red* circle"], "'red circle' and .* share the word 'red' of"),
         ([""], None, "no words"),
         (["a red circle and " + "a " * 9 + "star"], None, "'star'.*too long"),
     ],
