@@ -39,7 +39,7 @@ from imgtok.sections import Settings
 from imgtok.text import words
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder, load_encoder
-from imgtok.text.parsing import Parse, Parser, parse
+from imgtok.text.parsing import Entity, Parse, Parser, parse
 from imgtok.text.words import WordEncoder, is_words
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
@@ -208,8 +208,8 @@ class Pipeline:
             from imgtok.generators.controls import own  # which knows generators: imported where they are controlled
 
             own.check_reads(generator)
-        self.parses: dict[str, Parse] = {}
         self.notes: list[dict[str, Any]] = []
+        """What controls did in the last call: losses and weights of every step, with the images that they are of."""
         self.generator = generator.eval()
         self.decoder: Any = decoder.eval()
         self.exact, self.threads = exact, threads
@@ -323,6 +323,7 @@ class Pipeline:
         callback: Callback | None = None,
         control: Control | None = None,
         entities: Sequence[Any] | None = None,
+        parser: Parser = "grammar",
         **settings: Any,
     ) -> Images:
         """Images of classes, by number (-1 for none) or by name (`pipe.class_names`), or, from a generator that reads
@@ -342,15 +343,16 @@ class Pipeline:
         callback: is given a `Step` now and then, whose `images()` are what the images are becoming.
         control: may change what the generator sees of its conditions between steps; see
             `imgtok.generators.conditioning.Control`.
-        entities: what a prompt names, for `controls`, such as ["red circle", "blue star"], or a list of that for each
-            of several prompts; see `read_prompts`.
+        entities: what a prompt names, for `controls` in this call, such as ["red circle", "blue star"], or a list of
+            that for each of several prompts; see `read_prompts`.
+        parser: who finds it where it is not given: "grammar", "textblob" or "spacy".
 
-        Raises ValueError for a class, a setting or a number of tokens that the models do not have.
+        Raises ValueError for a class, a setting or a number of tokens that the models do not have, and for entities
+        where there are no controls.
         """
-        if entities is not None:
-            words = prompts if prompts is not None else cast(str | Sequence[str], classes)
-            self.read_prompts([words] if isinstance(words, str) else words, entities)
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
+        parses = self._parses(subjects, num_per_condition, entities, parser)
+        self.notes = []
         sampling, decoder = self.settings(settings, decoding)
         there = self._known(known, keep, len(subjects), num_per_condition)
         found, drawn = Images(), list[Drawn]()
@@ -366,6 +368,8 @@ class Pipeline:
                     known=None if there is None else there[rows],
                     callback=told,
                     control=control,
+                    parses=[parses[row] for row in rows] if parses else None,
+                    notes=self.notes,
                 )[num_tokens]
                 found += to_pil(made.images)
                 drawn.append(made.drawn)
@@ -418,17 +422,17 @@ class Pipeline:
     def read_prompts(
         self, prompts: Sequence[str], entities: Sequence[Any] | None = None, *, parser: Parser = "grammar"
     ) -> list[Parse]:
-        """What controls understand of prompts, from now on: their entities as given (for one prompt a list of them, for
-        several a list of lists), or by a parser; see `imgtok.text.parsing.parse`, which says what is refused.
+        """What controls understand of prompts: their entities as given (for one prompt a list of them, for several a
+        list of lists, None among these leaves one to the parser), or by a parser; see `imgtok.text.parsing.parse`,
+        which says what is refused.
         """
         given: Sequence[Any] = [None] * len(prompts)
         if entities is not None:
-            given = [entities] if len(prompts) == 1 and (not entities or isinstance(entities[0], str)) else entities
+            alone = len(prompts) == 1 and (not entities or isinstance(entities[0], str | Entity))
+            given = [entities] if alone else entities
         if len(given) != len(prompts):
             raise ValueError(f"entities: {len(given)} lists for {len(prompts)} prompts; give one for each")
-        found = [parse(prompt, parser=parser, entities=one) for prompt, one in zip(prompts, given, strict=True)]
-        self.parses |= {one.prompt: one for one in found}
-        return found
+        return [parse(prompt, parser=parser, entities=one) for prompt, one in zip(prompts, given, strict=True)]
 
     def decode(
         self,
@@ -553,11 +557,16 @@ class Pipeline:
         known: Known | None = None,
         callback: Callback | None = None,
         control: Control | None = None,
+        parses: Sequence[Parse] | None = None,
+        notes: list[dict[str, Any]] | None = None,
     ) -> dict[int | None, Made]:
         """By number of tokens, what `images` gives with that many and what was decoded; None is all of them.
 
         Each sequence is drawn once, as long as the largest count, and decoded from its prefixes: token i depends on
         its own uniform and the tokens before it, so a longer draw begins with the shorter one.
+
+        Controls act on `parses`, one for each subject (`read_prompts`), or on what the grammar finds; `notes` is filled
+        with what they did.
         """
         counts = list(dict.fromkeys(counts))
         self.check_counts(counts)
@@ -565,7 +574,10 @@ class Pipeline:
         made: dict[int | None, list[Made]] = {count: [] for count in counts}
         for rows in self.blocks.of(len(indices)):
             own, there = [indices[row] for row in rows], None if known is None else known[rows]
-            drawn = self._draw([subjects[row] for row in rows], own, seed, sampling, most, there, callback, control)
+            read = None if parses is None else [parses[row] for row in rows]
+            drawn = self._draw(
+                [subjects[row] for row in rows], own, seed, sampling, most, there, callback, control, read, notes
+            )
             for count in counts:
                 cut = drawn if count is None else cast(Tokens, drawn).truncate(count)
                 images = to_uint8(self._decode(cut, own, seed, decoding, callback)).cpu()
@@ -647,6 +659,20 @@ class Pipeline:
         subjects = [subject for subject in listed for _ in range(num_per_condition)]
         return subjects, check_indices(indices, len(subjects))
 
+    def _parses(
+        self, subjects: Sequence[Subject], repeats: int, entities: Sequence[Any] | None, parser: Parser
+    ) -> list[Parse]:
+        """What controls understand of each of the subjects, `repeats` of each prompt; nothing without controls."""
+        if not self.controls:
+            if entities is not None:
+                raise ValueError(
+                    "entities: these are for controls, and this pipeline has none; open it with "
+                    "imgtok.pipeline(NAME, controls=...), or leave entities out"
+                )
+            return []
+        prompts = cast(Sequence[str], subjects[::repeats])
+        return [one for one in self.read_prompts(prompts, entities, parser=parser) for _ in range(repeats)]
+
     def _parts(
         self,
         classes: Asked,
@@ -662,10 +688,14 @@ class Pipeline:
         progress: bool | None = None,
         callback: Callback | None = None,
         control: Control | None = None,
+        entities: Sequence[Any] | None = None,
+        parser: Parser = "grammar",
         **settings: Any,
     ) -> list[Drawn]:
         """What is drawn, block by block, without padding."""
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
+        parses = self._parses(subjects, num_per_condition, entities, parser)
+        self.notes = []
         sampling = Settings(**settings).over(self.sampling, "sampling")
         self.check_counts((num_tokens,))
         there = self._known(known, keep, len(subjects), num_per_condition)
@@ -675,7 +705,8 @@ class Pipeline:
                 chosen = [subjects[row] for row in rows]
                 own = [indices[row] for row in rows]
                 part = None if there is None else there[rows]
-                drawn = self._draw(chosen, own, seed, sampling, num_tokens, part, told, control)
+                read = [parses[row] for row in rows] if parses else None
+                drawn = self._draw(chosen, own, seed, sampling, num_tokens, part, told, control, read, self.notes)
                 found.append(drawn[: len(rows)])
                 bar.update(len(rows))
         return found
@@ -735,6 +766,8 @@ class Pipeline:
         known: Known | None,
         callback: Callback | None,
         control: Control | None,
+        parses: Sequence[Parse] | None,
+        notes: list[dict[str, Any]] | None,
     ) -> Drawn:
         """The tokens or latents of a block, padding included."""
 
@@ -758,7 +791,11 @@ class Pipeline:
                 **options,
             )
             condition = self.condition(asked)
-            drawn: Drawn = self._controlled(generate, condition, asked, seed, numbers)
+            if self.controls:
+                read = self.read_prompts(cast(Sequence[str], subjects)) if parses is None else parses
+                drawn = self._controlled(generate, condition, self.blocks.padded(read), seed, numbers, notes)
+            else:
+                drawn = generate(condition)
         if isinstance(drawn, Tokens) and drawn.calls is not None:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
@@ -767,22 +804,16 @@ class Pipeline:
 
     def _controlled(
         self,
-        generate: Callable[[Condition], Drawn],
+        generate: Callable[..., Drawn],
         condition: Condition,
-        subjects: Sequence[Subject],
+        parses: Sequence[Parse],
         seed: int,
         indices: Sequence[int],
+        notes: list[dict[str, Any]] | None,
     ) -> Drawn:
-        """What is generated, under the controls if there are any."""
-        if not self.controls:
-            return generate(condition)
+        """What is generated under the controls, for prompts that were understood like this."""
         from imgtok.generators.controls import own
 
-        prompts = cast(Sequence[str], subjects)
-        unread = sorted({prompt for prompt in prompts if prompt not in self.parses})
-        if unread:
-            self.read_prompts(unread)
-        parses = [self.parses[prompt] for prompt in prompts]
         drawn: Drawn = own.draw(
             self.generator,
             self.controls,
@@ -790,9 +821,10 @@ class Pipeline:
             cast(Captions, condition),
             self.encoder().encode,
             generate,
+            first=functools.partial(generate, on_step=None),  # nobody is shown what is only looked at
             seed=seed,
             indices=indices,
-            notes=self.notes,
+            notes=notes,
         )
         return drawn
 

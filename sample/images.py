@@ -12,7 +12,7 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from imgtok.runtime import process_state
 from imgtok.sample import calls_figure
 from imgtok.sample.labels import in_words, labels_by_class, labels_in_turn, num_labels, shown_by_label
 from imgtok.sections import Settings
-from imgtok.text.parsing import Parse
+from imgtok.text.parsing import Parse, Parser
 from imgtok.tokenizers.calls import Totals, summary, together
 from imgtok.tokenizers.tokens import Tokens
 
@@ -89,9 +89,15 @@ class Config:
     """Numbered PNGs, or one `samples.npz` as the ADM evaluator reads it."""
     controls: tuple[str, ...] = ()
     """What is done to prompts while images are drawn, so that each object gets its own attributes: one or more of the
-    controls that docs/controls.md lists, in order."""
+    controls that docs/controls.md lists."""
     control_settings: Settings = Settings()
     """Their settings, by control: control_settings.NAME.strength=0.5, say."""
+    entities: tuple[str, ...] = ()
+    """What the prompt names, for controls: 'red circle,blue star', in words of the prompt, the last of them a noun, or
+    with the noun marked by a star. Of several prompts a text file (.txt) with a line for each, of which an empty one
+    leaves its prompt to the parser. Empty leaves all to it."""
+    parser: Parser = "grammar"
+    """Who finds what prompts name: the grammar that is built in, or textblob or spacy where they are installed."""
     sampling: Settings = Settings()
     """How tokens or latents are drawn: settings of the generator; what is left out is as its configuration says."""
     decoding: Settings = Settings()
@@ -112,6 +118,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if not self.controls and (self.entities or self.parser != "grammar"):
+            name = "entities" if self.entities else "parser"
+            raise ValueError(f"{name}: this is for controls, and there are none; say controls=..., or leave {name} out")
         if self.order == "by_class" and self.per_class is None:
             raise ValueError("order: by_class needs per_class, the number of images of each class")
         if self.known and self.keep is None:
@@ -240,12 +249,21 @@ class Plan:
         numbers = tuple(pipe.class_numbers(config.classes))
         labels = plan_labels(config, len(prompts) or num_labels(pipe), numbers)
         known = pipe.known(config.known, config.keep) if config.known else None
-        parses = tuple(pipe.read_prompts(prompts)) if pipe.controls else ()
+        if pipe.controls and not prompts:
+            raise ValueError(
+                "prompts: controls act on prompts, and there are none; say prompts=..., or leave controls out"
+            )
+        given = read_entities(config.entities, len(prompts))
+        parses = tuple(pipe.read_prompts(prompts, given, parser=config.parser)) if pipe.controls else ()
         return cls(labels, prompts, sampling, decoding, numbers, known, parses)
 
     def subjects(self, indices: Sequence[int]) -> list[Subject]:
         """Classes or prompts of some of the images."""
         return [self.prompts[self.labels[index]] if self.prompts else self.labels[index] for index in indices]
+
+    def parses_of(self, indices: Sequence[int]) -> list[Parse] | None:
+        """What controls understand of the prompts of some of the images."""
+        return [self.parses[self.labels[index]] for index in indices] if self.parses else None
 
     def known_of(self, indices: Sequence[int]) -> Known | None:
         """What some of the images are drawn around."""
@@ -269,6 +287,24 @@ def read_prompts(prompts: str) -> list[str]:
     if not any(lines):
         raise ValueError(f"prompts: {prompts} holds no prompt; write one a line")
     return [line for line in lines if line]
+
+
+def read_entities(entities: Sequence[str], count: int) -> list[Sequence[str] | None] | None:
+    """Those of each of `count` prompts, None for the parser's; None where none are given. Raises ValueError for a file
+    of another number of lines, or for several prompts without a file.
+    """
+    if not entities:
+        return None
+    if len(entities) > 1 or not entities[0].endswith(".txt"):
+        if count != 1:
+            raise ValueError(
+                f"entities: given for {count} prompts; write a text file with a line for each prompt, entities=FILE.txt"
+            )
+        return [entities]
+    lines = Path(entities[0]).expanduser().read_text(encoding="utf-8").splitlines()
+    if len(lines) != count:
+        raise ValueError(f"entities: {entities[0]} has {len(lines)} lines for {count} prompts; write one for each")
+    return [[part.strip() for part in line.split(",") if part.strip()] or None for line in lines]
 
 
 def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any]) -> None:
@@ -302,6 +338,8 @@ def claim_folder(config: Config, labels: Sequence[int], request: dict[str, Any])
     if not images:  # and so nothing that lines of an earlier job would count
         for path_of_lines in config.out.glob(CALLS):
             path_of_lines.unlink()
+        for path_of_lines in config.out.glob(NOTES.format("*")):
+            path_of_lines.unlink()
     write_record(path, {"request": request, "labels": list(labels)} | kept)
 
 
@@ -315,7 +353,7 @@ def describe_request(config: Config, plan: Plan, pipe: Pipeline) -> dict[str, An
     assert pipe.found is not None, "it was loaded by its name"
     model, tokenizer = pipe.found
     request = to_dict(config)
-    for name in ("out", "num", "per_class", "batch_size", "grid", "threads", "known", "keep"):
+    for name in ("out", "num", "per_class", "batch_size", "grid", "threads", "known", "keep", "entities", "parser"):
         del request[name]
     if config.keep is not None:  # files may be other ones by now
         request["known"] = [file_sha256(path.expanduser()) for path in config.known]
@@ -347,13 +385,14 @@ def draw_images(
 ) -> None:
     """Draws the images of the missing indices and writes each to its own file."""
     with tqdm(total=len(missing), unit="image", desc="sample", disable=not show_progress) as progress:
-        for indices, made in generate(config, pipe, plan, missing):
+        for indices, made, notes in generate(config, pipe, plan, missing):
             counts = made.drawn.lengths.tolist() if isinstance(made.drawn, Tokens) and pipe.own_lengths else None
             with signals.deferred() as requests:  # what is drawn is kept
                 for place, index in enumerate(indices):
                     comment = "" if counts is None else in_comment(counts[place])
                     pictures.save_png(made.images[place], image_path(folder, index), comment)
                 note_drawing(config.out, made.drawn)
+                note_controls(config.out, notes)
             progress.update(len(indices))
             if requests.number:
                 raise signals.Stopped(requests.number)
@@ -372,6 +411,17 @@ def note_drawing(out: Path, drawn: Drawn) -> None:
             file.write(json.dumps(drawn.calls.totals()) + "\n")
 
 
+NOTES = "controls-{}.jsonl"
+"""What controls did, a file a process."""
+
+
+def note_controls(folder: Path, notes: Sequence[Mapping[str, Any]]) -> None:
+    """Adds what controls did in a batch: a JSON line a control and step, with the numbers of the images."""
+    if notes:
+        with (folder / NOTES.format(process_state().process_index)).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(note) + "\n" for note in notes))
+
+
 def noted_drawing(out: Path) -> Totals | None:
     """What all batches together took, of this run and of those before that drew other images of the request."""
     lines = [line for path in sorted(out.glob(CALLS)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -382,9 +432,10 @@ def noted_drawing(out: Path) -> Totals | None:
 
 def generate(
     config: Config, pipe: Pipeline, plan: Plan, indices: Sequence[int]
-) -> Iterator[tuple[Sequence[int], Made]]:
-    """Batches of indices, and what is made for them."""
+) -> Iterator[tuple[Sequence[int], Made, list[dict[str, Any]]]]:
+    """Batches of indices, what is made for them, and what controls did."""
     for chunk in batches_of(indices, config.batch_size):
+        notes: list[dict[str, Any]] = []
         made = pipe.images_at(
             (config.num_tokens,),
             plan.subjects(chunk),
@@ -393,8 +444,10 @@ def generate(
             sampling=plan.sampling,
             decoding=plan.decoding,
             known=plan.known_of(chunk),
+            parses=plan.parses_of(chunk),
+            notes=notes,
         )
-        yield chunk, made[config.num_tokens]
+        yield chunk, made[config.num_tokens], notes
 
 
 TOKENS = "tokens: "

@@ -40,8 +40,8 @@ def plain(alpha: Tensor) -> Tensor:
 
 
 def interpolated(states: Tensor, null: Tensor, weights: Tensor) -> Tensor:
-    """States (..., T, D) on the line from those for no prompt, weight 0, through their own, weight 1 [ours: what libraries
-    of prompt weighting do above 1]. Weights of 1 give the states themselves, to the bit.
+    """States (..., T, D) on the line from those for no prompt, weight 0, through their own, weight 1 [ours: what
+    libraries of prompt weighting do above 1]. Weights of 1 give the states themselves, to the bit.
     """
     return states + (weights - 1)[..., None] * (states - null)
 

@@ -102,17 +102,26 @@ def items_in(folder: Path, num: int | None = None) -> list[Item]:
         found.append(Item(index=index, text=texts[name], facts=facts, path=path, noise=index))
         if num is not None and len(found) == num:
             break
+    if not found:
+        raise ValueError(f"{folder}: its list of captions is empty; captions are a line an image in {METADATA}")
     return found
 
 
 def _captions(folder: Path) -> dict[str, str]:
     """Name of a file -> its caption."""
     if (folder / METADATA).is_file():
-        rows = [json.loads(line) for line in (folder / METADATA).read_text(encoding="utf-8").splitlines() if line]
-        for number, row in enumerate(rows, 1):
+        texts: dict[str, str] = {}
+        for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{folder / METADATA}: line {number} is no JSON: {error}") from None
             if not isinstance(row, dict) or not {"file_name", "text"} <= row.keys():
                 raise ValueError(f"{folder / METADATA}: line {number} has no file_name and text")
-        return {str(row["file_name"]): str(row["text"]) for row in rows}
+            texts[str(row["file_name"])] = str(row["text"])
+        return texts
     if (folder / RECORD).is_file():
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         prompts = record.get("request", {}).get("prompts") or []

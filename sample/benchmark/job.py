@@ -36,22 +36,26 @@ from imgtok.sample.benchmark import page
 from imgtok.sample.benchmark.items import METADATA, Item, folders_in, items_in, items_of, profile_of
 from imgtok.sample.benchmark.results import (
     READINGS,
+    REPORT,
     Answer,
     Row,
+    Seconds,
     answers_of,
     key_of,
     read_scores,
+    read_seconds,
     record_of,
     row_of,
     table,
     write_readings,
 )
-from imgtok.sample.images import image_path, read_image
+from imgtok.sample.images import image_path, note_controls, read_image
 from imgtok.sample.reconstruct import open_model, rates_of, reconstruct, size_for
 from imgtok.sections import Settings
 from imgtok.shapes.oracle import Score
 from imgtok.shapes.render import render
 from imgtok.shapes.world import ShapesConfig
+from imgtok.text.parsing import Parse, Parser
 from imgtok.tokenizers.base import Rate
 
 __all__ = ["Config", "main"]
@@ -99,9 +103,12 @@ class Config:
     text_encoder: str | None = None
     """Folder or Hub name of the text encoder, or minilm; null takes the one that the generator names."""
     controls: tuple[str, ...] = ()
-    """What is done to captions while `model` draws: tome, frap, or both (docs/controls.md)."""
+    """What is done to captions while `model` draws: one or more of the controls that docs/controls.md lists."""
     control_settings: Settings = Settings()
-    """Their settings, by control: control_settings.frap.updates=3, say."""
+    """Their settings, by control: control_settings.NAME.strength=0.5, say."""
+    parser: Parser = "grammar"
+    """Who tells controls what captions name: the grammar that is built in, or textblob or spacy where these are
+    installed."""
     baseline: Path | None = None
     """Folder of another result for the same captions: differences from it are paired, caption by caption."""
     references: bool = True
@@ -137,9 +144,11 @@ class Config:
             raise ValueError("rates: these belong to tokenizer=NAME alone, which reconstructs at them")
         if self.controls and self.model is None:
             raise ValueError("controls: these act while a generator draws; they belong to model=NAME")
+        if self.parser != "grammar" and not self.controls:
+            raise ValueError("parser: this is for controls, and there are none; say controls=..., or leave parser out")
         if self.data is not None and self.data.mode != "text":
             raise ValueError("data.mode: captions are of scenes, data.mode=text; class is for `imgtok evaluate`")
-        if "swap" in self.splits and self.num % 2:
+        if self.images is None and "swap" in self.splits and self.num % 2:
             raise ValueError(f"num: {self.num} is odd, and the captions of split swap come in pairs")
 
     def result(self, step: int | None = None) -> Path:
@@ -174,18 +183,20 @@ def main(config: Config) -> None:
     else:
         work = Reconstructing(config, state.device)
     out = config.result(work.step)
+    all_series = work.series(out)
     baseline = None if config.baseline is None else read_scores(config.baseline)
+    for series in all_series:
+        _paired(baseline, series)  # one that does not fit is said before anything is drawn
     request = request_of(config, work)
     if state.is_main_process:
         claim(out, request)
-        announce.begins(
-            "evaluate shapes", **work.in_words, captions=_captions_in_words(config, work.series(out)), out=out
-        )
+        announce.begins("evaluate shapes", **work.in_words, captions=_captions_in_words(config, all_series), out=out)
     state.wait_for_everyone()
-    start, drawn = time.perf_counter(), 0
-    for series in work.series(out):
-        drawn += work.draw(series, state.process_index, state.num_processes)
-    seconds = (time.perf_counter() - start) / drawn if drawn else None
+    seconds: Seconds = {}
+    for series in all_series:
+        start = time.perf_counter()
+        if drawn := work.draw(series, state.process_index, state.num_processes):
+            seconds[series.split, series.what] = (time.perf_counter() - start) / drawn
     state.wait_for_everyone()
     if state.is_main_process:
         with cpu_threads(1):  # the oracle's tensors are small
@@ -249,6 +260,7 @@ class Drawing:
         with tqdm(total=len(missing), unit="image", desc=f"draw {series.split}", disable=rank > 0) as progress:
             for chunk in batches_of(missing, self.config.batch_size):
                 items = [series.items[index] for index in chunk]
+                notes: list[dict[str, Any]] = []
                 made = self.pipe.images_at(
                     (None,),
                     [item.text for item in items],
@@ -256,16 +268,25 @@ class Drawing:
                     seed=self.config.seed,
                     sampling=self.sampling,
                     decoding=self.decoding,
+                    parses=self._parses(items),
+                    notes=notes,
                 )[None]
                 for item, image in zip(items, made.images, strict=True):
                     pictures.save_png(image, image_path(series.folder, item.index))
+                note_controls(series.folder, notes)
                 progress.update(len(chunk))
         return len(missing)
+
+    def _parses(self, items: Sequence[Item]) -> list[Parse] | None:
+        """What controls understand of captions; None without controls."""
+        if not self.pipe.controls:
+            return None
+        return self.pipe.read_prompts([item.text for item in items], parser=self.config.parser)
 
     def _keep_parses(self, series: Series) -> None:
         """Says what the controls understand of the first captions, and writes beside the images what of each."""
         assert series.folder is not None
-        parses = self.pipe.read_prompts([item.text for item in series.items])
+        parses = self._parses(series.items) or []
         for one in parses[:SAID]:
             logger.info("%s: %r names %s", series.split, one.prompt, "; ".join(one.lines()))
         with replacing(series.folder / PARSES) as temporary:
@@ -326,6 +347,11 @@ class Reading:
         self.data = config.data or ShapesConfig(mode="text")
         self.folders = folders_in(config.images, config.splits)
         self.items = {split: items_in(folder, config.num) for split, folder in self.folders.items()}
+        if len(self.items.get("swap", ())) % 2:
+            raise ValueError(
+                f"images: an odd number of captions, {len(self.items['swap'])}, is taken of {self.folders['swap']}, "
+                "and those of split swap come in pairs; give an even num=... and both images of each pair"
+            )
         sizes = {SavedImages(folder).size for folder in self.folders.values()}
         if len(sizes) > 1 or any(height != width for height, width in sizes):
             raise ValueError(f"images: {config.images} holds images of {sorted(sizes)} pixels; they must be squares")
@@ -380,14 +406,15 @@ def true_images(items: Sequence[Item], size: int) -> Tensor:
 
 # ---------------------------------------------------------------- the result
 
-REQUEST, REPORT, PAGE = "request.json", "report.json", "index.html"
+REQUEST, PAGE = "request.json", "index.html"
 FREE = ("out", "batch_size", "threads", "shown", "baseline", "references")
 """Fields on which images and scores do not depend."""
 
 
 def request_of(config: Config, work: Drawing | Reconstructing | Reading) -> dict[str, Any]:
     """All that images and scores depend on; models by their fingerprints."""
-    told = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    left_out = FREE if config.controls else (*FREE, "parser")
+    told = {name: value for name, value in to_dict(config).items() if name not in left_out}
     models = {name: found.fingerprint() for name, found in work.models.items()}
     return json.loads(json.dumps(told | {"data": to_dict(work.data), "models": models} | work.settings))
 
@@ -415,9 +442,13 @@ def finish(
     work: Drawing | Reconstructing | Reading,
     out: Path,
     baseline: Mapping[tuple[str, str], Mapping[str, Score]] | None,
-    seconds: float | None,
+    seconds: Seconds,
 ) -> None:
-    """Reads all images, writes the files and prints the table."""
+    """Reads all images, writes the files and prints the table. `seconds` are of an image that was drawn now, by split
+    and kind; where none was, those of an earlier run stay.
+    """
+    seconds = {**read_seconds(out), **seconds}
+    theirs = {} if config.baseline is None else read_seconds(config.baseline)
     rows: list[Row] = []
     shown: list[page.Shown] = []
     answers: dict[tuple[str, str], list[Answer]] = {}
@@ -428,7 +459,9 @@ def finish(
             images = series.images()
             found = answers_of(series.items, images, work.data.scale)
             answers[series.split, series.what] = found
-            rows.append(row_of(series.split, series.what, found, _paired(baseline, series, found), seed=config.seed))
+            key = series.split, series.what
+            row = row_of(*key, found, _paired(baseline, series), seed=config.seed)
+            rows.append(replace(row, seconds=seconds.get(key), seconds_of_baseline=theirs.get(key)))
             some = slice(config.shown)
             shown.append(page.Shown(f"{series.split}: {series.what}", found[some], images[some]))
             if config.references and series.split not in judged and series.items[0].scene is not None:
@@ -437,19 +470,21 @@ def finish(
             progress.update(len(series.items))
     write_readings(out / READINGS, answers)
     told = notes(config, work)
+    timed = [(row.seconds * row.images, row.images) for row in rows if row.seconds is not None]
+    mean = sum(took for took, _ in timed) / sum(count for _, count in timed) if timed else None
     record = {
         "format": 1,
         "request": request_of(config, work),
         "rows": [record_of(row) for row in rows],
-        "seconds_an_image": None if seconds is None else round(seconds, 4),
+        "seconds_an_image": None if mean is None else round(mean, 4),
         "notes": told,
     }
     with replacing(out / REPORT) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     lead = "; ".join(f"{name}: {words}" for name, words in work.in_words.items())
     made_of = {name: json.dumps(value) for name, value in record["request"].items() if name != "files"}  # type: ignore[attr-defined]
-    if seconds is not None:
-        made_of["seconds an image"] = f"{seconds:.3f}, drawing and decoding"
+    if mean is not None:
+        made_of["seconds an image"] = f"{mean:.3f}, drawing and decoding, of one process"
     page.write(out / PAGE, "Shapes benchmark", lead, rows, shown, told, made_of, f"{REPORT}, {READINGS}, images")
     sys.stdout.write(table(rows) + "\n")
     for note in told:
@@ -457,14 +492,12 @@ def finish(
     announce.ends(out / PAGE, out / REPORT, out / READINGS)
 
 
-def _paired(
-    baseline: Mapping[tuple[str, str], Mapping[str, Score]] | None, series: Series, answers: Sequence[Answer]
-) -> list[Score] | None:
+def _paired(baseline: Mapping[tuple[str, str], Mapping[str, Score]] | None, series: Series) -> list[Score] | None:
     """The baseline's scores of the same captions. Raises ValueError where it has not all of them."""
     if baseline is None:
         return None
     known = baseline.get((series.split, series.what), {})
-    keys = [key_of(answer.item.index, answer.item.text) for answer in answers]
+    keys = [key_of(item.index, item.text) for item in series.items]
     if lacking := [key for key in keys if key not in known]:
         raise ValueError(
             f"baseline: has no answer for {len(lacking)} of the {len(keys)} captions of {series.split}, the first is "
@@ -474,13 +507,12 @@ def _paired(
 
 
 def references(series: Series, size: int, scale: float, seed: int) -> list[Row]:
-    """What the true images of a split get, and those of other scenes: the image of item i + 2 for item i."""
+    """What the true images of a split get, and those of other scenes: the image of item i + 2 for item i. Of one or two
+    items that is no other scene, and of the pair of a swap it would be nearly the same, so there the second is missing.
+    """
     images = pictures.to_uint8(true_images(series.items, size).mul(2.0).sub(1.0))
-    moved = images.roll(-2, dims=0)
-    return [
-        row_of(series.split, what, answers_of(series.items, some, scale), seed=seed)
-        for what, some in ((TRUE, images), (OTHERS, moved))
-    ]
+    shown = [(TRUE, images)] + ([(OTHERS, images.roll(-2, dims=0))] if len(images) > 2 else [])
+    return [row_of(series.split, what, answers_of(series.items, some, scale), seed=seed) for what, some in shown]
 
 
 def notes(config: Config, work: Drawing | Reconstructing | Reading) -> list[str]:

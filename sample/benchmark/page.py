@@ -9,7 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from imgtok.sample.benchmark.results import SHOWN_RATES, Answer, Row, read_in_words, with_interval
+from imgtok.sample.benchmark.results import (
+    SHOWN_RATES,
+    Answer,
+    Row,
+    read_in_words,
+    seconds_in_words,
+    times_in_words,
+    with_interval,
+)
 from imgtok.sample.page import inline_thumbnail, notes_of, section, settings, write_html
 from imgtok.shapes.intervals import Interval
 
@@ -66,17 +74,20 @@ def write(
 
 def rates_table(rows: Sequence[Row]) -> str:
     """All rows; those that are no results are grey."""
-    head = "".join(f"<th>{name}" for name in ("split", "images", "n", *SHOWN_RATES))
+    head = "".join(f"<th>{name}" for name in ("split", "images", "n", *SHOWN_RATES, "seconds"))
     body = []
     for row in rows:
         cells = "".join(f"<td>{_cell(name, row.rates[name])}" for name in SHOWN_RATES)
         kind = " class=minor" if row.what in REFERENCES else ""
         body.append(
             f"<tr{kind}><td>{html.escape(row.split)}<td class=left>{html.escape(row.what)}<td>{row.images}{cells}"
+            f"<td>{seconds_in_words(row)}"
         )
         if row.differences is not None:
             told = "".join(f"<td>{_cell(name, row.differences[name])}" for name in SHOWN_RATES)
-            body.append(f"<tr class=difference><td><td class=left>minus the baseline<td>{told}")
+            body.append(
+                f"<tr class=difference><td><td class=left>minus the baseline<td>{told}<td>{times_in_words(row)}"
+            )
     return f"<div class=scroll><table class=rates><tr>{head}{''.join(body)}</table></div>"
 
 

@@ -42,6 +42,9 @@ class Row:
     rates: Mapping[str, Interval]
     differences: Mapping[str, Interval] | None = None
     """Minus those of the baseline, from the same captions."""
+    seconds: float | None = None
+    """Of drawing and decoding an image in one process; None where none was drawn."""
+    seconds_of_baseline: float | None = None
 
 
 def answers_of(items: Sequence[Item], images: Tensor, scale: float) -> list[Answer]:
@@ -66,6 +69,8 @@ def row_of(
 def record_of(row: Row) -> dict[str, Any]:
     """A row as plain data; a rate without a value is null."""
     told: dict[str, Any] = {"split": row.split, "what": row.what, "images": row.images, "rates": _plain(row.rates)}
+    if row.seconds is not None:
+        told["seconds_an_image"] = round(row.seconds, 4)
     return told | ({} if row.differences is None else {"differences": _plain(row.differences)})
 
 
@@ -117,12 +122,25 @@ def read_scores(folder: Path) -> dict[tuple[str, str], dict[str, Score]]:
     return found
 
 
+Seconds = dict[tuple[str, str], float]
+"""(split, what) -> seconds of drawing an image."""
+
+
+def read_seconds(folder: Path) -> Seconds:
+    """What the report of a result says of the time; nothing where there is no report yet."""
+    path = folder.expanduser() / REPORT
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {(row["split"], row["what"]): row["seconds_an_image"] for row in rows if "seconds_an_image" in row}
+
+
 def key_of(index: int, text: str) -> str:
     """What a caption is known by in two runs."""
     return f"{index} {text}"
 
 
-READINGS = "readings.jsonl"
+READINGS, REPORT = "readings.jsonl", "report.json"
 
 
 # ---------------------------------------------------------------- words
@@ -160,15 +178,27 @@ def with_interval(name: str, interval: Interval) -> str:
     return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
 
 
+def seconds_in_words(row: Row) -> str:
+    """`0.123`, of an image."""
+    return "-" if row.seconds is None else f"{row.seconds:.3f}"
+
+
+def times_in_words(row: Row) -> str:
+    """`x 1.70`, against the baseline."""
+    if row.seconds is None or not row.seconds_of_baseline:
+        return "-"
+    return f"x {row.seconds / row.seconds_of_baseline:.2f}"
+
+
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: rates in per cent with their 95 % intervals, extra objects an image."""
-    lines = [["split", "images", "n", *SHOWN_RATES]]
+    """The rows as text: rates in per cent with their 95 % intervals, extra objects an image, seconds an image."""
+    lines = [["split", "images", "n", *SHOWN_RATES, "seconds"]]
     for row in rows:
         cells = [with_interval(name, row.rates[name]) for name in SHOWN_RATES]
-        lines.append([row.split, row.what, str(row.images), *cells])
+        lines.append([row.split, row.what, str(row.images), *cells, seconds_in_words(row)])
         if row.differences is not None:
             told = [with_interval(name, row.differences[name]) for name in SHOWN_RATES]
-            lines.append(["", "  minus the baseline", "", *told])
+            lines.append(["", "  minus the baseline", "", *told, times_in_words(row)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_other_images_score_less_by_a_paired_difference(judged, tmp_path, capsys
     config = Config(images=folder, splits=("val",), num=FEW, data=WORLD, out=tmp_path / "out", baseline=judged / "out")
     with pytest.raises(ValueError, match="baseline: has no answer for 4 of the 4 captions of images"):
         main(config)
+    assert not (tmp_path / "out").exists(), "said before anything is written or drawn"
     wrong = tmp_path / "again"
     wrong.mkdir()
     folder.rename(wrong / "val")
@@ -161,7 +163,12 @@ def pipe(tmp_path, monkeypatch) -> Pipeline:
     return made
 
 
-def test_a_generator_draws_what_is_missing_for_the_captions(pipe, tmp_path):
+def seconds_in(out: Path) -> dict[str, float]:
+    assert report_of(out)["seconds_an_image"] > 0
+    return {row["split"]: row["seconds_an_image"] for row in report_of(out)["rows"]}
+
+
+def test_a_generator_draws_what_is_missing_for_the_captions(pipe, tmp_path, capsys):
     out = tmp_path / "out"
     config = Config(
         model=str(tmp_path / "model"), splits=("val", "swap"), num=2, data=WORLD, out=out, references=False, exact=True
@@ -172,14 +179,32 @@ def test_a_generator_draws_what_is_missing_for_the_captions(pipe, tmp_path):
     found = read_image(out / "images/swap/000001.png").int()
     assert (found - expected.images[0].int()).abs().max() <= 1, "the two of a pair have one noise"
     (out / "images/swap/000001.png").unlink()
-    main(config)
+    took = seconds_in(out)
+    assert took.keys() == {"val", "swap"}
+    assert all(seconds > 0 for seconds in took.values())
+    capsys.readouterr()
+    main(dataclasses.replace(config, baseline=out))
     assert (out / "images/swap/000001.png").read_bytes() == first
+    assert seconds_in(out)["val"] == took["val"], "nothing was drawn now"
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].split()[-1] == "seconds"
+    assert told[2].split()[-2:] == ["x", "1.00"]
     again = Config(images=out / "images", splits=("val", "swap"), num=2, data=WORLD, out=tmp_path / "again")
     main(again)
     assert [row["rates"] for row in report_of(tmp_path / "again")["rows"]] == [
         row["rates"] for row in report_of(out)["rows"]
     ]
     assert report_of(out)["request"]["models"].keys() == {"model", "tokenizer"}
+
+
+def test_few_images_of_a_folder(judged, tmp_path):
+    """Splits that are not there ask for no pairs, and of two images there is no other scene."""
+    main(Config(images=judged / "images" / "val", num=3, data=WORLD, out=tmp_path / "odd"))
+    with pytest.raises(ValueError, match="an odd number of captions, 3, is taken of .*come in pairs"):
+        main(Config(images=judged / "images", num=3, data=WORLD, out=tmp_path / "pairs"))
+    for count, rows in ((2, ["true images"]), (3, ["true images", "another scene's"])):
+        series = job.Series("val", "samples", items_of(WORLD, "val", count), None)
+        assert [row.what for row in job.references(series, 32, WORLD.scale, 0)] == rows
 
 
 def test_swap_pairs_are_one_group_and_differ_by_colours():
@@ -198,6 +223,7 @@ def test_swap_pairs_are_one_group_and_differ_by_colours():
         ({"model": "m", "num": 3}, "num: 3 is odd"),
         ({"model": "m", "splits": ("val", "val")}, "name each once"),
         ({"model": "m", "data": ShapesConfig()}, "data.mode: captions are of scenes"),
+        ({"model": "m", "parser": "textblob"}, "parser: this is for controls, and there are none"),
     ],
 )
 def test_requests_that_make_no_sense(fields, message):
@@ -216,6 +242,12 @@ def test_folders_that_cannot_be_judged(tmp_path):
         main(Config(images=tmp_path))
     (tmp_path / "samples.json").write_text(json.dumps({"labels": [3], "request": {"prompts": []}}))
     with pytest.raises(ValueError, match="drawn for classes and have no captions"):
+        main(Config(images=tmp_path))
+    (tmp_path / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match="its list of captions is empty"):
+        main(Config(images=tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red circle"}\n\n{"file_name": \n')
+    with pytest.raises(ValueError, match="metadata.jsonl: line 3 is no JSON: "):
         main(Config(images=tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(ValueError, match="line 1 has no file_name and text"):

@@ -107,16 +107,22 @@ def test_further_options_reach_the_text_encoders_and_the_passes(monkeypatch):
     off = [AdaptiveWeightsConfig(strength=0)]
     changes = {"negative_prompt": "hat", "negative_prompt_2": "dog"}
     assert torch.equal(controlled(pipe, off, **changes), stock(pipe, **changes))
-    told, forward = [], pipe.unet.forward
+    told, forward, scales, encode = [], pipe.unet.forward, [], pipe.encode_prompt
 
     def seen(*given, cross_attention_kwargs=None, **more):
         told.append(cross_attention_kwargs)
         return forward(*given, cross_attention_kwargs=cross_attention_kwargs, **more)
 
+    def encoded(*, lora_scale=None, **more):
+        scales.append(lora_scale)
+        return encode(**more)  # adapters of text encoders are not for the transformers of today
+
     monkeypatch.setattr(pipe.unet, "forward", seen)
+    monkeypatch.setattr(pipe, "encode_prompt", encoded)
     controlled(pipe, ["frap"], cross_attention_kwargs={"scale": 0.5})
     assert len(told) == STEPS + 1
     assert all(one == {"scale": 0.5} for one in told)
+    assert scales[:2] == [0.5, 0.5]
 
 
 @pytest.mark.slow
