@@ -621,6 +621,9 @@ class Pipeline:
             empty = self.generator.empty_caption
             if empty is not None and bool(empty.any()):  # zeros where a published file does not say them
                 found.check_same(empty)
+            own = None if self.found is None else self.found[0].path / words.NAME
+            if isinstance(found, WordEncoder) and own is not None and is_words(own):
+                found.check_vocabulary(own)
             self._encoder = found
         return self._encoder
 

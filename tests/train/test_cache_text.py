@@ -32,6 +32,7 @@ from imgtok.shapes.world import ShapesConfig, scene
 from imgtok.signals import Stopped
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import MINILM_PACKAGE, TextEncoder
+from imgtok.text.words import build
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_text
@@ -328,6 +329,9 @@ def test_words_go_from_captions_to_pictures_without_any_download(trained, tmp_pa
         logits = pipe.generator.logits(captions, torch.zeros(2, pipe.generator.config.num_tokens, dtype=torch.long))
     assert not torch.equal(logits[0], logits[1])
     assert captions.features.sum(-1).tolist() == [[1.0] * 4, [1.0] * 3 + [0.0]]
+    other = build([" ".join(f"w{k}" for k in range(text.info.width - 2))], tmp_path / "other")
+    with pytest.raises(ValueError, match="is not the encoder that the generator was trained with: its word 2 is"):
+        imgtok.pipeline(tmp_path / "run/final", device="cpu", text_encoder=str(other))("a red circle")
     assert captions.columns(0, 2, 5) == [1]
     pipe.save_pretrained(tmp_path / "again")
     assert imgtok.pipeline(tmp_path / "again", device="cpu")("a red circle")[0].tobytes() == first.tobytes()

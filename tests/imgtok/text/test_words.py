@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -27,6 +29,40 @@ def test_each_word_has_a_channel_of_its_own(folder):
     assert caption.spans[0].tolist() == [[0, 1], [2, 5], [7, 13], [0, 0]]
     assert empty.features.shape == (1, 1, 9)
     assert [encoder.words[k] for k in unknown.features[0].argmax(-1)] == ["a", "<unk>", "</s>"]
+
+
+def test_unknown_words_are_said_once(folder, caplog):
+    encoder = WordEncoder.load("words", folder, max_length=9, device=CPU)
+    encoder.encode(["a red star", ""])
+    assert not caplog.messages
+    for _ in range(2):
+        encoder.encode(["a Zebra, a red ant"])
+    assert caplog.messages == [
+        "text: words knows no 'ant', 'zebra'; whatever it does not know is one and the same word to it"
+    ]
+
+
+def test_a_missing_library_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for call in (
+        lambda: WordEncoder.load("words", folder, max_length=9, device=CPU),
+        lambda: build(TEXTS, tmp_path / "new"),
+    ):
+        with pytest.raises(ValueError, match=r"needs the library tokenizers; install it: pip install 'imgtok\[text\]'"):
+            call()
+
+
+def test_a_vocabulary_of_other_words_is_refused(folder, tmp_path):
+    """Even one of as many."""
+    other = WordEncoder.load("w", build(["a red circle, a blue dog", "a red cat"], tmp_path), max_length=5, device=CPU)
+    mine = WordEncoder.load("w", folder, max_length=5, device=CPU)
+    assert other.width == mine.width
+    other.check_same(torch.zeros(1, 9))
+    mine.check_vocabulary(folder)
+    with pytest.raises(
+        ValueError, match=r"its word \d is \['\w+'\], and there it was \['\w+'\]; leave text_encoder out"
+    ):
+        other.check_vocabulary(folder)
 
 
 def test_long_texts_are_cut_before_the_end_mark(folder):
