@@ -117,7 +117,8 @@ class WordEncoder:
             number = next((k for k, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), len(theirs))
             raise ValueError(
                 f"text_encoder: {self.name} is not the encoder that the generator was trained with: its word {number} "
-                f"is {mine[number : number + 1]}, and there it was {theirs[number : number + 1]}; leave text_encoder out"
+                f"is {mine[number : number + 1]}, and there it was {theirs[number : number + 1]}; leave text_encoder "
+                "out"
             )
 
 
