@@ -785,7 +785,7 @@ class Pipeline:
         start = time.perf_counter()
         asked, numbers = self.blocks.padded(subjects), self.blocks.padded(indices)
         with self._computing():
-            generate = functools.partial(
+            generate: Callable[..., Drawn] = functools.partial(
                 self.generator.generate,
                 seed=seed,
                 indices=numbers,

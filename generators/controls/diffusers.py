@@ -430,6 +430,9 @@ class Drawing:
             )
         return together.mean(dim=1)
 
+    def redraw(self) -> None:
+        """See `Scene`: every step looks at what is there."""
+
     def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
         """See `Scene`: the noise of the phrases, each on a trajectory of its own from the same first noise."""
         if self.anchors is None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imgtok.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, check
+from imgtok.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check
 from imgtok.generators.controls.scene import ControlRun, Prompt, Scene, Texts
 from imgtok.text.parsing import Entity
 
@@ -173,6 +173,9 @@ class AdaptiveWeightsConfig:
     updates: NonNegativeInt = 6
     """Updates for a generator whose images are drawn as a whole and looked at then; each costs a pass of the
     network."""
+    rounds: PositiveInt = 1
+    """Drawings that such a generator makes to be looked at, each after the updates that the one before led to; 2 or 3
+    are what makes sense [ours]."""
     overlap: NonNegativeFloat = 1.0
     """Weight of what object and modifier share against presence (lambda)."""
     prob: Prob = "sum"
@@ -280,7 +283,7 @@ class WeightsRun:
     def looks(self, scene: Scene) -> int:
         """As the configuration says."""
         there = any(one.objects for one in self.words(scene))
-        return self.config.updates if there and self.config.strength > 0 else 0
+        return self.config.updates * self.config.rounds if there and self.config.strength > 0 else 0
 
     def free(self, scene: Scene, words: Sequence[Words]) -> Tensor:
         """(B, T): the columns whose weights move."""
@@ -312,6 +315,8 @@ class WeightsRun:
             scene.texts = self.weighted(scene.texts, self.alpha)
         if over:
             return
+        if scene.latents is None and scene.step > 0 and scene.step % config.updates == 0:
+            scene.redraw()
         rows = torch.tensor(chosen, device=self.alpha.device)
         texts = scene.texts[rows]
         with torch.enable_grad():

@@ -13,6 +13,7 @@ Shapes: B images, N rows of a call, T columns of a caption, L tokens, C channels
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from imgtok.generators.xar import XAR
 from imgtok.layers.record import AttentionRecord
 from imgtok.text.captions import Captions
 from imgtok.text.parsing import Parse
+from imgtok.tokenizers.calls import Calls
 from imgtok.tokenizers.tokens import Tokens
 
 FIRST = 8
@@ -67,7 +69,7 @@ def draw(
     notes: list[dict[str, Any]] | None = None,
 ) -> Any:
     """What `generate` draws for the captions that controls make of those of parsed prompts; their calls of the network
-    are those of both drawings, where there are two, without the passes of the controls.
+    are those of all drawings, those that are looked at too, without the passes of the controls.
 
     `encode` is that of the text encoder, which the captions came from; `first` draws, like `generate`, what is only
     looked at. Raises ValueError as the controls do.
@@ -96,7 +98,8 @@ class OwnScene:
         check_reads(generator)
         self.look: Look = GPTLook(generator) if isinstance(generator, GPT) else XARLook(generator)  # type: ignore[arg-type]
         self.generator, self._encode, self._generate, self._first = generator, encode, generate, first or generate
-        self.seed, self.images = seed, list(indices)
+        self.seed = seed
+        self.images: Sequence[int] = list(indices)
         self.captions = self._placed(captions)
         if self.captions.spans is None:
             raise ValueError("controls: the captions do not say which characters their columns stand for")
@@ -111,6 +114,7 @@ class OwnScene:
         self.notes: list[dict[str, Any]] = []
         self.bind_step: float | None = None
         self.content: Any = None
+        self.counted: list[Calls] = []
         self.anchors: Anchor | None = None
 
     def draw(self, controls: Sequence[PromptControl]) -> Any:
@@ -124,9 +128,8 @@ class OwnScene:
                 if step < count:
                     run.act(self)
         drawn = self._generate(self.captions_of(self.texts))
-        before = self.content
-        if isinstance(drawn, Tokens) and isinstance(before, Tokens) and drawn.calls and before.calls:
-            drawn = replace(drawn, calls=before.calls.plus(drawn.calls))
+        if isinstance(drawn, Tokens) and drawn.calls is not None:
+            drawn = replace(drawn, calls=functools.reduce(Calls.plus, self.counted, drawn.calls))
         return drawn
 
     def captions_of(self, texts: Texts) -> Captions:
@@ -142,9 +145,15 @@ class OwnScene:
         if self.content is None:
             with torch.no_grad():
                 self.content = self._first(self.captions_of(self.texts))
+            if isinstance(self.content, Tokens) and self.content.calls is not None:
+                self.counted.append(self.content.calls)
         record = AttentionRecord()
         chosen = [self.images[row] for row in rows.tolist()]
         return self.look.maps(self.captions_of(texts), self.content[rows], record, self.seed, chosen)
+
+    def redraw(self) -> None:
+        """See `Scene`: with the same random numbers."""
+        self.content = None
 
     def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
         """See `Scene`; the phrases stay where they are, so `published` changes nothing."""

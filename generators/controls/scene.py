@@ -133,6 +133,10 @@ class Scene(Protocol):
         """
         ...
 
+    def redraw(self) -> None:
+        """Images that are drawn as a whole to be looked at are drawn anew, for the texts as they are now."""
+        ...
+
     def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
         """The trajectories of phrases (N,) of prompts `rows` (N,) at this step; see `tome`. The same phrases are asked
         for at every step. `published` is for how they go on in the published code.

@@ -232,6 +232,17 @@ def test_calls_are_those_of_both_drawings_and_steps_those_of_the_last():
     assert found.calls.calls.tolist() == [18]
 
 
+def test_rounds_look_at_what_was_drawn_after_updates():
+    model, notes = gpt(), []
+    once, both = AdaptiveWeightsConfig(updates=2), AdaptiveWeightsConfig(updates=1, rounds=2)
+    _, seen = drawn(model, [both], PROMPTS[:1], notes=notes)
+    assert (len(seen), len(notes)) == (3, 2)
+    looked_at = [captions.features for captions in seen]
+    assert not torch.equal(looked_at[0], looked_at[1]), "the second drawing is for the weights that the first led to"
+    assert not torch.equal(looked_at[1], looked_at[2])
+    assert len(drawn(model, [once], PROMPTS[:1])[1]) == 2
+
+
 def test_demos_of_the_published_code():
     attribute, thing = SemanticMergeConfig.published(), SemanticMergeConfig.published("object")
     assert (attribute.binds, attribute.end_step, attribute.anchor) == ("attributes", None, "published")
