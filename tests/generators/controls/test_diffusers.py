@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import tiny_diffusion
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 from imgtok.generators.controls import diffusers as adapter
 from imgtok.generators.controls.diffusers import draw
@@ -89,6 +90,22 @@ def test_no_graph_of_a_text_encoder_is_kept(sd):
     assert any(parameter.requires_grad for parameter in sd.text_encoder.parameters())
     controlled(sd, [control])
     assert control.held == [False] * 4
+
+
+def test_a_phrases_own_trajectory_has_new_noise_at_every_step(monkeypatch):
+    """Of schedulers that add some, from one stream which is not that of the images."""
+    pipe, streams = tiny_diffusion.sd(), []
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    prepare = pipe.prepare_extra_step_kwargs
+
+    def prepared(generator, eta):
+        streams.append(generator)
+        return prepare(generator, eta)
+
+    monkeypatch.setattr(pipe, "prepare_extra_step_kwargs", prepared)
+    controlled(pipe, [SemanticMergeConfig(binding_updates=1, entropy_steps=0)])
+    first, images, second = streams
+    assert first is second is not images
 
 
 def test_the_order_of_controls_does_not_matter(sd):
@@ -263,7 +280,14 @@ def test_every_setting_of_tome_is_at_work():
 @pytest.mark.slow
 def test_every_setting_of_frap_is_at_work(sd):
     usual = controlled(sd, ["frap"])
-    for changes in ({"way": "scale"}, {"way": "logit"}, {"overlap": 0.0}, {"rate": 1.0}, {"smooth": False}):
+    for changes in (
+        {"way": "scale"},
+        {"way": "logit"},
+        {"overlap": 0.0},
+        {"rate": 1.0},
+        {"smooth": False},
+        {"used": "now"},
+    ):
         other = controlled(sd, [AdaptiveWeightsConfig(**changes)])
         assert other.isfinite().all(), changes
         assert not torch.equal(other, usual), changes

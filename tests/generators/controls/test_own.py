@@ -21,6 +21,7 @@ from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.hub import controls_of
 from imgtok.text.captions import Captions
 from imgtok.text.parsing import parse
+from imgtok.tokenizers.calls import Calls, together
 from imgtok.tokenizers.tokens import Tokens
 
 WIDTH, LONGEST = 12, 12
@@ -230,6 +231,14 @@ def test_calls_are_those_of_both_drawings_and_steps_those_of_the_last():
     )  # fmt: skip
     assert told == list(range(1, 10))
     assert found.calls.calls.tolist() == [18]
+
+
+def test_totals_of_batches_of_which_one_took_more_calls():
+    """More than there are tokens, where images are drawn twice."""
+    one = Calls.none(1, 2, torch.device("cpu"))
+    one.calls[0], one.judged[0, 0] = 2, 1
+    told = together([one.totals(), one.plus(one).totals()])
+    assert (told["calls"], told["by_calls"], told["judged"]) == (6, [0, 0, 1, 0, 1], [3, 0])
 
 
 def test_rounds_look_at_what_was_drawn_after_updates():
