@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 POSITIONAL = "encoder"
 NO_SIZE = 32  # of images, of which none is drawn or decoded here
+SORTED = 8
+"""Batches whose captions are sorted by length together, so that little of a batch is padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,10 @@ def texts_of(source: ImageSource) -> Iterator[str]:
 def encode_rows(
     config: Config, encoder: TextEncoder | WordEncoder, source: ImageSource, wanted: Sequence[int]
 ) -> Iterator[Rows]:
-    """Encodes the captions of the wanted images, `batch_size` at once; images that cannot be read have none."""
+    """Encodes the captions of the wanted images, `batch_size` at once; images that cannot be read have none.
+
+    Of several batches each text is encoded once, beside others of about its length.
+    """
     texts = {index: text for index, text in zip(wanted, source.texts(wanted), strict=True) if text is not None}
     starts = bool(texts) and wanted[0] % config.shard_size == 0  # a shard, not the rest of one
     if starts and not any(texts.values()):
@@ -127,9 +132,13 @@ def encode_rows(
         remedy = "data.text_column names a column of them, KEY.txt holds one in a tar, data.mode=text makes shapes' own"
         raise DataError(f"{what}; {remedy}")
     indices = list(texts)
-    for start in range(0, len(indices), config.batch_size):
-        chunk = indices[start : start + config.batch_size]
-        found = [one.to("cpu") for one in encoder.encode([texts[i] for i in chunk])]
+    for start in range(0, len(indices), SORTED * config.batch_size):
+        chunk = indices[start : start + SORTED * config.batch_size]
+        distinct = sorted({texts[i] for i in chunk}, key=lambda text: (len(text), text))
+        batches = (distinct[at : at + config.batch_size] for at in range(0, len(distinct), config.batch_size))
+        features = (one.to("cpu") for batch in batches for one in encoder.encode(batch))
+        of = dict(zip(distinct, features, strict=True))
+        found = [of[texts[i]] for i in chunk]
         yield {
             "features": torch.cat([one.features[0].to(DTYPES[config.dtype]) for one in found]),
             "spans": torch.cat([one.spans[0] for one in found if one.spans is not None]),

@@ -485,21 +485,39 @@ def test_an_xar_draws_for_prompts(trained_on_latents, tmp_path):
     assert [(tmp_path / f"two/{i:06d}.png").read_bytes() for i in range(2)] == pictures[:2]
 
 
-def test_a_signal_keeps_the_captions_that_are_encoded(t5, text, tmp_path, monkeypatch):
+def test_a_signal_keeps_the_captions_that_are_encoded(t5, tmp_path, monkeypatch):
     """Within the second of three shards; they end as those that were written in one go."""
     encode, seen = TextEncoder.encode, list[int]()
 
     def watched(self, texts):
         seen.append(len(texts))
-        if len(seen) == 4:  # the first is the empty caption
+        if len(seen) == 20:  # the first is the empty caption, and a shard has 16
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(self, texts)
 
+    folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoder, "encode", watched)
         with pytest.raises(Stopped, match="SIGTERM: stopped; what is encoded is in"):
-            cache(t5, tmp_path)
-        cache(t5, tmp_path)
-    whole = {path.name: path.read_bytes() for path in text.folder.iterdir()}
-    assert seen == [1, 8, 8, 8, 1, 8, 8]
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+            cache(t5, folder, batch_size=1)
+        assert len(seen) == 1 + 16 + cache_text.SORTED
+        text = cache(t5, folder, batch_size=1)
+    assert len(seen) == 1 + 40 + 1
+    whole = {path.name: path.read_bytes() for path in cache(t5, tmp_path / "whole", batch_size=1).folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in text.folder.iterdir()} == whole
+
+
+def test_a_text_is_encoded_once_among_others_of_its_length(t5, tmp_path, monkeypatch):
+    encode, seen = TextEncoder.encode, list[list[str]]()
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: seen.append(list(texts)) or encode(self, texts))
+    data = ShapesConfig(mode="text", num_images=60, max_objects=1, textures=("solid",), sizes=("large",))
+    cached = cache(t5, tmp_path, data=data, shard_size=60)
+    texts = [ShapesDataset(data, 8).caption(index).text for index in range(60)]
+    assert len(set(texts)) < 55
+    asked = [text for batch in seen[1:] for text in batch]
+    assert sorted(asked) == sorted(set(texts))
+    assert [*map(len, asked)] == sorted(map(len, asked))
+    encoder = TextEncoder.load(str(t5), max_length=12, device=CPU)
+    for index, text in enumerate(texts):
+        expected = encode(encoder, [text])[0].features[0]
+        torch.testing.assert_close(cached.features(index).float(), expected, atol=2e-3, rtol=2e-3)
