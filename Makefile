@@ -2,16 +2,18 @@
 # make test         the test suite, with coverage, on all cores; options of pytest: make test ARGS='-n 0 -k resume'
 # make slow         the tests that take minutes: what users install, in every place, and the accuracy of the judges
 # make lint         ruff and mypy
+# make docs         the documentation site, in build/site; open build/site/index.html. A broken link is an error
 # Each creates .venv and installs imgtok into it first, again only when pyproject.toml has changed.
 # Needs python3 (3.11 or newer; another one with PYTHON=...) and a package index.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS_INSTALLED := .venv/.docs-installed
 CODE := imgtok generators train sample tests benchmarks
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: venv quickstart test slow lint clean
+.PHONY: venv quickstart test slow lint docs clean
 
 venv: $(INSTALLED)
 
@@ -19,6 +21,10 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "imgtok needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=/path/to/python3")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]' || { echo "make docs: the packages of the extra 'docs' (mkdocs-material, mkdocstrings) could not be installed: is a package index in reach? The site was not built."; exit 1; }
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -30,9 +36,13 @@ test: $(INSTALLED)
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'slow and not gpu and not network' $(ARGS)
 
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in build/site: open build/site/index.html"
+
 lint: $(INSTALLED)
-	$(BIN)/ruff check $(CODE)
-	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE) docs
+	$(BIN)/ruff format --check $(CODE) docs
 	$(BIN)/mypy
 
 clean:

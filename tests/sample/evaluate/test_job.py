@@ -390,7 +390,7 @@ def test_fields_that_do_not_go_together(fields, message):
 
 
 def test_the_commands_of_the_page_are_commands():
-    section = (ROOT / "docs/flextok.md").read_text(encoding="utf-8").split("\n## Evaluation\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
     lines = section.split("```sh\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
     words = [shlex.split(line) for line in lines if "evaluate " in line and not line.startswith("#")]
     assert len(words) == 6

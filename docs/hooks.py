@@ -1,0 +1,34 @@
+"""What the site has beside the files of docs/: README.md is its first page, benchmarks/README.md its page benchmarks.md.
+
+Links are written for readers of the repository, where docs/ is a folder among others, and are changed here for the site.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the two pages that are not in docs/."""
+    root = Path(config.docs_dir).parent
+    for source, target in (("README.md", "index.md"), ("benchmarks/README.md", "benchmarks.md")):
+        text = (root / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, target, content=relinked(text)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The text of a page with the links that the site has."""
+    return relinked(markdown)
+
+
+def relinked(text: str) -> str:
+    """`text` with its links to README.md, benchmarks/README.md and docs/ changed to the pages of the site."""
+    text = re.sub(r"\]\((?:\.\./)?benchmarks/README\.md", "](benchmarks.md", text)
+    text = re.sub(r"\]\(\.\./README\.md", "](index.md", text)
+    return re.sub(r"\]\((?:\.\./)?docs/", "](", text)
