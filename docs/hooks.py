@@ -1,6 +1,6 @@
-"""What the site has beside the files of docs/: README.md is its first page, benchmarks/README.md its page benchmarks.md.
+"""What the site has beside the files of docs/: README.md as its first page, and benchmarks/README.md as benchmarks.md.
 
-Links are written for readers of the repository, where docs/ is a folder among others, and are changed here for the site.
+Links are written for readers of the repository, where docs/ is one folder of several; here they are changed.
 """
 
 from __future__ import annotations
