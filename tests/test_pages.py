@@ -22,10 +22,10 @@ WITHOUT_COMMANDS = {  # page -> why it has no command to check
     "docs/transformers.md": "Python alone, with a model that cannot be downloaded here; its tests use tiny ones",
     "benchmarks/README.md": "programs of their own, which tests/benchmarks runs with tiny models",
 }
-STANDING_FOR = {  # what stands on the pages for files of the reader's own
-    "CALIBRATION.yaml": "configs/tiny/vae.yaml",
-    "outputs/calibration/cifar10-vae-final/calibration.yaml": "configs/tiny/vae.yaml",
-    "outputs/calibration/shapes32/calibration.yaml": "configs/tiny/vae.yaml",
+CALIBRATIONS = {  # what `imgtok calibrate` writes
+    "CALIBRATION.yaml",
+    "outputs/calibration/cifar10-vae-final/calibration.yaml",
+    "outputs/calibration/shapes32/calibration.yaml",
 }
 
 
@@ -49,9 +49,9 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if re.match(r"imgtok[ .][a-z]", line)]
 
 
-def check(command: str) -> None:
+def check(command: str, calibration: Path) -> None:
     """Parses a command, as the program would before it looks for any file of the reader's own."""
-    words = [STANDING_FOR.get(word, word) for word in shlex.split(command, comments=True)]
+    words = [str(calibration) if word in CALIBRATIONS else word for word in shlex.split(command, comments=True)]
     if "benchmark=shapes" in words:  # another way to write `evaluate shapes`
         words = ["imgtok", "evaluate", "shapes", *(word for word in words[2:] if word != "benchmark=shapes")]
     if words[0] != "imgtok":  # imgtok.train.tokenizer CONFIG ...
@@ -67,14 +67,16 @@ def check(command: str) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
-def test_the_commands_of_a_page_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_parse(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = tmp_path / "calibration.yaml"
+    calibration.write_text("model: {quantizer: {levels: 32}}", encoding="utf-8")
     monkeypatch.chdir(ROOT)  # where relative paths start
     found = commands(path.read_text(encoding="utf-8"))
     if not found:
         assert name(path) in WITHOUT_COMMANDS or path.parent.name == "reference", f"{name(path)} has no command"
     for command in found:
         try:
-            check(command)
+            check(command, calibration)
         except Exception as error:
             raise AssertionError(f"{name(path)}: {command}\n{error}") from error
 
