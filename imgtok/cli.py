@@ -87,10 +87,11 @@ MODELS: Mapping[str, tuple[str, ...]] = {
 }
 """Command -> its fields that name models, which `refuse_absent_models` looks for."""
 IMAGES = ("data.path", "data.val_path")
+TO_TRAIN = (*IMAGES, "validation.path", "validation.val_path")
 FILES: Mapping[str, tuple[str, ...]] = {
-    "train tokenizer": IMAGES,
-    "train autoencoder": IMAGES,
-    "train generator": ("tokens", "latents", "text"),
+    "train tokenizer": TO_TRAIN,
+    "train autoencoder": TO_TRAIN,
+    "train generator": ("tokens", "latents", "text", "validation", "validation_text"),
     "cache": IMAGES,
     "cache latents": IMAGES,
     "cache text": IMAGES,

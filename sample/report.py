@@ -168,6 +168,7 @@ def curves(run: Run, out: Path) -> str:
 
 
 def read_log(path: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses of a run's log."""
+    """Steps and losses of a run's log, whose lines of validations are left out."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "loss" in line]
     return [line["step"] for line in lines], [line["loss"] for line in lines]

@@ -126,10 +126,24 @@ def test_a_new_method_goes_through_all_the_programs(tmp_path, capsys):
         return capsys.readouterr().out
 
     tokenizer, generator = tmp_path / "tokenizer/final", tmp_path / "generator/final"
-    run("train", "tokenizer", f"out={tmp_path / 'tokenizer'}", DATA, TRAINING, "model.kind=toytok", "num_preview=2")
+    validate = "training.validate_every=1"
+    words = (DATA, TRAINING, "model.kind=toytok", "num_preview=2", validate)
+    run("train", "tokenizer", f"out={tmp_path / 'tokenizer'}", *words)
     run("cache", tokenizer, f"out={tmp_path / 'tokens'}", DATA)
     cached = (f"tokens={tmp_path / 'tokens'}", f"tokenizer={tokenizer}", "num_preview=2")
-    run("train", "generator", f"out={tmp_path / 'generator'}", *cached, TRAINING, "model.kind=toygen")
+    run(
+        "train",
+        "generator",
+        f"out={tmp_path / 'generator'}",
+        *cached,
+        TRAINING,
+        "model.kind=toygen",
+        "held_out=0.25",
+        validate,
+    )
+    for job in ("tokenizer", "generator"):
+        lines = [json.loads(line) for line in (tmp_path / job / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "validation/loss" in line] == [0, 1, 2]
     model: Any = imgtok.load(generator)
     assert isinstance(model, ToyGen)
     assert (model.config.vocab_size, model.config.num_slots, model.config.num_classes) == (16, 16, 64)

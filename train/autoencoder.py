@@ -28,9 +28,10 @@ from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossCo
 from imgtok.sections import ByKind, Section
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, to_train
+from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
+from imgtok.train.validation import HeldOut, check_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ class Config:
     """Which square of a training image is used; the held-out images and shapes are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
+    validation: DataConfig | None = None
+    """Images for training.validate_every, such as data of another folder; null takes the held-out images. Of built-in
+    shapes those are taken that no training sees."""
     image_size: PositiveInt
     """Pixels a side of the training images; the finished model takes any multiple of its `factor`."""
     model: Annotated[Section, ByKind(hub.AUTOENCODERS)] | None = None
@@ -71,6 +75,7 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         check_kind(self.model, self.init)
+        check_validation(self.validation, self.training)
         self.loss.check_size(self.image_size)
         if self.init is None:
             check_factor(self, configure(self.model, None))
@@ -127,6 +132,9 @@ class AutoencoderJob(ImageJob):
         super().__init__(trained, source, shown, config.training, judges=True, perceptual=perceptual)
         self.config = config
         self.autoencoder = model
+
+    def held_out(self) -> HeldOut:
+        return held_out_images(self.source, self.shown, self.config)
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:

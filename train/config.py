@@ -58,6 +58,13 @@ class TrainingConfig:
     """Steps between lines of log.jsonl (means over those steps); the first step is always logged."""
     preview_every: NonNegativeInt = 1000
     """Steps between pictures in samples/; 0 draws them only before the first and after the last step."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations: the loss of held-out images with the averaged weights, with the same noise each time;
+    the first is before the first step and the last after the last one. null never validates."""
+    num_validation: PositiveInt = 256
+    """Held-out images of a validation, from all over those that there are, or all of them if there are fewer."""
+    validation_seed: NonNegativeInt = 0
+    """Seed of what is drawn in a validation: noise, times, dropout of tokens and conditions."""
     save_every: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved, and so is the one at which a signal ends the run."""
     save_minutes: PositiveFloat | None = None

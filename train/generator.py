@@ -18,10 +18,12 @@ from torch import nn
 
 from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import NonNegativeInt, PositiveFloat, check
+from imgtok.config import NonNegativeInt, PositiveFloat, Range, check
 from imgtok.data.captions import CaptionDataset
 from imgtok.data.content import CONTENTS, Content
+from imgtok.data.images import DataError
 from imgtok.data.latents import LatentBatch
+from imgtok.data.overlap import refuse_shared_rows
 from imgtok.data.tokens import TokenBatch
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import ROWS, write_cards
@@ -33,6 +35,7 @@ from imgtok.train.captions import condition_facts, digest_with, open_captions, p
 from imgtok.train.config import TrainingConfig
 from imgtok.train.initialise import Init, check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import Job, fit
+from imgtok.train.validation import HeldOut, check_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,12 @@ class Config:
     """Factor on the autoencoder's latents, as their cache was made with; null takes its own."""
     text: Path | None = None
     """Folder of cached text features of the same images, for a model.condition that reads text."""
+    held_out: Annotated[float, Range(0.0, 0.9)] = 0.0
+    """Share of the cache's images, from all over it, that is kept from training for training.validate_every."""
+    validation: Path | None = None
+    """Folder of another cache of the same kind, for training.validate_every; null takes what `held_out` keeps."""
+    validation_text: Path | None = None
+    """Folder of cached text features of the images in `validation`."""
     made_from: str | None = None
     """Fingerprint of the tokens' (and texts') models and data, filled in at the start: a run goes on only with the
     same."""
@@ -87,6 +96,14 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         check_kind(self.model, self.init)
+        check_validation(self.validation, self.training)
+        if self.validation is not None and self.held_out:
+            raise ValueError(
+                f"held_out: {self.held_out} keeps images from training, and validation={self.validation} is what is "
+                "looked at: give one of the two"
+            )
+        if (self.validation_text is not None) != (self.validation is not None and self.text is not None):
+            raise ValueError("validation_text: goes with validation and text: give all three, or validation alone")
         kind = None if self.model is None else self.model.kind
         if kind is not None:
             check_inputs(self, hub.model_class(kind))
@@ -205,6 +222,7 @@ class GeneratorJob(Job):
         own: Any = model.config
         self.sampling = config.sampling.over(own.sampling, "sampling")
         self.decoding = config.decoding.over(content.decoder.config.decoding, "decoding")
+        self.rows, self.kept = content.divide(config.held_out) if config.held_out else (None, [])
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch | LatentBatch]:
         training = self.config.training
@@ -216,6 +234,29 @@ class GeneratorJob(Job):
             world=world,
             num_workers=training.num_workers,
             captions=self.captions,
+            among=self.rows,
+        )
+
+    def held_out(self) -> HeldOut:
+        config, content = self.config, self.content
+        if config.validation is None:
+            if self.rows is None:
+                raise DataError(
+                    "training.validate_every: no images are held out: held_out=0.1 keeps a tenth of the cache's from "
+                    f"training, or validation=FOLDER names another cache, of `{content.COMMAND} split=held_out`"
+                )
+            folder = config.tokens or config.latents
+            return self.rows_of(content, self.kept, self.captions, f"rows of {folder} that are held out")
+        other = type(content)(config.validation, self.decoder, content.decoder)  # type: ignore[arg-type]
+        content.check_like(other, "validation")
+        refuse_shared_rows(content.cache, other.cache, "validation")
+        captions = open_captions(config.validation_text, other.cache)
+        return self.rows_of(other, range(len(other.cache)), captions, f"rows of {config.validation}")
+
+    def rows_of(self, content: Content, rows: Sequence[int], captions: CaptionDataset | None, words: str) -> HeldOut:
+        """Some rows of a cache, to validate on."""
+        return HeldOut(
+            len(rows), lambda places, seed: content.rows([rows[place] for place in places], seed, captions), words
         )
 
     def loss(self, model: nn.Module, batch: TokenBatch | LatentBatch, generator: torch.Generator) -> Losses:

@@ -9,20 +9,24 @@ the model brings itself (`for_training`). Such a module is called with images, `
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from imgtok.data.images import ImageSource
+from imgtok.data.images import DataConfig, DataError, ImageSource, Opened, in_words
 from imgtok.data.loaders import Batch, eval_loader, train_loader
+from imgtok.data.overlap import refuse_shared
+from imgtok.data.parts import parts_of
 from imgtok.groups import ParameterGroup, each
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
+from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job
 from imgtok.train.optim import whole_model
+from imgtok.train.validation import HeldOut
 
 
 class ImageJob(Job):
@@ -90,6 +94,57 @@ class ImageJob(Job):
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""
         return batch.names
+
+
+class Divides(Protocol):
+    """What the configuration of a job on images says of those that are kept from training."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def held_out(self) -> float: ...
+
+    @property
+    def validation(self) -> DataConfig | None: ...
+
+
+def held_out_images(source: ImageSource, shown: ImageSource, config: Divides) -> HeldOut:
+    """The images to validate on: those that `validation` names, or those that are `shown` where they are held out.
+
+    Raises DataError where none are held out, and for what `validation` names and cannot be used.
+    """
+    check: Callable[[Sequence[int]], None] = lambda places: None  # noqa: E731 - one of two
+    if config.validation is not None:
+        try:
+            chosen = named_for_validation(config.validation, source.size)
+        except DataError as error:
+            raise DataError(f"validation: {error}") from error
+        check, words = refuse(source, chosen, "validation"), f"images of {in_words(config.validation)}"
+    else:
+        chosen, words = shown, f"held-out images of {in_words(config.data)}"
+        apart = not isinstance(config.data, ShapesConfig) and parts_of(config.data).held_out is not None
+        if apart:
+            check = refuse(source, chosen, "data")
+        elif not config.held_out:
+            raise DataError(
+                "training.validate_every: no images are held out (held_out=0): keep a share of them with held_out=0.1, "
+                "or name others, such as validation.kind=folder validation.path=FOLDER"
+            )
+    return HeldOut(len(chosen), lambda places, _: chosen.batch(places), words, check)
+
+
+def refuse(source: ImageSource, chosen: ImageSource, field: str) -> Callable[[Sequence[int]], None]:
+    """What raises DataError if `chosen` images at some places are trained on, too."""
+    return lambda places: refuse_shared(source, chosen, places, field)
+
+
+def named_for_validation(config: DataConfig, size: int) -> ImageSource:
+    """All images of a data set, or of the part that it keeps apart itself."""
+    opened = Opened(config)
+    if opened.has_held_out or (isinstance(config, ShapesConfig) and config.split == "train"):
+        return opened.images(size, "held_out", 1.0)
+    return opened.images(size, "train", 0.0)
 
 
 def to_train(model: Tokenizer | Autoencoder, loss: ReconstructionLossConfig | None, accumulate: int) -> nn.Module:

@@ -11,6 +11,7 @@ import datetime
 import importlib.util
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Iterable, Iterator
@@ -161,6 +162,7 @@ class Log:
         if main:
             drop_lines_after(self.path, start.step)
             start_trackers(accelerator, out, resolved, start.step)
+        self.validations = self._validations()
 
     @property
     def seconds(self) -> float:
@@ -195,10 +197,45 @@ class Log:
             shown["codes"] = f"{record['codebook_use']:.1%}"
             shown["perplexity"] = f"{record['codebook_perplexity']:.4g}"
         shown["img/s"] = f"{self.speed:.0f}"
+        if self.validations:
+            shown["held out"] = f"{[*self.validations.values()][-1]['loss']:.4g}"
         self.bar.set_postfix(shown, refresh=False)  # the bar itself has the time that is left
         if self.bar.disable:
             values = "  ".join(f"{name} {value}" for name, value in shown.items())
             logger.info("step %d/%d  %s  %s left", step, self.config.steps, values, self.time_left(done))
+
+    def _validations(self) -> dict[int, dict[str, float]]:
+        """Step -> the figures of each validation so far, those before a restart among them; alike on all processes."""
+        from accelerate.utils import broadcast_object_list
+
+        if self.config.validate_every is None:
+            return {}
+        found: list[Any] = [read_validations(self.path)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return dict(found[0])
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the log has a validation after so many steps."""
+        return step in self.validations
+
+    def validation(self, step: int, found: dict[str, float]) -> None:
+        """A line of its own for a validation after so many steps."""
+        before = self.validations
+        self.validations = before | {step: found}
+        if not math.isfinite(found["loss"]):
+            logger.warning("the held-out loss after step %d is %s", step, found["loss"])
+        if not self.accelerator.is_main_process:
+            return
+        record = {f"{VALIDATION}{name}": value for name, value in found.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **record, "seconds": round(self.seconds, 3)}) + "\n")
+        self.accelerator.log(record, step=step)
+        if self.bar.disable:
+            last = [values["loss"] for values in before.values()][-1:]
+            change = "".join(f", {value:.4g} before" for value in last)
+            what = f"{found['images']:.0f} images, {found['seconds']:.3g} s"
+            logger.info("step %d/%d  held out: loss %.4g%s (%s)", step, self.config.steps, found["loss"], change, what)
 
     def time_left(self, done: int) -> str:
         """How long the steps after the first `done` will take at the speed of the last ones, such as 1:02:03."""
@@ -220,6 +257,24 @@ class Log:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+VALIDATION = "validation/"
+"""How the names of a validation's figures begin, in the log and in the trackers."""
+
+
+def read_validations(path: Path) -> dict[int, dict[str, float]]:
+    """Step -> the figures of the validation after it, without the beginning of their names, from a log.jsonl."""
+    if not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {
+        line["step"]: {
+            name.removeprefix(VALIDATION): value for name, value in line.items() if name.startswith(VALIDATION)
+        }
+        for line in lines
+        if f"{VALIDATION}loss" in line
+    }
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -4,6 +4,8 @@ A job brings the model, the batches and the loss; `fit` does the rest: accumulat
 precision, EMA, log, previews, checkpoints, resume. Batches and noise depend on (seed, step, process) alone,
 so a run that was killed and started again ends, on a CPU, with the weights of one that was not.
 
+With `validate_every` it also measures the loss of held-out images (imgtok/train/validation.py).
+
 Run folder: config.yaml, log.jsonl, tracker files, checkpoints/step_0001000/, samples/step_0001000.png,
 final/ (the finished model), failure/ after a non-finite loss.
 """
@@ -36,6 +38,7 @@ from imgtok.train.resume import spelled_out
 from imgtok.train.start import make_accelerator, prepare_folder
 from imgtok.train.state import Checkpoints, publish, writing
 from imgtok.train.stopping import Agreement
+from imgtok.train.validation import HeldOut, Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,6 +68,14 @@ class Job(Protocol):
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[Any]:
         """Endless micro-batches, `accumulate` per optimizer step, from optimizer step `start_step` on."""
+
+    def held_out(self) -> HeldOut | None:
+        """What is kept from training, for `training.validate_every`; None, as by default, where nothing can be.
+
+        Raises ValueError, with what to give, where nothing was kept this time. The loss of these batches is that of
+        `loss`, in eval mode: a module that counts its calls, or learns without gradients, does so in train mode alone.
+        """
+        return None
 
     def preview(self, model: nn.Module, path: Path) -> None:
         """Draw a picture with the bare model (averaged weights, eval mode, no gradients)."""
@@ -142,6 +153,9 @@ class Trainer:
         self.ema = EMA(job.model, config.ema, warmup=config.ema_warmup, without=without)
         self.checkpoints = Checkpoints(accelerator, job.model, self.ema, out / "checkpoints", config.keep)
         describe_run(accelerator, config, job.model)
+        self.validation = None
+        if config.validate_every is not None:
+            self.validation = Validation(job.held_out(), config, accelerator, job.names)
         self.start = self.resume()
         self.log = Log(accelerator, config, out, resolved, self.start)
         self.agreement = Agreement(accelerator)
@@ -175,6 +189,8 @@ class Trainer:
         if begin == 0 or self.shows(begin):
             self.preview(begin, requests, again=begin == 0)
             self.stop(self.agreement.now(requests.number), begin)
+        if self.validates(begin) and not self.log.has_validation(begin):  # a signal may have come before the last one
+            self.validate(begin)
         batches = self.stream(begin)
         for step in range(begin, config.steps):
             self.step(step, batches)
@@ -190,6 +206,8 @@ class Trainer:
             if logs:
                 self.write_log(done)
             self.log.bar.update()
+            if self.validates(done) and not stop:  # before the checkpoint: a run that goes on from there has the line
+                self.validate(done)
             if saves:  # before the picture, whose failure then costs no step
                 self.save(done)
             self.stop(stop, done)  # and if a signal has come, before the picture, which can take minutes
@@ -206,6 +224,18 @@ class Trainer:
         """Whether a picture is drawn after so many steps."""
         every = self.config.preview_every
         return done == self.config.steps or bool(every and done % every == 0)
+
+    def validates(self, done: int) -> bool:
+        """Whether the held-out images are looked at after so many steps."""
+        every = self.config.validate_every
+        return every is not None and (done == self.config.steps or done % every == 0)
+
+    def validate(self, done: int) -> None:
+        """The loss of the held-out images with the averaged weights, into the log."""
+        assert self.validation is not None, "`validates` has asked for it"
+        with self.log.paused(), self.averaged() as model:
+            found = self.validation.measure(self.job.loss, model)
+        self.log.validation(done, found)
 
     def save_is_due(self) -> bool:
         """Whether `save_minutes` have passed; by the main process's clock."""

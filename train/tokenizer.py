@@ -21,9 +21,10 @@ from imgtok.losses.repa import Aligned, REPAConfig, Teacher, load_teacher
 from imgtok.sections import ByKind, Section
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
-from imgtok.train.image_job import ImageJob, to_train
+from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
+from imgtok.train.validation import HeldOut, check_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class Config:
     """Which square of a training image is used; the held-out images and shapes are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
+    validation: DataConfig | None = None
+    """Images for training.validate_every, such as data of another folder; null takes the held-out images. Of built-in
+    shapes those are taken that no training sees."""
     model: Annotated[Section, ByKind(hub.TOKENIZERS)] | None = None
     """The model. With `init`, null or a field left out is as there."""
     init: str | None = None
@@ -74,6 +78,7 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         check_kind(self.model, self.init)
+        check_validation(self.validation, self.training)
         if self.vae_scaling_factor is not None and self.vae is None:
             raise ValueError("vae_scaling_factor: there is no autoencoder to scale, name one with vae=FOLDER")
         if self.init is None and self.vae is None:
@@ -174,6 +179,9 @@ class TokenizerJob(ImageJob):
         super().__init__(trained, source, shown, config.training, judges=judges, perceptual=perceptual)
         self.config = config
         self.tokenizer = model
+
+    def held_out(self) -> HeldOut:
+        return held_out_images(self.source, self.shown, self.config)
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:

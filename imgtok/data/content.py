@@ -8,15 +8,17 @@ of the two it takes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from imgtok.data.captions import CaptionDataset
+from imgtok.data.images import DataError, split_indices
 from imgtok.data.latents import LatentBatch, Latents, open_latents
-from imgtok.data.loaders import latent_loader, token_loader
+from imgtok.data.loaders import latent_loader, latent_rows, token_loader, token_rows
 from imgtok.data.tokens import TokenBatch, TokenDataset
 from imgtok.hub import Found, load
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
@@ -53,8 +55,37 @@ class Content(ABC):
         world: int,
         num_workers: int,
         captions: CaptionDataset | None,
+        among: Sequence[int] | None = None,
     ) -> Iterator[TokenBatch | LatentBatch]:
-        """Batches for one process, without end, from `start_step` on; see `imgtok.data.loaders`."""
+        """Batches for one process, without end, from `start_step` on, of the rows `among` which they are drawn, by
+        default all; see `imgtok.data.loaders`.
+        """
+
+    @abstractmethod
+    def rows(self, rows: Sequence[int], seed: int, captions: CaptionDataset | None) -> TokenBatch | LatentBatch:
+        """Some rows as training has them, what is drawn with them by the seed: always the same."""
+
+    def divide(self, share: float) -> tuple[list[int], list[int]]:
+        """The rows to train on, and those that are held out: those of a share of the images, from all over the cache
+        (which may be sorted by class), all views of an image on one side. Raises DataError where a side has none.
+        """
+        images = self.indices.unique()
+        kept = images[torch.from_numpy(split_indices(len(images), "held_out", share))]
+        apart = torch.isin(self.indices, kept)
+        return torch.nonzero(~apart).flatten().tolist(), torch.nonzero(apart).flatten().tolist()
+
+    def check_like(self, other: Content, field: str) -> None:
+        """Raise DataError if the rows of the `other` content are no input of a generator of this one."""
+        mine, its = self.facts, other.facts
+        different = [f"{name} {its[name]!r:.60}, not {mine[name]!r:.60}" for name in mine if mine[name] != its[name]]
+        if other.num_classes > self.num_classes:
+            different.append(f"{other.num_classes} classes, not {self.num_classes}")
+        if self.class_names and other.class_names and self.class_names != other.class_names:
+            different.append(
+                f"classes of other names, such as {(set(other.class_names) - set(self.class_names)) or ''}"
+            )
+        if different:
+            raise DataError(f"{field}: unlike the cache that is trained on ({'; '.join(different)}); make it alike")
 
     @property
     def indices(self) -> Tensor:
@@ -88,8 +119,9 @@ class TokenContent(Content):
     cache: TokenDataset
     decoder: Tokenizer
 
-    def __init__(self, folder: Path, found: Found) -> None:
-        self.decoder = load(found, expect=Tokenizer)
+    def __init__(self, folder: Path, found: Found, decoder: Tokenizer | None = None) -> None:
+        """`decoder` is the model that was `found`, where it is loaded already."""
+        self.decoder = load(found, expect=Tokenizer) if decoder is None else decoder
         self.cache = TokenDataset(folder, expect_fingerprint=found.fingerprint())
         self.digest = self.cache.info.digest
 
@@ -119,10 +151,14 @@ class TokenContent(Content):
         world: int,
         num_workers: int,
         captions: CaptionDataset | None,
+        among: Sequence[int] | None = None,
     ) -> Iterator[TokenBatch]:
         # in memory: workers would have nothing to do
         place = {"seed": seed, "start_step": start_step, "rank": rank, "world": world}
-        return token_loader(self.cache, batch_size, captions=captions, **place)
+        return token_loader(self.cache, batch_size, captions=captions, among=among, **place)
+
+    def rows(self, rows: Sequence[int], seed: int, captions: CaptionDataset | None) -> TokenBatch:
+        return token_rows(self.cache, rows, captions)
 
 
 class LatentContent(Content):
@@ -132,8 +168,9 @@ class LatentContent(Content):
     cache: Latents
     decoder: Autoencoder
 
-    def __init__(self, folder: Path, found: Found) -> None:
-        self.decoder = load(found, expect=Autoencoder)
+    def __init__(self, folder: Path, found: Found, decoder: Autoencoder | None = None) -> None:
+        """`decoder` is the model that was `found`, where it is loaded already."""
+        self.decoder = load(found, expect=Autoencoder) if decoder is None else decoder
         self.cache = open_latents(folder, self.decoder)
         self.digest = self.cache.digest
 
@@ -151,9 +188,13 @@ class LatentContent(Content):
         world: int,
         num_workers: int,
         captions: CaptionDataset | None,
+        among: Sequence[int] | None = None,
     ) -> Iterator[LatentBatch]:
         place = {"seed": seed, "start_step": start_step, "rank": rank, "world": world}
-        return latent_loader(self.cache, batch_size, num_workers=num_workers, captions=captions, **place)
+        return latent_loader(self.cache, batch_size, num_workers=num_workers, captions=captions, among=among, **place)
+
+    def rows(self, rows: Sequence[int], seed: int, captions: CaptionDataset | None) -> LatentBatch:
+        return latent_rows(self.cache, rows, seed, captions)
 
 
 CONTENTS: dict[str, type[TokenContent] | type[LatentContent]] = {"tokens": TokenContent, "latents": LatentContent}

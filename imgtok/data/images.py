@@ -460,6 +460,16 @@ class FileImages:
         """That of the records, with the number of images if it was limited, and whether others are held out."""
         return _identity(self._records, self._told)
 
+    @property
+    def records(self) -> Records:
+        """The table that the images are in."""
+        return self._records
+
+    @property
+    def places(self) -> np.ndarray:
+        """(N,) where the images are in `records`, ascending."""
+        return self._indices
+
     def _record(self, index: int) -> Record:
         place = int(self._indices[index])
         return self._records[place]._replace(label=int(self._labels[place]))
@@ -584,6 +594,7 @@ class ShapesImages:
     def __init__(self, config: ShapesConfig, size: int, whole: ShapesConfig | None = None) -> None:
         """`whole` is the configuration that this split was made from."""
         self.size = size
+        self.config = config
         self._identity = json.dumps(to_dict(whole or config), sort_keys=True)
         self._shapes = ShapesDataset(config, size)
         self.num_classes = self._shapes.num_classes

@@ -162,14 +162,16 @@ def token_loader(
     rank: int = 0,
     world: int = 1,
     captions: CaptionDataset | None = None,
+    among: Sequence[int] | None = None,
 ) -> Iterator[TokenBatch]:
     """Batches of cached tokens for one process, without end, in the same kind of order as `train_loader`.
 
-    With `captions`, each row carries the features of its image's caption.
+    With `captions`, each row carries the features of its image's caption. `among` are the rows that are used.
     """
-    order = BatchSampler(len(tokens), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
+    among = range(len(tokens)) if among is None else among
+    order = BatchSampler(len(among), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
     for positions in order:
-        rows = [position.index for position in positions]
+        rows = [among[position.index] for position in positions]
         yield _with_captions(tokens.batch(rows), tokens.indices[rows], captions)
 
 
@@ -183,21 +185,45 @@ def latent_loader(
     world: int = 1,
     num_workers: int = 0,
     captions: CaptionDataset | None = None,
+    among: Sequence[int] | None = None,
 ) -> Iterator[LatentBatch]:
     """Batches of cached latents for one process, without end, in the same order as `train_loader`.
 
-    With `captions`, each row carries the features of its image's caption.
+    With `captions`, each row carries the features of its image's caption. `among` are the rows that are used.
     """
-    order = BatchSampler(len(latents), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
-    load = functools.partial(_latent_batch, latents=latents, captions=captions, seed=seed)
+    among = range(len(latents)) if among is None else among
+    order = BatchSampler(len(among), batch_size, seed=seed, start_step=start_step, rank=rank, world=world)
+    load = functools.partial(_latent_batch, latents=latents, captions=captions, among=among, seed=seed)
     yield from _load_batches(load, order, num_workers)
 
 
 def _latent_batch(
-    positions: Sequence[Position], *, latents: Latents, captions: CaptionDataset | None, seed: int
+    positions: Sequence[Position],
+    *,
+    latents: Latents,
+    captions: CaptionDataset | None,
+    among: Sequence[int],
+    seed: int,
 ) -> LatentBatch:
+    positions = [Position(position.epoch, among[position.index]) for position in positions]
     rows = [position.index for position in positions]
     return _with_captions(latents.training_batch(positions, seed), latents.indices[rows], captions)
+
+
+def token_rows(tokens: TokenDataset, rows: Sequence[int], captions: CaptionDataset | None = None) -> TokenBatch:
+    """Some rows of cached tokens, with the captions of their images if there are any."""
+    return _with_captions(tokens.batch(rows), tokens.indices[list(rows)], captions)
+
+
+def latent_rows(
+    latents: Latents, rows: Sequence[int], seed: int, captions: CaptionDataset | None = None
+) -> LatentBatch:
+    """Some rows of cached latents as the first epoch of a training with this seed has them: drawn from their
+    distributions, half of them mirrored where the cache has that.
+    """
+    return _latent_batch(
+        [Position(0, row) for row in range(len(rows))], latents=latents, captions=captions, among=rows, seed=seed
+    )
 
 
 def _with_captions(batch: G, images: Tensor, captions: CaptionDataset | None) -> G:

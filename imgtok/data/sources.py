@@ -67,6 +67,10 @@ class Records(Protocol):
     left_out: LeftOut
     """What was found beside the images."""
 
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """(N,) bytes of each image, where they are known without reading it."""
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -119,7 +123,7 @@ class FolderRecords:
             raise _no_images(root, listing)
         self._root = str(root)
         self._names = [entry.name for entry in listing.images]
-        self._sizes = np.array([entry.size for entry in listing.images])
+        self.sizes = np.array([entry.size for entry in listing.images])
         place = Place(str(root), listing, lambda name: (root / name).read_bytes())
         self.labels = find_labels([place], config.labels, config.num_classes, folders=True)
         texts = {name: place.caption(name) for name in self._names} if listing.others else {}
@@ -144,7 +148,7 @@ class FolderRecords:
         return Record(read_bytes(path), int(self.labels.values[index]), path, text)
 
     def identity(self) -> dict[str, Any]:
-        return identity_of("folder", self._names, self.labels, self._sizes, lambda index: self[index].data)
+        return identity_of("folder", self._names, self.labels, self.sizes, lambda index: self[index].data)
 
 
 def check_folder(path: Path) -> None:

@@ -149,10 +149,14 @@ class TarRecords:
             raise UnreadableImage(name, f"cannot be opened ({error.strerror})") from error
         return Record(data, int(self.labels.values[index]), name, text)
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(N,) bytes of each image."""
+        return np.array([self._members[sample.shard][sample.name].size for sample in self._samples])
+
     def identity(self) -> dict[str, Any]:
-        sizes = np.array([self._members[sample.shard][sample.name].size for sample in self._samples])
         names = (sample.name for sample in self._samples)
-        return identity_of("webdataset", names, self.labels, sizes, lambda index: self[index].data)
+        return identity_of("webdataset", names, self.labels, self.sizes, lambda index: self[index].data)
 
     def read(self, shard: int, name: str, most: int = -1) -> bytes:
         """The content of a member, or its first bytes. Raises OSError, or KeyError for a member that is not there."""

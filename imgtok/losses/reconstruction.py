@@ -226,5 +226,6 @@ class ReconstructionLoss(nn.Module):
                 total = total + weight * adversarial
             parts["discriminator"] = discriminator_loss(self.discriminator, images, decoded, config.game)
             total = total + parts["discriminator"]
-            self.seen += 1
+            if self.training:  # a validation is no step
+                self.seen += 1
         return Losses(total, parts)

@@ -136,8 +136,9 @@ class ImageModel(nn.Module, Pretrained):
         `Losses`, and declares its parameters by `groups()`, a list of `imgtok.groups.ParameterGroup`, each with its
         rhythm. What it counts it keeps in buffers, which checkpoints hold; it is called `accumulate` times an optimizer
         step, and where it has a method `resumed(calls)`, that is called once a checkpoint has been read, after which so
-        many calls count as done. `rests_parameters = True` says that some calls use only some of its parameters.
-        `loss` is the job's section, None where none was given.
+        many calls count as done. In eval mode, in which training looks at held-out images, it neither counts nor
+        learns. `rests_parameters = True` says that some calls use only some of its parameters. `loss` is the job's
+        section, None where none was given.
         """
         return None
 

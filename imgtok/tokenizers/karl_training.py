@@ -106,8 +106,9 @@ class TrainableKARL(nn.Module):
         if self._calls is None:
             self._calls = int(self.seen)  # once, after a checkpoint was loaded; from here on both count
         step = self._calls // self.accumulate
-        self._calls += 1
-        self.seen += 1
+        if self.training:
+            self._calls += 1
+            self.seen += 1
         rounded = step >= self.model.config.training.rounded_from
         draws = shared(self.model.draw(images, generator, self.curriculum.probabilities))._replace(rounded=rounded)
         if not self.finetunes:
@@ -117,9 +118,10 @@ class TrainableKARL(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_discriminator_turn(step)):
                 runs = self.model.forward_drawn(images, draws)
             losses = self.with_image_losses(images, draws, runs, step, perceptual)
-        self.learn_from(runs.errors)
-        if not rounded and self.model.quantizer is not None:
-            self.fill_table(self.model.quantizer, runs.vectors.detach().flatten(0, 1))
+        if self.training:  # a validation is no step
+            self.learn_from(runs.errors)
+            if not rounded and self.model.quantizer is not None:
+                self.fill_table(self.model.quantizer, runs.vectors.detach().flatten(0, 1))
         return losses
 
     def learn_from(self, errors: Tensor) -> None:

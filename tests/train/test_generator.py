@@ -5,7 +5,9 @@ That a run can be interrupted, resumed, sampled from and scored is seen in tests
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 import imgtok
+from imgtok import hub
 from imgtok.config import ConfigError, load
+from imgtok.data.content import LatentContent
 from imgtok.data.sources import DataError
 from imgtok.generators.conditioning import TextCrossAttention
 from imgtok.generators.entities import Cells
@@ -26,7 +30,7 @@ from imgtok.shapes.world import CLASS_NAMES, ShapesConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_latents
 from imgtok.train.config import TrainingConfig
-from imgtok.train.generator import Config, main
+from imgtok.train.generator import Config, GeneratorJob, main
 
 SMALL = VAEConfig(latent_channels=2, block_channels=(4, 4), layers_per_block=1, norm_groups=2, scaling_factor=0.5)
 MODEL = XARConfig(
@@ -76,6 +80,58 @@ def test_activations_computed_again_train_to_the_same_weights(made, tmp_path):
         main(job(made, tmp_path / name, checkpoint_activations=again))
     kept, again = (imgtok.load(tmp_path / name / "final").state_dict() for name in ("kept", "again"))
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+LOOKING = TrainingConfig(steps=2, batch_size=2, learning_rate=1e-3, ema=0.5, trackers=(), validate_every=1)
+
+
+def held_out_losses(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["validation/images"], line["validation/loss"]) for line in lines if "validation/loss" in line]
+
+
+def test_a_share_of_the_cache_is_held_out_and_not_trained_on(made, tmp_path):
+    config = job(made, tmp_path, held_out=0.25, training=LOOKING, num_preview=0)
+    main(config)
+    assert [images for images, _ in held_out_losses(tmp_path)] == [4, 4, 4]
+    content = LatentContent(made / "latents", hub.resolve(str(made / "vae")))
+    trained = GeneratorJob(config, XAR(MODEL), content, hub.resolve(str(made / "vae")))
+    seen = {name for batch in islice(trained.batches(start_step=0, rank=0, world=1), 12) for name in batch.names}
+    batch = trained.held_out().batch(range(4), 0)
+    assert len(seen) == 12
+    assert len(seen | set(batch.names)) == 16
+    assert torch.equal(batch.content, trained.held_out().batch(range(4), 0).content)
+
+
+def test_another_cache_is_validated_on_and_must_be_of_other_images(made, tmp_path):
+    common = {"vae": str(made / "vae"), "image_size": 8}
+    for name, data, split in (
+        ("val", ShapesConfig(num_images=30), "held_out"),
+        ("more", ShapesConfig(num_images=20), "train"),
+    ):
+        cache_latents.main(cache_latents.Config(out=tmp_path / name, data=data, split=split, held_out=0.1, **common))
+    main(job(made, tmp_path / "run", validation=tmp_path / "val", training=LOOKING, num_preview=0))
+    assert [images for images, _ in held_out_losses(tmp_path / "run")] == [3, 3, 3]
+    with pytest.raises(
+        DataError, match=r"validation: 16 of its images are trained on, too: train\[0\], .*split=held_out"
+    ):
+        main(job(made, tmp_path / "again", validation=tmp_path / "more", training=LOOKING))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"training": LOOKING}, r"no images are held out: held_out=0.1 .*cache latents split=held_out"),
+        ({"validation": Path("a")}, "validation: nothing looks at this data"),
+        ({"validation": Path("a"), "training": LOOKING, "held_out": 0.1}, "held_out: 0.1 keeps .* give one of the two"),
+        ({"validation_text": Path("a")}, "validation_text: goes with validation and text"),
+    ],
+)
+def test_nothing_to_validate_on_and_what_contradicts_it_are_refused(made, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        main(job(made, tmp_path, **fields))
 
 
 @pytest.mark.parametrize(

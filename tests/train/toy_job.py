@@ -23,6 +23,7 @@ from imgtok.signals import Stopped
 from imgtok.tokenizers.base import Losses
 from imgtok.train.ema import EMA
 from imgtok.train.loop import Job, NonFiniteLoss, TrainingConfig, fit
+from imgtok.train.validation import HeldOut
 
 DEFAULTS: dict[str, Any] = {
     "steps": 6,
@@ -99,6 +100,16 @@ class ToyJob(Job):
 
     def names(self, batch: ToyBatch) -> Sequence[str]:
         return batch.names
+
+    def held_out(self) -> HeldOut:
+        """Ten images that no batch of the training has."""
+        x = torch.randn(10, 3, generator=torch.Generator().manual_seed(12345))
+
+        def batch(places: Sequence[int], seed: int) -> ToyBatch:
+            names = tuple(f"held_out_{place}.png" for place in places)
+            return ToyBatch(x[list(places)], torch.tensor(places), names)
+
+        return HeldOut(len(x), batch, "held-out images of the toy")
 
     def preview(self, model: nn.Module, path: Path) -> None:
         assert not model.training

@@ -1,0 +1,144 @@
+"""Which images of one source are in another as well, such as held-out images that are trained on.
+
+An image is known by its bytes, wherever it lies and whatever it is called. Sizes are compared first, so that of a
+folder or of tars only a few files are read. Parquet and Arrow files do not tell sizes: of a large set a part is looked
+at, from all over it, which finds a set that is contained in the other, but perhaps not a single image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from imgtok.data.images import DataError, FileImages, ImageSource, ShapesImages
+from imgtok.data.latents import Latents
+from imgtok.data.shards import CacheInfo, same_images
+from imgtok.data.sources import Records
+from imgtok.data.tokens import TokenDataset
+from imgtok.pictures import UnreadableImage
+from imgtok.randomness import spread
+
+logger = logging.getLogger(__name__)
+
+RUN = 256
+"""Images that are read one after the other, where sizes are not known."""
+RUNS = 64
+"""Such runs, at most."""
+
+
+def refuse_shared(trained: ImageSource, held_out: ImageSource, chosen: Sequence[int], field: str) -> None:
+    """Raise DataError, with their names, if `chosen` images of `held_out` are in `trained`, too; for less than 1 %, as
+    published data sets have them, this is a warning.
+    """
+    shared = list(shared_images(trained, held_out, chosen))
+    if shared:
+        listed = ", ".join(held if held == name else f"{held} (it is {name})" for held, name in shared[:3])
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        message = f"{field}: {len(shared)} of {len(chosen)} held-out images are trained on, too: {listed}{more}"
+        if 100 * len(shared) >= len(chosen):
+            raise DataError(f"{message}; name images that are not, or leave them out of the training")
+        logger.warning("%s", message)
+
+
+def shared_images(trained: ImageSource, held_out: ImageSource, chosen: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """The names of the `chosen` images of `held_out` that are in `trained` as well: theirs, and those there."""
+    if isinstance(trained, ShapesImages) and isinstance(held_out, ShapesImages):
+        number = held_out.config.num_images
+        if replace(trained.config, num_images=number) == held_out.config:
+            yield from ((held_out.name(index),) * 2 for index in chosen if index < len(trained))
+    elif isinstance(trained, FileImages) and isinstance(held_out, FileImages):
+        names = {}
+        for index in chosen:
+            place = int(held_out.places[index])
+            if (digest := digest_of(held_out.records, place)) is not None:
+                names[digest] = held_out.name(index)
+        for place in to_look_at(trained, held_out, chosen):
+            digest = digest_of(trained.records, place)
+            if digest in names:
+                yield names.pop(digest), trained.records.name(place)
+
+
+def to_look_at(trained: FileImages, held_out: FileImages, chosen: Sequence[int]) -> Iterator[int]:
+    """The places in the records of `trained` where one of the chosen images may be."""
+    sizes, of_chosen = trained.records.sizes, held_out.records.sizes
+    if sizes is not None and of_chosen is not None:
+        alike = np.isin(sizes[trained.places], of_chosen[held_out.places[list(chosen)]])
+        yield from trained.places[alike].tolist()
+        return
+    runs = -(-len(trained) // RUN)
+    for run in spread(min(runs, RUNS), runs).tolist():
+        yield from trained.places[run * RUN : (run + 1) * RUN].tolist()
+
+
+def digest_of(records: Records, place: int) -> bytes | None:
+    """What an image is known by; None where it cannot be read."""
+    try:
+        return hashlib.sha256(records[place].data).digest()
+    except UnreadableImage:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------ caches
+
+
+def refuse_shared_rows(trained: TokenDataset | Latents, held_out: TokenDataset | Latents, field: str) -> None:
+    """Raise DataError, with their names, if images of one cache are in another as well.
+
+    Images are known by the data set, its part and their numbers in it. MAR's folders, which do not tell these, are only
+    compared as a whole.
+    """
+    one: CacheInfo | None = getattr(trained, "info", None)
+    two: CacheInfo | None = getattr(held_out, "info", None)
+    if one is None or two is None:
+        if one is two and trained.digest == held_out.digest:  # type: ignore[union-attr]
+            raise DataError(
+                f"{field}: the same latents as are trained on; name others, or leave a share out: held_out=0.1"
+            )
+        return
+    if not _of_the_same(one, two):
+        return
+    if one.split != two.split:
+        total = _total(one)
+        if total is not None and one.num_images + two.num_images != total:
+            raise DataError(
+                f"{field}: {two.num_images} images are held out of {total} and {one.num_images} are trained on, so "
+                "that some are in both caches; make both with the same held_out"
+            )
+        return
+    shared = sorted(set(trained.indices.tolist()) & set(held_out.indices.tolist()))
+    if shared:
+        named = ", ".join(f"{one.split}[{index}]" for index in shared[:3])
+        raise DataError(
+            f"{field}: {len(shared)} of its images are trained on, too: {named}{', ...' * (len(shared) > 3)}; "
+            f"`{one.COMMAND} split=held_out` makes a cache of others, or leave validation out and give held_out=0.1"
+        )
+
+
+def _of_the_same(one: CacheInfo, two: CacheInfo) -> bool:
+    """Whether two caches are of the same data set, of shapes: of scenes of the same kind, however many."""
+    first, second = _told(one), _told(two)
+    if first.get("kind") == second.get("kind") == "shapes":
+        return {**first, "num_images": 0} == {**second, "num_images": 0}
+    return same_images(one.dataset, two.dataset)
+
+
+def _total(info: CacheInfo) -> int | None:
+    """The images of a data set of which a share is held out; None where another part is, or it is not known."""
+    told = _told(info)
+    if "images" not in told or told.get("own_held_out"):
+        return None
+    return min(told["images"], told.get("num") or told["images"])
+
+
+def _told(info: CacheInfo) -> dict[str, Any]:
+    try:
+        told = json.loads(info.dataset)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}

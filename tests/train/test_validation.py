@@ -1,0 +1,202 @@
+"""Validation while training: fixed noise, averaged weights, no effect on the run, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_job import ToyBatch, ToyJob, ToyModel, final, same, toy_config, train
+
+from imgtok.cli import main
+from imgtok.config import ConfigError
+from imgtok.data.images import DataError, ShapesImages
+from imgtok.data.overlap import refuse_shared
+from imgtok.randomness import step_generator
+from imgtok.shapes.world import ShapesConfig
+from imgtok.train.loop import Job, fit
+
+
+def validations(out: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "validation/loss" in line}
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {step: line["validation/loss"] for step, line in validations(out).items()}
+
+
+def test_a_run_with_validation_ends_with_the_same_weights(tmp_path):
+    train(tmp_path / "without", accumulate=2)
+    train(tmp_path / "with", accumulate=2, validate_every=1)
+    assert same(final(tmp_path / "with"), final(tmp_path / "without"))
+    state = "checkpoints/step_0000006/random_states_0.pkl"
+    states = [torch.load(tmp_path / run / state, weights_only=False) for run in ("with", "without")]
+    assert torch.equal(*(each["torch_manual_seed"] for each in states))
+    assert list(losses(tmp_path / "with")) == list(range(7))
+
+
+def test_the_loss_is_that_of_the_averaged_weights_with_noise_of_the_recorded_seed(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        job = train(tmp_path, validate_every=4, validation_seed=7)
+    assert list(losses(tmp_path)) == [0, 4, 6]
+    model = ToyModel(8).eval()
+    model.load_state_dict(final(tmp_path))
+    total, absolute, seen = 0.0, 0.0, 0
+    for number, places in enumerate([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]):
+        batch = job.held_out().batch(places, 7)
+        found = model(batch.x, generator=step_generator(7, number, purpose="validation"))
+        total, seen = total + len(places) * found.total.item(), seen + len(places)
+        absolute += len(places) * found.parts["absolute"].item()
+    line = validations(tmp_path)[6]
+    assert line["validation/loss"] == pytest.approx(total / seen)
+    assert line["validation/loss/absolute"] == pytest.approx(absolute / seen)
+    assert line["validation/images"] == 10
+    assert "validation on all 10 held-out images of the toy every 4 steps" in caplog.text
+    assert re.search(r"step 6/6  held out: loss [\d.]+, [\d.]+ before \(10 images, [\d.e-]+ s\)", caplog.text)
+
+
+def test_a_run_that_was_interrupted_validates_on_the_same_noise(tmp_path):
+    class Interrupted(ToyJob):
+        def loss(self, model, batch, generator):
+            if model.training and sum(names[0].startswith("image") for names in self.seen) == 5:
+                raise KeyboardInterrupt
+            return super().loss(model, batch, generator)
+
+    train(tmp_path / "whole", validate_every=2)
+    config = toy_config(validate_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Interrupted(config), config.training, tmp_path / "resumed", config)
+    train(tmp_path / "resumed", validate_every=2)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    train(tmp_path / "other", validate_every=2, validation_seed=1)
+    assert losses(tmp_path / "other") != losses(tmp_path / "whole")
+
+
+def test_some_of_many_and_what_cannot_be_read(tmp_path):
+    class Unreadable(ToyJob):
+        def held_out(self):
+            whole = super().held_out()
+
+            def batch(places, seed):
+                read = whole.batch(places, seed)
+                return ToyBatch(read.x[1:], read.labels[1:], read.names[1:])
+
+            return type(whole)(whole.count, batch, whole.words)
+
+    config = toy_config(validate_every=6, num_validation=5, steps=1)
+    fit(Unreadable(config), config.training, tmp_path, config)
+    assert validations(tmp_path)[1]["validation/images"] == 3  # of 4 + 1: the second batch has none left
+
+
+def test_a_loss_may_look_at_gradients(tmp_path):
+    class Adaptive(ToyJob):
+        def loss(self, model, batch, generator):
+            found = super().loss(model, batch, generator)
+            (gradient,) = torch.autograd.grad(found.total, model.out.weight, retain_graph=True)
+            found.parts["adaptive"] = gradient.norm().detach()
+            return found
+
+    config = toy_config(validate_every=6, steps=1)
+    fit(Adaptive(config), config.training, tmp_path, config)
+    assert validations(tmp_path)[1]["validation/loss/adaptive"] > 0
+
+
+def test_a_loss_that_is_not_finite_is_said_and_ends_nothing(tmp_path, caplog):
+    class Broken(ToyJob):
+        def held_out(self):
+            whole = super().held_out()
+            broken = ToyBatch(torch.full((4, 3), torch.nan), torch.zeros(4), ("a",) * 4)
+            return type(whole)(4, lambda places, seed: broken, whole.words)
+
+    config = toy_config(validate_every=6, steps=1)
+    fit(Broken(config), config.training, tmp_path, config)
+    assert math.isnan(losses(tmp_path)[1])
+    assert "the held-out loss after step 1 is nan" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_rhythm_below_one_and_a_job_without_held_out_images_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"validate_every.* 0"):
+        toy_config(validate_every=0)
+
+    class Without(ToyJob):
+        held_out = Job.held_out
+
+    config = toy_config(validate_every=2)
+    with pytest.raises(ValueError, match=r"^training.validate_every: this job keeps no images from training"):
+        fit(Without(config), config.training, tmp_path, config)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Folders of images: `a` and `b` have eight and four of their own, `c` has one of `a` under another name."""
+    root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, count in (("a", 8), ("b", 4), ("c", 1)):
+        (root / name).mkdir()
+        for number in range(count):
+            Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / name / f"{number}.png")
+    (root / "c/copy.png").write_bytes((root / "a/5.png").read_bytes())
+    (root / "empty").mkdir()
+    return root
+
+
+TRAINED = "training={steps: 1, batch_size: 4, learning_rate: 1e-3, trackers: [], preview_every: 0}"
+SMALL = "model={kind: vae, latent_channels: 2, block_channels: [4], layers_per_block: 1, norm_groups: 2}"
+
+
+def autoencoder(out: Path, folders: Path, *words: str) -> int:
+    own = ("train", "autoencoder", f"out={out}", f"data={{kind: folder, path: {folders / 'a'}}}", "image_size=8")
+    return main([*own, TRAINED, SMALL, "num_preview=0", "loss.l1=1", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["validation={kind: folder, path: b}"], r"validation: nothing looks at this data: .*validate_every=500"),
+        (
+            ["held_out=0", "training.validate_every=1"],
+            r"no images are held out \(held_out=0\): .*validation.path=FOLDER",
+        ),
+        (["validation={kind: folder, path: empty}", "training.validate_every=1"], r"validation: .*empty: no images"),
+        (
+            ["validation={kind: folder, path: a}", "training.validate_every=1"],
+            r"validation: 7 of 8 held-out images are trained on, too: .*a/\d.png, .* and 4 more",
+        ),
+        (
+            ["validation={kind: folder, path: c}", "held_out=0", "training.validate_every=1"],
+            r"validation: 1 of 2 held-out images are trained on, too: \S*c/copy.png \(it is \S*a/5.png\); name images",
+        ),
+    ],
+)
+def test_data_that_cannot_be_validated_on_are_named(tmp_path, folders, capsys, words, message):
+    words = [re.sub(r"path: (\w+)", lambda found: f"path: {folders / found[1]}", word) for word in words]
+    assert autoencoder(tmp_path, folders, *words) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_an_autoencoder_validates_on_other_images(tmp_path, folders):
+    words = (f"validation={{kind: folder, path: {folders / 'b'}}}", "held_out=0", "training.validate_every=1")
+    assert autoencoder(tmp_path, folders, *words) == 0
+    line = validations(tmp_path)[1]
+    assert line["validation/images"] == 4
+    assert {"validation/loss", "validation/loss/l1", "validation/loss/mse"} <= set(line)
+
+
+def test_shapes_that_are_trained_on_are_named():
+    def shapes(**given: Any) -> ShapesImages:
+        return ShapesImages(ShapesConfig(**given), 8)
+
+    trained = shapes(num_images=6)
+    refuse_shared(trained, shapes(num_images=6, split="val"), range(6), "validation")
+    with pytest.raises(DataError, match=r"validation: 2 of 3 .*too: shapes/train/4, shapes/train/5; name"):
+        refuse_shared(trained, shapes(num_images=9), [4, 5, 6], "validation")
