@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_origin
 
 import imgtok
 from imgtok import places, shipped, signals
@@ -63,6 +63,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
         "imgtok.sample.export",
         "write a model as the code that it was published with reads it, or a published one as imgtok's",
     ),
+    "plot": ("imgtok.sample.plot", "draw the training and validation curves of one or several runs"),
     "quickstart": (
         "imgtok.sample.quickstart",
         "train, sample and score on the built-in shapes, in minutes on a CPU",
@@ -149,15 +150,17 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
     """The `config_class` that the arguments describe: a configuration, `key=value`, `--key value`, `--flag`.
 
     A configuration is a YAML file or the name of one that ships with imgtok, alone or as `--config NAME`; of several a
-    later one is laid over those before it. The first other word fills the field `positional`. Dashes in names stand
-    for underscores. Raises ConfigError for an unknown name (with the known ones) or a value that does not fit,
-    FileNotFoundError for a file that is not there.
+    later one is laid over those before it. The first other word fills the field `positional`, all of them if that is a
+    list. Dashes in names stand for underscores. Raises ConfigError for an unknown name (with the known ones) or a value
+    that does not fit, FileNotFoundError for a file that is not there.
     """
     # which options are flags; a description imports all that a union holds, so only where it is needed
     known = {line.name: line for line in describe(config_class)} if any(w.startswith("--") for w in argv) else {}
     _check_help(argv, known)
     paths: list[Path] = []
     overrides: list[str] = []
+    lone: list[str] = []
+    several = positional is not None and get_origin(field_types(config_class)[positional]) is tuple
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -168,10 +171,15 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
         elif match := re.match(r"([A-Za-z_][\w.-]*)=", word):
             overrides.append(match[1].replace("-", "_") + word[match.end() - 1 :])
         elif positional is not None:
-            overrides.append(f"{positional}={word}")
-            positional = None
+            if several:
+                lone.append(word)
+            else:
+                overrides.append(f"{positional}={word}")
+                positional = None
         else:
             raise _stray(word, config_class)
+    if lone:
+        overrides.append(f"{positional}={','.join(lone)}")
     return load(config_class, paths, overrides)
 
 

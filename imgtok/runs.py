@@ -13,10 +13,13 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FINAL, CHECKPOINTS = "final", "checkpoints"
-"""Folders of a run: the finished model, and the checkpoints, `step_0001000` and so on."""
+FINAL, CHECKPOINTS, BEST = "final", "checkpoints", "best"
+"""Folders of a run: the finished model; the checkpoints, `step_0001000` and so on; and with `training.best` the model
+that did best in a validation."""
 CONFIG, STATE = "config.yaml", "state.json"
 """In each checkpoint and in `final`: the whole configuration of the run, and `Progress` with the size of every file."""
+MORE_IS_BETTER = ("psnr", "oracle", "codebook")
+"""How the names of a run's figures begin of which more is better; of losses and distances less is."""
 IDENTITY = "identity.json"
 """In a run's folder, in each checkpoint and in `final`: what tells the run's data and the models that it stands on from
 others."""

@@ -15,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_origin
 
 from imgtok.config import (
     OF_THE_MODEL,
@@ -87,10 +87,12 @@ class Page:
         return all(str(self.given.get(name, kind)) == kind for name, _, kind in choices)
 
     def _head(self) -> list[str]:
-        first = f"[{self.positional.upper()}] " if self.positional else ""
+        several = self.positional is not None and get_origin(field_types(self.config_class)[self.positional]) is tuple
+        first = f"[{self.positional.upper()}{' ...' * several}] " if self.positional else ""
         usage = f"usage: {self.command} {first}[CONFIG] [key=value ...] [--key value ...]"
         told = textwrap.fill(about(self.config_class), _width())
         lone = f" {self.positional.upper()}, a lone word, is {self.positional}=WORD." if self.positional else ""
+        lone = f" {self.positional.upper()}, lone words, are {self.positional}=A,B." if several and lone else lone
         words = (
             f"In any order.{lone} CONFIG is a .yaml file or a name from `imgtok config --list`. Lists are written a,b."
         )

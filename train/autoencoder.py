@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ from imgtok.train.config import TrainingConfig
 from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
-from imgtok.train.validation import HeldOut, check_validation
+from imgtok.train.validation import HeldOut, Measure, check_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,9 @@ class AutoencoderJob(ImageJob):
 
     def held_out(self) -> HeldOut:
         return held_out_images(self.source, self.shown, self.config)
+
+    def scores(self, wanted: Sequence[str], held_out: HeldOut, num: int) -> Measure:
+        return self.measure(self.autoencoder, wanted, held_out, num)
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:

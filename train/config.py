@@ -65,6 +65,17 @@ class TrainingConfig:
     """Held-out images of a validation, from all over those that there are, or all of them if there are fewer."""
     validation_seed: NonNegativeInt = 0
     """Seed of what is drawn in a validation: noise, times, dropout of tokens and conditions."""
+    validation_scores: tuple[Literal["psnr", "oracle", "fd_lite0"], ...] = ()
+    """What else a validation measures of the averaged weights: psnr, of reconstructions at every rate; of generators
+    oracle, how often drawn shapes are read as their class, and fd_lite0, the Frechet distance of drawn images from
+    held-out ones in features of EfficientNet-Lite0."""
+    num_scored: PositiveInt = 64
+    """Images that the validation's scores are measured on."""
+    best: str | None = None
+    """Keep the model in best/ whenever this figure of a validation is better than ever before, such as loss, loss/mse,
+    psnr@4 or oracle; null keeps none."""
+    patience: PositiveInt | None = None
+    """End the run after so many validations in which `best`, or else the loss, was no better; null does all steps."""
     save_every: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved, and so is the one at which a signal ends the run."""
     save_minutes: PositiveFloat | None = None
@@ -73,13 +84,19 @@ class TrainingConfig:
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
     """Where the log goes besides log.jsonl."""
 
     def __post_init__(self) -> None:
         check(self)
         if max(self.betas) >= 1:
             raise ValueError(f"betas must be below 1, given {list(self.betas)}")
+        for name in ("validation_scores", "best", "patience"):
+            if getattr(self, name) and self.validate_every is None:
+                raise ValueError(
+                    f"{name}: nothing is measured without validation: say after how many steps, such as "
+                    f"training.validate_every=500, or leave {name} out"
+                )
         if self.ema >= 1:
             raise ValueError(f"ema must be below 1 (such as 0.999; 0 switches it off), given {self.ema}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
@@ -28,6 +28,7 @@ from imgtok.data.tokens import TokenBatch
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import ROWS, write_cards
 from imgtok.hub import Found
+from imgtok.randomness import spread
 from imgtok.sections import ByKind, Section, Settings
 from imgtok.text import words
 from imgtok.tokenizers.base import Losses
@@ -35,7 +36,7 @@ from imgtok.train.captions import condition_facts, digest_with, open_captions, p
 from imgtok.train.config import TrainingConfig
 from imgtok.train.initialise import Init, check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import Job, fit
-from imgtok.train.validation import HeldOut, check_validation
+from imgtok.train.validation import HeldOut, Measure, check_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,10 @@ class GeneratorJob(Job):
         own: Any = model.config
         self.sampling = config.sampling.over(own.sampling, "sampling")
         self.decoding = config.decoding.over(content.decoder.config.decoding, "decoding")
-        self.rows, self.kept = content.divide(config.held_out) if config.held_out else (None, [])
+        self.rows: list[int] | None = None  # those that are trained on; None is all
+        self.kept: list[int] = []
+        if config.held_out:
+            self.rows, self.kept = content.divide(config.held_out)
 
     def batches(self, *, start_step: int, rank: int, world: int) -> Iterator[TokenBatch | LatentBatch]:
         training = self.config.training
@@ -247,7 +251,7 @@ class GeneratorJob(Job):
                 )
             folder = config.tokens or config.latents
             return self.rows_of(content, self.kept, self.captions, f"rows of {folder} that are held out")
-        other = type(content)(config.validation, self.decoder, content.decoder)  # type: ignore[arg-type]
+        other = content.beside(config.validation)
         content.check_like(other, "validation")
         refuse_shared_rows(content.cache, other.cache, "validation")
         captions = open_captions(config.validation_text, other.cache)
@@ -258,6 +262,18 @@ class GeneratorJob(Job):
         return HeldOut(
             len(rows), lambda places, seed: content.rows([rows[place] for place in places], seed, captions), words
         )
+
+    def scores(self, wanted: Sequence[str], held_out: HeldOut, num: int) -> Measure:
+        from imgtok.train.scores import DrawnScores  # which brings the networks that judge
+
+        chosen = spread(min(num, held_out.count), held_out.count).tolist()
+
+        def real() -> Iterator[Tensor]:
+            for start in range(0, len(chosen), ROWS):
+                yield self.decoded(held_out.batch(chosen[start : start + ROWS], 0).content, range(start, num))
+
+        names = self.content.class_names if self.captions is None else ()
+        return DrawnScores(wanted, num, self.content.image_size, names, self.drawn, real)
 
     def loss(self, model: nn.Module, batch: TokenBatch | LatentBatch, generator: torch.Generator) -> Losses:
         losses: Losses = model(batch.content, batch.condition, generator=generator)
@@ -272,21 +288,34 @@ class GeneratorJob(Job):
         if not self.config.num_preview:
             return
         assert isinstance(model, ConditionalGenerator)
-        device = next(model.parameters()).device
         indices = range(self.config.num_preview)
+        images, groups = self.drawn(model, indices).clamp(-1, 1), dict[str, list[int]]()
+        for index, title in enumerate(preview_titles(len(indices), model.config, self.content.indices, self.captions)):
+            groups.setdefault(title, []).append(index)
+        pictures.save_png(pictures.labelled_grid([(title, images[own]) for title, own in groups.items()]), path)
+
+    @torch.no_grad()
+    def drawn(self, model: nn.Module, indices: range) -> Tensor:
+        """Images in about [-1, 1] of the classes in turn or of the first captions; `indices` begin at 0."""
+        assert isinstance(model, ConditionalGenerator)
+        device = next(model.parameters()).device
         classes = model.config.num_classes
         condition = preview_condition(len(indices), classes, self.content.indices, self.captions, device)
         generate: Any = model.generate
         drawn = generate(condition, seed=0, indices=indices, sampling=self.sampling)
-        decode = self.content.decoder.to(device).decode
+        return self.decoded(drawn, indices)
+
+    @torch.no_grad()
+    def decoded(self, drawn: Any, indices: range) -> Tensor:
+        """The decoder's images of tokens or latents, whose noise goes by the `indices`, of which there may be more."""
+        device = next(self.model.parameters()).device
+        drawn, decoder = drawn.to(device), self.content.decoder.to(device)
         blocks = [
-            decode(drawn[rows.start : rows.stop], seed=0, indices=rows, decoding=self.decoding)
-            for rows in (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))
+            decoder.decode(drawn[start : start + ROWS], seed=0, indices=rows, decoding=self.decoding)
+            for start in range(0, len(drawn), ROWS)
+            for rows in [indices[start : min(start + ROWS, len(drawn))]]
         ]
-        images, groups = torch.cat(blocks).clamp(-1, 1), dict[str, list[int]]()
-        for index, title in enumerate(preview_titles(len(indices), model.config, self.content.indices, self.captions)):
-            groups.setdefault(title, []).append(index)
-        pictures.save_png(pictures.labelled_grid([(title, images[own]) for title, own in groups.items()]), path)
+        return torch.cat(blocks)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the decoder inside: all that sampling needs."""

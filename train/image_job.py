@@ -9,7 +9,7 @@ the model brings itself (`for_training`). Such a module is called with images, `
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,13 @@ from imgtok.data.overlap import refuse_shared
 from imgtok.data.parts import parts_of
 from imgtok.groups import ParameterGroup, each
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
+from imgtok.randomness import spread
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job
 from imgtok.train.optim import whole_model
-from imgtok.train.validation import HeldOut
+from imgtok.train.validation import HeldOut, Measure
 
 
 class ImageJob(Job):
@@ -90,6 +91,21 @@ class ImageJob(Job):
         chosen = range(0, len(self.shown), -(-len(self.shown) // 256))  # not the first: those may all be of one class
         batches = eval_loader(self.shown, self.training.batch_size, indices=chosen)
         model.calibrate(batch.images.to(device) for batch in batches)
+
+    def measure(self, model: Tokenizer | Autoencoder, wanted: Sequence[str], held_out: HeldOut, num: int) -> Measure:
+        """`scores` of a job whose `model` reconstructs images."""
+        from imgtok.train import scores  # which brings the networks that judge
+
+        scores.refuse_others(wanted, ("psnr",), "reconstructions")
+        chosen = spread(min(num, held_out.count), held_out.count).tolist()
+        size = self.training.batch_size
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+
+        def psnr(_: nn.Module) -> Mapping[str, float]:
+            batches: Iterator[Batch] = (held_out.batch(part, 0) for part in parts)
+            return scores.psnr_by_rate(model, ((batch.indices, batch.images) for batch in batches if batch.names))
+
+        return psnr
 
     def names(self, batch: Batch) -> Sequence[str]:
         """Which images these are, for messages."""

@@ -235,7 +235,10 @@ class Log:
             last = [values["loss"] for values in before.values()][-1:]
             change = "".join(f", {value:.4g} before" for value in last)
             what = f"{found['images']:.0f} images, {found['seconds']:.3g} s"
-            logger.info("step %d/%d  held out: loss %.4g%s (%s)", step, self.config.steps, found["loss"], change, what)
+            scores = "".join(f"  {name} {value:.4g}" for name, value in scores_in(found).items())
+            logger.info(
+                "step %d/%d  held out: loss %.4g%s%s (%s)", step, self.config.steps, found["loss"], change, scores, what
+            )  # fmt: skip
 
     def time_left(self, done: int) -> str:
         """How long the steps after the first `done` will take at the speed of the last ones, such as 1:02:03."""
@@ -249,6 +252,11 @@ class Log:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
+            if tracker.name == "trackio":  # of which Accelerate knows the numbers alone
+                import trackio
+
+                tracker.tracker.log({"preview": trackio.Image(pixels[0])}, step=step)
+                continue
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"preview": pixels}, step=step, **layout)
 
@@ -261,6 +269,11 @@ class Log:
 
 VALIDATION = "validation/"
 """How the names of a validation's figures begin, in the log and in the trackers."""
+
+
+def scores_in(found: dict[str, float]) -> dict[str, float]:
+    """The figures of a validation that are no losses."""
+    return {name: v for name, v in found.items() if not name.startswith("loss") and name not in ("images", "seconds")}
 
 
 def read_validations(path: Path) -> dict[int, dict[str, float]]:
@@ -303,10 +316,13 @@ def check_trackers(config: TrainingConfig) -> None:
 
 def start_trackers(accelerator: Accelerator, out: Path, resolved: Any, done: int) -> None:
     """Open the trackers; a resumed run's tensorboard forgets what came after its checkpoint."""
-    wandb = {"name": out.name, "dir": str(out), "config": to_dict(resolved)}
-    accelerator.init_trackers(
-        "imgtok", init_kwargs={"tensorboard": {"purge_step": done + 1 if done else None}, "wandb": wandb}
-    )
+    common = {"name": out.name, "config": to_dict(resolved)}
+    settings = {
+        "tensorboard": {"purge_step": done + 1 if done else None},
+        "trackio": common | {"resume": "allow" if done else "never"},
+        "wandb": common | {"dir": str(out)},
+    }
+    accelerator.init_trackers("imgtok", init_kwargs=settings)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -7,7 +7,7 @@ so a run that was killed and started again ends, on a CPU, with the weights of o
 With `validate_every` it also measures the loss of held-out images (imgtok/train/validation.py).
 
 Run folder: config.yaml, log.jsonl, tracker files, checkpoints/step_0001000/, samples/step_0001000.png,
-final/ (the finished model), failure/ after a non-finite loss.
+final/ (the finished model), best/ with `training.best`, failure/ after a non-finite loss.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from imgtok import announce, signals
 from imgtok.randomness import step_generator
-from imgtok.runs import Progress
+from imgtok.runs import BEST, Progress
 from imgtok.signals import Requests
 from imgtok.tokenizers.base import Losses
+from imgtok.train.best import Record, best_of
 from imgtok.train.config import TrainingConfig
 from imgtok.train.ema import EMA
 from imgtok.train.failure import NonFiniteLoss, explain, save_failure
@@ -38,7 +39,7 @@ from imgtok.train.resume import spelled_out
 from imgtok.train.start import make_accelerator, prepare_folder
 from imgtok.train.state import Checkpoints, publish, writing
 from imgtok.train.stopping import Agreement
-from imgtok.train.validation import HeldOut, Validation
+from imgtok.train.validation import HeldOut, Measure, Validation, as_it_was
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,6 +77,12 @@ class Job(Protocol):
         `loss`, in eval mode: a module that counts its calls, or learns without gradients, does so in train mode alone.
         """
         return None
+
+    def scores(self, wanted: Sequence[str], held_out: HeldOut, num: int) -> Measure:
+        """What measures `training.validation_scores`, in `wanted`, of the bare model (averaged weights, eval mode, no
+        gradients) on `num` images; called by the main process alone. Raises ValueError for what cannot be measured.
+        """
+        raise ValueError(f"training.validation_scores: this job measures nothing but the loss; leave {wanted[0]} out")
 
     def preview(self, model: nn.Module, path: Path) -> None:
         """Draw a picture with the bare model (averaged weights, eval mode, no gradients)."""
@@ -153,10 +160,11 @@ class Trainer:
         self.ema = EMA(job.model, config.ema, warmup=config.ema_warmup, without=without)
         self.checkpoints = Checkpoints(accelerator, job.model, self.ema, out / "checkpoints", config.keep)
         describe_run(accelerator, config, job.model)
-        self.validation = None
+        self.validation: Validation | None = None
         if config.validate_every is not None:
-            self.validation = Validation(job.held_out(), config, accelerator, job.names)
+            self.validation = Validation(job.held_out(), config, accelerator, job)
         self.start = self.resume()
+        self.reached = self.start.step
         self.log = Log(accelerator, config, out, resolved, self.start)
         self.agreement = Agreement(accelerator)
         self.saved_at = time.monotonic()
@@ -191,6 +199,8 @@ class Trainer:
             self.stop(self.agreement.now(requests.number), begin)
         if self.validates(begin) and not self.log.has_validation(begin):  # a signal may have come before the last one
             self.validate(begin)
+        if self.gives_up(begin):
+            return
         batches = self.stream(begin)
         for step in range(begin, config.steps):
             self.step(step, batches)
@@ -208,10 +218,15 @@ class Trainer:
             self.log.bar.update()
             if self.validates(done) and not stop:  # before the checkpoint: a run that goes on from there has the line
                 self.validate(done)
+                last = last or self.gives_up(done)
+                saves = saves or last
+                if last and not logs:
+                    self.write_log(done)
             if saves:  # before the picture, whose failure then costs no step
                 self.save(done)
+            self.reached = done
             self.stop(stop, done)  # and if a signal has come, before the picture, which can take minutes
-            if self.shows(done):
+            if last or self.shows(done):
                 self.preview(done, requests)
                 if stop := self.agreement.now(requests.number):
                     if not logs:
@@ -219,6 +234,8 @@ class Trainer:
                     if not saves:
                         self.save(done)
                     self.stop(stop, done)
+            if last:
+                return
 
     def shows(self, done: int) -> bool:
         """Whether a picture is drawn after so many steps."""
@@ -234,8 +251,26 @@ class Trainer:
         """The loss of the held-out images with the averaged weights, into the log."""
         assert self.validation is not None, "`validates` has asked for it"
         with self.log.paused(), self.averaged() as model:
-            found = self.validation.measure(self.job.loss, model)
-        self.log.validation(done, found)
+            self.log.validation(done, self.validation.measure(model))
+            best = self.record()
+            if self.config.best is not None and best is not None and best.step == done:
+                self.write_model(model, BEST, done)
+
+    def record(self) -> Record | None:
+        """The best validation so far, by `training.best` or else by the loss."""
+        return best_of(self.log.validations, self.config.best or "loss")
+
+    def gives_up(self, done: int) -> bool:
+        """Whether `patience` is at its end after so many steps."""
+        best = None if self.config.patience is None else self.record()
+        if best is None or self.config.patience is None or best.since < self.config.patience:
+            return False
+        if self.accelerator.is_main_process:
+            logger.info(
+                "training.patience: ended after step %d of %d: %s was no better in %d validations than %.4g after "
+                "step %d", done, self.config.steps, self.config.best or "loss", best.since, best.value, best.step,
+            )  # fmt: skip
+        return True
 
     def save_is_due(self) -> bool:
         """Whether `save_minutes` have passed; by the main process's clock."""
@@ -351,15 +386,21 @@ class Trainer:
         parts = {name: told for name, told in self.job.identity.items() if isinstance(told, str)}
         return Progress(step=done, seconds=self.log.seconds, processes=processes, parts=parts)
 
-    def finish(self) -> Path:
-        """Write final/: the model folder with averaged weights, the configuration, the state."""
-        final, temporary = self.out / "final", self.out / ".tmp-final"
+    def write_model(self, model: nn.Module, name: str, done: int) -> Path:
+        """Write a model folder into the run, whole or not at all; what is measured while it is saved is forgotten."""
+        target, temporary = self.out / name, self.out / f".tmp-{name}"
         with writing(temporary, self.accelerator):
             if self.accelerator.is_main_process:
-                with self.averaged() as model:
+                with as_it_was(model):
                     self.job.save(model, temporary)
-                publish(temporary, final, self.progress(self.config.steps), self.resolved, self.job.identity)
+                publish(temporary, target, self.progress(done), self.resolved, self.job.identity)
         self.accelerator.wait_for_everyone()
+        return target
+
+    def finish(self) -> Path:
+        """Write final/: the model folder with averaged weights, the configuration, the state."""
+        with self.averaged() as model:
+            final = self.write_model(model, "final", self.reached)
         if self.accelerator.is_main_process:
             announce.ends(final)
         return final

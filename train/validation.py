@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LossOf = Callable[[nn.Module, Any, torch.Generator], Losses]
-"""What `Job.loss` is."""
+Measure = Callable[[nn.Module], Mapping[str, float]]
+"""Scores of a model by their names."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,41 @@ def check_validation(given: object, training: TrainingConfig) -> None:
         )
 
 
+class Measured(Protocol):
+    """The part of a job that validation needs; see `imgtok.train.loop.Job`."""
+
+    def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Losses: ...
+    def names(self, batch: Any) -> Sequence[str]: ...
+    def scores(self, wanted: Sequence[str], held_out: HeldOut, num: int) -> Measure: ...
+
+
 class Validation:
     """The validations of one run, over all of its processes."""
 
     def __init__(
-        self,
-        held_out: HeldOut | None,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        names: Callable[[Any], Sequence[str]],
+        self, held_out: HeldOut | None, config: TrainingConfig, accelerator: Accelerator, job: Measured
     ) -> None:
-        """`names` gives the names of the images in a batch. Raises ValueError where there is nothing to validate on."""
+        """Raises ValueError where there is nothing to validate on, or for a score that cannot be measured."""
         if held_out is None or not held_out.count:
             what = "this job keeps no images from training" if held_out is None else f"there are no {held_out.words}"
             raise ValueError(f"training.validate_every: {what}; training.validate_every=null trains without validation")
-        self.held_out, self.config, self.accelerator, self.names = held_out, config, accelerator, names
+        self.held_out, self.config, self.accelerator, self.job = held_out, config, accelerator, job
         chosen = spread(min(config.num_validation, held_out.count), held_out.count).tolist()
         held_out.check(chosen)
+        self.scores: Measure | None = None
+        if config.validation_scores and accelerator.is_main_process:
+            self.scores = job.scores(config.validation_scores, held_out, config.num_scored)
         size = config.batch_size
         self.batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         if accelerator.is_main_process:
             which = f"{len(chosen)} of {held_out.count}" if len(chosen) < held_out.count else f"all {len(chosen)}"
             logger.info("validation on %s %s every %d steps", which, held_out.words, config.validate_every)
 
-    def measure(self, loss: LossOf, model: nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """The means over all images of the loss and of its parts, and how many images and seconds that took; `model` is
         the bare one, with the weights to be judged, in eval mode. Every process gets the same figures.
         """
-        from accelerate.utils import gather_object
+        from accelerate.utils import broadcast_object_list, gather_object
 
         begun = time.perf_counter()
         sums: dict[str, tuple[float, int]] = {}
@@ -89,9 +96,9 @@ class Validation:
         with untouched_randomness(self.accelerator.device, self.config.validation_seed), torch.enable_grad():
             for number, counts in self._mine():
                 batch = self.held_out.batch(self.batches[number], self.config.validation_seed)
-                if images := len(self.names(batch)):
+                if images := len(self.job.names(batch)):
                     generator = step_generator(self.config.validation_seed, number, purpose="validation")
-                    found = figures(loss(model, batch.to(self.accelerator.device), generator))
+                    found = figures(self.job.loss(model, batch.to(self.accelerator.device), generator))
                     add(sums, found, images if counts else 0)
         total: dict[str, tuple[float, int]] = {}
         for mine in gather_object([sums]):
@@ -102,6 +109,14 @@ class Validation:
             raise ValueError(f"validation: none of the {self.held_out.words} can be read")
         means = {name: value / count for name, (value, count) in total.items() if count}
         images = max(count for _, count in total.values())
+        if self.config.validation_scores:
+            scores: list[Any] = [{}]
+            if self.scores is not None:
+                with untouched_randomness(self.accelerator.device, self.config.validation_seed):
+                    scores = [dict(self.scores(model))]
+            if self.accelerator.num_processes > 1:
+                broadcast_object_list(scores)
+            means |= scores[0]
         return means | {"images": images, "seconds": round(time.perf_counter() - begun, 3)}
 
     def _mine(self) -> Iterator[tuple[int, bool]]:
@@ -128,6 +143,20 @@ def add(sums: dict[str, tuple[float, int]], found: Mapping[str, float], images: 
     for name, value in found.items():
         before = sums.get(name, (0.0, 0))
         sums[name] = (before[0] + (value * images if images else 0.0), before[1] + images)
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """After the block the modules have the attributes and buffers of before, such as a configuration in which saving
+    has put what it measured.
+    """
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, own, buffers in before:
+            module.__dict__.update(own)
+            module._buffers.update(buffers)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,15 @@ class Content(ABC):
         if different:
             raise DataError(f"{field}: unlike the cache that is trained on ({'; '.join(different)}); make it alike")
 
+    @abstractmethod
+    def beside(self, folder: Path) -> Content:
+        """Another cache of the same kind, made by the same model. Raises as the constructor."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Pixels a side of the decoder's images."""
+
     @property
     def indices(self) -> Tensor:
         """(N,) int64: which image of the source each row is."""
@@ -121,9 +130,17 @@ class TokenContent(Content):
 
     def __init__(self, folder: Path, found: Found, decoder: Tokenizer | None = None) -> None:
         """`decoder` is the model that was `found`, where it is loaded already."""
+        self.found = found
         self.decoder = load(found, expect=Tokenizer) if decoder is None else decoder
         self.cache = TokenDataset(folder, expect_fingerprint=found.fingerprint())
         self.digest = self.cache.info.digest
+
+    def beside(self, folder: Path) -> TokenContent:
+        return TokenContent(folder, self.found, self.decoder)
+
+    @property
+    def image_size(self) -> int:
+        return self.decoder.image_size
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -170,9 +187,18 @@ class LatentContent(Content):
 
     def __init__(self, folder: Path, found: Found, decoder: Autoencoder | None = None) -> None:
         """`decoder` is the model that was `found`, where it is loaded already."""
+        self.found = found
         self.decoder = load(found, expect=Autoencoder) if decoder is None else decoder
         self.cache = open_latents(folder, self.decoder)
         self.digest = self.cache.digest
+
+    def beside(self, folder: Path) -> LatentContent:
+        return LatentContent(folder, self.found, self.decoder)
+
+    @property
+    def image_size(self) -> int:
+        size: int = self.cache.grid * self.decoder.config.factor
+        return size
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def refuse_shared_rows(trained: TokenDataset | Latents, held_out: TokenDataset |
     one: CacheInfo | None = getattr(trained, "info", None)
     two: CacheInfo | None = getattr(held_out, "info", None)
     if one is None or two is None:
-        if one is two and trained.digest == held_out.digest:  # type: ignore[union-attr]
+        if one is two and getattr(trained, "digest", "") == getattr(held_out, "digest", None):
             raise DataError(
                 f"{field}: the same latents as are trained on; name others, or leave a share out: held_out=0.1"
             )

@@ -23,6 +23,7 @@ from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job, compile_forward, fit
 from imgtok.train.optim import ParameterGroup, whole_model
+from imgtok.train.validation import HeldOut
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 """For floats that are computed in another order."""
@@ -223,6 +224,9 @@ class LineJob(Job):
     def groups(self) -> Sequence[ParameterGroup]:
         return whole_model(self.model)
 
+    def held_out(self) -> HeldOut:
+        return HeldOut(2, lambda places, seed: Batch(kinds.inputs(self.model, 2)), "inputs")
+
     def names(self, batch: Batch) -> Sequence[str]:
         return ["image"] * 2
 
@@ -253,11 +257,11 @@ def fitted(job: LineJob, out: Path, **training: Any) -> dict[str, Tensor]:
         for name, line in TRAINED.items()
     ],
 )
-def test_a_run_that_is_resumed_ends_with_the_same_weights(line, tmp_path):
+def test_a_run_that_validates_and_is_resumed_ends_with_the_same_weights(line, tmp_path):
     whole = fitted(LineJob(line), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fitted(LineJob(line, stop_after=1), tmp_path / "parts")
-    resumed = fitted(LineJob(line), tmp_path / "parts")
+        fitted(LineJob(line, stop_after=1), tmp_path / "parts", validate_every=1)
+    resumed = fitted(LineJob(line), tmp_path / "parts", validate_every=1)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     before = kinds.build(line).state_dict()
     assert any(not torch.equal(whole[name], before[name]) for name in whole)

@@ -5,10 +5,14 @@ import json
 import logging
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,6 +29,9 @@ from imgtok.train.loop import Job, NonFiniteLoss, ParameterGroup, Trainer, fit
 from imgtok.train.optim import check_groups, parameter_groups
 from imgtok.train.start import make_accelerator
 from imgtok.train.state import complete_steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -134,6 +141,19 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     expected = [(line["step"], pytest.approx(line["loss"])) for line in log_of(tmp_path)]
     assert [(event.step, event.value) for event in read.Scalars("loss")] == expected
     assert [event.step for event in read.Images("preview")] == [0, 3, 6]
+
+
+def test_previews_go_to_every_tracker(tmp_path, monkeypatch):
+    """Accelerate hands pictures to tensorboard and wandb, and only numbers to trackio."""
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "preview.png")
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: ("image", pixels.shape)))
+    seen: list[Any] = []
+    trackio = SimpleNamespace(name="trackio", tracker=SimpleNamespace(log=lambda *a, **more: seen.append((*a, more))))
+    wandb = SimpleNamespace(name="wandb", log_images=lambda *a, **more: seen.append((a[0]["preview"].shape, more)))
+    log = Log.__new__(Log)
+    log.accelerator = cast("Accelerator", SimpleNamespace(trackers=[trackio, wandb]))
+    log.picture(tmp_path / "preview.png", 7)
+    assert seen == [({"preview": ("image", (4, 4, 3))}, {"step": 7}), ((1, 4, 4, 3), {"step": 7})]
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_job import ToyBatch, ToyJob, ToyModel, final, same, toy_config, train
+from torch import nn
+from toy_job import ToyBatch, ToyConfig, ToyJob, ToyModel, final, same, toy_config, train
 
 from imgtok.cli import main
 from imgtok.config import ConfigError
 from imgtok.data.images import DataError, ShapesImages
 from imgtok.data.overlap import refuse_shared
 from imgtok.randomness import step_generator
+from imgtok.runs import step_of
 from imgtok.shapes.world import ShapesConfig
+from imgtok.train.best import Record, best_of
 from imgtok.train.loop import Job, fit
 
 
@@ -122,7 +126,84 @@ def test_a_loss_that_is_not_finite_is_said_and_ends_nothing(tmp_path, caplog):
     assert "the held-out loss after step 1 is nan" in caplog.text
 
 
+# ------------------------------------------------------------------------------------- scores, best/, patience
+
+
+class Scripted(ToyJob):
+    """Its images are read right as often as the list says, one validation after the other."""
+
+    def __init__(self, config: ToyConfig, values: Sequence[float]) -> None:
+        super().__init__(config)
+        self.values = list(values)
+
+    def scores(self, wanted, held_out, num):
+        assert (wanted, held_out.count, num) == (("oracle",), 10, 3)
+
+        def measure(model: nn.Module) -> dict[str, float]:
+            assert not model.training
+            torch.rand(1)
+            return {"oracle": self.values.pop(0)}
+
+        return measure
+
+
+SCORED: dict[str, Any] = {"validate_every": 1, "validation_scores": ("oracle",), "num_scored": 3, "best": "oracle"}
+
+
+def test_the_best_model_is_kept_and_a_run_that_gets_no_better_ends(tmp_path, caplog):
+    config = toy_config(**SCORED, patience=2)
+    job = Scripted(config, [0.1, 0.5, 0.3, 0.4])
+    with caplog.at_level(logging.INFO):
+        fit(job, config.training, tmp_path, config)
+    assert [line["validation/oracle"] for line in validations(tmp_path).values()] == [0.1, 0.5, 0.3, 0.4]
+    assert (
+        "training.patience: ended after step 3 of 6: oracle was no better in 2 validations than 0.5 after"
+        in caplog.text
+    )
+    assert re.search(r"step 1/6  held out: loss \S+, \S+ before  oracle 0.5 \(", caplog.text)
+    assert [step_of(tmp_path / name) for name in ("best", "final")] == [1, 3]
+    before = final(tmp_path)
+    again = Scripted(config, [])
+    fit(again, config.training, tmp_path, config)
+    assert again.seen == []
+    assert same(final(tmp_path), before)
+    longer = toy_config(**SCORED, patience=4)
+    fit(Scripted(longer, [0.6, 0.2, 0.2]), longer.training, tmp_path, longer)
+    assert [step_of(tmp_path / name) for name in ("best", "final")] == [4, 6]
+
+
+def test_scores_leave_the_run_as_it_is(tmp_path):
+    train(tmp_path / "plain")
+    config = toy_config(**SCORED)
+    fit(Scripted(config, [0.5] * 7), config.training, tmp_path / "scored", config)
+    assert same(final(tmp_path / "scored"), final(tmp_path / "plain"))
+    assert step_of(tmp_path / "scored/best") == 0
+
+
+def test_the_best_of_losses_is_the_smallest_and_of_scores_the_largest():
+    seen = {0: {"loss": 3.0, "psnr@4": 9.0}, 5: {"loss": 1.0, "psnr@4": 8.0}, 9: {"loss": math.nan, "psnr@4": 8.5}}
+    assert best_of(seen, "loss") == Record(5, 1.0, 1)
+    assert best_of(seen, "psnr@4") == Record(0, 9.0, 2)
+    assert best_of({}, "loss") is None
+    with pytest.raises(ValueError, match=r"training.best: 'psnr' is no figure .* have: loss, psnr@4; scores"):
+        best_of(seen, "psnr")
+
+
 # ---------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("given", [{"best": "loss"}, {"patience": 2}, {"validation_scores": ("psnr",)}])
+def test_what_needs_validation_says_so(given):
+    with pytest.raises(ValueError, match=rf"{next(iter(given))}: nothing is measured without validation"):
+        toy_config(**given)
+
+
+def test_a_score_that_a_job_does_not_have_is_named(tmp_path, folders, capsys):
+    with pytest.raises(ValueError, match="this job measures nothing but the loss; leave psnr out"):
+        train(tmp_path / "toy", validate_every=1, validation_scores=("psnr",))
+    words = ("training.validate_every=1", "training.validation_scores=oracle")
+    assert autoencoder(tmp_path, folders, *words) == 2
+    assert "oracle cannot be measured of reconstructions; what can: psnr" in capsys.readouterr().err
 
 
 def test_a_rhythm_below_one_and_a_job_without_held_out_images_are_refused(tmp_path):
@@ -130,7 +211,8 @@ def test_a_rhythm_below_one_and_a_job_without_held_out_images_are_refused(tmp_pa
         toy_config(validate_every=0)
 
     class Without(ToyJob):
-        held_out = Job.held_out
+        def held_out(self):
+            return Job.held_out(self)
 
     config = toy_config(validate_every=2)
     with pytest.raises(ValueError, match=r"^training.validate_every: this job keeps no images from training"):
@@ -186,7 +268,8 @@ def test_data_that_cannot_be_validated_on_are_named(tmp_path, folders, capsys, w
 
 def test_an_autoencoder_validates_on_other_images(tmp_path, folders):
     words = (f"validation={{kind: folder, path: {folders / 'b'}}}", "held_out=0", "training.validate_every=1")
-    assert autoencoder(tmp_path, folders, *words) == 0
+    assert autoencoder(tmp_path, folders, *words, "training.validation_scores=psnr", "training.best=psnr") == 0
+    assert step_of(tmp_path / "best") == max(validations(tmp_path).values(), key=lambda v: v["validation/psnr"])["step"]
     line = validations(tmp_path)[1]
     assert line["validation/images"] == 4
     assert {"validation/loss", "validation/loss/l1", "validation/loss/mse"} <= set(line)
