@@ -87,16 +87,22 @@ class Page:
         return all(str(self.given.get(name, kind)) == kind for name, _, kind in choices)
 
     def _head(self) -> list[str]:
-        several = self.positional is not None and get_origin(field_types(self.config_class)[self.positional]) is tuple
-        first = f"[{self.positional.upper()}{' ...' * several}] " if self.positional else ""
+        first = lone = ""
+        if self.positional is not None:
+            name, several = self.positional.upper(), self._takes_several(self.positional)
+            first = f"[{name} ...] " if several else f"[{name}] "
+            lone = f" {name}, a lone word, is {self.positional}=WORD."
+            lone = f" {name}, lone words, are {self.positional}=A,B." if several else lone
         usage = f"usage: {self.command} {first}[CONFIG] [key=value ...] [--key value ...]"
         told = textwrap.fill(about(self.config_class), _width())
-        lone = f" {self.positional.upper()}, a lone word, is {self.positional}=WORD." if self.positional else ""
-        lone = f" {self.positional.upper()}, lone words, are {self.positional}=A,B." if several and lone else lone
         words = (
             f"In any order.{lone} CONFIG is a .yaml file or a name from `imgtok config --list`. Lists are written a,b."
         )
         return [usage, *([""] if told else []), *told.splitlines(), "", *textwrap.wrap(words, _width())]
+
+    def _takes_several(self, name: str) -> bool:
+        """Whether a field is a list."""
+        return get_origin(field_types(self.config_class)[name]) is tuple
 
     def _short(self, lines: Sequence[FieldHelp]) -> list[str]:
         entries = self._entries(lines)

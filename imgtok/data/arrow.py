@@ -77,10 +77,6 @@ class ArrowRecords:
         values = self._rows.select_columns([column])[:64].column(0).drop_null()
         return values[0].as_py() if len(values) else None
 
-    @property
-    def sizes(self) -> None:
-        """They are not known without reading the images."""
-
     def __len__(self) -> int:
         return len(self.labels.values)
 

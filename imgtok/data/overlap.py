@@ -66,7 +66,7 @@ def shared_images(trained: ImageSource, held_out: ImageSource, chosen: Sequence[
 
 def to_look_at(trained: FileImages, held_out: FileImages, chosen: Sequence[int]) -> Iterator[int]:
     """The places in the records of `trained` where one of the chosen images may be."""
-    sizes, of_chosen = trained.records.sizes, held_out.records.sizes
+    sizes, of_chosen = (getattr(source.records, "sizes", None) for source in (trained, held_out))
     if sizes is not None and of_chosen is not None:
         alike = np.isin(sizes[trained.places], of_chosen[held_out.places[list(chosen)]])
         yield from trained.places[alike].tolist()

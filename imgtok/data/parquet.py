@@ -100,10 +100,6 @@ class ParquetRecords:
         self.labels = join_labels(labels, shards[0].columns, config, len(self), self.name)
         self.left_out = LeftOut()
 
-    @property
-    def sizes(self) -> None:
-        """They are not known without reading the images."""
-
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -67,10 +67,6 @@ class Records(Protocol):
     left_out: LeftOut
     """What was found beside the images."""
 
-    @property
-    def sizes(self) -> np.ndarray | None:
-        """(N,) bytes of each image, where they are known without reading it."""
-
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
