@@ -35,7 +35,7 @@ JOBS: Mapping[str, tuple[str, str]] = {
     "train tokenizer": ("imgtok.train.tokenizer", "train a tokenizer on images"),
     "train autoencoder": (
         "imgtok.train.autoencoder",
-        "train the continuous autoencoder that tokenizers and latents stand on",
+        "train the continuous autoencoder below tokenizers and generators of latents",
     ),
     "train generator": (
         "imgtok.train.generator",

@@ -32,9 +32,9 @@ class Config:
     job: Literal["export"] = "export"
     """Which program this file is for."""
     model: str
-    """Any name of a model: a folder, Hub name, or lone file of published weights."""
+    """Any name of a model: a folder, Hub name, or single file of published weights."""
     out: Path
-    """Folder of the new config.json and weights; for a model that is published as a lone file, that file (.pth or
+    """Folder of the new config.json and weights; for a model that is published as a single file, that file (.pth or
     .safetensors). Those of the same model are replaced, those of another are not."""
     layout: Literal["imgtok", "published"] = "published"
     """Whose: "imgtok" as every program here reads it, "published" as the code that the model was published with."""

@@ -99,7 +99,7 @@ class Config:
     parser: Parser = "grammar"
     """Who finds what prompts name: the grammar that is built in, or textblob or spacy where they are installed."""
     sampling: Settings = Settings()
-    """How tokens or latents are drawn: settings of the generator; what is left out is as its configuration says."""
+    """How tokens or latents are drawn: settings of the generator; those not given are as in its configuration."""
     decoding: Settings = Settings()
     """How images are made of them: settings of the decoder, likewise."""
     num_tokens: PositiveInt | None = None

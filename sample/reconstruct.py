@@ -73,7 +73,7 @@ class Config:
     batch_size: PositiveInt = 64
     """Images reconstructed at once."""
     decoding: Settings = Settings()
-    """Settings of the decoder; what is left out is as the model's configuration says (`imgtok info MODEL`)."""
+    """Settings of the decoder; those that are not given are as in the model (`imgtok info MODEL`)."""
     exact: bool = False
     """On a CPU, results that are equal to the last bit whatever the batch size: images are computed in blocks of one
     size, the last one padded, with a fixed number of threads. Several times slower."""

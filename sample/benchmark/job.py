@@ -122,7 +122,7 @@ class Config:
     batch_size: PositiveInt = 64
     """Images at once in one process."""
     sampling: Settings = Settings()
-    """How `model` draws: its own settings; what is left out is as its configuration says (`imgtok info MODEL`)."""
+    """How `model` draws: its own settings; those that are not given are as in the model (`imgtok info MODEL`)."""
     decoding: Settings = Settings()
     """Settings of the decoder, likewise."""
     shown: NonNegativeInt = 24

@@ -98,7 +98,7 @@ class Config:
     levels: tuple[PositiveInt, ...] = (8, 16, 32, 64)
     """Numbers of levels that are compared, from 2 on; the largest is the one that the range is chosen for."""
     range: PositiveFloat | None = None
-    """Scaled latents between +- this are told apart, others moved to its ends; null takes what is measured."""
+    """Scaled latents beyond +- this are moved to its ends; null takes the range that is measured."""
     ranges: tuple[PositiveFloat, ...] = ()
     """Ranges that are compared at the largest number of levels; empty takes 0.4, 0.6, 0.8, 1, 1.2 and 1.4 times the one
     that is chosen."""
@@ -398,7 +398,7 @@ def settings_yaml(found: Found, config: Config, model: str, data: str, path: Pat
     text = yaml.safe_dump(told, sort_keys=False, default_flow_style=None, width=100)
     about = textwrap.fill(f"Written by `imgtok calibrate` for the latents of {model}, measured on {data}.", 92)
     return f"""{textwrap.indent(about, "# ")}
-# To be laid over the configuration of a tokenizer that rounds latents, or of a generator that
+# To be combined with the configuration of a tokenizer that rounds latents, or of a generator that
 # does, whose cache was made with the same factor:
 #
 #   imgtok train tokenizer CONFIG.yaml {path} vae={config.vae}
@@ -428,7 +428,7 @@ def notes(found: Found, config: Config, asked: int, there: int, num_decoded: int
         )
     if min(found.shape[1:]) < FEW_POSITIONS:
         told.append(
-            f"Latents have {found.shape[1]} x {found.shape[2]} positions, on which few frequencies can be told apart: "
+            f"Latents have {found.shape[1]} x {found.shape[2]} positions, too few to distinguish frequencies well: "
             "take the order of the channels as a hint, or measure with a larger image_size."
         )
     tried = found.curves[found.chosen.levels]

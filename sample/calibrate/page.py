@@ -68,8 +68,8 @@ def body(found: Found, decoded: Decoded, about: About) -> str:
 
 
 BESIDE = (
-    "<code>calibration.yaml</code>, the settings, to be laid over a configuration; <code>calibration.json</code>, what "
-    "is said here in numbers."
+    "<code>calibration.yaml</code>, the settings, to be combined with a configuration; <code>calibration.json</code>, "
+    "the numbers of this page."
 )
 
 

@@ -86,7 +86,7 @@ class Config:
     batch_size: PositiveInt = 64
     """Images that go through the tokenizer at once."""
     decoding: Settings = Settings()
-    """Settings of the decoder; what is left out is as the model's configuration says (`imgtok info MODEL`)."""
+    """Settings of the decoder; those that are not given are as in the model (`imgtok info MODEL`)."""
     exact: bool = False
     """On a CPU, results that are equal to the last bit whatever the batch size: images are computed in blocks of one
     size, the last one padded, with a fixed number of threads. Several times slower."""
@@ -249,7 +249,7 @@ def notes(found: Measured, summary: Mapping[str, Any], model: Tokenizer, asked: 
     if beyond:
         parts = ", ".join(f"eps = {text(eps)} on {page.share(part)} of the images" for eps, part in beyond.items())
         told.append(
-            f"What is asked for is mostly out of reach: all {found.request.budget} tokens leave an error above "
+            f"The requested error is mostly out of reach: all {found.request.budget} tokens leave an error above "
             f"{parts}. A larger eps tells images apart better."
         )
     return told

@@ -87,7 +87,7 @@ class Config:
     reference: Path | None = None
     """Real images (as `images`) or their statistics (.safetensors, or .npz with mu and sigma), or an .npz of both as
     ADM's batches: statistics for fid and sfid, images for others. Takes the place of `data` for fid and others, and of
-    their own originals for the fd_lite0 of reconstructions and its kin."""
+    their own originals for fd_lite0 and similar scores of reconstructions."""
     real: PositiveInt | None = None
     """Real images that samples are compared with; null takes all. Fewer are from all over `data` or the folder, and
     their number stands in the names of the scores."""
@@ -104,7 +104,7 @@ class Config:
     batch_size: PositiveInt = 64
     """Images at once in one process; scores do not depend on it."""
     sampling: Settings = Settings()
-    """How `model` draws: its own settings; what is left out is as its configuration says (`imgtok info MODEL`)."""
+    """How `model` draws: its own settings; those that are not given are as in the model (`imgtok info MODEL`)."""
     rates: tuple[int | str, ...] = ()
     """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05, each of which is
     scored; empty takes those that the tokenizer lists (the powers of two up to all, say), all tokens for a model."""
