@@ -37,7 +37,7 @@ slow: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'slow and not gpu and not network' $(ARGS)
 
 docs: $(DOCS_INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site is in build/site: open build/site/index.html"
 
 lint: $(INSTALLED)
