@@ -26,6 +26,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the
         with contextlib.suppress(ImportError):  # those of an extra may not be there
             importlib.import_module(library)
 
+os.fsync = lambda descriptor: None
+"""No test cuts the power, and waiting for the disk after every small file takes longer than some tests compute. What is
+flushed, and when, `imgtok/test_files.py` and `train/test_resume.py` look at.
+"""
+
 HERE = Path(__file__).parent
 MIRRORED = {"imgtok", "generators", "train", "sample"}
 """Folders here that have the tests of the folder of ours with that name."""

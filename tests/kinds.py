@@ -175,7 +175,7 @@ KARL: dict[str, Any] = {
     "max_tokens": 12, "budget": 8, "position_grid": 8, "halting_width": 16,
 }  # fmt: skip
 GPT: dict[str, Any] = {"vocab_size": 60, "num_tokens": 9, "width": 32, "depth": 2, "num_heads": 2, "mlp_multiple": 16}
-XAR: dict[str, Any] = {"latent_channels": 4, "grid": 4, "width": 32, "depth": 2, "num_heads": 2}
+XAR: dict[str, Any] = {"latent_channels": 4, "grid": 4, "width": 32, "depth": 1, "num_heads": 2}
 BLOCK, BLOCKS = (StackConfig(width=32, depth=depth, num_heads=2) for depth in (1, 2))
 TOKENBRIDGE: dict[str, Any] = {
     "latent_channels": 2, "grid": 4, "encoder": BLOCK, "decoder": BLOCKS, "head": BLOCK,

@@ -84,6 +84,7 @@ def _python(words: list[str], environment: Mapping[str, str], folder: Path, told
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it was imported in another environment
+    os.fsync = lambda descriptor: None  # as in conftest.py
     first, *rest = words
     if first == "-m":
         sys.argv = rest

@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def run(*arguments: object) -> None:
 
 def name(path: Path) -> str:
     return path.relative_to(CONFIGS).as_posix()
+
+
+RESUMED = ("vae", "flextok", "karl-1", "gpt-karl", "xar")
+"""Of autoencoders, tokenizers, and generators from tokens and from latents. That a model of any kind is resumed as it
+was, `tests/contract` sees; with a discriminator, `train/test_autoencoder.py`."""
+
+
+def dear(found: list[Path], *, but: Collection[str]) -> list[Any]:
+    """All of these with the slow tests, but those of these names with the fast ones."""
+    assert set(but) <= {path.stem for path in found}
+    return [pytest.param(path, id=name(path), marks=[] if path.stem in but else [pytest.mark.slow]) for path in found]
 
 
 def trained_by(name: str) -> Any:
@@ -172,7 +184,7 @@ def test_a_run_leaves_a_model_a_log_and_pictures(finished, path):
     assert list((out / "tensorboard").rglob("events*"))
 
 
-@pytest.mark.parametrize("path", paths(*TRAINING), ids=name)
+@pytest.mark.parametrize("path", dear(paths(*TRAINING), but=RESUMED))
 def test_an_interrupted_run_ends_with_the_same_weights(finished, path, monkeypatch):
     out = Path(f"resumed-{path.stem}")
     step = Trainer.step
@@ -194,7 +206,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, path, monkeypat
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-@pytest.mark.parametrize("path", paths("train-generator"), ids=name)
+@pytest.mark.parametrize("path", dear(paths("train-generator"), but=("gpt", "gpt-karl", "xar", "tokenbridge")))
 def test_a_generator_is_sampled_from_and_scored(finished, path):
     model, samples = Path(read(path)["out"]) / "final", Path("samples") / path.stem
     assert isinstance(imgtok.load(model / "tokenizer"), Tokenizer if isinstance(imgtok.load(model), GPT) else VAE)
@@ -213,10 +225,16 @@ def test_a_generator_is_sampled_from_and_scored(finished, path):
     assert own == ("karl" in path.stem)
 
 
-TOKENIZERS = [Path(read(path)["out"]) for path in paths("train-tokenizer")]
+TOKENIZERS = [*(Path(read(path)["out"]) for path in paths("train-tokenizer")), Path("outputs/on-vae")]
 
 
-@pytest.mark.parametrize("model", [*TOKENIZERS, Path("outputs/on-vae")], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [  # karl-2 is karl-1 after its second stage
+        pytest.param(model, id=model.name, marks=[pytest.mark.slow] if model.name == "karl-2" else [])
+        for model in TOKENIZERS
+    ],
+)
 def test_a_tokenizer_is_shown_and_scored(finished, model):
     out = Path("reconstructions") / model.name
     data = ("data.kind=shapes", "data.num_images=64")

@@ -130,7 +130,14 @@ def test_steps_give_the_logits_of_the_training_path():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "length"), [("llamagen", 1), ("text", 3), ("text prefix", 1)])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        pytest.param("llamagen", 1, marks=pytest.mark.slow),
+        pytest.param("text", 3, marks=pytest.mark.slow),
+        ("text prefix", 1),
+    ],
+)
 def test_a_step_at_given_positions_compiles_once(name, length):
     model = build(**VARIANTS[name], depth=1)
     condition, ids, prefix = some_condition(model), randint(24, 3, 16), model.config.prefix_length

@@ -171,9 +171,18 @@ def test_guidance_and_classes_change_what_is_drawn():
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("entities", ENTITIES, ids=lambda e: e.kind)
+@pytest.mark.parametrize(
+    "entities",
+    [
+        pytest.param(entities, id=entities.kind, marks=[] if entities.kind == "cell" else [pytest.mark.slow])
+        for entities in ENTITIES
+    ],
+)
 def test_it_learns(entities):
-    """A class that is a constant latent: the loss falls below what ignorance of the class allows."""
+    """A class that is a constant latent: the loss falls below what ignorance of the class allows.
+
+    `test_training_is_the_plain_algorithm` has the loss and gradients of every kind of entity.
+    """
     model = tiny(entities, dropout=0.0, drop=0.0).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator, losses = torch.Generator().manual_seed(0), []

@@ -179,6 +179,7 @@ def test_recomputing_activations_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_it_learns_what_captions_say():
     """A caption's first number is the latent: the loss falls below what ignorance of the captions allows."""
     model = build(dropout=0.0, drop=0.0).train()

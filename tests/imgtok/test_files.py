@@ -33,6 +33,14 @@ def test_permissions_are_those_of_a_new_file(tmp_path: Path, umask: int, mode: i
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
+def test_the_content_is_on_the_disk_before_the_file_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    path, flushed = tmp_path / "file.txt", []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append((os.fstat(descriptor).st_ino, path.exists())))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert flushed == [(path.stat().st_ino, False)]
+
+
 def write_half(path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text("ne")

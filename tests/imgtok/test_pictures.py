@@ -415,6 +415,7 @@ def test_ordinary_pictures_are_cropped_to_the_bit_as_ever():
         assert np.array_equal(np.asarray(center_crop_adm(picture, 40)), whole_crop(picture, 40))
 
 
+@pytest.mark.slow
 def test_memory_follows_the_crop():
     """The peak of a process that reads extreme pictures at 256 pixels, above what it held before."""
     code = """

@@ -36,6 +36,8 @@ ENCODE, DECODE, STEP, VQGAN_STEP, VQGAN_ENCODE = (
     )
 )
 
+pytestmark = pytest.mark.slow  # what is wrong with our code `test_karl` finds; here it is seen that it would
+
 Change = Callable[[KARL], Any]
 
 

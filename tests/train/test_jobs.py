@@ -19,6 +19,7 @@ from imgtok.data.images import open_images
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok
 from imgtok.train import cache_tokens, generator, tokenizer
+from imgtok.train.ema import EMA
 from imgtok.train.state import complete_steps
 
 ROOT = Path(__file__).parents[2]
@@ -69,14 +70,27 @@ def dying(self, step):
 EMA.update = dying
 main(sys.argv[1:])
 """
+update = EMA.update
 
 
-def test_a_gpt_with_dropout_that_was_killed_ends_with_the_same_weights(tmp_path, flextok, tokens):
+def interrupted(self, step):
+    if step == 2:
+        raise KeyboardInterrupt
+    update(self, step)
+
+
+@pytest.mark.parametrize("how", ["interrupted", pytest.param("killed", marks=pytest.mark.slow)])
+def test_a_gpt_with_dropout_that_was_stopped_ends_with_the_same_weights(tmp_path, flextok, tokens, monkeypatch, how):
+    """Interrupted at the place where it is killed, it has left the same files; a kill needs a process of its own."""
     inputs = [f"tokens={tokens}", f"tokenizer={flextok}", "model.dropout=0.1", *QUIET]
     whole = train(generator, "gpt", tmp_path / "whole", *inputs)
     arguments = ["train", "generator", str(TINY / "gpt.yaml"), *inputs, f"out={tmp_path / 'killed'}"]
-    done = processes.python("-c", KILLED, *arguments)
-    assert done.returncode == -signal.SIGKILL
+    if how == "killed":
+        assert processes.python("-c", KILLED, *arguments).returncode == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(EMA, "update", interrupted)
+            assert main(arguments) == 130
     assert complete_steps(tmp_path / "killed/checkpoints") == [2]
     assert main(arguments) == 0
     assert same(tmp_path / "killed/final", whole)

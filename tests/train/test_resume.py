@@ -61,6 +61,19 @@ def test_kill_in_the_middle_of_a_checkpoint(tmp_path, uninterrupted):
     assert steps == [0, 2, 4, 6]
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    checkpoint, flushed = tmp_path / "checkpoints/step_0000002", set()
+
+    def flush(descriptor: int) -> None:
+        flushed.add((os.fstat(descriptor).st_ino, checkpoint.exists()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    train(tmp_path, steps=2)
+    assert (checkpoint / "state.json").is_file()
+    assert {(path.stat().st_ino, False) for path in (checkpoint, *checkpoint.rglob("*"))} <= flushed
+    assert (checkpoint.parent.stat().st_ino, True) in flushed, "the name itself"
+
+
 def test_kill_before_the_first_checkpoint(tmp_path, uninterrupted):
     interrupt(tmp_path, after=1)
     train(tmp_path)

@@ -211,6 +211,7 @@ def test_no_page_header_makes_the_reader_hang_or_take_memory(tmp_path):
     assert isinstance(chunk, Chunk)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_and_no_home_is_needed(tmp_path):
     """In a process of its own, whose home and caches are a folder that cannot be written and stays empty."""
     path = write(tmp_path / "data" / "x.parquet", {"image": [png(i) for i in range(6)], "label": [0, 1, 2] * 2})

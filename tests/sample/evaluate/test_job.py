@@ -170,7 +170,7 @@ def test_npz_gives_the_same_scores_whatever_the_batch(samples, tmp_path):
         run(tmp_path, images=samples, metrics=("oracle",), num=65)
 
 
-@pytest.mark.parametrize("name", ["model", "tokenizer"])
+@pytest.mark.parametrize("name", ["model", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_a_model_that_is_trained_further_has_scores_of_its_own(generator, tokenizer, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(generator if name == "model" else tokenizer, "run/final")

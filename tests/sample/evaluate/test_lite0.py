@@ -145,6 +145,7 @@ def test_neither_order_nor_batches_matter(tmp_path):
     assert found["fd_lite0"] > 0.01
 
 
+@pytest.mark.slow
 def test_more_damage_scores_worse(net, tmp_path):
     images = to_uint8(ShapesDataset(ShapesConfig(), 64).batch(range(10))[0])
     clean = saved(tmp_path / "clean.npz", images)
