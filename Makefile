@@ -1,5 +1,6 @@
 # make quickstart   train a tokenizer and a generator, sample, score; writes outputs/quickstart/index.html
-# make test         the test suite, with coverage, on all cores; options of pytest: make test ARGS='-n 0 -k resume'
+# make test         the test suite, on all cores; options of pytest: make test ARGS='-n 0 -k resume'
+# make coverage     the same, traced, which takes longer; it fails when less than 90 % of the code was run
 # make slow         the tests that take minutes: what users install, in every place, and the accuracy of the judges
 # make lint         ruff and mypy
 # make docs         the documentation site, in build/site; open build/site/index.html. A broken link is an error
@@ -13,7 +14,7 @@ DOCS_INSTALLED := .venv/.docs-installed
 CODE := imgtok generators train sample tests benchmarks
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: venv quickstart test slow lint docs clean
+.PHONY: venv quickstart test coverage slow lint docs clean
 
 venv: $(INSTALLED)
 
@@ -31,6 +32,9 @@ quickstart: $(INSTALLED)
 	$(BIN)/imgtok quickstart $(ARGS)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+coverage: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 slow: $(INSTALLED)
