@@ -3,9 +3,9 @@
     python benchmarks/controls.py [--rounds 3] [--steps 50] [--only sdxl,gpt,xar]
 
 Three generators of random weights, an image a call: a tiny SDXL of diffusers (8 x 8 latents), a GPT with
-cross-attention (64 tokens, width 256) and an xAR with text (16 x 16 latents, width 256). Plain, ToMe, FRAP and both
-take turns, in the other order every second round; ratios are of the CPU seconds of one round, and their median is
-printed.
+cross-attention (64 tokens, width 256) and an xAR with text (16 x 16 latents, width 256). Plain, ToMe, FRAP and both, by
+default and by the cheaper settings below, take turns, in the other order every second round; ratios are of the CPU
+seconds of one round, and their median is printed.
 Calls count evaluations of a row, so that a guided step is two; a pass with gradients costs about three. The peak is
 what the process has more during a call than before it, on Linux. Prompts have two objects with a colour each; ToMe's
 passes that stop early cost less with trained weights.
@@ -28,7 +28,9 @@ import torch
 from protocol import peak_bytes, reset_peak
 
 from imgtok.generators.conditioning import ConditionalGenerator, TextCrossAttention
-from imgtok.generators.controls import own
+from imgtok.generators.controls.frap import AdaptiveWeightsConfig
+from imgtok.generators.controls.own import OwnScene
+from imgtok.generators.controls.tome import SemanticMergeConfig
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.hub import controls_of
@@ -38,9 +40,15 @@ from imgtok.text.parsing import parse
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 PROMPT = "a red cat and a blue dog"
-VARIANTS: dict[str, list[str]] = {"plain": [], "tome": ["tome"], "frap": ["frap"], "tome,frap": ["tome", "frap"]}
+Controls = list[Any]
+TOME = SemanticMergeConfig(binding_updates=1, entropy_passes=1, look=0.25)
+FRAP = AdaptiveWeightsConfig(updates=3, look=0.25)
+VARIANTS: dict[str, Controls] = {
+    "plain": [], "tome": ["tome"], "frap": ["frap"], "tome,frap": ["tome", "frap"],
+    "tome, cheaper": [TOME], "frap, cheaper": [FRAP], "tome,frap, cheaper": [TOME, FRAP],
+}  # fmt: skip
 WIDTH = 64
-Draw = Callable[[list[str]], Any]
+Draw = Callable[[Controls], Any]
 
 
 def sdxl(steps: int) -> tuple[torch.nn.Module, Draw]:
@@ -51,12 +59,12 @@ def sdxl(steps: int) -> tuple[torch.nn.Module, Draw]:
 
     pipe = tiny_diffusion.sdxl()
 
-    def drawn(controls: list[str]) -> Any:
+    def drawn(controls: Controls) -> Any:
         options = {"num_inference_steps": steps, "output_type": "latent"}
         options["generator"] = torch.Generator().manual_seed(0)
         return draw(pipe, PROMPT, controls=controls, **options) if controls else pipe(PROMPT, **options)
 
-    return pipe.unet, drawn
+    return pipe.unet.conv_in, drawn
 
 
 def encode(prompts: Any) -> list[Captions]:
@@ -75,15 +83,12 @@ def ours(model: ConditionalGenerator) -> tuple[torch.nn.Module, Draw]:
     model.set_empty_caption(encode([""])[0].features[0])
     model.eval()
 
-    def generate(captions: Captions) -> Any:
-        return model.generate(captions, seed=0, indices=[0])
-
-    def drawn(controls: list[str]) -> Any:
+    def drawn(controls: Controls) -> Any:
         captions = encode([PROMPT])[0]
         if not controls:
-            return generate(captions)
-        made = controls_of(controls)
-        return own.draw(model, made, [parse(PROMPT)], captions, encode, generate, seed=0, indices=[0])
+            return model.generate(captions, seed=0, indices=[0])
+        scene = OwnScene(model, [parse(PROMPT)], captions, encode, seed=0, indices=[0])
+        return scene.draw(controls_of(controls))
 
     blocks: Any = model.blocks
     return blocks[0], drawn

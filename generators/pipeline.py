@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import logging
 import tempfile
 import time
@@ -785,20 +784,13 @@ class Pipeline:
         start = time.perf_counter()
         asked, numbers = self.blocks.padded(subjects), self.blocks.padded(indices)
         with self._computing():
-            generate: Callable[..., Drawn] = functools.partial(
-                self.generator.generate,
-                seed=seed,
-                indices=numbers,
-                sampling=sampling,
-                on_step=None if callback is None else on_step,
-                **options,
-            )
+            options |= {"sampling": sampling, "on_step": None if callback is None else on_step}
             condition = self.condition(asked)
             if self.controls:
                 read = self.read_prompts(cast(Sequence[str], subjects)) if parses is None else parses
-                drawn = self._controlled(generate, condition, self.blocks.padded(read), seed, numbers, notes)
+                drawn = self._controlled(condition, self.blocks.padded(read), seed, numbers, notes, options)
             else:
-                drawn = generate(condition)
+                drawn = self.generator.generate(condition, seed=seed, indices=numbers, **options)
         if isinstance(drawn, Tokens) and drawn.calls is not None:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
@@ -807,28 +799,19 @@ class Pipeline:
 
     def _controlled(
         self,
-        generate: Callable[..., Drawn],
         condition: Condition,
         parses: Sequence[Parse],
         seed: int,
         indices: Sequence[int],
         notes: list[dict[str, Any]] | None,
+        options: Mapping[str, Any],
     ) -> Drawn:
         """What is generated under the controls, for prompts that were understood like this."""
-        from imgtok.generators.controls import own
+        from imgtok.generators.controls.own import OwnScene
 
-        drawn: Drawn = own.draw(
-            self.generator,
-            self.controls,
-            parses,
-            cast(Captions, condition),
-            self.encoder().encode,
-            generate,
-            first=functools.partial(generate, on_step=None),  # nobody is shown what is only looked at
-            seed=seed,
-            indices=indices,
-            notes=notes,
-        )
+        captions, encode = cast(Captions, condition), self.encoder().encode
+        scene = OwnScene(self.generator, parses, captions, encode, seed=seed, indices=indices, notes=notes, **options)
+        drawn: Drawn = scene.draw(self.controls)
         return drawn
 
     @torch.no_grad()

@@ -8,9 +8,12 @@ attention processors and a callback at the end of each step.
     images = draw(pipe, "a red cube and a blue ball", controls=("tome", "frap"), num_inference_steps=50).images
 
 A control acts before a step on the conditional texts alone, which are the second half of the pipeline's guidance batch.
-Before the first step nothing calls a control, so the first noise is drawn here, just as the pipeline would. Each pass
-of a control is a call of the U-Net, on conditional rows; with `unet.enable_gradient_checkpointing()` it needs less
-memory. Processors are put back when the images are drawn.
+Before the first step nothing calls a control, so the first noise is drawn here, just as the pipeline would. A control
+asks the U-Net by calls of its own, on conditional rows, which end at the last layer that is looked at; or it looks at
+the very call by which the pipeline draws the coming step (`Drawing.coming_maps`), which costs a backward pass alone.
+For that, hooks around the U-Net call it for the negative half of the guidance batch without gradients, and let the
+pipeline's call go on with the conditional half. With `unet.enable_gradient_checkpointing()` all of it needs less
+memory. Processors and hooks are taken away when the images are drawn.
 
 Shapes: B images, R rows of a call, T columns of a caption, D width of a state, Q queries, H heads.
 """
@@ -19,9 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +34,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from imgtok.generators.controls.scene import Anchor, ControlRun, Prompt, PromptControl, Texts
+from imgtok.generators.controls.scene import Anchor, ControlRun, Prompt, PromptControl, Texts, frozen
 from imgtok.generators.controls.tome import anchor_noise, binding_loss
 from imgtok.hub import controls_of
 from imgtok.layers.record import attention_map
@@ -126,11 +130,26 @@ def spans_of(tokenizer: Any, prompt: str) -> Tensor:
 class Watch:
     """What the processors of a U-Net do at present: what they add to the logits, and where they keep maps."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 0) -> None:
+        """`layers` is how many are looked at."""
+        self.layers = layers
         self.bias: Tensor | None = None
         """(R, T)."""
         self.maps: list[Tensor] | None = None
         """(R, H, Q, T) of each layer that is looked at; None keeps none."""
+        self.complete: Callable[[], None] | None = None
+        """Called in the forward pass as soon as the maps of all layers are there."""
+
+    def add(self, found: Tensor) -> None:
+        """Keeps the map of a layer."""
+        assert self.maps is not None
+        self.maps.append(found)
+        if len(self.maps) == self.layers and self.complete is not None:
+            self.complete()
+
+
+class Enough(Exception):  # noqa: N818  (no error)
+    """Ends a forward pass whose maps are all there."""
 
 
 class TextProcessor:
@@ -149,8 +168,9 @@ class TextProcessor:
         **options: Any,
     ) -> Tensor:
         """The attended states; see `Attention` of diffusers for the shapes."""
-        bias, maps = self.watch.bias, self.watch.maps if self.looked_at else None
-        if bias is None and maps is None:
+        bias, looked_at = self.watch.bias, self.looked_at and self.watch.maps is not None
+        single = encoder_hidden_states is not None and encoder_hidden_states.shape[1] == 1 and attention_mask is None
+        if bias is None and not looked_at and not single:
             found: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **options)
             return found
         residual, shape = hidden_states, hidden_states.shape
@@ -170,16 +190,20 @@ class TextProcessor:
             hidden_states = attn.group_norm(hidden_states.mT).mT
         if encoder_hidden_states is not None and attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
-        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        if maps is not None:
-            maps.append(attention_map(query, key, mask))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype)))
+        if single and not looked_at:  # whatever is asked for, all of the attention is on the one column
+            out = attn.to_out[0](attn.to_v(text)).expand(-1, hidden_states.shape[1], -1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+            query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            if attn.norm_k is not None:
+                key = attn.norm_k(key)
+            if looked_at:
+                self.watch.add(attention_map(query, key, mask))
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            out = attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype))
+        out = attn.to_out[1](out)
         if len(shape) == 4:
             out = out.mT.reshape(shape)
         if attn.residual_connection:
@@ -271,11 +295,13 @@ class Drawing:
         self.grid: tuple[int, int] | None = (-(-rows // factor), -(-columns // factor))
         self.latent_size = rows, columns
         self.device: torch.device = pipe._execution_device
-        self.watch = Watch()
+        self.watch = Watch(len(self.layers))
         self.step, self.once = -1, False
         self.t: Any = None
         self.latents: Tensor | None = None
         self.moved: Tensor | None = None
+        self.coming: Coming | None = None
+        self.asking = False
         self.notes: list[dict[str, Any]] = []
         self.bind_step: float | None = 10000.0
         self.runs: list[ControlRun] = []
@@ -307,12 +333,12 @@ class Drawing:
         self.scheduler.set_timesteps(self.steps, device=self.device)
         self.timesteps = self.scheduler.timesteps
         self.start_scheduler = copy.deepcopy(self.scheduler)
-        learning = [one for one in pipe.unet.parameters() if one.requires_grad]
-        hook = pipe.unet.register_forward_pre_hook(self._moved_input, with_kwargs=True)
-        with watched(pipe.unet, self.watch, self.layers):
+        hooks = [
+            pipe.unet.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            pipe.unet.register_forward_hook(self._after_call),
+        ]
+        with watched(pipe.unet, self.watch, self.layers), frozen(pipe.unet):
             try:
-                for one in learning:
-                    one.requires_grad_(False)
                 for control in controls:
                     self.runs.append(control.start(self))
                 return pipe(
@@ -323,9 +349,8 @@ class Drawing:
                     callback_on_step_end_tensor_inputs=sorted({*wanted, "latents", "prompt_embeds"}),
                 )
             finally:
-                hook.remove()
-                for one in learning:
-                    one.requires_grad_(True)
+                for hook in hooks:
+                    hook.remove()
 
     @property
     def is_xl(self) -> bool:
@@ -402,12 +427,50 @@ class Drawing:
             return None
         return moved
 
-    def _moved_input(self, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Before a call of the pipeline: latents that moved for this call alone."""
-        if self.moved is None or not given or len(given[0]) != len(self.moved):
+    # ------------------------------------------------ around the pipeline's calls of the U-Net
+
+    def _before_call(self, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Before a call of the pipeline: gives it latents that moved for this call alone, and where a control looks at
+        the call, the conditional half of it, with gradients.
+        """
+        if self.asking or not given:
             return None
-        moved, self.moved = self.moved, None
-        return (moved, *given[1:]), options
+        if self.moved is not None:
+            given, self.moved = (self.moved, *given[1:]), None
+        coming, rows = self.coming, len(given[0])
+        if coming is None:
+            return given, options
+        if self.guided:
+            self.watch.bias = None
+            negative = part_of((given, options), slice(rows // 2), rows)
+            coming.negative = self._ask(*negative[0], **negative[1])
+            given, options = part_of((given, options), slice(rows // 2, rows), rows)
+        if not self.pipe.unet.is_gradient_checkpointing:  # what the layers after the last one do is not looked at
+            self.watch.complete = functools.partial(torch.set_grad_enabled, False)
+        torch.set_grad_enabled(True)
+        self.watch.bias, self.watch.maps = coming.texts.bias, []
+        return given, {**options, "encoder_hidden_states": coming.texts.seen.to(self.dtype)}
+
+    def _after_call(self, unet: Any, given: tuple[Any, ...], output: Any) -> Any:
+        """After a call of the pipeline that a control looks at: its noise, of both halves again, without gradients."""
+        if self.asking or self.coming is None:
+            return None
+        coming, self.coming = self.coming, None
+        with torch.enable_grad():
+            coming.told(self._seen_maps())
+        self.watch.maps = self.watch.complete = None
+        torch.set_grad_enabled(False)  # as pipelines have it
+        noise = output[0].detach()
+        return (noise if coming.negative is None else torch.cat([coming.negative, noise]),)
+
+    def _ask(self, *given: Any, **options: Any) -> Tensor:
+        """The U-Net's noise in a call that is none of the pipeline's."""
+        self.asking = True
+        try:
+            noise: Tensor = self.pipe.unet(*given, **{**options, "return_dict": False})[0]
+        finally:
+            self.asking = False
+        return noise
 
     # ------------------------------------------------ what controls ask for
 
@@ -420,7 +483,20 @@ class Drawing:
         """See `Scene`."""
         assert latents is not None
         self.watch.maps, self.watch.bias = [], texts.bias
-        self._noise(latents, texts.seen, rows, texts.pooled)
+        if not self.pipe.unet.is_gradient_checkpointing:  # which goes through the whole call again
+            self.watch.complete = stop
+        with contextlib.suppress(Enough):
+            self._noise(latents, texts.seen, rows, texts.pooled)
+        self.watch.complete = None
+        return self._seen_maps()
+
+    def coming_maps(self, texts: Texts, told: Callable[[Tensor], None]) -> None:
+        """See `Scene`."""
+        self.coming = Coming(texts, told)
+
+    def _seen_maps(self) -> Tensor:
+        """The mean (N, Q, T) of the maps that a call left."""
+        assert self.watch.maps is not None
         together = torch.cat(self.watch.maps, dim=1)
         assert self.grid is not None
         if together.shape[2] != self.grid[0] * self.grid[1]:
@@ -433,7 +509,7 @@ class Drawing:
     def redraw(self) -> None:
         """See `Scene`: every step looks at what is there."""
 
-    def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
+    def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool, last: bool = False) -> Anchor:
         """See `Scene`: the noise of the phrases, each on a trajectory of its own from the same first noise."""
         if self.anchors is None:
             scheduler = copy.deepcopy(self.start_scheduler)
@@ -445,13 +521,21 @@ class Drawing:
         scaled = self._scaled(anchors.scheduler, anchors.z, t)[0]
         none = torch.zeros_like(self.texts.pooled[rows]) if self.texts.pooled is not None else None
         with torch.no_grad():
-            target = self._noise(scaled, anchors.states, rows, none)
-            null = self._noise(scaled, self.null.states.expand(len(rows), -1, -1), rows, none)
+            if last:
+                target = self._noise(scaled, anchors.states, rows, none)
+                return self._anchored(target, scaled, rows, none)
+            states = torch.cat([anchors.states, self.null.states.expand(len(rows), -1, -1)])
+            twice = None if none is None else none.repeat(2, 1)
+            target, null = self._noise(scaled.repeat(2, 1, 1, 1), states, rows.repeat(2), twice).chunk(2)
             noise = anchor_noise(target, null, self.guidance, published=published)
             extra = self.pipe.prepare_extra_step_kwargs(anchors.stream, 0.0)
             z = scaled if published else anchors.z
             anchors.z = anchors.scheduler.step(noise, t, z, **extra, return_dict=False)[0]
-        return Anchor(target, lambda tokens: self._noise(scaled, tokens[:, None], rows, none), binding_loss)
+        return self._anchored(target, scaled, rows, none)
+
+    def _anchored(self, target: Tensor, scaled: Tensor, rows: Tensor, pooled: Tensor | None) -> Anchor:
+        """The anchor of phrases at latents that the U-Net reads as `scaled`."""
+        return Anchor(target, lambda tokens: self._noise(scaled, tokens[:, None], rows, pooled), binding_loss)
 
     def _noise(self, scaled: Tensor, states: Tensor, rows: Tensor, pooled: Tensor | None) -> Tensor:
         """The U-Net's noise (N, C, h, w), float32, of conditional rows."""
@@ -469,11 +553,35 @@ class Drawing:
             ids = torch.tensor([[one for pair in sizes for one in pair]], dtype=self.dtype, device=self.device)
             conditions = {"text_embeds": pooled.to(self.dtype), "time_ids": ids.expand(len(rows), -1)}
             more["added_cond_kwargs"] = conditions
-        found = self.pipe.unet(
-            scaled.to(self.dtype), self.t, encoder_hidden_states=states.to(self.dtype), return_dict=False, **more
-        )
-        noise: Tensor = found[0].float()
-        return noise
+        return self._ask(scaled.to(self.dtype), self.t, encoder_hidden_states=states.to(self.dtype), **more).float()
+
+
+@dataclass
+class Coming:
+    """A call of the pipeline that a control looks at."""
+
+    texts: Texts
+    """For which it draws, all rows of the batch."""
+    told: Callable[[Tensor], None]
+    """Is given the maps (B, Q, T)."""
+    negative: Tensor | None = None
+    """The noise of the other half, where the call is guided."""
+
+
+def stop() -> None:
+    """Ends a call of the U-Net. Raises Enough."""
+    raise Enough
+
+
+def part_of(given: Any, rows: slice, count: int) -> Any:
+    """Some rows of every tensor of `count` rows among what a network is given."""
+    if isinstance(given, Tensor):
+        return given[rows] if given.ndim > 0 and len(given) == count else given
+    if isinstance(given, dict):
+        return {name: part_of(one, rows, count) for name, one in given.items()}
+    if isinstance(given, list | tuple):
+        return type(given)([part_of(one, rows, count) for one in given])
+    return given
 
 
 @dataclass

@@ -176,6 +176,8 @@ class AdaptiveWeightsConfig:
     rounds: PositiveInt = 1
     """Drawings that such a generator makes to be looked at, each after the updates that the one before led to; 2 or 3
     are what makes sense [ours]."""
+    look: Fraction = 1.0
+    """Share of such a drawing: of its tokens, or of the steps of a flow, for all entities. Less costs less [ours]."""
     overlap: NonNegativeFloat = 1.0
     """Weight of what object and modifier share against presence (lambda)."""
     prob: Prob = "sum"
@@ -309,29 +311,37 @@ class WeightsRun:
         chosen = [row for row, own in enumerate(words) if own.objects]
         if not chosen or config.strength == 0:
             return
-        over = scene.latents is not None and scene.step >= config.until * scene.steps
-        later = config.used == "next" and scene.latents is not None
+        diffusion = scene.latents is not None
+        later = config.used == "next" and diffusion
         if later and scene.step > 0:
             scene.texts = self.weighted(scene.texts, self.alpha)
-        if over:
+        if diffusion and scene.step >= config.until * scene.steps:
             return
-        if scene.latents is None and scene.step > 0 and scene.step % config.updates == 0:
+        if not diffusion and scene.step > 0 and scene.step % config.updates == 0:
             scene.redraw()
         rows = torch.tensor(chosen, device=self.alpha.device)
-        texts = scene.texts[rows]
         with torch.enable_grad():
-            alpha = self.alpha[rows].requires_grad_()
-            maps = scene.maps(self.weighted(texts, alpha), rows, None if scene.latents is None else scene.latents[rows])
-            if scene.grid is not None and config.smooth and min(scene.grid) > 1:
-                maps = smoothed(maps, scene.grid)
-            losses = torch.stack([self.loss(words[row], own) for row, own in zip(chosen, maps, strict=True)])
-            (gradient,) = torch.autograd.grad(losses.sum(), alpha)
+            alpha = self.alpha.detach().requires_grad_()
+            texts = self.weighted(scene.texts, alpha)
+            if later:  # the weights before the update draw this step, so its call can be looked at [summary]
+                scene.coming_maps(texts, lambda maps: self.update(scene, words, rows, alpha, maps[rows]))
+                return
+            maps = scene.maps(texts[rows], rows, None if scene.latents is None else scene.latents[rows])
+            self.update(scene, words, rows, alpha, maps)
+        scene.texts = self.weighted(scene.texts, self.alpha)
+
+    def update(self, scene: Scene, words: Sequence[Words], rows: Tensor, alpha: Tensor, maps: Tensor) -> None:
+        """Moves coefficients `rows` (N,) of alpha (B, T) by what the maps (N, Q, T) say under them."""
+        config, chosen = self.config, rows.tolist()
+        if scene.grid is not None and config.smooth and min(scene.grid) > 1:
+            maps = smoothed(maps, scene.grid)
+        losses = torch.stack([self.loss(words[row], own) for row, own in zip(chosen, maps, strict=True)])
+        (gradient,) = torch.autograd.grad(losses.sum(), alpha)
         normalised = config.rate is None
         step = config.rate or step_of(config.change, config.low, config.high)
-        new = updated(self.alpha[rows], gradient, self.free(scene, words)[rows], step=step, normalised=normalised)
+        free = self.free(scene, words)[rows]
+        new = updated(self.alpha[rows], gradient[rows], free, step=step, normalised=normalised)
         self.alpha = self.alpha.index_copy(0, rows, new)
-        if not later:
-            scene.texts = self.weighted(scene.texts, self.alpha)
         weights = config.weights(self.alpha)
         note = {"control": "frap", "step": scene.step, "images": [scene.images[row] for row in chosen]}
         told = [self.in_words(scene.prompts[row], words[row], weights[row]) for row in chosen]

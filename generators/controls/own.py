@@ -2,7 +2,8 @@
 
 Nothing here has steps that fix a layout early, as diffusion has: a token is drawn once. So images are drawn as a whole,
 looked at in one pass over what was drawn, and the texts are updated by what is seen; then the images are drawn again,
-with the same random numbers. Composites are bound before anything is drawn.
+with the same random numbers. Composites are bound before anything is drawn. What is only looked at may be less than an
+image: the first of its tokens, or one from fewer steps of the flow (`look` of the controls).
 
 A GPT's map is what the state before each token looks at among the columns of the caption; of captions that stand before
 the tokens, among those columns alone. Where tokens have no place in the image there is no grid: entropy and smoothing
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from imgtok import flow, randomness
 from imgtok.generators import xar_fast
 from imgtok.generators.conditioning import ConditionalGenerator
-from imgtok.generators.controls.scene import Anchor, ControlRun, Prompt, PromptControl, Texts
+from imgtok.generators.controls.scene import Anchor, ControlRun, Prompt, PromptControl, Texts, frozen
 from imgtok.generators.controls.tome import binding_loss, divergence
 from imgtok.generators.gpt import GPT
 from imgtok.generators.xar import XAR
@@ -55,33 +56,13 @@ def check_reads(generator: ConditionalGenerator) -> None:
         raise ValueError(f"controls: a generator of kind {kind} shows no maps of its text; leave controls out")
 
 
-def draw(
-    generator: ConditionalGenerator,
-    controls: Sequence[PromptControl],
-    parses: Sequence[Parse],
-    captions: Captions,
-    encode: Encode,
-    generate: Callable[[Captions], Any],
-    *,
-    first: Callable[[Captions], Any] | None = None,
-    seed: int,
-    indices: Sequence[int],
-    notes: list[dict[str, Any]] | None = None,
-) -> Any:
-    """What `generate` draws for the captions that controls make of those of parsed prompts; their calls of the network
-    are those of all drawings, those that are looked at too, without the passes of the controls.
-
-    `encode` is that of the text encoder, which the captions came from; `first` draws, like `generate`, what is only
-    looked at. Raises ValueError as the controls do.
-    """
-    scene = OwnScene(generator, parses, captions, encode, generate, first=first, seed=seed, indices=indices)
-    if notes is not None:
-        scene.notes = notes
-    return scene.draw(controls)
-
-
 class OwnScene:
-    """A batch of one of our generators: the `Scene` of its controls."""
+    """A batch of one of our generators: the `Scene` of its controls.
+
+    `encode` is that of the text encoder, which the captions of the parsed prompts came from; `notes` is filled with
+    what controls did, and `options` are further ones of `generate`. Raises ValueError for a generator that no control
+    can act on, and for captions without spans.
+    """
 
     def __init__(
         self,
@@ -89,17 +70,17 @@ class OwnScene:
         parses: Sequence[Parse],
         captions: Captions,
         encode: Encode,
-        generate: Callable[[Captions], Any],
         *,
-        first: Callable[[Captions], Any] | None = None,
         seed: int,
         indices: Sequence[int],
+        notes: list[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> None:
         check_reads(generator)
         self.look: Look = GPTLook(generator) if isinstance(generator, GPT) else XARLook(generator)  # type: ignore[arg-type]
-        self.generator, self._encode, self._generate, self._first = generator, encode, generate, first or generate
-        self.seed = seed
+        self.generator, self._encode, self.seed = generator, encode, seed
         self.images: Sequence[int] = list(indices)
+        self.options: dict[str, Any] = {**options, "seed": seed, "indices": self.images}
         self.captions = self._placed(captions)
         if self.captions.spans is None:
             raise ValueError("controls: the captions do not say which characters their columns stand for")
@@ -110,27 +91,36 @@ class OwnScene:
         self.latents: Tensor | None = None
         self.once = False
         self.step, self.steps = -1, 0
-        self.grid = self.look.grid
-        self.notes: list[dict[str, Any]] = []
+        self.less, self.grid = self.look.less(1.0, self.options)
+        self.notes: list[dict[str, Any]] = [] if notes is None else notes
         self.bind_step: float | None = None
         self.content: Any = None
         self.counted: list[Calls] = []
         self.anchors: Anchor | None = None
 
     def draw(self, controls: Sequence[PromptControl]) -> Any:
-        """What is drawn for the texts after all controls acted."""
+        """What is drawn for the texts after all controls acted; its calls of the network are those of all drawings,
+        those that are looked at too, without the passes of the controls. Raises ValueError as the controls do.
+        """
+        with frozen(self.generator):
+            self._act(controls)
+        drawn = self.generator.generate(self.captions_of(self.texts), **self.options)
+        if isinstance(drawn, Tokens) and drawn.calls is not None:
+            drawn = replace(drawn, calls=functools.reduce(Calls.plus, self.counted, drawn.calls))
+        return drawn
+
+    def _act(self, controls: Sequence[PromptControl]) -> None:
+        """All that controls do."""
         runs: list[ControlRun] = [control.start(self) for control in controls]
         looks = [run.looks(self) for run in runs]
         self.steps = max(looks, default=0)
+        share = max((run.config.look for run, count in zip(runs, looks, strict=True) if count > 0), default=1.0)
+        self.less, self.grid = self.look.less(share, self.options)
         for step in range(self.steps):
             self.step = step
             for run, count in zip(runs, looks, strict=True):
                 if step < count:
                     run.act(self)
-        drawn = self._generate(self.captions_of(self.texts))
-        if isinstance(drawn, Tokens) and drawn.calls is not None:
-            drawn = replace(drawn, calls=functools.reduce(Calls.plus, self.counted, drawn.calls))
-        return drawn
 
     def captions_of(self, texts: Texts) -> Captions:
         """Texts as the generator reads them. Columns that are hidden have a weight of nothing, and keep their place."""
@@ -144,19 +134,24 @@ class OwnScene:
         """See `Scene`: of what is drawn for the texts as they were before anything was looked at."""
         if self.content is None:
             with torch.no_grad():
-                self.content = self._first(self.captions_of(self.texts))
+                silent = {**self.options, "on_step": None}  # nobody is shown what is only looked at
+                self.content = self.generator.generate(self.captions_of(self.texts), **silent | self.less)
             if isinstance(self.content, Tokens) and self.content.calls is not None:
                 self.counted.append(self.content.calls)
         record = AttentionRecord()
         chosen = [self.images[row] for row in rows.tolist()]
         return self.look.maps(self.captions_of(texts), self.content[rows], record, self.seed, chosen)
 
+    def coming_maps(self, texts: Texts, told: Callable[[Tensor], None]) -> None:
+        """See `Scene`; no call draws all of an image, so this is a pass of its own."""
+        told(self.maps(texts, torch.arange(len(texts), device=texts.states.device)))
+
     def redraw(self) -> None:
         """See `Scene`: with the same random numbers."""
         self.content = None
 
-    def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
-        """See `Scene`; the phrases stay where they are, so `published` changes nothing."""
+    def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool, last: bool = False) -> Anchor:
+        """See `Scene`; the phrases stay where they are, so neither option changes anything."""
         if self.anchors is None:
             chosen = [self.images[row] for row in rows.tolist()]
             captions = self.captions_of(replace(self.encode(phrases), null=self.texts.null))
@@ -181,7 +176,11 @@ class OwnScene:
 class Look(Protocol):
     """How one kind of generator is asked."""
 
-    grid: tuple[int, int] | None
+    def less(self, share: float, options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+        """Of a drawing with options of `generate`: those by which about a share of it is drawn, at least a token or a
+        step; and the grid of the maps of that, where they have one.
+        """
+        ...
 
     def maps(
         self, captions: Captions, content: Any, record: AttentionRecord, seed: int, indices: Sequence[int]
@@ -200,8 +199,16 @@ class GPTLook:
     def __init__(self, model: GPT) -> None:
         config = model.config
         self.model = model
-        side = math.isqrt(config.num_tokens)
-        self.grid = (side, side) if config.positions == "rotary_2d" else None
+        self.side = math.isqrt(config.num_tokens) if config.positions == "rotary_2d" else None
+
+    def less(self, share: float, options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+        """See `Look`: the first tokens; of a raster the first rows, whole ones."""
+        drawn = options.get("num_tokens") or self.model.config.num_tokens
+        count, grid = max(1, math.ceil(share * drawn)), None
+        if self.side is not None and drawn >= self.side:
+            rows = min(-(-count // self.side), drawn // self.side)
+            count, grid = rows * self.side, (rows, self.side)
+        return {"num_tokens": count}, grid
 
     def maps(
         self, captions: Captions, content: Any, record: AttentionRecord, seed: int, indices: Sequence[int]
@@ -215,7 +222,7 @@ class GPTLook:
         if reading.memory is None:
             together = together[:, model.config.prefix_length - 1 :]
             together = together / together.sum(dim=-1, keepdim=True)
-        if self.grid is None:
+        if self.side is None:
             meant = torch.arange(together.shape[1], device=together.device) < content.lengths[:, None].to(
                 together.device
             )
@@ -240,7 +247,12 @@ class XARLook:
 
     def __init__(self, model: XAR) -> None:
         self.model = model
-        self.grid: tuple[int, int] | None = (model.config.grid, model.config.grid)
+
+    def less(self, share: float, options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+        """See `Look`: all entities, each by fewer steps."""
+        sampling = options.get("sampling") or self.model.config.sampling
+        steps = tuple(max(1, math.ceil(share * count)) for count in sampling.steps)
+        return {"sampling": replace(sampling, steps=steps)}, (self.model.config.grid,) * 2
 
     def maps(
         self, captions: Captions, content: Any, record: AttentionRecord, seed: int, indices: Sequence[int]

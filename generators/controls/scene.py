@@ -9,12 +9,13 @@ Shapes: B prompts of a batch, N rows of a call, T columns of a caption, D width 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imgtok.text.parsing import Entity, Parse, Word, columns
 
@@ -133,13 +134,19 @@ class Scene(Protocol):
         """
         ...
 
+    def coming_maps(self, texts: Texts, told: Callable[[Tensor], None]) -> None:
+        """`maps` (B, Q, T) of the very call that draws the coming step, which is made for `texts`, of all prompts:
+        `told` is given them when that call is made, with gradients.
+        """
+        ...
+
     def redraw(self) -> None:
         """Images that are drawn as a whole to be looked at are drawn anew, for the texts as they are now."""
         ...
 
-    def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool) -> Anchor:
+    def anchor(self, rows: Tensor, phrases: Sequence[str], *, published: bool, last: bool = False) -> Anchor:
         """The trajectories of phrases (N,) of prompts `rows` (N,) at this step; see `tome`. The same phrases are asked
-        for at every step. `published` is for how they go on in the published code.
+        for at every step; `last` says that they need not go on. `published` is for how they do in the published code.
         """
         ...
 
@@ -164,6 +171,9 @@ class PromptControl(Protocol):
 class ControlRun(Protocol):
     """A control in a batch."""
 
+    config: Any
+    """`look` of it is the share of a drawing that is drawn to be looked at only."""
+
     def act(self, scene: Scene) -> None:
         """Acts before the step that the scene is at."""
         ...
@@ -171,6 +181,19 @@ class ControlRun(Protocol):
     def looks(self, scene: Scene) -> int:
         """How many times it acts on images that are drawn as a whole first, and looked at then."""
         ...
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of a network takes gradients: those of texts and latents need less memory so."""
+    learning = [one for one in network.parameters() if one.requires_grad]
+    try:
+        for one in learning:
+            one.requires_grad_(False)
+        yield
+    finally:
+        for one in learning:
+            one.requires_grad_(True)
 
 
 def repeated(rows: Sequence[int], device: torch.device) -> Tensor:

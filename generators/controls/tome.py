@@ -306,6 +306,9 @@ class SemanticMergeConfig:
     """Steps with passes that lower the entropy of the maps [code: 5 or 7]."""
     entropy_passes: PositiveInt = 4
     """Most such passes a step [code: 4 or 6]."""
+    look: Fraction = 1.0
+    """Share of an image that a generator of whole images draws to be looked at: of its tokens, or of the steps of a
+    flow, for all entities. Less costs less [ours]."""
     step: NonNegativeFloat = 3.0
     """Step of the text in these passes at the first step; it falls to 0 linearly [code]."""
     temperature: PositiveFloat = 0.5
@@ -441,7 +444,8 @@ class MergeRun:
         columns = repeated([one.group.column for _, one in items], rows.device)
         phrases = [scene.prompts[row].parse.text_of(one.entity) for row, one in items]
         config = self.config
-        anchor = scene.anchor(rows, phrases, published=config.anchor == "published")
+        last = scene.step + 1 >= config.binding_steps
+        anchor = scene.anchor(rows, phrases, published=config.anchor == "published", last=last)
         step = config.binding_step or scene.bind_step
         tokens, losses = bind(
             scene.texts.states[rows, columns],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Totals = dict[str, Any]
@@ -59,8 +60,8 @@ class Calls:
         return Calls(*(change(getattr(self, one.name)) for one in fields(self)))
 
     def plus(self, other: Calls) -> Calls:
-        """Of images that were drawn twice: the sums."""
-        return Calls(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        """Of images that were drawn twice, of fewer tokens perhaps once: the sums."""
+        return Calls(*(added(getattr(self, one.name), getattr(other, one.name)) for one in fields(self)))
 
     def timed(self, seconds: float, images: int) -> Calls:
         """The same, drawn in so many seconds for so many images, where others were only padding."""
@@ -78,6 +79,14 @@ class Calls:
         most, tokens = int(self.calls.max()), self.judged.shape[1]
         by_calls = torch.bincount(self.calls, minlength=tokens + 1).tolist() if tokens else []
         return {"images": len(self.calls), "most_calls": most, "by_calls": by_calls} | sums
+
+
+def added(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of (B,), or of (B, L) where one may have fewer columns."""
+    if first.ndim == 1:
+        return first + second
+    longest = max(first.shape[1], second.shape[1])
+    return F.pad(first, (0, longest - first.shape[1])) + F.pad(second, (0, longest - second.shape[1]))
 
 
 def together(parts: Sequence[Totals]) -> Totals:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 
 import pytest
 import tiny_diffusion
@@ -171,10 +173,16 @@ def test_weights_lower_their_objective(sd):
     assert losses[2] < losses[1] < losses[0]
 
 
+def looked_at_alone(drawing: adapter.Drawing, texts, told) -> None:
+    """`coming_maps` by a pass of its own."""
+    told(drawing.maps(texts, torch.arange(len(texts)), drawing.latents))
+
+
 def test_an_update_counts_from_the_next_step_on(sd):
     """As summaries have it; `now` is ours."""
     for used, weighted in (("next", [False, True]), ("now", [True, True])):
         drawing, run = drawing_at(sd, AdaptiveWeightsConfig(used=used, until=0.5))
+        drawing.coming_maps = functools.partial(looked_at_alone, drawing)
         there = []
         with adapter.watched(sd.unet, drawing.watch, drawing.layers):
             for drawing.step in range(2):
@@ -182,6 +190,73 @@ def test_an_update_counts_from_the_next_step_on(sd):
                 there.append(not torch.equal(drawing.texts.seen, drawing.texts.states))
         assert there == weighted
         assert len(drawing.notes) == 1, "updates end at half of the steps"
+
+
+def rows_of(unet) -> list[int]:
+    """A list that grows by the rows of each call of a U-Net from now on."""
+    rows: list[int] = []
+    unet.conv_in.register_forward_pre_hook(lambda layer, given: rows.append(len(given[0])))
+    return rows
+
+
+WAYS = [
+    pytest.param("interpolate", {}, id="interpolate"),
+    pytest.param("logit", {"guidance_scale": 1.0}, id="logit unguided"),
+    pytest.param("scale", {"negative_prompt": "hat", "num_images_per_prompt": 2}, id="scale", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("way", "changes"), WAYS)
+def test_one_call_draws_a_step_and_is_looked_at(monkeypatch, way, changes):
+    """The same as with a pass of its own, to rounding, for as many rows as plain drawing takes."""
+    pipe = tiny_diffusion.sdxl()
+    rows, config = rows_of(pipe.unet), AdaptiveWeightsConfig(way=way, until=1.0, change=0.4)
+    plainly = stock(pipe, **changes)
+    plain_rows, first, second = sum(rows), [], []
+    rows.clear()
+    found = controlled(pipe, [config], given={"notes": first}, **changes)
+    assert sum(rows) == plain_rows
+
+    monkeypatch.setattr(adapter.Drawing, "coming_maps", looked_at_alone)
+    rows.clear()
+    expected = controlled(pipe, [config], given={"notes": second}, **changes)
+    assert sum(rows) == plain_rows + STEPS * len(plainly)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - plainly).abs().max() > 10 * (found - expected).abs().max()
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(torch.tensor(one["loss"]), torch.tensor(other["loss"]), atol=1e-5, rtol=1e-5)
+        assert one["weights"] == [pytest.approx(weights, abs=1e-3) for weights in other["weights"]]
+
+
+def test_a_pass_ends_at_the_last_layer_that_is_looked_at(sd, monkeypatch):
+    drawing, _ = drawing_at(sd, AdaptiveWeightsConfig())
+    outputs: list = []
+    hook = sd.unet.conv_out.register_forward_hook(lambda *told: outputs.append(told))
+    found = []
+    with adapter.watched(sd.unet, drawing.watch, drawing.layers):
+        for ends in (True, False):
+            if not ends:
+                monkeypatch.setattr(adapter, "stop", lambda: None)
+            latents = drawing.latents.clone().requires_grad_()
+            maps = drawing.maps(drawing.texts, torch.tensor([0]), latents)
+            found.append((maps, *torch.autograd.grad(maps.square().sum(), latents)))
+            assert len(outputs) == (0 if ends else 1)
+    hook.remove()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_text_of_one_column_is_all_that_is_seen(sd):
+    """As the stock processor has it, with its gradients."""
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(500)
+    column, found = torch.randn(2, 1, tiny_diffusion.WIDTH), []
+    for ours in (True, False):
+        tokens = column.clone().requires_grad_()
+        with adapter.watched(sd.unet, adapter.Watch(), []) if ours else contextlib.nullcontext():
+            noise = sd.unet(x, t, tokens).sample
+        found.append((noise, *torch.autograd.grad(noise.square().sum(), tokens)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_stay_within_their_bounds(sd):

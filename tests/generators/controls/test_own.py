@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import zlib
 
@@ -79,19 +78,24 @@ def plainly(drawn) -> torch.Tensor:
     return drawn.ids if isinstance(drawn, Tokens) else drawn
 
 
-def drawn(model, controls, prompts=PROMPTS, indices=None, notes=None, entities=None):
-    """What is drawn, and the captions that it was drawn for in the end."""
-    indices, seen = list(range(len(prompts))) if indices is None else indices, []
-
-    def generate(captions: Captions):
-        seen.append(captions)
-        return model.generate(captions, seed=0, indices=indices)
-
+def scene_of(model, prompts=PROMPTS, indices=None, notes=None, entities=None, **options) -> own.OwnScene:
     captions = Captions.cat(encode(prompts))
     parses = [parse(prompt, entities=entities) for prompt in prompts]
-    found = own.draw(
-        model, controls_of(controls), parses, captions, encode, generate, seed=0, indices=indices, notes=notes
-    )
+    indices = list(range(len(prompts))) if indices is None else indices
+    return own.OwnScene(model, parses, captions, encode, seed=0, indices=indices, notes=notes, **options)
+
+
+def drawn(model, controls, prompts=PROMPTS, **options):
+    """What is drawn, and the captions of all drawings."""
+    seen, generate = [], model.generate
+
+    def seeing(captions: Captions, **how):
+        seen.append(captions)
+        return generate(captions, **how)
+
+    model.generate = seeing
+    found = scene_of(model, prompts, **options).draw(controls_of(controls))
+    model.generate = generate
     return plainly(found), seen
 
 
@@ -112,6 +116,7 @@ def test_each_control_moves_the_texts_of_its_prompts(build):
     for controls in ([FEW], [FEW, LITTLE]):
         notes: list = []
         found, seen = drawn(model, controls, notes=notes)
+        assert all(parameter.requires_grad for parameter in model.parameters())
         assert torch.isfinite(found.double()).all()
         assert notes
         before = model._checked(Captions.cat(encode(PROMPTS)))
@@ -124,7 +129,7 @@ def test_an_image_depends_on_its_prompt_and_index_alone():
     """Captions are the same to rounding whatever shares the batch, and so are most images."""
     model = gpt()
     _, together = drawn(model, [FEW, LITTLE])
-    _, alone = drawn(model, [FEW, LITTLE], PROMPTS[1:2], [1])
+    _, alone = drawn(model, [FEW, LITTLE], PROMPTS[1:2], indices=[1])
     torch.testing.assert_close(together[-1].features[1:2], alone[-1].features, atol=1e-3, rtol=1e-3)
 
 
@@ -196,15 +201,7 @@ def test_the_order_of_controls_does_not_matter():
     model = gpt()
     first, second = (drawn(model, order, PROMPTS[:1])[1][-1].features for order in ([FEW, LITTLE], [LITTLE, FEW]))
     assert torch.equal(first, second)
-    scene = own.OwnScene(
-        model,
-        [parse(PROMPTS[0])],
-        Captions.cat(encode(PROMPTS[:1])),
-        encode,
-        lambda captions: None,
-        seed=0,
-        indices=[0],
-    )
+    scene = scene_of(model, PROMPTS[:1])
     weights = AdaptiveWeights(LITTLE).start(scene)
     assert len(weights.words(scene)[0].columns) == 4
     SemanticMerge(FEW).start(scene)
@@ -219,18 +216,37 @@ def test_notes_say_of_which_images_they_are():
 
 
 def test_calls_are_those_of_both_drawings_and_steps_those_of_the_last():
-    model, told = gpt(), []
-    captions = Captions.cat(encode(PROMPTS[:1]))
-
-    def generate(captions, on_step=told.append):
-        return model.generate(captions, seed=0, indices=[0], on_step=on_step)
-
-    found = own.draw(
-        model, [AdaptiveWeights(LITTLE)], [parse(PROMPTS[0])], captions, encode, generate,
-        first=functools.partial(generate, on_step=None), seed=0, indices=[0],
-    )  # fmt: skip
+    told: list = []
+    found = scene_of(gpt(), PROMPTS[:1], on_step=told.append).draw([AdaptiveWeights(LITTLE)])
     assert told == list(range(1, 10))
     assert found.calls.calls.tolist() == [18]
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_less_of_an_image_is_looked_at(build):
+    """The first tokens, of a raster whole rows, or all of an image from fewer steps; the image itself is whole."""
+    config, counts = dataclasses.replace(LITTLE, look=0.5), []
+    model = build()
+    generate, shapes = model.generate, []
+
+    def counting(captions, **how):
+        counts.append(how.get("num_tokens") or how.get("sampling"))
+        found = generate(captions, **how)
+        shapes.append(plainly(found).shape)
+        return found
+
+    model.generate = counting
+    scene = scene_of(model, num_tokens=9) if isinstance(model, GPT) else scene_of(model)
+    scene.draw([AdaptiveWeights(config)])
+    if isinstance(model, GPT):
+        assert counts == ([5, 9] if scene.grid is None else [6, 9])
+        assert scene.grid in (None, (2, 3))
+        assert [shape[1] for shape in shapes] == counts
+    else:
+        assert counts[0].steps == (2,)
+        assert scene.grid == (4, 4)
+        assert shapes[0] == shapes[1]
+    assert scene.notes[0]["loss"]
 
 
 def test_totals_of_batches_of_which_one_took_more_calls():
@@ -239,6 +255,13 @@ def test_totals_of_batches_of_which_one_took_more_calls():
     one.calls[0], one.judged[0, 0] = 2, 1
     told = together([one.totals(), one.plus(one).totals()])
     assert (told["calls"], told["by_calls"], told["judged"]) == (6, [0, 0, 1, 0, 1], [3, 0])
+
+
+def test_calls_of_a_drawing_of_fewer_tokens_are_added_to_those_of_all():
+    few, many = (Calls.none(1, tokens, torch.device("cpu")) for tokens in (1, 3))
+    few.judged[0, 0], many.judged[0, 2], few.calls[0], many.calls[0] = 1, 2, 3, 4
+    for found in (few.plus(many), many.plus(few)):
+        assert (found.calls.tolist(), found.judged.tolist()) == ([7], [[1, 0, 2]])
 
 
 def test_rounds_look_at_what_was_drawn_after_updates():
@@ -293,9 +316,10 @@ def test_what_cannot_be(prompts, entities, message):
             for one in encode(prompts)
         ]  # fmt: skip
 
+    def draw() -> None:
+        parses = [parse(prompt, entities=entities) for prompt in prompts]
+        scene = own.OwnScene(model, parses, Captions.cat(short(prompts)), short, seed=0, indices=[0])
+        scene.draw([AdaptiveWeights()])
+
     with pytest.raises(ValueError, match=message):
-        own.draw(
-            model, [AdaptiveWeights()], [parse(prompt, entities=entities) for prompt in prompts],
-            Captions.cat(short(prompts)), short, lambda captions: model.generate(captions, seed=0, indices=[0]),
-            seed=0, indices=[0],
-        )  # fmt: skip
+        draw()
