@@ -137,7 +137,7 @@ class Watch:
         """(R, T)."""
         self.maps: list[Tensor] | None = None
         """(R, H, Q, T) of each layer that is looked at; None keeps none."""
-        self.complete: Callable[[], None] | None = None
+        self.complete: Callable[[], object] | None = None
         """Called in the forward pass as soon as the maps of all layers are there."""
 
     def add(self, found: Tensor) -> None:
