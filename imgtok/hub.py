@@ -291,6 +291,14 @@ class Found:
         """The training steps behind it, where it stands in the folder of a run; None where that is not known."""
         return runs.step_of(self.path)
 
+    @property
+    def encodes_as(self) -> tuple[str, ...]:
+        """The fingerprints of other models that give images the same tokens, or latents: those that it was trained
+        after with `decoder_only`, as its identity.json says.
+        """
+        told = {} if self.path.is_file() else runs.identity_in(runs.identity_path(self.path))
+        return tuple(told.get(runs.ENCODES_AS, ()))
+
     def about(self) -> dict[str, Any]:
         """What a record says of it: where it was found, and what tells it from any other."""
         found = {"path": str(self.path), "kind": self.kind, "step": self.step, "fingerprint": self.fingerprint()}

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ MORE_IS_BETTER = ("psnr", "oracle", "codebook")
 IDENTITY = "identity.json"
 """In a run's folder, in each checkpoint and in `final`: what tells the run's data and the models that it stands on from
 others."""
+ENCODES_AS = "encodes_as"
+"""Entry of an identity: the fingerprints of other models whose tokens, or latents, are also this one's, since only its
+decoder was trained after them (`decoder_only`)."""
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
 """In each checkpoint: all tensors of what is trained, which may be more than the model; and the averaged ones of these,
 where the run keeps an average."""
@@ -77,6 +82,14 @@ def identity_path(folder: Path) -> Path | None:
     if folder.name.startswith("step_") and folder.parent.name == CHECKPOINTS:
         places.append(folder.parent.parent)
     return next((place / IDENTITY for place in places if (place / IDENTITY).is_file()), None)
+
+
+def identity_in(path: Path | None) -> dict[str, Any]:
+    """What an identity.json says; nothing where there is none, or a file that cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+        return told if isinstance(told, dict) else {}
+    return {}
 
 
 def is_checkpoint(folder: Path) -> bool:

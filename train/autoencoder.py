@@ -26,9 +26,11 @@ from imgtok.cli import run_job
 from imgtok.config import REMEDY, NonNegativeInt, PositiveInt, Range, check
 from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, open_split
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
+from imgtok.runs import ENCODES_AS
 from imgtok.sections import ByKind, Section
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig
+from imgtok.train.frozen import check_decoder_only, encodes_as, freeze, train_decoder_only
 from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
@@ -64,6 +66,9 @@ class Config:
     """Patterns of the parameters that may start afresh, because `init` lacks them or has another shape."""
     init_drop: tuple[str, ...] = ()
     """Patterns of the parameters of `init` that are left out."""
+    decoder_only: bool = False
+    """Train nothing but what decodes: with `init`, every image keeps its latents to the bit, and caches of them stay
+    valid."""
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
     """What its reconstructions are judged by; the model's own loss (a KL divergence) is added."""
     num_preview: NonNegativeInt = 12
@@ -77,6 +82,7 @@ class Config:
         check(self)
         check_kind(self.model, self.init)
         check_validation(self.validation, self.training)
+        check_decoder_only(self)
         self.loss.check_size(self.image_size)
         if self.init is None:
             check_factor(self, configure(self.model, None))
@@ -100,6 +106,8 @@ def main(config: Config) -> None:
     size = config.image_size
     source, shown, images = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job = AutoencoderJob(config, model, trained, perceptual, source, shown)
+    if config.decoder_only:
+        job.identity[ENCODES_AS] = encodes_as(find_init(config, Autoencoder), config.out)
     announce.begins("train autoencoder", data=images, model=model_in_words(config), out=config.out)
     fit(job, config.training, config.out, config)
 
@@ -114,7 +122,10 @@ def build_model(config: Config) -> tuple[Autoencoder, nn.Module]:
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model: Autoencoder = hub.model_class(model_config.kind)(model_config)
     trained = to_train(model, config.loss, config.training.accumulate)
-    start_from(model, init, config.init_new, config.init_drop)
+    fresh = start_from(model, init, config.init_new, config.init_drop)
+    if config.decoder_only:
+        train_decoder_only(model, init, fresh)
+    freeze(model, config.training)
     return model, trained
 
 
@@ -155,7 +166,8 @@ class AutoencoderJob(ImageJob):
     def save(self, model: nn.Module, folder: Path) -> None:
         """The autoencoder's folder, after what is measured at the end was measured on held-out images."""
         autoencoder = self.autoencoder
-        self.calibrate(autoencoder)
+        if not self.config.decoder_only:
+            self.calibrate(autoencoder)
         if self.config.half:
             autoencoder = copy.deepcopy(autoencoder).half()
         autoencoder.save_pretrained(folder, repo_id=str(self.config.out / "final"))

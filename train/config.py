@@ -46,6 +46,9 @@ class TrainingConfig:
     ema_warmup: bool = True
     """Begin with a smaller decay, min(ema, (1 + s) / (10 + s)) after step s, so that short runs do not keep their first
     weights in the average; false has the decay `ema` from the first step, as published recipes do."""
+    freeze: tuple[str, ...] = ()
+    """Patterns (such as encoder.*) of the parameters that stand still, by their names in the model: they get no
+    gradient, no moments of the optimizer, and stay as they are in the averaged weights too."""
     compile: bool = False
     """Compile the model's forward pass, all but its random draws, with torch.compile."""
     seed: NonNegativeInt = 0

@@ -34,6 +34,7 @@ from imgtok.text import words
 from imgtok.tokenizers.base import Losses
 from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition, preview_titles
 from imgtok.train.config import TrainingConfig
+from imgtok.train.frozen import freeze
 from imgtok.train.initialise import Init, check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import Job, fit
 from imgtok.train.validation import HeldOut, Measure, check_validation
@@ -140,6 +141,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = model_class(config.model)
     start_from(model, init, config.init_new, config.init_drop)
+    freeze(model, config.training)
     if captions is not None:
         model.set_empty_caption(captions.empty)
     if config.checkpoint_activations:

@@ -65,8 +65,9 @@ def model_in_words(config: Any) -> str:
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
-    """Fill `model`, freshly initialised, with the weights of `init`, strictly; without any, nothing happens.
+def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> list[str]:
+    """Fill `model`, freshly initialised, with the weights of `init`, strictly; without any, nothing happens. Gives the
+    names of the tensors that keep their first values though there is an `init`.
 
     `new` are patterns (`fnmatch`) of parameters that keep their first values where `init` does not have them, or has
     them in another shape; `drop` patterns of those of `init` that are left out. Raises ValueError that lists every
@@ -75,9 +76,9 @@ def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), dro
     if init is None:
         if new or drop:
             raise ValueError("init_new, init_drop: say how to start from a model; name it with init=MODEL")
-        return
+        return []
     if init.weights is None:
-        return
+        return []
     with torch.random.fork_rng(devices=[]):
         stored: dict[str, Tensor] = load(init.weights).state_dict()
     wanted = model.state_dict()
@@ -94,9 +95,10 @@ def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), dro
         title = f"init: the weights in {init.weights.path} do not fit the model to train:"
         title += _of_another_autoencoder(model, init.config, problems)
         raise ValueError("\n  ".join([title, *problems]))
-    for name, tensor in kept.items():
-        if tensor.shape == wanted[name].shape:
-            wanted[name].copy_(tensor)
+    taken = {name: tensor for name, tensor in kept.items() if tensor.shape == wanted[name].shape}
+    for name, tensor in taken.items():
+        wanted[name].copy_(tensor)
+    return [name for name in wanted if name not in taken]
 
 
 def _of_another_autoencoder(model: nn.Module, start: Any, problems: Sequence[str]) -> str:

@@ -104,7 +104,9 @@ POLICIES: dict[Policy, tuple[str, ...]] = {
         "share_digits",
         "loss",
         "repa",
+        "decoder_only",
         "training.mup_base_width",
+        "training.freeze",
     ),
 }
 """Fields of the training jobs, or sections of which all fields are meant that are not named themselves:

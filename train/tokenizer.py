@@ -19,9 +19,11 @@ from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, open_split
 from imgtok.data.loaders import Batch
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.losses.repa import Aligned, REPAConfig, Teacher, load_teacher
+from imgtok.runs import ENCODES_AS
 from imgtok.sections import ByKind, Section
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
+from imgtok.train.frozen import check_decoder_only, encodes_as, freeze, train_decoder_only
 from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
@@ -55,6 +57,9 @@ class Config:
     """Patterns of the parameters that may start afresh, because `init` lacks them or has another shape."""
     init_drop: tuple[str, ...] = ()
     """Patterns of the parameters of `init` that are left out."""
+    decoder_only: bool = False
+    """Train nothing but what decodes: with `init`, every image keeps its tokens to the bit, and caches of them stay
+    valid."""
     vae: str | None = None
     """The autoencoder under the tokenizer, by any name: a folder or a Hub name, of imgtok's or of a diffusers
     AutoencoderKL, a published file (`kl16.ckpt`, `vqgan.ckpt`), or one that ships with imgtok (`shapes32`). It stays as
@@ -80,6 +85,7 @@ class Config:
         check(self)
         check_kind(self.model, self.init)
         check_validation(self.validation, self.training)
+        check_decoder_only(self)
         if self.vae_scaling_factor is not None and self.vae is None:
             raise ValueError("vae_scaling_factor: there is no autoencoder to scale, name one with vae=FOLDER")
         if self.init is None and self.vae is None:
@@ -116,6 +122,8 @@ def main(config: Config) -> None:
     if config.vae is not None:
         found = hub.resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor)
         job.identity["vae"] = found.fingerprint()
+    if config.decoder_only:
+        job.identity[ENCODES_AS] = encodes_as(find_init(config, Tokenizer), config.out)
     announce.begins("train tokenizer", data=images, model=model_in_words(config), out=config.out)
     fit(job, config.training, config.out, config)
 
@@ -141,7 +149,10 @@ def build_model(config: Config) -> tuple[Tokenizer, nn.Module]:
         raise ValueError(
             f"vae_scaling_factor: a {model_class.__name__} on {config.vae} takes its codes as they are; leave it out"
         )
-    start_from(model, init, config.init_new, config.init_drop)
+    fresh = start_from(model, init, config.init_new, config.init_drop)
+    if config.decoder_only:
+        train_decoder_only(model, init, fresh)
+    freeze(model, config.training)
     if autoencoder is not None:
         getattr(model, str(model_class.stands_on)).load_state_dict(autoencoder.state_dict())
     if config.checkpoint_activations:
@@ -206,7 +217,8 @@ class TokenizerJob(ImageJob):
     def save(self, model: nn.Module, folder: Path) -> None:
         """The tokenizer's folder, after what it measures was measured, without what is only there for training."""
         tokenizer = self.tokenizer
-        self.calibrate(tokenizer)
+        if not self.config.decoder_only:
+            self.calibrate(tokenizer)
         if self.config.half:
             tokenizer = copy.deepcopy(tokenizer).half()
         tokenizer.save_pretrained(folder, repo_id=str(self.config.out / "final"))

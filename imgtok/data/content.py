@@ -132,7 +132,7 @@ class TokenContent(Content):
         """`decoder` is the model that was `found`, where it is loaded already."""
         self.found = found
         self.decoder = load(found, expect=Tokenizer) if decoder is None else decoder
-        self.cache = TokenDataset(folder, expect_fingerprint=found.fingerprint())
+        self.cache = TokenDataset(folder, found.fingerprint(), same_tokens=found.encodes_as)
         self.digest = self.cache.info.digest
 
     def beside(self, folder: Path) -> TokenContent:
@@ -189,7 +189,7 @@ class LatentContent(Content):
         """`decoder` is the model that was `found`, where it is loaded already."""
         self.found = found
         self.decoder = load(found, expect=Autoencoder) if decoder is None else decoder
-        self.cache = open_latents(folder, self.decoder)
+        self.cache = open_latents(folder, self.decoder, same_latents=found.encodes_as)
         self.digest = self.cache.digest
 
     def beside(self, folder: Path) -> LatentContent:

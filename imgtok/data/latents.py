@@ -321,11 +321,14 @@ class MARLatents(Latents):
 # ---------------------------------------------------------------- either
 
 
-def open_latents(folder: Path, vae: Autoencoder, image_size: int | None = None) -> Latents:
+def open_latents(
+    folder: Path, vae: Autoencoder, image_size: int | None = None, *, same_latents: Sequence[str] = ()
+) -> Latents:
     """The cache in a folder, `imgtok cache latents`' or MAR's, for a generator on the latents of `vae`.
 
     Raises FileNotFoundError when there is none, DataError when it was made by another autoencoder, with another scale
-    or at another size than `image_size` pixels. Of MAR's only channels and size can be compared: their scale is taken
+    or at another size than `image_size` pixels; `same_latents` are the fingerprints of others whose latents are those
+    of `vae`. Of MAR's only channels and size can be compared: their scale is taken
     to be `vae`'s.
     """
     ours = any(folder.glob(f"{LatentCacheInfo.PREFIX}s-*.safetensors")) or not any(folder.glob("*/*.npz"))
@@ -337,7 +340,8 @@ def open_latents(folder: Path, vae: Autoencoder, image_size: int | None = None) 
     }
     if isinstance(latents, LatentDataset):
         found["image_size"] = (latents.info.image_size, image_size or latents.grid * vae.config.factor)
-        found["fingerprint"] = (latents.info.fingerprint, vae.fingerprint())
+        made_by = latents.info.fingerprint
+        found["fingerprint"] = (made_by, made_by if made_by in same_latents else vae.fingerprint())
     different = [f"{name} {mine!r}, not {wanted!r}" for name, (mine, wanted) in found.items() if mine != wanted]
     if different:
         raise DataError(f"{folder}: latents of another autoencoder, scale or size ({'; '.join(different)}); {REMEDY}")

@@ -163,12 +163,12 @@ class TokenDataset:
 
     Beside them labels (N,) int64, indices (N,) int64 of the images in their source, and views (N,) int32. Raises
     FileNotFoundError when there is no cache or shards are missing, DataError when a shard is damaged or the cache is of
-    another tokenizer than `expect_fingerprint` names.
+    another tokenizer than `expect_fingerprint` names, and of none in `same_tokens`, whose tokens are the same.
     """
 
-    def __init__(self, folder: Path, expect_fingerprint: str | None = None) -> None:
+    def __init__(self, folder: Path, expect_fingerprint: str | None = None, *, same_tokens: Sequence[str] = ()) -> None:
         self.info, paths = open_cache(folder, TokenCacheInfo)
-        if expect_fingerprint not in (None, self.info.fingerprint):
+        if expect_fingerprint not in (None, self.info.fingerprint) and self.info.fingerprint not in same_tokens:
             made, wanted = f"tokenizer {self.info.fingerprint}", f"tokenizer {expect_fingerprint}"
             raise DataError(f"{folder}: tokens of {made}, but {wanted} is asked for; run `imgtok cache` with that one")
         shards = [_read_shard(path, self.info) for path in paths]

@@ -123,6 +123,12 @@ class ImageModel(nn.Module, Pretrained):
     measured_at_end: ClassVar[tuple[str, ...]] = ()
     """Fields of the configuration that `calibrate` measures: a checkpoint has them as they were when its run began."""
 
+    only_decodes: ClassVar[tuple[str, ...]] = ()
+    """Patterns (`fnmatch`) of the parameters that have no part in encoding: all that is trained with `decoder_only`."""
+    decodes_by: ClassVar[tuple[str, ...]] = ()
+    """Fields and sections of the configuration, besides `decoding`, that have no part in encoding: with `decoder_only`
+    they may differ from those of the model that the training starts from."""
+
     @property
     def last_layer(self) -> nn.Parameter:
         """Where it `reconstructs`: the weight that gives the images, at which an adaptive weight can be measured."""

@@ -127,6 +127,8 @@ class DCAE(Autoencoder):
     """`AutoencoderDC` with the suite's scaling."""
 
     config_class: ClassVar[type] = DCAEConfig
+    only_decodes: ClassVar[tuple[str, ...]] = ("autoencoder.decoder.*",)
+    decodes_by: ClassVar[tuple[str, ...]] = ("decoder", "upsample", "norms", "activations", "decoder_shortcut")
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()

@@ -239,6 +239,17 @@ class FlexTok(Tokenizer):
 
     config_class: ClassVar[type] = FlexTokConfig
     stands_on = "vae"
+    only_decodes: ClassVar[tuple[str, ...]] = ("decoder.*",)
+    decodes_by: ClassVar[tuple[str, ...]] = (
+        "decoder",
+        "max_timestep",
+        "nested_dropout",
+        "null_dropout",
+        "times",
+        "mode_scale",
+        "posterior",
+        *(f"short_runs.{name}" for name in ("keep_all", "noise_fraction", "prediction", "spread_weight")),
+    )
     decoding_class: ClassVar[type] = FlexTokDecoding
 
     def __init__(self, config: FlexTokConfig) -> None:

@@ -127,6 +127,13 @@ class KARL(Tokenizer):
 
     config_class: ClassVar[type] = KARLConfig
     stands_on = "base"
+    only_decodes: ClassVar[tuple[str, ...]] = (
+        "decoder.*",
+        "base.decoder.*",  # and of the other kind of autoencoder:
+        "base.autoencoder.decoder.*",
+        "base.autoencoder.post_quant_conv.*",
+    )
+    decodes_by: ClassVar[tuple[str, ...]] = ("decoder", "training", "commitment_weight")
     card_example = """images = imgtok.preprocess(["photo.jpg"], model.image_size)  # (1, 3, H, W) in [-1, 1]
 tokens = model.encode(images, eps=0.05)
 print(tokens.lengths)  # how many tokens the image needs for a mean absolute error of 0.05

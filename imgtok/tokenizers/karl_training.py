@@ -109,7 +109,7 @@ class TrainableKARL(nn.Module):
         if self.training:
             self._calls += 1
             self.seen += 1
-        rounded = step >= self.model.config.training.rounded_from
+        rounded = step >= self.model.config.training.rounded_from or self.keeps_table
         draws = shared(self.model.draw(images, generator, self.curriculum.probabilities))._replace(rounded=rounded)
         if not self.finetunes:
             runs = self.model.forward_drawn(images, draws)
@@ -123,6 +123,12 @@ class TrainableKARL(nn.Module):
             if not rounded and self.model.quantizer is not None:
                 self.fill_table(self.model.quantizer, runs.vectors.detach().flatten(0, 1))
         return losses
+
+    @property
+    def keeps_table(self) -> bool:
+        """Whether the rows of the quantizer stand still, so that no new ones may be written either."""
+        quantizer = self.model.quantizer
+        return quantizer is not None and not quantizer.table.requires_grad
 
     def learn_from(self, errors: Tensor) -> None:
         """Take in the errors (B,) of a micro-batch; after the last one of an optimizer step the curriculum changes."""

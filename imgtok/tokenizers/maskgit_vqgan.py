@@ -172,6 +172,8 @@ class MaskGITVQGAN(Autoencoder):
 
     config_class: ClassVar[type] = MaskGITVQGANConfig
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor", "commitment_weight", "codebook_weight")
+    only_decodes: ClassVar[tuple[str, ...]] = ("decoder.*",)
+    decodes_by: ClassVar[tuple[str, ...]] = ("commitment_weight", "codebook_weight")
 
     def __init__(self, config: MaskGITVQGANConfig) -> None:
         super().__init__()

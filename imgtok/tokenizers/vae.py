@@ -66,6 +66,8 @@ class VAE(Autoencoder):
     config_class: ClassVar[type] = VAEConfig
     not_of_the_latents: ClassVar[tuple[str, ...]] = ("scaling_factor", "kl_weight")
     measured_at_end: ClassVar[tuple[str, ...]] = ("scaling_factor",)
+    only_decodes: ClassVar[tuple[str, ...]] = ("autoencoder.decoder.*", "autoencoder.post_quant_conv.*")
+    decodes_by: ClassVar[tuple[str, ...]] = ("kl_weight",)
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -236,6 +236,11 @@ class VQ(Tokenizer):
 
     config_class: ClassVar[type] = VQConfig
     reconstructs: ClassVar[bool] = True
+    only_decodes: ClassVar[tuple[str, ...]] = ("post_quant_conv.*", "decoder.*")
+    decodes_by: ClassVar[tuple[str, ...]] = tuple(
+        f"quantizer.{name}"
+        for name in ("codebook_weight", "commitment_weight", "entropy_weight", "variance_weight", "training")
+    )
     config: VQConfig
     quantizer: VectorQuantizer | BinaryQuantizer
 
