@@ -36,6 +36,9 @@ Condition = Tensor | Captions
 WHOLE = (torch.int64, torch.int32)
 """Kinds of numbers that labels may be."""
 
+CLASSES = "class_embedding.weight"
+"""The table of classes, by the name that it has in every generator."""
+
 # ---------------------------------------------------------------- how a condition enters
 
 
@@ -272,6 +275,69 @@ class ConditionalGenerator(nn.Module, Pretrained):
             self.text_context = TextContext(width, heads.num_heads, condition.context_layers, condition.text_length)
         self.register_buffer("empty_caption", empty)
         self.register_buffer("no_caption", none)
+
+    def adapt(self, stored: dict[str, Tensor], start: Any) -> dict[str, str]:
+        """Weights of a model of other classes, or of another caption encoder: rows of classes are kept by their names,
+        and what reads a caption's features starts afresh where these have another width or number.
+        """
+        return self._adapt_classes(stored, start) | self._adapt_captions(stored, start)
+
+    def _adapt_classes(self, stored: dict[str, Tensor], start: ConditionConfig) -> dict[str, str]:
+        """See `adapt`. Of classes without names a table of the same number is kept, and another one starts afresh."""
+        table: Tensor | None = stored.get(CLASSES)
+        fresh: Tensor | None = self.state_dict().get(CLASSES)
+        if table is None or fresh is None or table.shape[1] != fresh.shape[1]:
+            return {}
+        none = len(fresh) - self.config.num_classes  # a row for "no class" comes last, in some models
+        if len(table) - start.num_classes != none:
+            return {}  # another way of conditioning
+        before, now = start.class_names, self.config.class_names
+        shared = [name for name in now if name in before]
+        if start.num_classes == self.config.num_classes and (before == now or not shared):
+            if before and now and before != now:
+                return {CLASSES: f"{CLASSES}: no class of {len(now)} has the name of one there; each keeps its row"}
+            return {}
+        rows = fresh.clone()
+        for row, name in enumerate(now):
+            if name in before:
+                rows[row] = table[before.index(name)]
+        if none:
+            rows[-none:] = table[-none:]
+        stored[CLASSES] = rows
+        kept = f"{len(shared)} of {self.config.num_classes} classes keep the row that their name has there"
+        if not shared:
+            why = "no name is shared" if before and now else "the classes of one of the two have no names"
+            kept = f"{start.num_classes} classes there, {self.config.num_classes} here, and {why}: all start afresh"
+        elif len(shared) < self.config.num_classes:
+            kept += f" (such as {shared[0]}), the others start afresh"
+        return {CLASSES: f"{CLASSES}: {kept}{'; the row of no class is kept' if none else ''}"}
+
+    def _adapt_captions(self, stored: dict[str, Tensor], start: ConditionConfig) -> dict[str, str]:
+        """See `adapt`."""
+        here, there = self.config.condition, start.condition
+        if not (isinstance(here, FromText) and isinstance(there, FromText) and here.kind == there.kind):
+            return {}
+        said, own = dict[str, str](), self.state_dict()
+        if here.text_width != there.text_width:
+            why = f"a caption has features of {here.text_width} numbers here, of {there.text_width} there: "
+            said |= self.start_afresh(stored, ("text_proj",), f"{why}text_proj starts afresh")
+        lengths = ("empty_caption", "no_caption", "text_context.positions")
+        for name in (name for name in lengths if name in own and name in stored):
+            if own[name].shape != stored[name].shape:
+                shapes = f"{tuple(own[name].shape)} here, {tuple(stored[name].shape)} there"
+                stored[name] = own[name].clone()
+                said[name] = f"{name}: {shapes}: it starts afresh"
+        return said
+
+    def start_afresh(self, stored: dict[str, Tensor], parts: Sequence[str], why: str) -> dict[str, str]:
+        """Let parts of the model (first words of names) keep their first values, whatever `stored` has of them; for
+        `adapt`, which gives `why` by each of their names.
+        """
+        own = {name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] in parts}
+        for name in [name for name in stored if name.split(".")[0] in parts]:
+            del stored[name]
+        stored.update({name: tensor.clone() for name, tensor in own.items()})
+        return dict.fromkeys(own, why)
 
     def recompute_activations(self) -> None:
         """From now on compute activations again in the backward pass. Raises ValueError for a model that cannot."""

@@ -67,6 +67,16 @@ from imgtok.tokenizers.base import Losses, Tokenizer
 from imgtok.tokenizers.calls import Calls
 from imgtok.tokenizers.tokens import Tokens
 
+TOKEN_PARTS = (
+    "token_embedding",
+    "head",
+    "digit_embedding",
+    "digit_head",
+    "slot_embedding",
+    "slot_head",
+    "slot_modulation",
+)
+"""What reads and draws tokens, and so belongs to their tokenizer."""
 LlamaGenSize = Literal["B", "L", "XL", "XXL", "3B"]
 
 
@@ -323,6 +333,32 @@ class GPT(ConditionalGenerator):
             nn.init.zeros_(self.digit_head.table)
         if self.slot_head is not None:
             nn.init.zeros_(self.slot_head.weight)
+
+    def adapt(self, stored: dict[str, Tensor], start: GPTConfig) -> dict[str, str]:
+        """Besides, weights of a model of another tokenizer's tokens: of other ids, slots or digits what reads and draws
+        tokens starts afresh; of another number of tokens, learned positions are kept as far as both go.
+        """
+        said, here = super().adapt(stored, start), self.config
+        if (here.prefix_length, here.positions, here.width) != (start.prefix_length, start.positions, start.width):
+            return said  # another model, and refused by its shapes
+        different = [
+            f"{name} is {getattr(here, name)} here, {getattr(start, name)} there"
+            for name in ("vocab_size", "levels", "digits", "num_slots")
+            if getattr(here, name) != getattr(start, name)
+        ]
+        if different:
+            why = f"tokens of another kind ({'; '.join(different)}): what reads and draws them starts afresh"
+            said |= self.start_afresh(stored, TOKEN_PARTS, why)
+        if here.positions == "learned" and "positions" in stored and len(stored["positions"]) != len(self.positions):
+            kept, rows = min(len(stored["positions"]), len(self.positions)), self.positions.detach().clone()
+            rows[:kept] = stored["positions"][:kept]
+            stored["positions"] = rows
+            others = f", and {len(rows) - kept} start afresh" if len(rows) > kept else ""
+            said["positions"] = (
+                f"positions: at most {here.num_tokens} tokens here, {start.num_tokens} there: the first {kept} places "
+                f"are kept{others}"
+            )
+        return said
 
     def recompute_activations(self) -> None:
         """From now on keep only the blocks' inputs for the backward pass."""

@@ -256,6 +256,19 @@ class TokenBridge(ConditionalGenerator):
         for table in (*tables, self.encoder_positions, self.decoder_positions, self.output_positions):
             nn.init.normal_(table, std=self.config.table_std)
 
+    def adapt(self, stored: dict[str, Tensor], start: TokenBridgeConfig) -> dict[str, str]:
+        """Besides, weights of a model of another autoencoder's latents, or of other levels: what reads the numbers and
+        draws them starts afresh.
+        """
+        said, here = super().adapt(stored, start), self.config
+        if here.latent_channels != start.latent_channels:
+            why = f"latents of {here.latent_channels} channels here, of {start.latent_channels} there: "
+            said |= self.start_afresh(stored, ("input_proj", "head"), f"{why}input_proj and head start afresh")
+        elif here.quantizer.levels != start.quantizer.levels:
+            why = f"{here.quantizer.levels} levels here, {start.quantizer.levels} there: head starts afresh"
+            said |= self.start_afresh(stored, ("head",), why)
+        return said
+
     def recompute_activations(self) -> None:
         """From now on keep only the blocks' inputs for the backward pass."""
         self.recompute = self.head.recompute = True

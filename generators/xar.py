@@ -315,6 +315,16 @@ class XAR(ConditionalGenerator):
         for table in (*classes, self.first_positions, self.second_positions):
             nn.init.normal_(table, std=0.02)
 
+    def adapt(self, stored: dict[str, Tensor], start: XARConfig) -> dict[str, str]:
+        """Besides, weights of a model of another autoencoder's latents: of another number of channels what reads and
+        predicts them starts afresh.
+        """
+        said, here, there = super().adapt(stored, start), self.config.latent_channels, start.latent_channels
+        if here != there:
+            why = f"latents of {here} channels here, of {there} there: input_proj and readout start afresh"
+            said |= self.start_afresh(stored, ("input_proj", "readout"), why)
+        return said
+
     @property
     def positions_at_once(self) -> int:
         return self.entities.length

@@ -8,16 +8,17 @@ its tensors stand among the others follows from their names alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imgtok import hub, runs
 from imgtok.config import ConfigError, from_dict, read_yaml
-from imgtok.weights import check_tensors, fill, open_weights, skeleton, tied_names
+from imgtok.weights import Weights, check_tensors, fill, open_weights, skeleton, tied_names
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +65,16 @@ def load(
     config = configuration(found)
     model = skeleton(lambda: found.model_class(config))
     trained, *average = (open_weights(path, as_stored=True) for path in files(found))
-    names = find_model(model, trained, found.path)
-    tensors = trained.select(names)
     kept = "trained weights, of which the run keeps no average (training.ema=0)"
     if raw:
         kept = "trained weights"
     elif average:
-        tensors = tensors.replaced(average[0].select({own: old for own, old in names.items() if old in average[0]}))
-        kept = "averaged weights"
+        trained, kept = trained.replaced(average[0]), "averaged weights"
+    lora = read_yaml(found.path / runs.CONFIG).get("training", {}).get("lora")
+    if lora:
+        trained = with_adapters(trained, lora)
+    names = find_model(model, trained, found.path)
+    tensors = trained.select(names)
     described = f"{type(model).__name__} that its {runs.CONFIG}"
     check_tensors(tensors.blank, model.state_dict(), found.path / runs.WEIGHTS, described)
     beside = sorted({name.split(".")[0] for name in set(trained) - set(names.values())})
@@ -82,6 +85,22 @@ def load(
         values = ", ".join(f"{name} is {found.config[name]}" for name in unmeasured)
         logger.warning("%s: %s, as the run began: it is measured when training ends, for final/", found.path, values)
     return fill(model, tensors.items(), map_location=map_location, dtype=dtype)
+
+
+def with_adapters(stored: Weights, lora: Mapping[str, Any]) -> Weights:
+    """Weights of an ordinary model, of those that were trained with adapters (`imgtok.train.lora`): W + scale B A."""
+    scale = lora["alpha"] / lora["rank"]
+    wrapped = {name: name.replace(".base_layer.", ".") for name in stored if ".lora_" not in name}
+
+    def read(name: str) -> Tensor:
+        layer = name.removesuffix(".base_layer.weight")
+        if layer == name:
+            return stored[name]
+        thin = [stored[f"{layer}.lora_{which}.default.weight"] for which in "BA"]
+        return stored[name] + scale * (thin[0] @ thin[1])
+
+    blank = {new: stored.blank[old] for old, new in wrapped.items()}
+    return Weights(stored.path, blank, {new: partial(read, old) for old, new in wrapped.items()}, stored.metadata)
 
 
 def find_model(model: nn.Module, stored: Iterable[str], folder: Path) -> dict[str, str]:

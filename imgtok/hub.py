@@ -148,6 +148,15 @@ class Pretrained(PyTorchModelHubMixin, library_name="imgtok", model_card_templat
         """The kind of number of its weights, in which it computes unless it is told otherwise."""
         return _any_tensor(self).dtype
 
+    def adapt(self, stored: dict[str, torch.Tensor], start: Any) -> dict[str, str]:
+        """Change in `stored`, weights of another model of this class with the configuration `start`, what has another
+        shape there and can be fitted to this model, which has its first values still. Training calls it for `init`.
+
+        Gives a sentence for the log by each name that was fitted or starts afresh. By default nothing is: every tensor
+        of another shape is refused.
+        """
+        return {}
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,

@@ -28,6 +28,8 @@ others."""
 ENCODES_AS = "encodes_as"
 """Entry of an identity: the fingerprints of other models whose tokens, or latents, are also this one's, since only its
 decoder was trained after them (`decoder_only`)."""
+TRAINED_WHOLE = "trained_whole"
+"""Entry of an identity: the names of the parameters that are trained as they are, beside adapters (`training.lora`)."""
 WEIGHTS, AVERAGED = "model.safetensors", "ema.safetensors"
 """In each checkpoint: all tensors of what is trained, which may be more than the model; and the averaged ones of these,
 where the run keeps an average."""

@@ -1,10 +1,14 @@
-"""README.md: its commands parse, the configurations that they name exist, and its lines of Python run as they stand."""
+"""README.md: its commands parse, the configurations that they name exist, and its lines of Python run as they stand.
+
+The commands of docs/fine-tuning.md parse, too.
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,10 +27,10 @@ from imgtok.tokenizers.vae import VAE, VAEConfig
 ROOT = Path(__file__).parents[1]
 
 
-def commands() -> list[str]:
+def commands(pages: Sequence[str] = ("README.md", "docs/fine-tuning.md")) -> list[str]:
     """The `imgtok ...` lines of the shell blocks, comments and continuations resolved."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    lines = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("imgtok ")]
 
 

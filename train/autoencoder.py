@@ -34,6 +34,7 @@ from imgtok.train.frozen import check_decoder_only, encodes_as, freeze, train_de
 from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
+from imgtok.train.lora import refuse_lora
 from imgtok.train.validation import HeldOut, Measure, check_validation
 
 
@@ -83,6 +84,7 @@ class Config:
         check_kind(self.model, self.init)
         check_validation(self.validation, self.training)
         check_decoder_only(self)
+        refuse_lora(self.training)
         self.loss.check_size(self.image_size)
         if self.init is None:
             check_factor(self, configure(self.model, None))

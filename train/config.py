@@ -9,6 +9,21 @@ from imgtok.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFl
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685): of a matrix a product of two thin ones is trained, which is added to it."""
+
+    rank: PositiveInt = 16
+    """Columns of the thin matrices."""
+    alpha: PositiveFloat = 32.0
+    """The product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("*attention.*", "*.mlp.*")
+    """Patterns of the linear layers that get adapters, by their names in the model."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, how fast and how carefully to train; the `training` section of every training job."""
 
@@ -49,6 +64,9 @@ class TrainingConfig:
     freeze: tuple[str, ...] = ()
     """Patterns (such as encoder.*) of the parameters that stand still, by their names in the model: they get no
     gradient, no moments of the optimizer, and stay as they are in the averaged weights too."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters of a generator, and what starts afresh, in place of its weights, such as lora={}; the
+    finished model has them merged into its weights. It takes peft: pip install 'imgtok[finetune]'. null is none."""
     compile: bool = False
     """Compile the model's forward pass, all but its random draws, with torch.compile."""
     seed: NonNegativeInt = 0

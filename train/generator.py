@@ -6,6 +6,8 @@ by `learns_from`; `imgtok.data.content` makes the two alike.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,7 @@ from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import ROWS, write_cards
 from imgtok.hub import Found
 from imgtok.randomness import spread
+from imgtok.runs import TRAINED_WHOLE
 from imgtok.sections import ByKind, Section, Settings
 from imgtok.text import words
 from imgtok.tokenizers.base import Losses
@@ -37,7 +40,10 @@ from imgtok.train.config import TrainingConfig
 from imgtok.train.frozen import freeze
 from imgtok.train.initialise import Init, check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import Job, fit
+from imgtok.train.lora import add_adapters, check_lora, merged, trained_whole
 from imgtok.train.validation import HeldOut, Measure, check_validation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,7 @@ class Config:
             )
         if (self.validation_text is not None) != (self.validation is not None and self.text is not None):
             raise ValueError("validation_text: goes with validation and text: give all three, or validation alone")
+        check_lora(self.training, self.init)
         kind = None if self.model is None else self.model.kind
         if kind is not None:
             check_inputs(self, hub.model_class(kind))
@@ -136,17 +143,23 @@ def main(config: Config) -> None:
     captions = open_captions(config.text, content.cache)
     config = with_fingerprint(config, digest_with(content.digest, captions))
     facts = facts_of(config, content, captions, model_class)
-    config = replace(config, model=configure(config.model, init, facts, f"the data in {folder}"))
+    base = without_names_of_others(init, content)
+    config = replace(config, model=configure(config.model, base, facts, f"the data in {folder}"))
     check_text(config.model, config)
     torch.manual_seed(config.training.seed)  # modules initialise themselves from the global generator
     model = model_class(config.model)
-    start_from(model, init, config.init_new, config.init_drop)
+    fresh = start_from(model, init, config.init_new, config.init_drop)
     freeze(model, config.training)
+    say_of_decoder(init, found)
     if captions is not None:
         model.set_empty_caption(captions.empty)
     if config.checkpoint_activations:
         model.recompute_activations()
     job = GeneratorJob(config, model, content, found, captions)
+    if config.training.lora is not None:
+        whole = trained_whole(init, fresh, config.out)
+        add_adapters(model, config.training.lora, whole)
+        job.identity = {**job.identity, TRAINED_WHOLE: whole}
     with_texts = "" if captions is None else f", with the texts of {config.text}"
     announce.begins(
         "train generator",
@@ -156,6 +169,24 @@ def main(config: Config) -> None:
         out=config.out,
     )
     fit(job, config.training, config.out, config)
+
+
+def without_names_of_others(init: Init | None, content: Content) -> Init | None:
+    """What to start from, without its names of classes where the data have another number of them, and no names."""
+    if init is None or content.class_names or init.config.num_classes in (0, content.num_classes):
+        return init
+    return init._replace(config=init.config.with_condition(classes=()))
+
+
+def say_of_decoder(init: Init | None, decoder: Found) -> None:
+    """Say in the log if the model to start from drew for another tokenizer or autoencoder, where that is known."""
+    with contextlib.suppress(OSError, ValueError):
+        before = None if init is None or init.weights is None else init.weights.part("tokenizer")
+        if before is not None and before.fingerprint() not in (decoder.fingerprint(), *decoder.encodes_as):
+            logger.info(
+                "init: %s drew for another tokenizer or autoencoder than %s: what it knows of tokens or latents is "
+                "learned anew, and the rest is kept", before.path.parent, decoder.name,
+            )  # fmt: skip
 
 
 def find_class(config: Config, init: Init | None) -> type[ConditionalGenerator]:
@@ -299,6 +330,7 @@ class GeneratorJob(Job):
     @torch.no_grad()
     def drawn(self, model: nn.Module, indices: range) -> Tensor:
         """Images in about [-1, 1] of the classes in turn or of the first captions; `indices` begin at 0."""
+        model = merged(model)
         assert isinstance(model, ConditionalGenerator)
         device = next(model.parameters()).device
         classes = model.config.num_classes
@@ -321,6 +353,7 @@ class GeneratorJob(Job):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """The model folder, with the decoder inside: all that sampling needs."""
+        model = merged(model)
         assert isinstance(model, ConditionalGenerator)
         write_cards(folder, str(self.config.out / "final"), model.config, self.content.decoder.config)
         model.save_pretrained(folder)

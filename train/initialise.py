@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from imgtok.config import from_dict, kind_name, read_yaml
 from imgtok.hub import Found, configuration, load, model_class, resolve
 from imgtok.runs import complete_steps
 from imgtok.sections import Section
+
+logger = logging.getLogger(__name__)
 
 
 class Init(NamedTuple):
@@ -67,8 +70,9 @@ def model_in_words(config: Any) -> str:
 @torch.no_grad()
 def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), drop: Sequence[str] = ()) -> list[str]:
     """Fill `model`, freshly initialised, with the weights of `init`, strictly; without any, nothing happens. Gives the
-    names of the tensors that keep their first values though there is an `init`.
+    names of the tensors that are not those of `init`: they keep their first values, or were fitted.
 
+    What the model can fit to itself by `adapt`, such as a table of other classes, is fitted, and the log says how.
     `new` are patterns (`fnmatch`) of parameters that keep their first values where `init` does not have them, or has
     them in another shape; `drop` patterns of those of `init` that are left out. Raises ValueError that lists every
     tensor which is too many, too few or of another shape, and every pattern that fits no name.
@@ -90,15 +94,36 @@ def start_from(model: nn.Module, init: Init | None, new: Sequence[str] = (), dro
                 f"{field}: {idle[0]!r} fits no tensor of {whose}; it has {', '.join(list(names)[:5])}, ..."
             )
     kept = {name: tensor for name, tensor in stored.items() if not _fits(name, drop)}
+    adapted = _adapted(model, kept, init.config, new)
     problems = _problems(kept, wanted, new)
     if problems:
         title = f"init: the weights in {init.weights.path} do not fit the model to train:"
         title += _of_another_autoencoder(model, init.config, problems)
         raise ValueError("\n  ".join([title, *problems]))
+    for sentence in dict.fromkeys(adapted.values()):
+        logger.info("init: %s", sentence)
     taken = {name: tensor for name, tensor in kept.items() if tensor.shape == wanted[name].shape}
     for name, tensor in taken.items():
         wanted[name].copy_(tensor)
-    return [name for name in wanted if name not in taken]
+    return [name for name in wanted if name not in taken or name in adapted]
+
+
+def _adapted(model: nn.Module, kept: dict[str, Tensor], start: Any, new: Sequence[str]) -> dict[str, str]:
+    """Fit those of the stored tensors that the model can fit (`Pretrained.adapt`); gives what is to be said by the name
+    of each. What `new` lets start afresh is not fitted.
+    """
+    adapt: Any = getattr(model, "adapt", None)
+    if adapt is None or type(start) is not type(getattr(model, "config", None)):
+        return {}
+    wanted = model.state_dict()
+    left = {name: kept.pop(name) for name in list(kept) if _fits(name, new) and _other_shape(name, kept, wanted)}
+    said: dict[str, str] = adapt(kept, start)
+    kept.update({name: tensor for name, tensor in left.items() if name not in kept})
+    return said
+
+
+def _other_shape(name: str, kept: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return name in wanted and kept[name].shape != wanted[name].shape
 
 
 def _of_another_autoencoder(model: nn.Module, start: Any, problems: Sequence[str]) -> str:

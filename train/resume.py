@@ -107,6 +107,7 @@ POLICIES: dict[Policy, tuple[str, ...]] = {
         "decoder_only",
         "training.mup_base_width",
         "training.freeze",
+        "training.lora",
     ),
 }
 """Fields of the training jobs, or sections of which all fields are meant that are not named themselves:

@@ -27,6 +27,7 @@ from imgtok.train.frozen import check_decoder_only, encodes_as, freeze, train_de
 from imgtok.train.image_job import ImageJob, held_out_images, to_train
 from imgtok.train.initialise import check_kind, configure, find_init, model_in_words, start_from
 from imgtok.train.loop import fit
+from imgtok.train.lora import refuse_lora
 from imgtok.train.validation import HeldOut, Measure, check_validation
 
 
@@ -86,6 +87,7 @@ class Config:
         check_kind(self.model, self.init)
         check_validation(self.validation, self.training)
         check_decoder_only(self)
+        refuse_lora(self.training)
         if self.vae_scaling_factor is not None and self.vae is None:
             raise ValueError("vae_scaling_factor: there is no autoencoder to scale, name one with vae=FOLDER")
         if self.init is None and self.vae is None:

@@ -296,6 +296,26 @@ class FlexTok(Tokenizer):
 
     # ------------------------------------------------ training
 
+    def adapt(self, stored: dict[str, Tensor], start: FlexTokConfig) -> dict[str, str]:
+        """Weights of a model of another resolution: learned positions of patches are interpolated to this grid; of the
+        fixed table, which no file holds, the larger grid has the smaller one as its corner.
+        """
+        here, there = self.config.grid, start.grid
+        if here == there:
+            return {}
+        sides = f"{there} x {there} patches there, {here} x {here} here"
+        if self.config.short_runs.positions == "sincos":
+            how = "the same table cropped" if here < there else "the same table, continued beyond where it was trained"
+            return {"positions": f"positions: {sides}: {how}"}
+        said = dict[str, str]()
+        for name in ("encoder.positions", "decoder.positions"):
+            if name in stored and stored[name].shape[:2] == (there, there):
+                table = stored[name].permute(2, 0, 1)[None].float()
+                resized = F.interpolate(table, size=(here, here), mode="bicubic", align_corners=False)
+                stored[name] = resized[0].permute(1, 2, 0).to(stored[name].dtype)
+                said[name] = f"positions: {sides}: interpolated"
+        return said
+
     def recompute_activations(self) -> None:
         """From now on compute both trunks' activations again in the backward pass: less memory, a third more work."""
         self.encoder.recompute = self.decoder.recompute = True
