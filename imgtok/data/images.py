@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imgtok.config import to_dict
 from imgtok.data.arrow import ArrowRecords, HubConfig
 from imgtok.data.blocks import Blocks
 from imgtok.data.files import summary
@@ -308,7 +307,7 @@ class Opened:
     def identity(self) -> str:
         """As that of an `ImageSource`."""
         if isinstance(self.config, ShapesConfig):
-            return json.dumps(to_dict(self.config), sort_keys=True)
+            return json.dumps(self.config.identity, sort_keys=True)
         return _identity(self._train, self._told)
 
     @property
@@ -595,7 +594,7 @@ class ShapesImages:
         """`whole` is the configuration that this split was made from."""
         self.size = size
         self.config = config
-        self._identity = json.dumps(to_dict(whole or config), sort_keys=True)
+        self._identity = json.dumps((whole or config).identity, sort_keys=True)
         self._shapes = ShapesDataset(config, size)
         self.num_classes = self._shapes.num_classes
         self.class_names = self._shapes.class_names

@@ -29,6 +29,7 @@ VOCABULARY = (
     *COLOURS,
     *SHAPES,
 )
+HOLDING = "holding"  # the one word more of captions of scenes whose objects hold others
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 _PHRASES = {
     "left": ("left of", "to the left of"),
@@ -37,11 +38,13 @@ _PHRASES = {
     "below": ("below", "under"),
 }
 
-Role = Literal["det", "size", "texture", "colour", "object", "relation", "position", "conj"]
+Role = Literal["det", "size", "texture", "colour", "object", "relation", "position", "conj", "holding"]
 
 
 class Token(NamedTuple):
-    """A word of a caption: its role and the object (a position in the facts) that it belongs to, -1 for none."""
+    """A word of a caption: its role and the object that it belongs to, -1 for none: a position in the facts, first of
+    `Facts.objects` and then of `Facts.held`.
+    """
 
     word: str
     role: Role
@@ -69,11 +72,21 @@ class Relation:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Object `holder`, counted from 0, holds another one."""
+
+    holder: int
+    object: ObjectFacts
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that a caption asserts, objects in the order of mention."""
 
     objects: tuple[ObjectFacts, ...]
     relations: tuple[Relation, ...] = ()
+    held: tuple[Held, ...] = ()
+    """What objects hold; one each at most."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,8 @@ def true_facts(scene: Scene) -> Facts:
         for a in range(len(items))
         for b in range(a + 1, len(items))
     )
-    return Facts(objects, tuple(Relation(a, name, b) for a, name, b in relations if name is not None))
+    held = tuple(Held(k, _held_facts(o.holding, 2)) for k, o in enumerate(items) if o.holding is not None)
+    return Facts(objects, tuple(Relation(a, name, b) for a, name, b in relations if name is not None), held)
 
 
 def cell_of(x: float, y: float) -> str:
@@ -124,15 +138,17 @@ def caption(scene: Scene, split: str, index: int) -> Caption:
     relation = _pick_relation(scene, order, split, uniform)
     joined = relation is not None and len(order) == 2 and uniform[1] < 0.5
     detail = int(3.0 * uniform[2])
-    with_cells = uniform[3] < 0.15 and not joined
+    holds = [scene.objects[k].holding for k in order]
+    with_cells = uniform[3] < 0.15 and not joined and not any(holds)  # "in the top left" might be said of what is held
     objects = tuple(_object_facts(scene.objects[k], detail, with_cells) for k in order)
-    facts = Facts(objects, () if relation is None else (relation,))
+    held = tuple(Held(k, _held_facts(item, detail)) for k, item in enumerate(holds) if item is not None)
+    facts = Facts(objects, () if relation is None else (relation,), held)
     phrase = _phrase(relation, uniform[4])
     if joined and relation is not None:
         subject, reference = relation.subject, relation.reference
-        tokens = [*_noun(objects[subject], subject), *phrase, *_noun(objects[reference], reference)]
+        tokens = [*_named(facts, subject), *phrase, *_named(facts, reference)]
     else:
-        tokens = _list(objects)
+        tokens = _list(facts)
         if relation is not None:
             tokens += [Token(",", "conj", -1), *_clause(objects, relation, phrase)]
     return Caption(tuple(tokens), facts, order)
@@ -150,27 +166,28 @@ def facts_of(text: str) -> Facts:
 
 
 class _Reader:
-    """Reads `caption = list [", " clause] | noun REL noun` from left to right."""
+    """Reads `caption = list [", " clause] | noun REL noun` from left to right; a noun may be "... holding a ..."."""
 
     def __init__(self, text: str) -> None:
         self.text, self.words, self.place = text, text.lower().replace(",", " , ").rstrip(" .").split(), 0
+        self.held: list[Held] = []
 
     def facts(self) -> Facts:
-        objects = [self._noun()]
+        objects = [self._named(0)]
         relations: list[Relation] = []
         if self._relation_follows():
             name = self._relation()
-            objects.append(self._noun())
+            objects.append(self._named(1))
             relations = [Relation(0, name, 1)]
         while self._next() in (",", "and"):
             last = self._take() == "and"
             if not last and self._next() == "the":
                 relations.append(self._clause(objects))
                 break
-            objects.append(self._noun())
+            objects.append(self._named(len(objects)))
         if self._next():
             self._refuse("the end")
-        return Facts(tuple(objects), tuple(relations))
+        return Facts(tuple(objects), tuple(relations), tuple(self.held))
 
     def _next(self, ahead: int = 0) -> str:
         place = self.place + ahead
@@ -187,6 +204,14 @@ class _Reader:
     def _refuse(self, wanted: str) -> None:
         found = repr(self._next()) if self._next() else "the end"
         raise ValueError(f"caption {self.text!r}: after {self.place} words there is {found}, and {wanted} is expected")
+
+    def _named(self, place: int) -> ObjectFacts:
+        """An object and, if the words go on so, what it holds."""
+        item = self._noun()
+        if self._next() == HOLDING:
+            self._take()
+            self.held.append(Held(place, self._noun()))
+        return item
 
     def _noun(self) -> ObjectFacts:
         self._take("a", "an")
@@ -261,6 +286,11 @@ def _object_facts(item: Object, detail: int, with_cell: bool) -> ObjectFacts:
     )
 
 
+def _held_facts(item: Object, detail: int) -> ObjectFacts:
+    """Of what is held: it is solid, and lies where its holder does."""
+    return ObjectFacts(shape=item.shape, colour=item.colour, size=item.size if detail >= 2 else None)
+
+
 def _phrase(relation: Relation | None, uniform: float) -> list[Token]:
     if relation is None:
         return []
@@ -278,13 +308,22 @@ def _noun(item: ObjectFacts, k: int) -> list[Token]:
     return tokens
 
 
-def _list(objects: Sequence[ObjectFacts]) -> list[Token]:
+def _named(facts: Facts, k: int) -> list[Token]:
+    """Words of: noun [holding noun]."""
+    tokens = _noun(facts.objects[k], k)
+    for number, held in enumerate(facts.held):
+        if held.holder == k:
+            tokens += [Token(HOLDING, "holding", k), *_noun(held.object, len(facts.objects) + number)]
+    return tokens
+
+
+def _list(facts: Facts) -> list[Token]:
     """Words of: noun {, noun} and noun."""
     tokens: list[Token] = []
-    for k, item in enumerate(objects):
+    for k in range(len(facts.objects)):
         if k:
-            tokens.append(Token("and" if k == len(objects) - 1 else ",", "conj", -1))
-        tokens += _noun(item, k)
+            tokens.append(Token("and" if k == len(facts.objects) - 1 else ",", "conj", -1))
+        tokens += _named(facts, k)
     return tokens
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -77,6 +77,8 @@ class Detection:
     """Class 8 * shape + colour."""
     label_probability: float
     """Probability of that class."""
+    holding: tuple[Detection, ...] = ()
+    """What is inside it, largest first, as `oracle_inside.read` finds it; `read` looks into no object."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -93,11 +95,15 @@ def read(images: Tensor, *, scale: float = 1.0) -> list[list[Detection]]:
     found: list[list[Detection]] = [[] for _ in range(len(images))]
     for start in range(0, len(images), 128):
         parts = _find(images[start : start + 128].detach().cpu().float().clamp(0.0, 1.0))
-        for first in range(0, len(parts.image), _CHUNK):
-            chunk = parts.rows(slice(first, first + _CHUNK))
-            for image, detection in zip(chunk.image.tolist(), _explain(chunk, scale), strict=True):
-                found[start + image].append(detection)
+        for image, detection in zip(parts.image.tolist(), _explained(parts, scale), strict=True):
+            found[start + image].append(detection)
     return [sorted(detections, key=lambda d: -d.area) for detections in found]
+
+
+def _explained(parts: _Parts, scale: float, solid: bool = False) -> list[Detection]:
+    """What each component is, some of them at once; with `solid` only that texture is thought of."""
+    chunks = [parts.rows(slice(first, first + _CHUNK)) for first in range(0, len(parts.image), _CHUNK)]
+    return [detection for chunk in chunks for detection in _explain(chunk, scale, solid)]
 
 
 class ClassReadings(NamedTuple):
@@ -174,19 +180,52 @@ class _Parts(NamedTuple):
         return _Parts(*(field[part] for field in self))
 
 
+class _Seen(NamedTuple):
+    """B images on their backgrounds, of S pixels a side."""
+
+    images: Tensor
+    """(B, 3, S, S)"""
+    noise: Tensor
+    """(B,) its standard deviation."""
+    background: Tensor
+    """(B, 3)"""
+    difference: Tensor
+    """(B, 3, S, S) smoothed images minus their backgrounds."""
+    least: Tensor
+    """(B,) the colour distance from which a pixel is foreground."""
+    mask: Tensor
+    """(B, S, S) foreground."""
+
+
 def _find(images: Tensor) -> _Parts:
     """Separates foreground components from the background."""
+    parts, _ = _cut(_look(images), _LEAST_AREA)
+    return parts
+
+
+def _look(images: Tensor) -> _Seen:
     images = _reduce(images)
-    size = images.shape[-1]
     noise = _noise(images)
     smooth = _smooth(images, noise)
     background, spread = _background(smooth)
     difference = smooth - background[:, :, None, None]
-    mask = difference.square().sum(1).sqrt() > (3.0 * spread).clamp(min=_FOREGROUND)[:, None, None]
+    least = (3.0 * spread).clamp(min=_FOREGROUND)
+    return _Seen(images, noise, background, difference, least, _distance(difference) > least[:, None, None])
+
+
+def _distance(difference: Tensor) -> Tensor:
+    """(n, 3, H, W) -> (n, H, W)"""
+    return difference.square().sum(1).sqrt()
+
+
+def _cut(seen: _Seen, least_area: float) -> tuple[_Parts, Tensor]:
+    """The components of at least some share of the canvas, and the pixels (n, S, S) that belong to each."""
+    images, noise, background, mask = seen.images, seen.noise, seen.background, seen.mask
+    size = images.shape[-1]
     names, component = _components(mask)[mask].unique(return_inverse=True)
     _, y, x = mask.nonzero(as_tuple=True)
     area = torch.bincount(component, minlength=len(names))
-    keep = _largest(names.long() // size**2, area, _LEAST_AREA * size**2)
+    keep = _largest(names.long() // size**2, area, least_area * size**2)
     number = torch.full((len(names),), -1).index_put((keep,), torch.arange(len(keep)))
     owner = torch.full(mask.shape, -1)
     owner[mask] = number[component]
@@ -198,7 +237,8 @@ def _find(images: Tensor) -> _Parts:
     shown = (images - background[:, :, None, None])[of] * own.unsqueeze(1)
     energy = shown.square().sum((1, 2, 3)) / size**2
     noise_energy = 3.0 * noise[of] ** 2 * own.sum((1, 2)) / size**2
-    return _Parts(of, shown, background[of], centre[keep], extent[keep], area[keep] / size**2, energy, noise_energy)
+    parts = _Parts(of, shown, background[of], centre[keep], extent[keep], area[keep] / size**2, energy, noise_energy)
+    return parts, own
 
 
 def _reduce(images: Tensor) -> Tensor:
@@ -414,14 +454,18 @@ class _Scalars(NamedTuple):
         return self._replace(background=self.background[rows], energy=self.energy[rows])
 
 
-def _explain(parts: _Parts, scale: float) -> list[Detection]:
+def _explain(parts: _Parts, scale: float, solid: bool = False) -> list[Detection]:
     """Fits every component."""
     size = parts.difference.shape[-1]
     scalars = _Scalars(parts.background, parts.energy, size, _SMALLEST * scale * size, _LARGEST * size)
     table, centre, radius = _coarse(parts, scalars)
+    if solid:
+        table[:, :, 1:] = math.inf
     _refine(parts, scalars, table, centre, radius)
-    if size < _PATCHES_SUFFICE:
+    if size < _PATCHES_SUFFICE and not solid:  # only textures need it
         _polish(parts, scalars, table, centre, radius)
+    if solid:
+        table[:, :, 1:] = math.inf
     n = len(table)
     best = table.flatten(1).argmin(1)
     shape, texture, colour = torch.unravel_index(best, table.shape[1:])
@@ -441,13 +485,12 @@ def _explain(parts: _Parts, scale: float) -> list[Detection]:
 
 def _detection(row: tuple, marginals: list[list[float]], scale: float) -> Detection:
     shape, texture, colour, x, y, radius, area, unexplained, probability = row
-    nearest = min(range(len(SIZES)), key=lambda k: abs(math.log(radius / (RADII[k] * scale))))
     return Detection(
         known=unexplained <= _UNKNOWN,
         shape=SHAPES[shape],
         colour=COLOURS[colour],
         texture=TEXTURES[texture],
-        size=SIZES[nearest],
+        size=_size_name(radius, scale),
         x=x,
         y=y,
         radius=radius,
@@ -459,6 +502,10 @@ def _detection(row: tuple, marginals: list[list[float]], scale: float) -> Detect
         label=len(COLOURS) * shape + colour,
         label_probability=probability,
     )
+
+
+def _size_name(radius: float, scale: float) -> str:
+    return SIZES[min(range(len(SIZES)), key=lambda k: abs(math.log(radius / (RADII[k] * scale))))]
 
 
 def _coarse(parts: _Parts, scalars: _Scalars) -> tuple[Tensor, Tensor, Tensor]:
@@ -621,7 +668,17 @@ class Score:
     """Everything asserted holds and nothing is extra."""
     probability: float
     """Product over the asserted objects of the probabilities of their asserted shape, colour and texture; 0 if one is
-    absent."""
+    absent, or not held by the one that should hold it."""
+    held: int = 0
+    """Objects asserted to be held by others."""
+    held_matched: int = 0
+    """Those of them that were found, in whatever object or beside all: a detection of the same shape."""
+    held_bound: int = 0
+    """Of these, in the object that should hold them, with all asserted attributes right."""
+    holders: int = 0
+    """Objects asserted to hold something that were matched."""
+    held_leaked: int = 0
+    """Those of them that hold what another one should, or a mixture of its own and that."""
 
 
 _MOST_MATCHED = 7
@@ -633,16 +690,20 @@ def score(facts: Facts, detections: Sequence[Detection]) -> Score:
 
     Objects are assigned to detections of their own shape so that the most attributes are right, shape before colour
     before texture before size. A relation holds when the named axis differs in the named sense and more than the other.
+    What is held is assigned likewise, its own holder before colour.
     """
     pairs = _match(facts, detections)
+    inside = _match_held(facts, detections, pairs)
+    holders = {one.holder: one.object for one in facts.held if one.holder in pairs}
     found = [(facts.objects[k], detections[d]) for k, d in pairs.items()]
     asserted = {name: [(getattr(o, name), getattr(d, name)) for o, d in found] for name in _WEIGHTS}
     said = {name: [said == seen for said, seen in both if said is not None] for name, both in asserted.items()}
     cells = [o.cell == cell_of(d.x, d.y) for o, d in found if o.cell is not None]
     bound = sum(all(getattr(o, n) in (None, getattr(d, n)) for n in _WEIGHTS) for o, d in found)
     colours = [o.colour for o in facts.objects]
+    held_colours = [one.object.colour for one in facts.held]
     leaked = sum(
-        detections[d].colour != colours[k] and detections[d].colour in colours[:k] + colours[k + 1 :]
+        detections[d].colour != colours[k] and detections[d].colour in colours[:k] + colours[k + 1 :] + held_colours
         for k, d in pairs.items()
     )
     relations = sum(
@@ -651,8 +712,11 @@ def score(facts: Facts, detections: Sequence[Detection]) -> Score:
         and _holds(r.relation, detections[pairs[r.subject]], detections[pairs[r.reference]])
         for r in facts.relations
     )
-    extra = len(detections) - len(pairs)
+    there = len(detections) + sum(len(one.holding) for one in detections)
+    extra = there - len(pairs) - len(inside.found)
     complete = len(pairs) == len(facts.objects) == bound and all(cells) and relations == len(facts.relations)
+    complete &= inside.bound == len(facts.held)
+    all_found = len(found) == len(facts.objects) and len(inside.at_home) == len(facts.held)
     return Score(
         objects=len(facts.objects),
         matched=len(pairs),
@@ -668,21 +732,69 @@ def score(facts: Facts, detections: Sequence[Detection]) -> Score:
         relations_right=relations,
         extra=extra,
         prompt=complete and extra == 0,
-        probability=math.prod((_probability(o, d) for o, d in found), start=float(len(found) == len(facts.objects))),
+        probability=math.prod((_probability(o, d) for o, d in found + inside.at_home), start=float(all_found)),
+        held=len(facts.held),
+        held_matched=len(inside.found),
+        held_bound=inside.bound,
+        holders=len(holders),
+        held_leaked=sum(_leaks(facts, k, own, detections[pairs[k]].holding) for k, own in holders.items()),
     )
+
+
+class _Inside(NamedTuple):
+    """What of that which should be held was found."""
+
+    found: list[tuple[ObjectFacts, Detection]]
+    """Anywhere."""
+    at_home: list[tuple[ObjectFacts, Detection]]
+    """In the object that should hold it."""
+
+    @property
+    def bound(self) -> int:
+        """Those at home with all asserted attributes right."""
+        return sum(all(getattr(o, n) in (None, getattr(d, n)) for n in _WEIGHTS) for o, d in self.at_home)
+
+
+def _match_held(facts: Facts, detections: Sequence[Detection], pairs: Mapping[int, int]) -> _Inside:
+    """Assigns what should be held to what is inside of objects, and to objects that are nothing else."""
+    owners = {d: k for k, d in pairs.items()}
+    places = [(one, owners.get(d, -1)) for d, holder in enumerate(detections) for one in holder.holding]
+    places += [(one, -1) for d, one in enumerate(detections) if d not in owners]
+    seen = [one for one, _ in places]
+    asserted = [one.object for one in facts.held]
+    home = {(h, d) for h, held in enumerate(facts.held) for d, (_, owner) in enumerate(places) if owner == held.holder}
+    chosen = _assign(asserted, seen, lambda h, d: _worth(asserted[h], seen[d]) + 50 * ((h, d) in home))
+    return _Inside(
+        [(asserted[h], seen[d]) for h, d in chosen.items()],
+        [(asserted[h], seen[d]) for h, d in chosen.items() if (h, d) in home],
+    )
+
+
+def _leaks(facts: Facts, holder: int, own: ObjectFacts, inside: Sequence[Detection]) -> bool:
+    """Whether an object holds what another one should, or its own thing in the colour of the other's, say."""
+    others = [one.object for one in facts.held if one.holder != holder]
+    shapes, colours = ({getattr(one, name) for one in (own, *others)} for name in ("shape", "colour"))
+    wrong = [one for one in inside if one.known and (one.shape, one.colour) != (own.shape, own.colour)]
+    return bool(others) and any(one.shape in shapes and one.colour in colours for one in wrong)
 
 
 def _match(facts: Facts, detections: Sequence[Detection]) -> dict[int, int]:
     """The best assignment of asserted objects to detections, {object: detection}; a match needs the shape."""
+    return _assign(facts.objects, detections, lambda k, d: _worth(facts.objects[k], detections[d]))
+
+
+def _assign(
+    asserted: Sequence[ObjectFacts], detections: Sequence[Detection], worth_of: Callable[[int, int], int]
+) -> dict[int, int]:
     known = [k for k, detection in enumerate(detections) if detection.known][:_MOST_MATCHED]
     best: dict[int, int] = {}
     most = 0
-    for choice in itertools.product([-1, *known], repeat=len(facts.objects)):
+    for choice in itertools.product([-1, *known], repeat=len(asserted)):
         taken = {k: d for k, d in enumerate(choice) if d >= 0}
-        same = all(facts.objects[k].shape == detections[d].shape for k, d in taken.items())
+        same = all(asserted[k].shape == detections[d].shape for k, d in taken.items())
         if not same or len(set(taken.values())) < len(taken):
             continue
-        worth = sum(_worth(facts.objects[k], detections[d]) for k, d in taken.items())
+        worth = sum(worth_of(k, d) for k, d in taken.items())
         if worth > most:
             best, most = taken, worth
     return best
@@ -727,6 +839,12 @@ class Report:
     """Images where everything asserted holds and nothing is extra."""
     probability: float
     """Mean of `Score.probability`: the graded version of `prompt`, for learning curves."""
+    held_presence: float
+    """Objects to be held that are anywhere in the image, over those asserted."""
+    held_binding: float
+    """Of these, in the object that should hold them with all asserted attributes right."""
+    held_leakage: float
+    """Matched holders that hold what another one should, in whole or in part, over matched holders."""
 
 
 RATES: Mapping[str, tuple[str, str | None]] = {
@@ -741,6 +859,9 @@ RATES: Mapping[str, tuple[str, str | None]] = {
     "extra": ("extra", None),
     "prompt": ("prompt", None),
     "probability": ("probability", None),
+    "held_presence": ("held_matched", "held"),
+    "held_binding": ("held_bound", "held_matched"),
+    "held_leakage": ("held_leaked", "holders"),
 }
 """Field of `Report` -> the fields of `Score` whose sums are divided; None stands for the number of images."""
 

@@ -46,20 +46,21 @@ def read(images: Tensor, *, scale: float = 1.0) -> list[list[Detection]]:
     found: list[list[Detection]] = [[] for _ in range(len(images))]
     for start in range(0, len(images), 128):
         parts = oracle._find(images[start : start + 128].detach().cpu().float().clamp(0.0, 1.0))
-        doubtful: list[Tensor] = []
-        for first in range(0, len(parts.image), _AT_ONCE):
-            rows = torch.arange(first, min(len(parts.image), first + _AT_ONCE))
-            detections, sure = _explain(_rows(parts, rows), scale)
-            for image, detection, known in zip(parts.image[rows].tolist(), detections, sure.tolist(), strict=True):
-                if known:
-                    found[start + image].append(detection)
-            doubtful.append(rows[~sure])
-        rest = torch.cat(doubtful) if doubtful else torch.empty(0, dtype=torch.long)
-        for some in rest.split(oracle._CHUNK) if len(rest) else ():
-            chunk = _rows(parts, some)
-            for image, detection in zip(chunk.image.tolist(), oracle._explain(chunk, scale), strict=True):
-                found[start + image].append(detection)
+        detections, doubtful = _explained(parts, scale)
+        for row in sorted(range(len(detections)), key=lambda row: doubtful[row]):  # of equal areas, those surely read
+            found[start + int(parts.image[row])].append(detections[row])
     return [sorted(detections, key=lambda d: -d.area) for detections in found]
+
+
+def _explained(parts: oracle._Parts, scale: float, solid: bool = False) -> tuple[list[Detection], list[bool]]:
+    """What each component is, and of which the plain search said so; with `solid` only that texture is thought of."""
+    quick = [_explain(_rows(parts, rows), scale, solid) for rows in torch.arange(len(parts.image)).split(_AT_ONCE)]
+    found = [one for detections, _ in quick for one in detections]
+    doubtful = torch.cat([~sure for _, sure in quick])
+    rest = doubtful.nonzero()[:, 0]
+    for row, detection in zip(rest.tolist(), oracle._explained(_rows(parts, rest), scale, solid), strict=True):
+        found[row] = detection
+    return found, doubtful.tolist()
 
 
 def _rows(parts: oracle._Parts, rows: Tensor) -> oracle._Parts:
@@ -155,13 +156,15 @@ def _costs(products: Tensor, background: Tensor, shape: Tensor | None) -> Tensor
     return change.amin(-1).movedim(1, -1)  # (n, P, [S,] T, C)
 
 
-def _explain(parts: oracle._Parts, scale: float) -> tuple[list[Detection], Tensor]:
+def _explain(parts: oracle._Parts, scale: float, solid: bool = False) -> tuple[list[Detection], Tensor]:
     """Readings of n components, and which of them are sure (n,)."""
     n, size = len(parts.image), parts.difference.shape[-1]
     if not n:
         return [], torch.empty(0, dtype=torch.bool)
     low, high = oracle._SMALLEST * scale * size, oracle._LARGEST * size
     table, centre, radius = _coarse(parts, low, high)
+    if solid:
+        table[:, :, 1:] = torch.inf
     likely = table.flatten(2).amin(2).topk(_REFINED, dim=1, largest=False).indices
     rows, shape = torch.arange(n).repeat_interleave(_REFINED), likely.flatten()
     middle, extent = centre.repeat_interleave(_REFINED, 0), radius[rows, shape]
@@ -171,6 +174,8 @@ def _explain(parts: oracle._Parts, scale: float) -> tuple[list[Detection], Tenso
         if not round_:  # the better of them is refined further
             best = costs.flatten(1).amin(1).view(n, _REFINED).argmin(1) + torch.arange(n) * _REFINED
             rows, shape, middle, extent = rows[best], shape[best], middle[best], extent[best]
+    if solid:
+        table[:, :, 1:] = torch.inf
     flat = table.flatten(1)
     two = flat.topk(2, dim=1, largest=False)
     best, least = two.indices[:, 0], two.values[:, 0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imgtok.shapes.world import BOUNDS, SHAPES, SIZES, TEXTURES, Scene, SceneTable
+from imgtok.shapes.world import BOUNDS, HELD, SHAPES, SIZES, TEXTURES, Scene, SceneTable
 
 BACKGROUND = (0.92, 0.92, 0.92)
 PALETTE = (
@@ -37,6 +38,30 @@ def render(scenes: Sequence[Scene] | SceneTable, size: int, *, device: torch.dev
     canvas = torch.empty(len(table), 3, size, size, device=device)
     canvas.copy_(torch.tensor(BACKGROUND, device=device).view(1, 3, 1, 1))
     present = np.arange(table.shape.shape[1]) < table.count[:, None]
+    _draw(canvas, table, present, None)
+    holds = present & (table.held > 0)
+    if holds.any():
+        _draw(canvas, _held(table), holds, np.array(PALETTE)[table.colour])
+    return canvas
+
+
+def _held(table: SceneTable) -> SceneTable:
+    """What the objects of a table hold, in their places."""
+    label = np.maximum(table.held - 1, 0)
+    nothing = np.zeros_like(table.held)
+    return replace(
+        table,
+        shape=label // len(PALETTE),
+        colour=label % len(PALETTE),
+        texture=nothing,
+        size=nothing,
+        radius=HELD * table.radius,
+        held=nothing,
+    )
+
+
+def _draw(canvas: Tensor, table: SceneTable, present: np.ndarray, under: np.ndarray | None) -> None:
+    """Adds the objects that are `present` (N, M) to the canvas, which shows `under` (N, M, 3) there, or background."""
     rows, columns = np.nonzero(present)
     # One kind at a time, so that each object is computed with its own formulas and, when there are many, in a window of
     # its own size. Pixel values do not depend on the window.
@@ -46,15 +71,16 @@ def render(scenes: Sequence[Scene] | SceneTable, size: int, *, device: torch.dev
     order = np.lexsort((textures, chosen))
     starts = np.flatnonzero(np.diff(chosen[order], prepend=-1))
     for group in np.split(order, starts[1:]) if len(order) else []:
-        _draw_group(canvas, table, rows[group], columns[group])
-    return canvas
+        _draw_group(canvas, table, rows[group], columns[group], under)
 
 
 _MANY = 512  # objects in a batch from which splitting them by size pays
 _CHUNK = 1 << 16  # pixels drawn at once: the intermediate tensors stay in the processor's cache
 
 
-def _draw_group(canvas: Tensor, table: SceneTable, rows: np.ndarray, columns: np.ndarray) -> None:
+def _draw_group(
+    canvas: Tensor, table: SceneTable, rows: np.ndarray, columns: np.ndarray, under: np.ndarray | None
+) -> None:
     """Adds the objects (rows, columns), all of one shape and sorted by texture, to the canvas."""
     size = canvas.shape[-1]
     shape, textures = int(table.shape[rows[0], columns[0]]), table.texture[rows, columns]
@@ -63,11 +89,12 @@ def _draw_group(canvas: Tensor, table: SceneTable, rows: np.ndarray, columns: np
     centre = np.stack([table.x[rows, columns], table.y[rows, columns]]) * size
     origin = np.clip(np.floor(centre - (side - 1) / 2.0), 0, size - side).astype(np.int64)
     colours = np.array(PALETTE)[table.colour[rows, columns]]
+    grounds = None if under is None else torch.as_tensor(under[rows, columns], dtype=torch.float32)
     step = max(1, _CHUNK // side**2)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         grid = _Grid.at(canvas, rows[part], origin[:, part], centre[:, part], radius[part], side)
-        _draw_chunk(canvas, shape, textures[part], grid, colours[part])
+        _draw_chunk(canvas, shape, textures[part], grid, colours[part], None if grounds is None else grounds[part])
 
 
 class _Grid(NamedTuple):
@@ -104,7 +131,9 @@ class _Grid(NamedTuple):
         return cls(u.unsqueeze(1) / pixels, v.unsqueeze(2) / pixels, pixels, where.view(-1))
 
 
-def _draw_chunk(canvas: Tensor, shape: int, textures: np.ndarray, grid: _Grid, colours: np.ndarray) -> None:
+def _draw_chunk(
+    canvas: Tensor, shape: int, textures: np.ndarray, grid: _Grid, colours: np.ndarray, grounds: Tensor | None
+) -> None:
     alpha = coverage(shape, grid.u, grid.v, grid.pixels)
     shade = alpha.clone()
     for texture in range(1, len(TEXTURES)):
@@ -115,8 +144,9 @@ def _draw_chunk(canvas: Tensor, shape: int, textures: np.ndarray, grid: _Grid, c
     colour = torch.as_tensor(colours, dtype=torch.float32, device=canvas.device)
     flat, channel_step = canvas.view(-1), canvas.shape[-1] ** 2
     for channel, background in enumerate(BACKGROUND):
+        ground = background if grounds is None else grounds[:, channel].view(-1, 1, 1).to(canvas.device)
         # Objects do not overlap, so at most one of these differs from 0 at any pixel and the order cannot matter.
-        change = shade * colour[:, channel].view(-1, 1, 1) - alpha * background
+        change = shade * colour[:, channel].view(-1, 1, 1) - alpha * ground
         flat.index_add_(0, grid.where + channel * channel_step, change.view(-1))
 
 

@@ -15,11 +15,11 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from imgtok.config import PositiveInt, Range, check
+from imgtok.config import PositiveInt, Range, check, to_dict
 
 VERSION = "imgtok-shapes-1"  # names the world, its random numbers and its vocabulary: change them, change this
 
@@ -27,7 +27,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "c
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "pink")
 TEXTURES = ("solid", "striped", "dotted", "checkered")
 SIZES = ("small", "medium", "large")
-SPLITS = ("train", "val", "novel", "same_shape", "swap", "crowd", "relation")
+SPLITS = ("train", "val", "novel", "same_shape", "swap", "crowd", "relation", "holding")
 RELATIONS = ("left", "right", "above", "below")
 NUM_CLASSES = len(SHAPES) * len(COLOURS)
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
@@ -47,6 +47,13 @@ _HELD_OUT_NAMES = (
     ("green", "crescent"),
 )
 HELD_OUT_CLASSES = tuple(len(COLOURS) * SHAPES.index(s) + COLOURS.index(c) for c, s in _HELD_OUT_NAMES)
+
+HOSTS = ("circle", "square", "triangle", "diamond")  # shapes with room in the middle for another one
+HELD = 0.35  # radius of what an object holds, in units of its own
+HOST_RADIUS = 0.175  # the least of an object that holds another: at 64 pixels the other one has 3.9
+# Pairs of colours less than .5 apart in RGB: of these one is not seen well inside the other.
+ALIKE = (("red", "orange"), ("orange", "yellow"), ("blue", "purple"), ("blue", "cyan"))
+_HOLDING_SPLITS = ("train", "val", "novel")  # splits that the profile's `holding` is for
 
 _JITTER = 0.04  # radii are drawn within this fraction of their size class
 _GAP = 0.07  # between bounding circles: less than this merges at 32 pixels under blur
@@ -72,6 +79,8 @@ class Object:
     x: float
     y: float
     radius: float
+    holding: Object | None = None
+    """A smaller one inside it, solid, about the same centre."""
 
     @property
     def label(self) -> int:
@@ -86,11 +95,21 @@ class Scene:
     objects: tuple[Object, ...]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({"objects": [_told(item) for item in self.objects]})
 
     @classmethod
     def from_json(cls, text: str) -> Scene:
-        return cls(tuple(Object(**fields) for fields in json.loads(text)["objects"]))
+        return cls(tuple(_object(fields) for fields in json.loads(text)["objects"]))
+
+
+def _told(item: Object) -> dict[str, Any]:
+    """The fields of an object; `holding` where it holds something."""
+    return {name: value for name, value in asdict(item).items() if value is not None}
+
+
+def _object(fields: dict[str, Any]) -> Object:
+    held = fields.get("holding")
+    return Object(**fields | {"holding": None if held is None else _object(held)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +117,7 @@ class ShapesConfig:
     """Rendered scenes of coloured shapes: nothing to download, any size, any number."""
 
     kind: Literal["shapes"] = "shapes"
-    split: Literal["train", "val", "novel", "same_shape", "swap", "crowd", "relation"] = "train"
+    split: Literal["train", "val", "novel", "same_shape", "swap", "crowd", "relation", "holding"] = "train"
     """Which scenes; no two splits share one. Mode "class" knows train, val and novel (only held-out pairs)."""
     num_images: PositiveInt = 65536
     """Number of scenes in one epoch, at least 1."""
@@ -116,15 +135,46 @@ class ShapesConfig:
     """The eight held-out (colour, shape) pairs: "split" leaves them out of every split but novel in mode "text" and
     keeps all 64 classes in mode "class"; "keep" and "leave_out" say so for both. The split novel always has them."""
 
+    holding: Annotated[float, Range(0.0, 1.0)] = 0.0
+    """Share, 0 to 1, of the objects with room for it (circle, square, triangle or diamond of radius .175 or more) that
+    hold a smaller one, in mode "text", splits train, val and novel; these are solid. In the split holding two objects
+    hold one each, whatever is given here; the other splits have none."""
+
     def __post_init__(self) -> None:
         check(self)
         _check_names("textures", self.textures, TEXTURES)
         _check_names("sizes", self.sizes, SIZES)
         if self.mode == "class" and self.split not in ("train", "val", "novel"):
             raise ValueError(f"split is {self.split!r}; mode 'class' has train, val and novel (or set mode: text)")
-        needed = {"same_shape": 2, "swap": 2, "relation": 2, "crowd": 4}.get(self.split, 1)
+        needed = {"same_shape": 2, "swap": 2, "relation": 2, "crowd": 4, "holding": 2}.get(self.split, 1)
         if self.mode == "text" and self.max_objects < needed:
             raise ValueError(f"max_objects is {self.max_objects}; split {self.split!r} needs {needed}")
+        if self.holding or self.split == "holding":
+            self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        if self.mode == "class":
+            raise ValueError(f"holding is {self.holding}; objects hold others in mode 'text' alone: set mode: text")
+        if "solid" not in self.textures:
+            raise ValueError(f"textures is {list(self.textures)}; objects that hold others are solid: allow solid")
+        if not self.host_sizes:
+            raise ValueError(
+                f"sizes is {list(self.sizes)} at scale {self.scale}; what an object of a radius below {HOST_RADIUS} "
+                "holds cannot be read: allow large ones, or raise scale"
+            )
+
+    @property
+    def host_sizes(self) -> tuple[str, ...]:
+        """The sizes whose objects are always large enough to hold others."""
+        least = HOST_RADIUS / (self.scale * (1.0 - _JITTER))
+        return tuple(size for size in self.sizes if RADII[SIZES.index(size)] >= least)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these scenes from others: all fields, but for those that came later and are at their defaults, so
+        that what was made of the same scenes before still belongs to them.
+        """
+        return {name: value for name, value in to_dict(self).items() if name != "holding" or self.holding}
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -153,6 +203,8 @@ class SceneTable:
     x: np.ndarray
     y: np.ndarray
     radius: np.ndarray
+    held: np.ndarray
+    """What an object holds: 0 for nothing, else 1 + its class."""
 
     def __len__(self) -> int:
         return len(self.count)
@@ -164,14 +216,17 @@ class SceneTable:
         return (self[row] for row in range(len(self)))
 
     def _object(self, row: int, j: int) -> Object:
+        x, y, radius = (float(array[row, j]) for array in (self.x, self.y, self.radius))
+        held = int(self.held[row, j]) - 1
         return Object(
             shape=SHAPES[self.shape[row, j]],
             colour=COLOURS[self.colour[row, j]],
             texture=TEXTURES[self.texture[row, j]],
             size=SIZES[self.size[row, j]],
-            x=float(self.x[row, j]),
-            y=float(self.y[row, j]),
-            radius=float(self.radius[row, j]),
+            x=x,
+            y=y,
+            radius=radius,
+            holding=None if held < 0 else held_object(held, x, y, radius),
         )
 
     @property
@@ -189,19 +244,28 @@ class SceneTable:
         columns = int(count.max(initial=1))
         arrays = _empty(len(scenes), columns)
         names = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES}
+        held = arrays.pop("held")
         for row, scene in enumerate(scenes):
             for j, item in enumerate(scene.objects):
                 for name, array in arrays.items():
                     value = getattr(item, name)
                     array[row, j] = names[name].index(value) if name in names else value
+                held[row, j] = 0 if item.holding is None else 1 + item.holding.label
+        arrays["held"] = held
         return cls(count=count, **arrays)
 
 
 def _empty(n: int, columns: int) -> dict[str, np.ndarray]:
     """Arrays of a SceneTable, all but count."""
-    whole, real = ("shape", "colour", "texture", "size"), ("x", "y", "radius")
+    whole, real = ("shape", "colour", "texture", "size", "held"), ("x", "y", "radius")
     types: dict[str, type] = dict.fromkeys(whole, np.int64) | dict.fromkeys(real, np.float64)
     return {name: np.zeros((n, columns), kind) for name, kind in types.items()}
+
+
+def held_object(label: int, x: float, y: float, radius: float) -> Object:
+    """What an object with this centre and radius holds, by its class 8 * shape + colour."""
+    shape, colour = SHAPES[label // len(COLOURS)], COLOURS[label % len(COLOURS)]
+    return Object(shape=shape, colour=colour, texture="solid", size="small", x=x, y=y, radius=HELD * radius)
 
 
 def scene(split: str, index: int, **profile: object) -> Scene:
@@ -212,7 +276,7 @@ def scene(split: str, index: int, **profile: object) -> Scene:
 
 def class_scene(label: int, index: int, *, config: ShapesConfig | None = None) -> Scene:
     """The `index`-th scene of one class: the one that the dataset of `config` shows at `index * num_classes + rank`."""
-    config = replace(config or ShapesConfig(), mode="class")
+    config = replace(config or ShapesConfig(), mode="class", holding=0.0)
     if label not in config.classes:
         raise ValueError(f"label is {label}; this profile shows the classes {list(config.classes)}")
     position = index * len(config.classes) + config.classes.index(label)
@@ -229,7 +293,9 @@ def sample_scenes(config: ShapesConfig, indices: Sequence[int] | np.ndarray) -> 
     draws = Draws(config.split, layout)
     count, label = _identities(config, numbers, draws)
     texture = _choose(draws("texture", label.shape), _codes(config.textures, TEXTURES))
-    return _place(config, draws, count, label, texture)
+    table = _place(config, draws, count, label, texture)
+    holds = config.split == "holding" or (config.holding > 0.0 and config.split in _HOLDING_SPLITS)
+    return _give(config, draws, table) if holds else table
 
 
 class Draws:
@@ -275,7 +341,7 @@ def _identities(config: ShapesConfig, numbers: np.ndarray, draws: Draws) -> tupl
     if config.mode == "class":
         # Balanced: the classes in turn, so any run of num_classes indices shows each of them once.
         return np.ones(n, np.int64), classes[numbers % len(classes)][:, None]
-    if config.split in ("same_shape", "swap", "relation"):
+    if config.split in _PAIRS:
         return np.full(n, 2, np.int64), _PAIRS[config.split](set(config.classes), numbers, draws)
     if config.split == "crowd":
         count = np.full(n, 4, np.int64)
@@ -322,7 +388,19 @@ def _relation_pairs(allowed: set[int], numbers: np.ndarray, draws: Draws) -> np.
     return np.array(picked, dtype=np.int64).reshape(-1, 2)
 
 
-_PAIRS = {"same_shape": _same_shape_pairs, "swap": _swap_pairs, "relation": _relation_pairs}
+def _host_pairs(allowed: set[int], numbers: np.ndarray, draws: Draws) -> np.ndarray:
+    """Two shapes with room for another one, no class twice."""
+    hosts = [label for label in sorted(allowed) if SHAPES[label // 8] in HOSTS]
+    pairs = np.array([(a, b) for a in hosts for b in hosts if a != b])
+    return pairs[_choose(draws("pair", (len(numbers), 1))[:, 0], np.arange(len(pairs)))]
+
+
+_PAIRS = {
+    "same_shape": _same_shape_pairs,
+    "swap": _swap_pairs,
+    "relation": _relation_pairs,
+    "holding": _host_pairs,
+}
 
 
 def _held_out_relations() -> frozenset[tuple[str, int, int]]:
@@ -346,8 +424,8 @@ def _place(config: ShapesConfig, draws: Draws, count: np.ndarray, label: np.ndar
         if not len(pending):
             break
         layout, good = _layout(config, draws, round_, pending, count[pending], label[pending], texture[pending])
-        for name, array in arrays.items():
-            array[pending[good]] = layout[name][good]
+        for name, values in layout.items():
+            arrays[name][pending[good]] = values[good]
         pending = pending[~good]
     if len(pending):
         raise ValueError(
@@ -368,7 +446,8 @@ def _layout(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """One attempt at the given rows: columns of the table, and which rows fit."""
     n, columns = label.shape
-    size = _choose(draws(f"size {round_}", (n, columns), rows), _codes(config.sizes, SIZES))
+    sizes = config.host_sizes if config.split == "holding" else config.sizes
+    size = _choose(draws(f"size {round_}", (n, columns), rows), _codes(sizes, SIZES))
     jitter = 1.0 + _JITTER * (2.0 * draws(f"radius {round_}", (n, columns), rows) - 1.0)
     radius = np.array(RADII)[size] * jitter * config.scale
     radius[np.arange(columns) >= count[:, None]] = 0.0
@@ -392,6 +471,37 @@ def _layout(
     good &= _wanted_relation(config.split if config.mode == "text" else "", shape, x, y)
     columns_of = {"shape": shape, "colour": label % 8, "texture": texture, "size": size, "x": x, "y": y}
     return columns_of | {"radius": radius}, good
+
+
+def _give(config: ShapesConfig, draws: Draws, table: SceneTable) -> SceneTable:
+    """Has objects with room for it hold a smaller one, whose colour stands out, and which no other object of the scene
+    is; they become solid.
+    """
+    n, columns = table.shape.shape
+    share = 1.0 if config.split == "holding" else config.holding
+    there = np.arange(columns) < table.count[:, None]
+    room = np.isin(table.shape, _codes(HOSTS, SHAPES)) & (table.radius >= HOST_RADIUS)
+    hosts = there & room & (draws("holding", (n, columns)) < share)
+    labels = np.array(config.classes, dtype=np.int64)
+    keys = draws("held", (n, columns, len(labels)))
+    fits = _stands_out()[table.colour][:, :, labels % 8]  # (n, columns, labels)
+    own = np.where(there, len(COLOURS) * table.shape + table.colour, -1)
+    free = (labels != own[:, :, None]).all(1)  # (n, labels): not among the objects
+    held = np.zeros((n, columns), np.int64)
+    for j in range(columns):
+        chosen = labels[np.argmin(np.where(fits[:, j] & free, keys[:, j], 2.0), axis=1)]
+        held[:, j] = np.where(hosts[:, j], 1 + chosen, 0)
+        free &= labels != np.where(hosts[:, j], chosen, -1)[:, None]
+    return replace(table, held=held, texture=np.where(hosts, TEXTURES.index("solid"), table.texture))
+
+
+def _stands_out() -> np.ndarray:
+    """(colours, colours): whether an object of the second is well seen inside one of the first."""
+    apart = ~np.eye(len(COLOURS), dtype=bool)
+    for one, other in ALIKE:
+        a, b = COLOURS.index(one), COLOURS.index(other)
+        apart[a, b] = apart[b, a] = False
+    return apart
 
 
 def _wanted_relation(split: str, shape: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

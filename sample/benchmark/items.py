@@ -17,7 +17,7 @@ from imgtok.shapes.captions import Facts, caption, facts_of, true_facts
 from imgtok.shapes.world import RADII, SIZES, Scene, ShapesConfig, sample_scenes
 
 METADATA = "metadata.jsonl"
-NEEDED = {"same_shape": 2, "swap": 2, "relation": 2, "crowd": 4}
+NEEDED = {"same_shape": 2, "swap": 2, "relation": 2, "crowd": 4, "holding": 2}
 """Objects of every scene of a split, more than one."""
 _ROOM = 0.135
 """The largest radius of which four objects surely find room."""
@@ -42,10 +42,15 @@ class Item:
 def profile_of(data: ShapesConfig, split: str) -> ShapesConfig:
     """The scenes of a split: those of `data` with its sizes, textures and scale, and as many objects as it needs.
 
-    Four objects have the smallest of the sizes, at a scale at which there is room for them.
+    Four objects have the smallest of the sizes, at a scale at which there is room for them; objects that hold others
+    are solid and large, at the world's own scale.
     """
     most = max(data.max_objects, NEEDED.get(split, 1))
-    chosen = replace(data, mode="text", split=split, max_objects=most)  # type: ignore[arg-type]
+    if split == "holding":
+        large = replace(data, sizes=("large",), textures=("solid",), scale=1.0)
+        return replace(large, mode="text", split="holding", max_objects=most)
+    holding = data.holding if split in ("val", "novel") else 0.0
+    chosen = replace(data, mode="text", split=split, max_objects=most, holding=holding)  # type: ignore[arg-type]
     if split != "crowd":
         return chosen
     smallest = min(data.sizes, key=SIZES.index)
@@ -61,7 +66,8 @@ def items_of(data: ShapesConfig, split: str, num: int, *, everything: bool = Fal
         said = caption(scene, split, index)
         facts = true_facts(scene) if everything else said.facts
         if profile.scale != data.scale:  # a size is one of another scale, and says nothing
-            facts = replace(facts, objects=tuple(replace(one, size=None) for one in facts.objects))
+            held = tuple(replace(one, object=replace(one.object, size=None)) for one in facts.held)
+            facts = replace(facts, objects=tuple(replace(one, size=None) for one in facts.objects), held=held)
         noise = index // 2 if split == "swap" else index
         found.append(Item(index=index, text=said.text, facts=facts, scene=scene, noise=noise))
     return found

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -63,8 +63,10 @@ __all__ = ["Config", "main"]
 logger = logging.getLogger(__name__)
 
 POSITIONAL = "model"
-Split = Literal["val", "novel", "same_shape", "swap", "crowd", "relation"]
-SPLITS: tuple[Split, ...] = ("val", "novel", "same_shape", "swap", "crowd", "relation")
+Split = Literal["val", "novel", "same_shape", "swap", "crowd", "relation", "holding"]
+EVERY_SPLIT: tuple[Split, ...] = get_args(Split)
+SPLITS: tuple[Split, ...] = EVERY_SPLIT[:-1]
+"""Those that are measured unless others are named: no generator draws what objects hold unless it was trained to."""
 PARSES = "parses.jsonl"
 SAID = 3
 """Captions of a split of which it is said what the controls understand."""
@@ -90,7 +92,7 @@ class Config:
     splits: tuple[Split, ...] = SPLITS
     """val (no pair of colour and shape that training never showed), novel (at least one such pair), same_shape (two
     objects of one shape), swap (pairs of captions with exchanged colours), crowd (four objects), relation (relations
-    that training never stated)."""
+    that training never stated); and where it is named, holding (two objects that hold a smaller one each)."""
     num: PositiveInt = 500
     """Captions of each split; of a folder of images, the most that are taken."""
     data: ShapesConfig | None = None
@@ -139,7 +141,9 @@ class Config:
         if (self.images is None) == (self.model is None and self.tokenizer is None):
             raise ValueError("give one of model=NAME, images=FOLDER or tokenizer=NAME")
         if len(set(self.splits)) < len(self.splits) or not self.splits:
-            raise ValueError(f"splits: given {','.join(self.splits) or 'none'}; name each once, of {','.join(SPLITS)}")
+            raise ValueError(
+                f"splits: given {','.join(self.splits) or 'none'}; name each once, of {','.join(EVERY_SPLIT)}"
+            )
         if self.rates and (self.model is not None or self.tokenizer is None):
             raise ValueError("rates: these belong to tokenizer=NAME alone, which reconstructs at them")
         if self.controls and self.model is None:
@@ -345,7 +349,7 @@ class Reading:
         assert config.images is not None
         self.config = config
         self.data = config.data or ShapesConfig(mode="text")
-        self.folders = folders_in(config.images, config.splits)
+        self.folders = folders_in(config.images, EVERY_SPLIT if config.splits == SPLITS else config.splits)
         self.items = {split: items_in(folder, config.num) for split, folder in self.folders.items()}
         if len(self.items.get("swap", ())) % 2:
             raise ValueError(
@@ -416,7 +420,7 @@ def request_of(config: Config, work: Drawing | Reconstructing | Reading) -> dict
     left_out = FREE if config.controls else (*FREE, "parser")
     told = {name: value for name, value in to_dict(config).items() if name not in left_out}
     models = {name: found.fingerprint() for name, found in work.models.items()}
-    return json.loads(json.dumps(told | {"data": to_dict(work.data), "models": models} | work.settings))
+    return json.loads(json.dumps(told | {"data": work.data.identity, "models": models} | work.settings))
 
 
 def claim(out: Path, request: Mapping[str, Any]) -> None:

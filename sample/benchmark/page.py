@@ -15,6 +15,7 @@ from imgtok.sample.benchmark.results import (
     Row,
     read_in_words,
     seconds_in_words,
+    shown_rates,
     times_in_words,
     with_interval,
 )
@@ -34,9 +35,12 @@ INTRODUCTION = """<p>Each caption names one or more objects. The oracle reads an
 of every shape, colour and texture; no network is involved. <b>presence</b>: objects named that are there.
 <b>binding</b>: of those, the ones with all the attributes that the caption gives them. <b>leakage</b>: of those, the
 ones in another named object's colour. <b>relation</b>: relations asserted that hold. <b>extra</b>: things in an image
-that nobody asked for. <b>prompt</b>: images where everything asserted holds and nothing is extra. In per cent (extra: a
-number an image), with the middle 95 % of 1000 resamples of the captions below. Grey rows are no results: the true
-images, which nothing can beat, and those of another scene, the floor.</p>"""
+that nobody asked for. <b>prompt</b>: images where everything asserted holds and nothing is extra. {held}In per cent
+(extra: a number an image), with the middle 95 % of 1000 resamples of the captions below. Grey rows are no results: the
+true images, which nothing can beat, and those of another scene, the floor.</p>"""
+OF_HELD = """<b>held presence</b>: objects that others should hold and that are anywhere. <b>held binding</b>: of those,
+the ones in their own holder with their own attributes. <b>held leakage</b>: holders that hold what another one should,
+in whole or in part. """
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def write(
     parts = [
         head,
         notes_of(notes),
-        INTRODUCTION,
+        INTRODUCTION.format(held=OF_HELD if len(shown_rates(rows)) > len(SHOWN_RATES) else ""),
         rates_table(rows),
         *(section(one.title, pictures(one)) for one in shown),
         section("What was run", settings(made_of, html.escape(beside))),
@@ -74,17 +78,18 @@ def write(
 
 def rates_table(rows: Sequence[Row]) -> str:
     """All rows; those that are no results are grey."""
-    head = "".join(f"<th>{name}" for name in ("split", "images", "n", *SHOWN_RATES, "seconds"))
+    shown = shown_rates(rows)
+    head = "".join(f"<th>{name.replace('_', ' ')}" for name in ("split", "images", "n", *shown, "seconds"))
     body = []
     for row in rows:
-        cells = "".join(f"<td>{_cell(name, row.rates[name])}" for name in SHOWN_RATES)
+        cells = "".join(f"<td>{_cell(name, row.rates[name])}" for name in shown)
         kind = " class=minor" if row.what in REFERENCES else ""
         body.append(
             f"<tr{kind}><td>{html.escape(row.split)}<td class=left>{html.escape(row.what)}<td>{row.images}{cells}"
             f"<td>{seconds_in_words(row)}"
         )
         if row.differences is not None:
-            told = "".join(f"<td>{_cell(name, row.differences[name])}" for name in SHOWN_RATES)
+            told = "".join(f"<td>{_cell(name, row.differences[name])}" for name in shown)
             body.append(
                 f"<tr class=difference><td><td class=left>minus the baseline<td>{told}<td>{times_in_words(row)}"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imgtok.files import replacing
 from imgtok.sample.benchmark.items import Item, groups_of
+from imgtok.shapes import oracle_inside
 from imgtok.shapes.captions import Facts, ObjectFacts
 from imgtok.shapes.intervals import Interval, differences, intervals
 from imgtok.shapes.oracle import RATES, Detection, Score, score
@@ -20,6 +21,8 @@ from imgtok.shapes.oracle_fast import read
 
 SHOWN_RATES = ("presence", "binding", "leakage", "relation", "extra", "prompt")
 """The columns of the table that is printed; the files have all of them."""
+HELD_RATES = ("held_presence", "held_binding", "held_leakage")
+"""Those of what objects hold, where a caption says that they hold something."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Row:
 
 def answers_of(items: Sequence[Item], images: Tensor, scale: float) -> list[Answer]:
     """What images (N, 3, H, W) uint8 answer to the captions of `items`; `scale` is that of the world's radii."""
-    found = read(images.float() / 255, scale=scale)
+    holding = any(item.facts.held for item in items)
+    found = (oracle_inside.read if holding else read)(images.float() / 255, scale=scale)
     return [Answer(item, seen, score(item.facts, seen)) for item, seen in zip(items, found, strict=True)]
 
 
@@ -100,9 +104,10 @@ def write_readings(path: Path, answers: Mapping[tuple[str, str], Sequence[Answer
 def _seen(detection: Detection) -> dict[str, Any]:
     names = ("known", "shape", "colour", "texture", "size")
     numbers = ("x", "y", "radius", "label_probability")
-    return {name: getattr(detection, name) for name in names} | {
+    told = {name: getattr(detection, name) for name in names} | {
         name: round(getattr(detection, name), 4) for name in numbers
     }
+    return told | ({"holding": [_seen(one) for one in detection.holding]} if detection.holding else {})
 
 
 def read_scores(folder: Path) -> dict[tuple[str, str], dict[str, Score]]:
@@ -156,12 +161,14 @@ def read_in_words(answer: Answer) -> str:
     """What the oracle read, with the attributes that the caption speaks of."""
     asked = answer.item.facts.objects
     sizes, textures = any(one.size for one in asked), any(one.texture for one in asked)
-    words = [
-        " ".join([*([one.size] if sizes else []), *([one.texture] if textures else []), one.colour, one.shape])
-        if one.known
-        else "something unknown"
-        for one in sorted(answer.detections, key=lambda one: (one.y > 0.5, one.x))
-    ]
+
+    def words_of(one: Detection, textures: bool) -> str:
+        if not one.known:
+            return "something unknown"
+        own = [*([one.size] if sizes else []), *([one.texture] if textures else []), one.colour, one.shape]
+        return " holding ".join([" ".join(own), *(words_of(inner, False) for inner in one.holding)])
+
+    words = [words_of(one, textures) for one in sorted(answer.detections, key=lambda one: (one.y > 0.5, one.x))]
     return ", ".join(words) or "nothing"
 
 
@@ -190,14 +197,21 @@ def times_in_words(row: Row) -> str:
     return f"x {row.seconds / row.seconds_of_baseline:.2f}"
 
 
+def shown_rates(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns of a table: those of what is held where anything was asked of it."""
+    held = any(math.isfinite(row.rates["held_presence"].value) for row in rows)
+    return (*SHOWN_RATES, *HELD_RATES) if held else SHOWN_RATES
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as text: rates in per cent with their 95 % intervals, extra objects an image, seconds an image."""
-    lines = [["split", "images", "n", *SHOWN_RATES, "seconds"]]
+    shown = shown_rates(rows)
+    lines = [["split", "images", "n", *(name.replace("_", " ") for name in shown), "seconds"]]
     for row in rows:
-        cells = [with_interval(name, row.rates[name]) for name in SHOWN_RATES]
+        cells = [with_interval(name, row.rates[name]) for name in shown]
         lines.append([row.split, row.what, str(row.images), *cells, seconds_in_words(row)])
         if row.differences is not None:
-            told = [with_interval(name, row.differences[name]) for name in SHOWN_RATES]
+            told = [with_interval(name, row.differences[name]) for name in shown]
             lines.append(["", "  minus the baseline", "", *told, times_in_words(row)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
@@ -205,4 +219,4 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-assert set(SHOWN_RATES) <= RATES.keys()
+assert {*SHOWN_RATES, *HELD_RATES} <= RATES.keys()

@@ -17,12 +17,12 @@ from imgtok.generators.entities import Cells
 from imgtok.generators.pipeline import Pipeline
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
 from imgtok.sample.benchmark import job, page
-from imgtok.sample.benchmark.items import groups_of, items_of
+from imgtok.sample.benchmark.items import groups_of, items_of, profile_of
 from imgtok.sample.benchmark.job import Config, main
 from imgtok.sample.images import read_image
 from imgtok.sample.reconstruct import Reconstruction
 from imgtok.shapes.render import render
-from imgtok.shapes.world import ShapesConfig
+from imgtok.shapes.world import Scene, ShapesConfig, held_object
 from imgtok.tokenizers.vae import VAE, VAEConfig
 
 WORLD = ShapesConfig(mode="text", textures=("solid",), sizes=("medium", "large"), max_objects=2, scale=1.2)
@@ -271,3 +271,45 @@ def test_another_benchmark_is_refused():
         _find_job(["evaluate", "benchmark=coco"])
     with pytest.raises(ValueError, match="benchmark: given 'shapes'"):
         _find_job(["sample", "--benchmark", "shapes"])
+
+
+def test_what_objects_hold_has_columns_of_its_own(tmp_path, capsys):
+    """True images of the split holding, and the same with what is held exchanged."""
+    items = items_of(WORLD, "holding", FEW)
+    right = render([item.scene for item in items], 64)
+    first, second = (render([exchanged(item.scene) for item in items[:2]], 64), right[2:])
+    for name, images in (("right", right), ("wrong", torch.cat([first, second]))):
+        folder = tmp_path / name / "holding"
+        folder.mkdir(parents=True)
+        for item, image in zip(items, pictures.to_uint8(images * 2 - 1), strict=True):
+            pictures.save_png(image, folder / f"{item.index}.png")
+            (folder / f"{item.index}.txt").write_text(item.text)
+        main(Config(images=tmp_path / name, num=FEW, out=tmp_path / "out" / name))  # sizes are those of scale 1
+    (true,), (wrong,) = (report_of(tmp_path / "out" / name)["rows"] for name in ("right", "wrong"))
+    assert true["split"] == "holding"
+    values = [true["rates"][name]["value"] for name in ("held_presence", "held_binding", "held_leakage", "prompt")]
+    assert values == [1.0, 1.0, 0.0, 1.0]
+    values = [wrong["rates"][name]["value"] for name in ("presence", "binding", "held_presence", "held_binding")]
+    assert values == [1.0, 1.0, 1.0, 0.5]
+    assert wrong["rates"]["held_leakage"]["value"] == 0.5
+    assert "held presence" in capsys.readouterr().out
+    assert "<th>held binding" in (tmp_path / "out/right/index.html").read_text()
+    line = json.loads((tmp_path / "out/right/readings.jsonl").read_text().splitlines()[0])
+    assert [len(one["holding"]) for one in line["read"]] == [1, 1]
+
+
+def exchanged(scene):
+    first, second = scene.objects
+    mine, other = (
+        held_object(one.holding.label, at.x, at.y, at.radius) for one, at in ((first, second), (second, first))
+    )
+    return Scene((dataclasses.replace(first, holding=other), dataclasses.replace(second, holding=mine)))
+
+
+def test_the_world_of_a_split():
+    """Objects that hold others are large ones, whatever the world's sizes are; other splits have them as they are."""
+    narrow = dataclasses.replace(WORLD, textures=("striped", "solid"), holding=0.5, max_objects=1)
+    profile = profile_of(narrow, "holding")
+    assert (profile.sizes, profile.textures, profile.scale, profile.max_objects) == (("large",), ("solid",), 1.0, 2)
+    assert [profile_of(narrow, split).holding for split in ("val", "novel", "swap", "crowd")] == [0.5, 0.5, 0.0, 0.0]
+    assert all(one.size is None for item in items_of(WORLD, "holding", 9) for one in item.facts.objects)

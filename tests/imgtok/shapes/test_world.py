@@ -34,6 +34,8 @@ from imgtok.shapes.world import (
     scene,
 )
 
+EARLIER = SPLITS[:-1]
+"""The splits in which no object holds another; see test_holding.py."""
 BOUNDS = {"circle": 0.92, "square": 0.8 * 2**0.5, "triangle": 1.1, "diamond": 1.05, "cross": 1.0058, "star": 1.1}
 AREAS = {  # of the outlines, in squared radii
     "circle": np.pi * 0.92**2,
@@ -77,7 +79,7 @@ def test_scenes_are_the_same_in_every_version():
     assert VERSION == "imgtok-shapes-1"
     first = scene("train", 0)
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in EARLIER:
         for item in sample_scenes(text(split), range(50)):
             digest.update(repr([(o.shape, o.colour, o.texture, o.size, round(o.x, 6)) for o in item.objects]).encode())
     assert first == Scene.from_json(first.to_json())
@@ -299,7 +301,7 @@ def test_objects_cut_by_the_canvas_edge_are_drawn():
 # captions
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", EARLIER)
 def test_captions_say_what_is_true_in_the_frozen_vocabulary(split):
     for i, item in enumerate(sample_scenes(text(split), range(150))):
         said = caption(item, split, i)
