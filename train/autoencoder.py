@@ -127,7 +127,7 @@ def build_model(config: Config) -> tuple[Autoencoder, nn.Module]:
     fresh = start_from(model, init, config.init_new, config.init_drop)
     if config.decoder_only:
         train_decoder_only(model, init, fresh)
-    freeze(model, config.training)
+    freeze(model, config.training, config.loss)
     return model, trained
 
 

@@ -11,6 +11,7 @@ are still accepted.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 
 from imgtok.config import did_you_mean, to_dict
 from imgtok.hub import Found, load
+from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.runs import ENCODES_AS, IDENTITY, identity_in
 from imgtok.tokenizers.base import Autoencoder, ImageModel
 from imgtok.train.config import TrainingConfig
@@ -29,10 +31,11 @@ from imgtok.train.initialise import Init
 logger = logging.getLogger(__name__)
 
 
-def freeze(model: nn.Module, training: TrainingConfig) -> None:
+def freeze(model: nn.Module, training: TrainingConfig, loss: ReconstructionLossConfig | None = None) -> None:
     """Let the parameters stand still that fit a pattern of `training.freeze`, and say how many do.
 
-    Raises ValueError for a pattern that fits no parameter, and where nothing is left to train.
+    Raises ValueError for a pattern that fits no parameter, where nothing is left to train, and where `loss` measures
+    gradients at a layer that stands still.
     """
     if not training.freeze:
         return
@@ -52,7 +55,20 @@ def freeze(model: nn.Module, training: TrainingConfig) -> None:
             f"training.freeze: {', '.join(training.freeze)} leaves nothing to train: all {len(parameters)} tensors of "
             "the model would stand still; name fewer of them"
         )
+    measured = loss is not None and loss.adversarial and loss.adaptive == "last_layer"
+    if measured and not getattr(_last_layer(model), "requires_grad", True):
+        raise ValueError(
+            "loss.adaptive: last_layer measures gradients at the layer that gives the images, which training.freeze "
+            "holds still; choose loss.adaptive=images, or let that layer train"
+        )
     say_what_trains(model, f"training.freeze={','.join(training.freeze)}")
+
+
+def _last_layer(model: nn.Module) -> Any:
+    """The weight that gives the images; None of a model that decodes none while it is trained."""
+    with contextlib.suppress(NotImplementedError):
+        return getattr(model, "last_layer", None)
+    return None
 
 
 def say_what_trains(model: nn.Module, setting: str) -> None:

@@ -154,7 +154,7 @@ def build_model(config: Config) -> tuple[Tokenizer, nn.Module]:
     fresh = start_from(model, init, config.init_new, config.init_drop)
     if config.decoder_only:
         train_decoder_only(model, init, fresh)
-    freeze(model, config.training)
+    freeze(model, config.training, config.loss)
     if autoencoder is not None:
         getattr(model, str(model_class.stands_on)).load_state_dict(autoencoder.state_dict())
     if config.checkpoint_activations:

@@ -90,6 +90,13 @@ def test_patterns_that_do_nothing_or_too_much_are_refused(made, tmp_path, patter
         go_on(made, tmp_path, f"training.freeze={pattern}")
 
 
+def test_no_gradient_is_measured_at_a_layer_that_stands_still(made, tmp_path):
+    words = [f"out={tmp_path}", f"init={made / 'vae'}", "image_size=32", ONE_STEP, *QUIET, "loss.adversarial=0.1"]
+    words += ["loss.adaptive=last_layer", "training.freeze=autoencoder.decoder.conv_out.*"]
+    with pytest.raises(ValueError, match=r"loss.adaptive: last_layer measures gradients at the layer that gives"):
+        autoencoder.main(load(autoencoder.Config, None, words))
+
+
 # ------------------------------------------------------------------------------------------------ decoder_only
 
 
