@@ -46,8 +46,8 @@ class Config:
     names: tuple[str, ...] = ()
     """What the runs are called in the legend, as many as there are; by default the parts of their paths that differ."""
     figures: tuple[str, ...] = ()
-    """What is drawn, by its names in log.jsonl, such as loss,grad_norm; by default the loss, what is measured on
-    held-out images, and the learning rate."""
+    """What is drawn, by its names in log.jsonl, such as loss,grad_norm or psnr@4,psnr@16; by default the loss, what is
+    measured on held-out images (of PSNR by tokens that with all of them), and the learning rate."""
     against: Literal["steps", "hours"] = "steps"
     """What the curves are drawn over."""
     out: Path | None = None
@@ -153,7 +153,9 @@ def chosen_figures(runs: Sequence[Run], asked: Sequence[str]) -> list[str]:
             raise ConfigError(f"figures: {name!r} is in the log of no run; there are: {', '.join(known)}")
     if asked:
         return asked
-    measured = [name for run in runs for name in run.validation if name not in ("loss", "images", "seconds")]
+    measured = [
+        name for run in runs for name in run.validation if name not in ("images", "seconds") and "@" not in name
+    ]
     return [name for name in dict.fromkeys(["loss", *measured, "lr"]) if name in known]
 
 

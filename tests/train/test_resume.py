@@ -98,6 +98,16 @@ def test_two_processes_resume_exactly_and_stop_together(tmp_path):
     assert same(final(tmp_path / "resumed"), final(tmp_path / "whole"))
     assert same(final(tmp_path / "stopped"), final(tmp_path / "whole"))
     assert complete_steps(tmp_path / "minutes/checkpoints") == [6, 5, 4, 3, 2, 1]
+    train(
+        tmp_path / "alone", steps=1, validate_every=4
+    )  # of three batches two processes compute two each, one for nothing
+    alone = json.loads((tmp_path / "alone/log.jsonl").read_text().splitlines()[0])
+    assert [(line["step"], line["validation/images"]) for line in facts[0]["validations"]] == [
+        (0, 10),
+        (4, 10),
+        (6, 10),
+    ]
+    assert facts[0]["validations"][0]["validation/loss"] == pytest.approx(alone["validation/loss"], rel=1e-6)
     config = toy_config().training
     for rank in range(2):
         assert facts[rank]["rates"] == [rate_at(step, config) for step in range(6)]

@@ -207,7 +207,9 @@ def two_processes(out: Path) -> None:
     except Stopped as stop:
         facts["stopped"] = str(stop)
     facts["seen_after_stop"] = len(train(out / "stopped").seen)
-    train(out / "minutes", save_every=100, save_minutes=1e-9, keep=9)
+    train(out / "minutes", save_every=100, save_minutes=1e-9, keep=9, validate_every=4)
+    lines = [json.loads(line) for line in (out / "minutes/log.jsonl").read_text().splitlines()]
+    facts["validations"] = [line for line in lines if "validation/loss" in line]
     try:
         train(out / "broken", bad=(3, 1))
     except NonFiniteLoss as error:
