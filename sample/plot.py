@@ -174,7 +174,10 @@ def draw(runs: Sequence[Run], figures: Sequence[str], against: Literal["steps", 
         draw_figure(axis, runs, name, against)
     for axis in axes[len(figures) :]:
         axis.set_axis_off()
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles: dict[str, Any] = {}
+    for axis in axes:  # lines of training are faint in the first diagram, beside those of held-out images
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, line)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
