@@ -46,6 +46,10 @@ JOBS: Mapping[str, tuple[str, str]] = {
         "imgtok.train.cache_latents",
         "write the latents of a data set to files, for generators of latents",
     ),
+    "cache samples": (
+        "imgtok.train.cache_samples",
+        "write what a generator draws to files, its tokens or latents, to train a copy of it on them",
+    ),
     "cache text": ("imgtok.train.cache_text", "write the text features of a data set's captions to files"),
     "sample": ("imgtok.sample.images", "make new images with a trained generator"),
     "reconstruct": ("imgtok.sample.reconstruct", "show images beside their reconstructions at several token counts"),
@@ -63,6 +67,10 @@ JOBS: Mapping[str, tuple[str, str]] = {
         "imgtok.sample.export",
         "write a model as the code that it was published with reads it, or a published one as imgtok's",
     ),
+    "merge": (
+        "imgtok.sample.merge",
+        "write a model moved away from a copy that was trained on the model's own samples (Neon)",
+    ),
     "plot": ("imgtok.sample.plot", "draw the training and validation curves of one or several runs"),
     "quickstart": (
         "imgtok.sample.quickstart",
@@ -77,6 +85,7 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "train generator": ("tokenizer", "init"),
     "cache": ("tokenizer",),
     "cache latents": ("vae",),
+    "cache samples": ("model", "tokenizer"),
     "sample": ("model", "tokenizer"),
     "reconstruct": ("model",),
     "evaluate": ("model", "tokenizer"),
@@ -84,6 +93,7 @@ MODELS: Mapping[str, tuple[str, ...]] = {
     "complexity": ("model",),
     "calibrate": ("vae",),
     "export": ("model", "vae"),
+    "merge": ("base", "tuned"),
     "info": ("model",),
 }
 """Command -> its fields that name models, which `refuse_absent_models` looks for."""
@@ -106,12 +116,14 @@ FILES: Mapping[str, tuple[str, ...]] = {
 LONE_MODEL = (
     "cache",
     "cache latents",
+    "cache samples",
     "sample",
     "reconstruct",
     "evaluate shapes",
     "complexity",
     "calibrate",
     "export",
+    "merge",
     "info",
 )
 """Commands that take the first of these as a lone word."""

@@ -17,6 +17,7 @@ from imgtok.cli import run_job
 from imgtok.config import PositiveFloat, check
 from imgtok.files import replacing
 from imgtok.generators.conditioning import ConditionalGenerator
+from imgtok.generators.pipeline import write_cards
 from imgtok.hub import KINDS, Found, load, resolve, writers
 from imgtok.tokenizers.base import Autoencoder
 
@@ -65,15 +66,24 @@ def main(config: Config) -> None:
         writer.save(model, config.out)
     else:
         decoder = find_decoder(config, found, model)
-        protect({config.out: model, config.out / "tokenizer": decoder})
-        model.save_pretrained(config.out)
-        if decoder is not None:
-            decoder.save_pretrained(config.out / "tokenizer")
-        for record in (found.path / runs.CONFIG, runs.identity_path(found.path)):  # what it was trained on
-            if record is not None and record.is_file():
-                with replacing(config.out / record.name) as temporary:
-                    shutil.copyfile(record, temporary)
+        write_ours(config.out, found, model, decoder)
     announce.ends(config.out)
+
+
+def write_ours(out: Path, found: Found, model: Any, decoder: Any) -> None:
+    """Writes a model into the folder `out`, a generator with its decoder if it has one, and beside them what the record
+    of the model that was `found` says of its training. Raises as `protect`.
+    """
+    protect({out: model, out / "tokenizer": decoder})
+    if decoder is not None:
+        write_cards(out, str(out), model.config, decoder.config)
+    model.save_pretrained(out)
+    if decoder is not None:
+        decoder.save_pretrained(out / "tokenizer")
+    for record in (found.path / runs.CONFIG, runs.identity_path(found.path)):
+        if record is not None and record.is_file():
+            with replacing(out / record.name) as temporary:
+                shutil.copyfile(record, temporary)
 
 
 def writer_of(model: Any) -> Any:
@@ -124,16 +134,26 @@ def find_decoder(config: Config, found: Found, model: Any) -> Any:
             raise ValueError(f"vae: a {type(model).__name__} is given no autoencoder; leave vae out")
         return None
     if config.vae is not None:
-        there = resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor)
-    else:
-        try:
-            there = found.part()
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning(
-                "%s: without a decoder (%s); name one to sample from it, `imgtok sample %s tokenizer=MODEL`",
-                *(config.out, error, config.out),
-            )
-            return None
+        decoder = load(resolve(config.vae, expect=Autoencoder).scaled(config.vae_scaling_factor))
+        model.check_decoder(decoder)
+        return decoder
+    return own_decoder(found, model, config.out)
+
+
+def own_decoder(found: Found, model: Any, out: Path) -> Any:
+    """The decoder that the folder or the run of a generator has. None for other models, and where there is none, which
+    the log says of the folder `out` to be written. Raises ValueError for one that does not fit.
+    """
+    if not isinstance(model, ConditionalGenerator):
+        return None
+    try:
+        there = found.part()
+    except (FileNotFoundError, ValueError) as error:
+        logger.warning(
+            "%s: without a decoder (%s); name one to sample from it, `imgtok sample %s tokenizer=MODEL`",
+            *(out, error, out),
+        )
+        return None
     decoder = load(there)
     model.check_decoder(decoder)
     return decoder

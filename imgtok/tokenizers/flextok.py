@@ -30,6 +30,7 @@ from imgtok.layers.norms import layer_norm
 from imgtok.layers.patches import patchify, unpatchify
 from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.layers.recompute import call_block
+from imgtok.losses import two_lengths
 from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok_fast, flextok_start
 from imgtok.tokenizers.base import (
@@ -170,17 +171,25 @@ class Decoder(nn.Module):
         blocks = [block.modulation(time) for block in self.blocks if isinstance(block, DecoderBlock)]
         return Modulations(blocks, self.readout_modulation(time))
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, registers_BKD: Tensor, on_block: OnBlock | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        registers_BKD: Tensor,
+        on_block: OnBlock | None = None,
+        on_sequence: OnBlock | None = None,
+    ) -> Tensor:
         """Velocity (B, C, H, W); `t_B` has one time an image, or a single one for all of them.
 
-        `on_block(index, patches)` sees the patch tokens (B, N, D) after each block.
+        `on_block(index, patches)` sees the patch tokens (B, N, D) after each block, `on_sequence` these and after them
+        the registers, (B, N + K, D), of which the last block computes none.
         """
         patches = self.patches(x_BCHW)
         lengths = [patches.shape[1], registers_BKD.shape[1]]
         sequence = torch.cat([patches, registers_BKD.to(patches.dtype)], dim=1)
         all_see_all, patches_see_all = Look(slice(None), slice(None)), Look(slice(lengths[0]), slice(None))
         modulations = self.modulations(t_B)
-        out = self.network(sequence, modulations, lengths, [all_see_all], [patches_see_all], on_block)
+        out = self.network(sequence, modulations, lengths, [all_see_all], [patches_see_all], on_block, on_sequence)
         return self.grid(out, x_BCHW)
 
     def patches(self, x_BCHW: Tensor) -> Tensor:
@@ -196,6 +205,7 @@ class Decoder(nn.Module):
         looks: Sequence[Look],
         last_looks: Sequence[Look],
         on_block: OnBlock | None = None,
+        on_sequence: OnBlock | None = None,
     ) -> Tensor:
         """X (B, L, D), patches and registers in stretches of these `lengths` in turn -> what patches say.
 
@@ -207,6 +217,8 @@ class Decoder(nn.Module):
             x = call_block(block, x, *inputs, recompute=self.recompute)
             if on_block is not None:
                 on_block(i, x[:, : lengths[0]])
+            if on_sequence is not None:
+                on_sequence(i, x)
         shift, scale = modulations.readout[:, None].chunk(2, dim=-1)
         return self.readout(torch.addcmul(shift, layer_norm(x), 1 + scale))
 
@@ -347,22 +359,69 @@ class FlexTok(Tokenizer):
 
     def forward_drawn(self, images: Tensor, draws: Draws, on_block: OnBlock | None = None) -> CodedLosses:
         """`forward` with its random numbers given: a function of tensors, which `training.compile` makes one graph."""
-        times, noise, short_runs = draws.times, draws.noise, self.config.short_runs
+        times, noise = draws.times, draws.noise
         latents = self.to_latents(images, draws.posterior)
         z = flextok_fast.encode(self.encoder, latents, self.num_tokens)
         codes = self.quantizer(z)
-        registers = self.decoder.condition(codes, draws.keep, draws.null)
-        estimate = self.decoder(flow.interpolate(latents, noise, times), times, registers, on_block).float()
-        if short_runs.prediction == "velocity":
-            loss = (estimate - flow.velocity_target(latents, noise)).square().mean()
+        noised = flow.interpolate(latents, noise, times)
+        if self.config.cross_length:
+            loss, parts = self._two_lengths(latents, noised, codes, draws, on_block)
         else:
-            # Between the error of the data (weight 1) and that of the velocity (weight 1 / t^2).
-            loss = ((estimate - latents).square() / flow.expand_times(times.clamp(min=0.1), latents)).mean()
+            registers = self.decoder.condition(codes, draws.keep, draws.null)
+            estimate = self.decoder(noised, times, registers, on_block).float()
+            loss = self._flow_loss(estimate, latents, noise, times)
+            parts = {"flow": loss}
         # A number that is the same for every image carries nothing, and rounding leaves it no gradient to recover by.
         spread = F.relu(1 - z.float().std(dim=0, correction=0)).mean()
         ids = self.quantizer.codes_to_ids(codes.detach())
-        parts = {"flow": loss, "spread": spread}
-        return CodedLosses(loss + short_runs.spread_weight * spread, parts, ids, self.vocab_size)
+        total = loss + self.config.short_runs.spread_weight * spread
+        return CodedLosses(total, parts | {"spread": spread}, ids, self.vocab_size)
+
+    def _flow_loss(self, estimate: Tensor, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The error of what the decoder's network made of noised latents (B, C, H, W)."""
+        if self.config.short_runs.prediction == "velocity":
+            return (estimate - flow.velocity_target(latents, noise)).square().mean()
+        # Between the error of the data (weight 1) and that of the velocity (weight 1 / t^2).
+        return ((estimate - latents).square() / flow.expand_times(times.clamp(min=0.1), latents)).mean()
+
+    def _two_lengths(
+        self, latents: Tensor, noised: Tensor, codes: Tensor, draws: Draws, on_block: OnBlock | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """NesTok's losses, summed and one by one: the error with all tokens and with the prefix that was drawn, and how
+        far apart their features are in the decoder. Both lengths have rows of their own, so neither sees the other.
+        """
+        count, batch, seen = self.num_tokens, len(latents), list[Tensor]()
+
+        def first_half(block: int, patches: Tensor) -> None:
+            assert on_block is not None
+            on_block(block, patches[:batch])  # an image stands there once, with all of its tokens
+
+        def keep_tapped(block: int, sequence: Tensor) -> None:
+            if block == self.config.align_block:
+                seen.append(sequence)
+
+        keep = torch.cat([torch.full_like(draws.keep, count), draws.keep])
+        registers = self.decoder.condition(codes.repeat(2, 1, 1), keep, draws.null.repeat(2))
+        estimates = self.decoder(
+            noised.repeat(2, 1, 1, 1),
+            draws.times.repeat(2),
+            registers,
+            None if on_block is None else first_half,
+            keep_tapped if self.config.align_weight else None,
+        )
+        whole, prefix = estimates.float().chunk(2)
+        parts = {
+            "flow": self._flow_loss(whole, latents, draws.noise, draws.times),
+            "flow_prefix": self._flow_loss(prefix, latents, draws.noise, draws.times),
+        }
+        loss = parts["flow"] + parts["flow_prefix"]
+        if seen:
+            full, short = two_lengths.features(seen[0], count, keep).chunk(2)
+            # The null condition has no tokens; and the less noise, the more the patches say by themselves.
+            weight = draws.times * ~draws.null
+            parts["align"] = (weight * two_lengths.alignment(short, full)).mean()
+            loss = loss + self.config.align_weight * parts["align"]
+        return loss, parts
 
     def draw_posterior_noise(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
         """The noise that samples the autoencoder's posterior; None, and nothing drawn, to take its mean."""

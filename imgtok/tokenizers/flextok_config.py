@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check
+from imgtok.config import (
+    FROM_DATA,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    check,
+)
 from imgtok.tokenizers.vae import VAEConfig
 
 
@@ -108,6 +117,13 @@ class FlexTokConfig:
     """How many tokens a training sample keeps: any number, a power of two, or any rounded up to one."""
     null_dropout: Fraction = 0.1
     """Share of training samples whose condition is the null vector."""
+    cross_length: bool = False
+    """Train on every image twice, with all tokens and with the prefix that nested dropout draws, under the same noise
+    and time; the two losses are added (NesTok, docs/flextok.md). The decoder works on twice as many images."""
+    align_weight: NonNegativeFloat = 0.0
+    """Weight of a loss that draws the decoder's features of the prefix to those of all tokens; needs cross_length."""
+    align_block: NonNegativeInt = 0
+    """The block of the decoder whose features these are, from 0; the last one computes none of registers."""
     times: Literal["mode", "logit_normal", "stratified_logit_normal"] = "mode"
     """Distribution of training times; "stratified" spreads a batch evenly over the distribution."""
     mode_scale: Annotated[float, Range(-1.0, 1.75)] = 0.25
@@ -128,6 +144,14 @@ class FlexTokConfig:
             )
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels: every FSQ dimension needs at least 2 levels, given {self.levels}")
+        if self.align_weight and not self.cross_length:
+            raise ValueError("align_weight: it compares two lengths; say cross_length=true, or leave it at 0")
+        if self.align_weight and self.align_block >= self.decoder.depth - 1:
+            raise ValueError(
+                f"align_block: {self.align_block}, and a decoder of depth {self.decoder.depth} has features of "
+                f"registers after its first {self.decoder.depth - 1} blocks, counted from 0: name one of these, or a "
+                "deeper decoder"
+            )
 
     @property
     def latent_channels(self) -> int:

@@ -376,3 +376,28 @@ def test_export_sample_and_back(path, tmp_path, monkeypatch, capsys):
     assert main(["export", "xAR.pth", "vae=four", "out=other", "layout=imgtok"]) == 2
     assert "draws latents of 3 channels, but the autoencoder decodes 4" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+# ---------------------------------------------------------------- Neon
+
+
+@pytest.mark.parametrize("under", [None, "model_ema", "state_dict"])
+def test_files_of_neon_are_read_as_xar(tmp_path, under):
+    """Its merged weights are an xAR's, in a flat file or under one of two names (second_ring.md, section 1)."""
+    tensors = published(seed=3)
+    torch.save(tensors if under is None else {under: tensors}, tmp_path / "Neon_xARB_imagenet256.pth")
+    found = imgtok.load(str(tmp_path / "Neon_xARB_imagenet256.pth"))
+    assert same(found, tiny(seed=3))
+
+
+def test_published_files_are_merged_without_their_masks(tmp_path):
+    """The mask holds infinities, whose difference is no number."""
+    base, tuned = tiny(0), tiny(1)
+    for model, name in ((base, "base.pth"), (tuned, "tuned.pth")):
+        torch.save(weights(model) | buffers(), tmp_path / name)
+    words = [f"tuned={tmp_path}/tuned.pth", "w=0.5", f"out={tmp_path}/merged"]
+    assert main(["merge", str(tmp_path / "base.pth"), *words]) == 0
+    merged, theirs = imgtok.load(str(tmp_path / "merged")), dict(tuned.named_parameters())
+    for name, value in merged.named_parameters():
+        assert torch.allclose(value, 1.5 * base.get_parameter(name) - 0.5 * theirs[name], atol=1e-5)
+    assert all(not buffer.isnan().any() for buffer in merged.buffers())
