@@ -108,9 +108,10 @@ def main(config: Config) -> None:
 
 def token_fields(pipe: Pipeline) -> dict[str, Any]:
     """What the description of a cache of tokens says of those that a generator draws."""
+    config: Any = pipe.generator.config
     return {
         "vocab_size": pipe.decoder.vocab_size,
-        "num_tokens": pipe.generator.config.num_tokens,
+        "num_tokens": config.num_tokens,
         "fixed_length": pipe.decoder.fixed_length,
         "num_slots": pipe.decoder.num_slots,
     }
@@ -118,11 +119,12 @@ def token_fields(pipe: Pipeline) -> dict[str, Any]:
 
 def latent_fields(pipe: Pipeline) -> dict[str, Any]:
     """What the description of a cache of latents says of those that a generator draws."""
+    config: Any = pipe.generator.config
     return {
         "fingerprint": pipe.decoder.fingerprint(),
         "crop": "center",
         "latent_channels": pipe.decoder.config.latent_channels,
-        "grid": pipe.generator.config.grid,
+        "grid": config.grid,
         "scaling_factor": pipe.decoder.config.scaling_factor,
         "mirrored": False,
         "dtype": "float32",
