@@ -6,11 +6,30 @@ Links are written for readers of the repository, where docs/ is one folder of se
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Puts pages that mkdocs.yml does not place at the end of the navigation, under "More"."""
+    placed = set(leaves(config.nav))
+    here = sorted(path.relative_to(config.docs_dir).as_posix() for path in Path(config.docs_dir).rglob("*.md"))
+    if rest := [page for page in here if page not in placed]:
+        config.nav = [*(config.nav or []), {"More": rest}]
+    return config
+
+
+def leaves(item: object) -> Iterator[str]:
+    """The pages that a part of the navigation names."""
+    if isinstance(item, str):
+        yield item
+    elif isinstance(item, dict | list):
+        for part in item.values() if isinstance(item, dict) else item:
+            yield from leaves(part)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -119,10 +119,11 @@ def leaves(item: object) -> Iterator[str]:
             yield from leaves(value)
 
 
-def test_every_page_is_in_the_navigation_of_the_site() -> None:
+def test_the_navigation_of_the_site_names_pages_that_exist() -> None:
+    """A page that it does not name is put at its end by docs/hooks.py."""
     listed = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     here = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    assert set(listed) == here | {"index.md", "benchmarks.md"}  # README.md and benchmarks/README.md, by docs/hooks.py
+    assert set(listed) <= here | {"index.md", "benchmarks.md"}  # README.md and benchmarks/README.md, by docs/hooks.py
     assert len(listed) == len(set(listed))
 
 
