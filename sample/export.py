@@ -1,4 +1,4 @@
-"""`imgtok export`: a model from its published layout into ours, and from ours into the published one."""
+"""`imgtok export`: a model from its published layout into ours, from ours into the published one, and as ONNX files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from imgtok.files import replacing
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import write_cards
 from imgtok.hub import KINDS, Found, load, resolve, writers
+from imgtok.sample import onnx_files
+from imgtok.sample.folder_files import write_files
 from imgtok.tokenizers.base import Autoencoder
 
 logger = logging.getLogger(__name__)
@@ -35,10 +37,11 @@ class Config:
     model: str
     """Any name of a model: a folder, Hub name, or single file of published weights."""
     out: Path
-    """Folder of the new config.json and weights; for a model that is published as a single file, that file (.pth or
-    .safetensors). Those of the same model are replaced, those of another are not."""
-    layout: Literal["imgtok", "published"] = "published"
-    """Whose: "imgtok" as every program here reads it, "published" as the code that the model was published with."""
+    """Folder of the new config.json and weights, or of the ONNX files; for a model that is published as a single file,
+    that file (.pth or .safetensors). Those of the same model are replaced, those of another are not."""
+    layout: Literal["imgtok", "published", "onnx"] = "published"
+    """Whose: "imgtok" as every program here reads it, "published" as the code that the model was published with, "onnx"
+    as onnxruntime and others read it: a file for each part of a tokenizer or an autoencoder."""
     vae: str | None = None
     """Autoencoder that goes into the folder of a generator of latents as `tokenizer/`, where `imgtok sample` finds
     it: a folder, Hub name or file such as kl16.ckpt."""
@@ -51,8 +54,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.vae is not None and self.layout == "published":
-            raise ValueError("vae: the published layout has no place for an autoencoder; leave it out")
+        if self.vae is not None and self.layout != "imgtok":
+            raise ValueError(f"vae: the {self.layout} layout has no place for an autoencoder; leave it out")
 
 
 def main(config: Config) -> None:
@@ -60,13 +63,16 @@ def main(config: Config) -> None:
     found = resolve(config.model, revision=config.revision)
     announce.begins("export", model=found.in_words, layout=config.layout, out=config.out)
     model = load(found, raw=config.raw)
-    if config.layout == "published":
+    if config.layout == "onnx":
+        onnx_files.write(model, found, config.out)
+    elif config.layout == "published":
         writer = writer_of(model)
         protect({config.out: model})
         writer.save(model, config.out)
     else:
         decoder = find_decoder(config, found, model)
         write_ours(config.out, found, model, decoder)
+        write_files(config.out, draws=decoder is not None)
     announce.ends(config.out)
 
 

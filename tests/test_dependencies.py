@@ -23,7 +23,9 @@ MAY_IMPORT = {  # by folder; the last three are imgtok.generators, imgtok.train 
 FORMER_LAYOUT = ROOT / "benchmarks/workers/one_image.py"  # times the suite of before, which had four packages
 LAZY_TABLES = {"imgtok/__init__.py", "imgtok/cli.py", "imgtok/hub.py"}  # these name upper packages, as strings
 MODULE_NAMES = {"pillow": "PIL", "PyYAML": "yaml", "torch-fidelity": "torch_fidelity"}
-OPTIONAL = {"peft", "spacy", "textblob", "tokenizers", "trackio", "transformers", "wandb"}  # used when installed
+OPTIONAL = {  # used when installed
+    "gradio", "onnxruntime", "peft", "spacy", "textblob", "tokenizers", "trackio", "transformers", "wandb",
+}  # fmt: skip
 NOT_IMPORTED = {"tensorboard"}  # Accelerate imports it for its tracker
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

@@ -106,6 +106,18 @@ class Taps(NamedTuple):
     width: int
 
 
+class Graph(NamedTuple):
+    """A function of tensors alone, without a loop and without random numbers, that a program other than torch can run:
+    one file of `imgtok export MODEL layout=onnx`.
+    """
+
+    run: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+    """Its arguments by name in their order, for two images; those with two rows take any number of them."""
+    output: str
+    """What it gives."""
+
+
 OnBlock = Callable[[int, Tensor], None]
 """Sees the number of a block, counted from 0, and the patches (B, N, D) after it, a square grid row by row."""
 
@@ -158,6 +170,10 @@ class ImageModel(nn.Module, Pretrained):
         """Take over what is measured on batches of images when training ends, such as the latents' scale; by default
         nothing.
         """
+
+    def graphs(self) -> dict[str, Graph]:
+        """What of the model other programs can run, by name: by default nothing."""
+        return {}
 
     def to_images(self, guess: Tensor) -> Tensor:
         """Images of what `decode` tells `on_step` of the result that it expects: as it is, unless told in latents."""
@@ -238,6 +254,15 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
     def default_rate(self) -> Rate:
         """That at which `encode` works unless it is given another."""
         return Rate(self.num_tokens)
+
+    def graphs(self) -> dict[str, Graph]:
+        """Those of the autoencoder that it stands on, `autoencoder_encoder` and `autoencoder_decoder`; a method adds
+        its own to them.
+        """
+        base = None if self.stands_on is None else getattr(self, self.stands_on)
+        if base is None:
+            return {}
+        return {f"autoencoder_{name}": graph for name, graph in base.graphs(self.image_size).items()}
 
     def check_rate(self, rate: Rate) -> None:
         """Raises ValueError for a rate at which this tokenizer does not encode: by default any but those of `rates`."""
@@ -345,6 +370,23 @@ pictures = imgtok.to_pil(model.decode(latents))
         """
         check_images(images, f"{8 * self.config.factor}")
         return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
+
+    def graphs(self, image_size: int | None = None) -> dict[str, Graph]:
+        """`encoder`, from images (B, 3, H, W) to the scaled means of their latents, and `decoder`, from latents to
+        images, not clamped; for images of `image_size` pixels a side, by default the fewest that it may be used at.
+        """
+        factor: int = self.config.factor
+        side = image_size or max(32, 4 * factor)
+        images = torch.zeros(2, 3, side, side, device=self.device)
+        latents = torch.zeros(2, self.config.latent_channels, side // factor, side // factor, device=self.device)
+
+        def encoder(images: Tensor) -> Tensor:
+            return latents_of_moments(self.moments(images), None, self.config.scaling_factor)
+
+        return {
+            "encoder": Graph(encoder, {"images": images}, "latents"),
+            "decoder": Graph(lambda latents: self.decode(latents), {"latents": latents}, "images"),
+        }
 
     def decode(
         self,

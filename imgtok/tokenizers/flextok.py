@@ -35,6 +35,7 @@ from imgtok.quantizers.fsq import FSQ
 from imgtok.tokenizers import flextok_fast, flextok_start
 from imgtok.tokenizers.base import (
     CodedLosses,
+    Graph,
     OnBlock,
     Rate,
     Taps,
@@ -86,7 +87,8 @@ class Encoder(nn.Module):
         """What the blocks read: [patches | the first registers], (B, N + k, D)."""
         patches = self.patch_proj(patchify(latents.to(self.patch_proj.weight.dtype), self.patch_size))
         patches = patches + crop_positions(self.positions, latents, self.patch_size)
-        registers = self.registers[:num_registers].expand(len(latents), -1, -1)
+        batch = latents.shape[0]  # not len(), by which an exported graph would take this number of images alone
+        registers = self.registers[:num_registers].expand(batch, -1, -1)
         return torch.cat([patches, registers.to(patches.dtype)], dim=1)
 
 
@@ -513,6 +515,30 @@ class FlexTok(Tokenizer):
 
         return self.to_images(self._solve(how.solver, velocity, noise, how.steps))
 
+    def graphs(self) -> dict[str, Graph]:
+        """`encoder`, from images to all their ids, and `decoder_step`, the velocity of noised latents (B, C, H, W) at a
+        time (1,) from 1 (noise) to 0, given ids (B, K), of which each image keeps its first `lengths` (B,), and `null`
+        (B,): whether it is to be that of the null condition, as guidance needs it.
+        """
+        side, size = self.config.image_size // self.config.factor, self.config.image_size
+        images, noised = torch.zeros(2, 3, size, size), torch.zeros(2, self.config.latent_channels, side, side)
+        ids, lengths = torch.zeros(2, self.num_tokens, dtype=torch.long), torch.full((2,), self.num_tokens)
+        step = {"noised": noised, "time": torch.full((1,), 0.5), "ids": ids, "lengths": lengths}
+        step["null"] = torch.zeros(2, dtype=torch.bool)
+
+        def encoder(images: Tensor) -> Tensor:
+            return self.quantizer.codes_to_ids(self.quantizer(self.encoder(self.to_latents(images))))
+
+        def decoder_step(noised: Tensor, time: Tensor, ids: Tensor, lengths: Tensor, null: Tensor) -> Tensor:
+            registers = self.decoder.condition(self.quantizer.ids_to_codes(ids), lengths, null)
+            return self.as_velocity(self.decoder(noised, time, registers), noised, time)
+
+        own = {
+            "encoder": Graph(encoder, {"images": images}, "ids"),
+            "decoder_step": Graph(decoder_step, step, "velocity"),
+        }
+        return own | super().graphs()
+
     # ------------------------------------------------ tokens
 
     @torch.no_grad()
@@ -634,7 +660,7 @@ class FlexTok(Tokenizer):
         )
         return self._solve(settings.solver, network.velocity, noise, len(times), on_step)
 
-    def as_velocity(self, estimate: Tensor, x: Tensor, t: float) -> Tensor:
+    def as_velocity(self, estimate: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
         """The velocity at x and time t that the network's output stands for."""
         return (x - estimate) / t if self.config.short_runs.prediction == "data" else estimate
 

@@ -32,7 +32,7 @@ from imgtok.flow import OnStep
 from imgtok.layers.convolution import channels_first, channels_last, norm_silu_conv, speed_up, through
 from imgtok.quantizers.binary import BinaryConfig, BinaryQuantizer
 from imgtok.quantizers.vq import TableConfig, VectorQuantizer
-from imgtok.tokenizers.base import CodedLosses, NoDecoding, Rate, Reconstruction, Tokenizer
+from imgtok.tokenizers.base import CodedLosses, Graph, NoDecoding, Rate, Reconstruction, Tokenizer
 from imgtok.tokenizers.checks import check_images, check_side, check_whole, check_widths
 from imgtok.tokenizers.tokens import Tokens
 
@@ -320,6 +320,22 @@ class VQ(Tokenizer):
             parts["entropy"] = quantizer.entropy_loss(vectors)
             loss = loss + config.entropy_weight * parts["entropy"]
         return codes, CodedLosses(loss, parts, ids, self.vocab_size)
+
+    def graphs(self) -> dict[str, Graph]:
+        """`encoder`, from images to their ids (B, K), row by row, and `decoder`, from those to images."""
+        size, grid = self.config.image_size, self.config.grid
+        images, ids = torch.zeros(2, 3, size, size), torch.zeros(2, self.num_tokens, dtype=torch.long)
+
+        def encoder(images: Tensor) -> Tensor:
+            return self.quantizer.nearest(channels_last(self.vectors(images))).flatten(1)
+
+        def decoder(ids: Tensor) -> Tensor:
+            return self.to_pixels(self.quantizer.codes_of(ids.unflatten(1, (grid, grid)))).clamp(-1, 1)
+
+        return {
+            "encoder": Graph(encoder, {"images": images}, "ids"),
+            "decoder": Graph(decoder, {"ids": ids}, "images"),
+        }
 
     # ------------------------------------------------ tokens
 
