@@ -29,6 +29,7 @@ def export(name: str) -> dict[str, dict]:
     return parts
 
 
+@pytest.mark.slow
 def test_a_codebook_tokenizer(caplog):
     pytest.importorskip("onnxruntime")
     caplog.set_level(logging.INFO)
