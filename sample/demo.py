@@ -223,7 +223,7 @@ def _rebuilding_tab(gr: Any, rebuilding: Rebuilding, told: Callable[..., Any]) -
     place = gr.Slider(0, max(1, last), value=last, step=1, label=label, visible=last > 0, elem_id="rate")
     cost, encoded = gr.Markdown(elem_id="cost"), gr.State([])
     show = (told(rebuilding.at), [encoded, place], [shown, cost])
-    given.change(told(rebuilding.encode), [given], [encoded]).then(*show)
+    given.change(told(rebuilding.encode), [given], [encoded]).success(*show)
     place.change(*show)
 
 
@@ -242,7 +242,7 @@ def _drawing_tab(gr: Any, drawing: Drawing, told: Callable[..., Any]) -> None:
     place = gr.Slider(0, max(1, last), value=last, step=1, label=label, visible=last > 0, elem_id="count")
     said, drawn = gr.Markdown(elem_id="said"), gr.State(None)
     show = (told(drawing.at), [drawn, place, seed], [shown, said])
-    button.click(told(drawing.draw), [subject, seed], [drawn]).then(*show)
+    button.click(told(drawing.draw), [subject, seed], [drawn]).success(*show)
     place.change(*show)
 
 

@@ -25,6 +25,7 @@ from imgtok.cli import run_job
 from imgtok.config import check, to_dict
 from imgtok.files import replacing
 from imgtok.hub import Found, load, resolve
+from imgtok.runs import ENCODES_AS, IDENTITY, TRAINED_WHOLE, identity_in
 from imgtok.sample.export import own_decoder, write_ours
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def main(config: Config) -> None:
     for w, folder in folders.items():
         move(model, start, other, w)
         write_ours(folder, base, model, decoder)
+        forget_encoding(folder)
         write_record(folder, base, tuned, w, way)
     announce.ends(*folders.values())
 
@@ -156,6 +158,18 @@ def folders_of(config: Config) -> dict[float, Path]:
     if len(config.w) == 1:
         return {config.w[0]: config.out}
     return {w: config.out / f"w{w:g}" for w in config.w}
+
+
+def forget_encoding(folder: Path) -> None:
+    """Takes out of a folder's record what base alone could say of itself: which tokenizers give the same tokens."""
+    path = folder / IDENTITY
+    told = identity_in(path)
+    if kept := {name: value for name, value in told.items() if name not in (ENCODES_AS, TRAINED_WHOLE)} or None:
+        if kept != told:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_record(folder: Path, base: Found, tuned: Found, w: float, way: float) -> None:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RECORD = "onnx.json"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+UNLIKE, UNLIKE_IDS = 1e-3, 0.05
+"""The relative error, and of ids the share that differs, above which a file is refused: ids may be equally near."""
 ONE_FILE = 2**31 - 2**20
 """Bytes of weights up to which they stand in the .onnx file itself, which may have 2 GiB; others in FILE.onnx.data."""
 
@@ -92,10 +94,22 @@ def write(model: Any, found: Found, out: Path) -> dict[str, Written]:
     for name, graph in model.graphs().items():
         written[name] = write_graph(model, graph, out / f"{name}.onnx")
         logger.info("%s", in_words(written[name]))
+        refuse_unlike(written[name], out)
     text = {"model": about, "parts": {name: asdict(part) for name, part in written.items()}}
     with replacing(record) as temporary:
         temporary.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     return written
+
+
+def refuse_unlike(part: Written, out: Path) -> None:
+    """Raises ValueError for a file that does not compute what torch does."""
+    if part.relative <= (UNLIKE_IDS if part.output == "ids" else UNLIKE):
+        return
+    (out / part.file).unlink()
+    raise ValueError(
+        f"{out / part.file}: onnxruntime computes something else than torch ({in_words(part)}), so the file was "
+        "deleted; versions of torch, onnx, onnxscript and onnxruntime that belong together may help"
+    )
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imgtok.data.captions import CaptionDataset
+from imgtok.data.captions import CaptionCacheInfo, CaptionDataset
 from imgtok.data.latents import LatentDataset, Latents
+from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
 from imgtok.generators.conditioning import Condition
 from imgtok.pictures import can_write
@@ -32,6 +33,15 @@ def open_captions(folder: Path | None, images: TokenDataset | Latents) -> Captio
     captions = CaptionDataset(folder)
     captions.check_matches(images)
     return captions
+
+
+def check_same_encoder(given: CaptionCacheInfo, wanted: CaptionCacheInfo) -> None:
+    """Raises DataError for text features to validate on that come from another encoder than those of training."""
+    if (given.fingerprint, given.width) != (wanted.fingerprint, wanted.width):
+        raise DataError(
+            f"validation_text: features of {given.encoder} ({given.fingerprint}), and text has those of "
+            f"{wanted.encoder} ({wanted.fingerprint}); make them with `imgtok cache text encoder={wanted.encoder}`"
+        )
 
 
 def digest_with(digest: str, captions: CaptionDataset | None) -> str:

@@ -35,7 +35,14 @@ from imgtok.runs import TRAINED_WHOLE
 from imgtok.sections import ByKind, Section, Settings
 from imgtok.text import words
 from imgtok.tokenizers.base import Losses
-from imgtok.train.captions import condition_facts, digest_with, open_captions, preview_condition, preview_titles
+from imgtok.train.captions import (
+    check_same_encoder,
+    condition_facts,
+    digest_with,
+    open_captions,
+    preview_condition,
+    preview_titles,
+)
 from imgtok.train.config import TrainingConfig
 from imgtok.train.frozen import freeze
 from imgtok.train.initialise import Init, check_kind, configure, find_init, model_in_words, start_from
@@ -288,6 +295,8 @@ class GeneratorJob(Job):
         content.check_like(other, "validation")
         refuse_shared_rows(content.cache, other.cache, "validation")
         captions = open_captions(config.validation_text, other.cache)
+        if captions is not None and self.captions is not None:
+            check_same_encoder(captions.info, self.captions.info)
         return self.rows_of(other, range(len(other.cache)), captions, f"rows of {config.validation}")
 
     def rows_of(self, content: Content, rows: Sequence[int], captions: CaptionDataset | None, words: str) -> HeldOut:

@@ -210,7 +210,7 @@ class Log:
 
         if self.config.validate_every is None:
             return {}
-        found: list[Any] = [read_validations(self.path)]
+        found: list[Any] = [read_validations(self.path) if self.accelerator.is_main_process else {}]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
         return dict(found[0])

@@ -262,8 +262,11 @@ class Trainer:
 
     def gives_up(self, done: int) -> bool:
         """Whether `patience` is at its end after so many steps."""
-        best = None if self.config.patience is None else self.record()
-        if best is None or self.config.patience is None or best.since < self.config.patience:
+        newest = [*self.log.validations.values()][-1:]
+        if self.config.patience is None or not any((self.config.best or "loss") in figures for figures in newest):
+            return False  # before the first validation, or one from before this figure was asked for
+        best = self.record()
+        if best is None or best.since < self.config.patience:
             return False
         if self.accelerator.is_main_process:
             logger.info(

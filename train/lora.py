@@ -75,6 +75,10 @@ def add_adapters(model: nn.Module, config: LoRAConfig, fresh: Iterable[str]) -> 
     from peft import LoraConfig, inject_adapter_in_model
 
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not (chosen := [name for name in chosen if f"{name}.weight" in trainable]):
+        raise ValueError(
+            "training.lora: training.freeze holds all layers that training.lora.targets names; leave one of the two out"
+        )
     names = "|".join(re.escape(name) for name in dict.fromkeys(chosen))  # as a text, it is matched with whole names
     inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names), model)
     for name, parameter in model.named_parameters():

@@ -46,6 +46,8 @@ def psnr_by_rate(model: Tokenizer | Autoencoder, batches: Iterable[tuple[Sequenc
         for name, decoded in reconstructions(model, originals, places).items():
             values = psnr(to_uint8(decoded.clamp(-1, 1)), to_uint8(originals))
             sums[name] = sums.get(name, 0.0) + values.sum().item()
+    if not count:
+        raise ValueError("training.validation_scores: none of the held-out images that psnr looks at can be read")
     means = {name: value / count for name, value in sums.items()}
     return {"psnr": [*means.values()][-1], **means}
 

@@ -105,7 +105,7 @@ def refuse_shared_rows(trained: TokenDataset | Latents, held_out: TokenDataset |
         return
     if one.split != two.split:
         total = _total(one)
-        if total is not None and one.num_images + two.num_images != total:
+        if total is not None and one.num_images + two.num_images > total:
             raise DataError(
                 f"{field}: {two.num_images} images are held out of {total} and {one.num_images} are trained on, so "
                 "that some are in both caches; make both with the same held_out"

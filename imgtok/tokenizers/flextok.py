@@ -263,6 +263,7 @@ class FlexTok(Tokenizer):
         "mode_scale",
         "posterior",
         *(f"short_runs.{name}" for name in ("keep_all", "noise_fraction", "prediction", "spread_weight")),
+        *(f"short_runs.{name}" for name in ("cross_length", "align_weight", "align_block")),
     )
     decoding_class: ClassVar[type] = FlexTokDecoding
 

@@ -16,6 +16,7 @@ from imgtok.generators.conditioning import ClassSlot
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.sampling import TokenSampling
 from imgtok.hub import resolve
+from imgtok.runs import ENCODES_AS
 from imgtok.sample.merge import extrapolated
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
@@ -75,6 +76,14 @@ def test_the_record_and_the_card_say_of_what_it_was_made(tuned, caplog):
     assert f"tuned lies {record['displacement']:.3g} of the norm of its weights away from base" in caplog.text
     assert Path("there/README.md").read_text().count("base + 0.5 (base - tuned)") == 1
     assert main(["merge", "base", "tuned=tuned", "w=1", "out=there"]) == 2
+
+
+def test_a_merged_tokenizer_claims_no_tokens_of_others():
+    saved(VQ(CODES), "base")
+    saved(VQ(CODES), "tuned", change=0.1)
+    Path("base/identity.json").write_text(json.dumps({"fingerprint": "1", ENCODES_AS: ["abc"]}))
+    assert main(["merge", "base", "tuned=tuned", "out=there"]) == 0
+    assert json.loads(Path("there/identity.json").read_text()) == {"fingerprint": "1"}
 
 
 def test_a_generator_keeps_its_decoder():

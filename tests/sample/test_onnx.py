@@ -66,3 +66,11 @@ def test_mistakes_are_named(monkeypatch, capsys):
     assert expected in capsys.readouterr().err
     assert main(["export", "model", "layout=onnx", "vae=model", "out=files"]) == 2
     assert "vae: the onnx layout has no place for an autoencoder" in capsys.readouterr().err
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path):
+    part = onnx_files.Written("decoder.onnx", 0.1, {"ids": ["batch", 4]}, "images", 0.5, 0.01)
+    (tmp_path / part.file).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"decoder.onnx: onnxruntime computes something else than torch \(.*deleted"):
+        onnx_files.refuse_unlike(part, tmp_path)
+    assert not (tmp_path / part.file).exists()

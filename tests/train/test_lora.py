@@ -85,6 +85,9 @@ def test_what_it_needs_is_said(monkeypatch):
     model = kinds.build(kinds.LINES["gpt"])
     with pytest.raises(ValueError, match=r"training.lora.targets: 'blocks.0.attention.qkv' fits no linear layer .*did"):
         add_adapters(model, LoRAConfig(targets=("blocks.0.attention.qkv",)), ())
+    frozen = kinds.build(kinds.LINES["gpt"]).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"training.lora: training.freeze holds all layers"):
+        add_adapters(frozen, LoRAConfig(), ())
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     with pytest.raises(ValueError, match=r"training.lora: needs the package peft, .*pip install 'imgtok\[finetune\]'"):

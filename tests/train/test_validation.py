@@ -172,6 +172,13 @@ def test_the_best_model_is_kept_and_a_run_that_gets_no_better_ends(tmp_path, cap
     assert [step_of(tmp_path / name) for name in ("best", "final")] == [4, 6]
 
 
+def test_patience_begins_with_a_score_that_is_asked_for_later(tmp_path):
+    train(tmp_path, steps=2, validate_every=1)
+    config = toy_config(**SCORED, patience=2)
+    fit(Scripted(config, [0.5, 0.4, 0.4]), config.training, tmp_path, config)
+    assert [step_of(tmp_path / name) for name in ("best", "final")] == [3, 5]
+
+
 def test_scores_leave_the_run_as_it_is(tmp_path):
     train(tmp_path / "plain")
     config = toy_config(**SCORED)
