@@ -438,6 +438,27 @@ def test_training_mistakes_are_said(trained, tmp_path, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_held_out_captions_are_validated_on_and_those_of_another_encoder_are_not(trained, t5, tmp_path, capsys):
+    data = ("data.kind=shapes", "data.mode=text", "data.num_images=12", "split=held_out")
+    run("cache", trained / "tokenizer", f"out={tmp_path / 'tokens'}", *data)
+    for name, encoder in (("text", t5), ("other", tiny_t5(tmp_path / "encoder", seed=1))):
+        run("cache", "text", encoder, f"out={tmp_path / name}", "max_length=24", *data)
+
+    def train(text: str) -> int:
+        return main([
+            "train", "generator", f"out={tmp_path / 'run'}", f"init={trained / 'run/final'}",
+            f"tokens={trained / 'tokens'}", f"text={trained / 'text'}", f"tokenizer={trained / 'tokenizer'}",
+            f"validation={tmp_path / 'tokens'}", f"validation_text={tmp_path / text}", "training.validate_every=1",
+            "training.steps=1", "training.batch_size=4", "training.learning_rate=1e-3", "training.trackers=[]",
+        ])  # fmt: skip
+
+    assert train("other") == 2
+    assert "validation_text: features of" in capsys.readouterr().err
+    assert train("text") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [0, 1]
+
+
 # ------------------------------------------------------------------------------------------------ through latents
 
 
