@@ -26,11 +26,13 @@ from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import DTYPES, Drawn, Pipeline, Precision, pipeline
 from imgtok.hub import Found, load, resolve
 from imgtok.pictures import preprocess, to_pil
-from imgtok.sample.check import open_device, size_of
+from imgtok.sample.check import open_device
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer, powers_of_two
 from imgtok.tokenizers.tokens import Tokens
 
 POSITIONAL = "model"
+LONE = 256
+"""Pixels a side, at most, at which an autoencoder without a tokenizer is shown: it takes any."""
 SHOWN = 512
 """Pixels a side, about, at which pictures are shown: small ones are enlarged, so that their pixels can be seen."""
 
@@ -109,7 +111,9 @@ class Rebuilding:
         self.model = model.eval()
         self.dtype = DTYPES[precision]
         self.rates: list[Rate] = model.rates() if isinstance(model, Tokenizer) else []
-        self.size = size_of(model)
+        self.size = (
+            model.image_size if isinstance(model, Tokenizer) else LONE // model.config.factor * model.config.factor
+        )
 
     def encode(self, picture: Image.Image | None) -> list[Any]:
         """What the picture is encoded to at each rate, the centre of it in a square; nothing for None."""

@@ -345,8 +345,12 @@ class GeneratorJob(Job):
         classes = model.config.num_classes
         condition = preview_condition(len(indices), classes, self.content.indices, self.captions, device)
         generate: Any = model.generate
-        drawn = generate(condition, seed=0, indices=indices, sampling=self.sampling)
-        return self.decoded(drawn, indices)
+        blocks = []
+        for start in range(0, len(indices), ROWS):  # as `pipeline` draws: memory does not grow with their number
+            rows = indices[start : start + ROWS]
+            drawn = generate(condition[start : start + ROWS], seed=0, indices=rows, sampling=self.sampling)
+            blocks.append(self.decoded(drawn, rows))
+        return torch.cat(blocks)
 
     @torch.no_grad()
     def decoded(self, drawn: Any, indices: range) -> Tensor:
