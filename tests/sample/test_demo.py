@@ -47,7 +47,7 @@ def test_an_autoencoder_has_one_picture_and_no_rates(picture):
     showing = demo.Rebuilding(kinds.build(kinds.LINES["maskgit_vqgan"]))
     encoded = showing.encode(picture)
     assert (showing.rates, len(encoded)) == ([], 1)
-    assert showing.at(encoded, 0)[1] == "4 x 16 x 16 numbers"
+    assert showing.at(encoded, 0)[1] == "4 x 128 x 128 numbers"  # at 256 pixels
 
 
 def test_new_images_at_each_number_of_tokens(tokenizer):
