@@ -74,11 +74,15 @@ def test_an_exported_generator_is_a_space_and_a_pipeline_of_diffusers(tokenizer,
     assert Path("space/requirements.txt").read_text() == "imgtok[demo]\n"
     ast.parse(Path("space/app.py").read_text())
     from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils
 
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    modules = tmp_path / "modules"  # the variable of the same name was read when diffusers was imported
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     theirs = DiffusionPipeline.from_pretrained("space", trust_remote_code=True).to("cpu")
     images = theirs(classes=[2, 4], generator=torch.Generator().manual_seed(1)).images
     assert [image.tobytes() for image in images] == [image.tobytes() for image in pipe(classes=[2, 4], seed=1)]
+    assert list(modules.rglob("pipeline.py"))
 
 
 def test_mistakes_are_named(tokenizer, tmp_path, monkeypatch, capsys):
