@@ -164,12 +164,10 @@ def forget_encoding(folder: Path) -> None:
     """Takes out of a folder's record what base alone could say of itself: which tokenizers give the same tokens."""
     path = folder / IDENTITY
     told = identity_in(path)
-    if kept := {name: value for name, value in told.items() if name not in (ENCODES_AS, TRAINED_WHOLE)} or None:
-        if kept != told:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    else:
-        path.unlink(missing_ok=True)
+    kept = {name: value for name, value in told.items() if name not in (ENCODES_AS, TRAINED_WHOLE)}
+    if kept != told:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def write_record(folder: Path, base: Found, tuned: Found, w: float, way: float) -> None:

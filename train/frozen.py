@@ -27,6 +27,7 @@ from imgtok.runs import ENCODES_AS, IDENTITY, identity_in
 from imgtok.tokenizers.base import Autoencoder, ImageModel
 from imgtok.train.config import TrainingConfig
 from imgtok.train.initialise import Init
+from imgtok.train.resume import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -133,21 +134,13 @@ def train_decoder_only(model: ImageModel, init: Init | None, fresh: Iterable[str
 
 def _check_same_encoding(model: ImageModel, start: Any, found: Found) -> None:
     """Raise ValueError for a field of the configuration that has a part in encoding, and another value than there."""
-    before, now = (dict(_flat(to_dict(config))) for config in (start, model.config))
+    before, now = (dict(flatten(to_dict(config))) for config in (start, model.config))
     for name in dict.fromkeys([*now, *before]):
         if before.get(name) != now.get(name) and not _lies_in(name, ("decoding", *model.decodes_by)):
             raise ValueError(
                 f"decoder_only: model.{name} has a part in encoding: it is {before.get(name)} in {found.path} and "
                 f"{now.get(name)} here; leave model.{name} out, or decoder_only"
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _lies_in(name: str, places: Sequence[str]) -> bool:
