@@ -76,6 +76,7 @@ KINDS: Mapping[str, str] = ChainMap(GENERATORS, TOKENIZERS, AUTOENCODERS)
 """All of them: a view, so that a line in one of the three tables is the whole entry of a new method."""
 
 CONTROLS: dict[str, str] = {
+    "uncontextualised": "imgtok.generators.controls.uncontextualised:Uncontextualised",
     "tome": "imgtok.generators.controls.tome:SemanticMerge",
     "frap": "imgtok.generators.controls.frap:AdaptiveWeights",
 }
@@ -238,8 +239,8 @@ def config_class(kind: str) -> type[Any]:
 def controls_of(controls: str | Sequence[Any], settings: Mapping[str, Any] | None = None) -> list[Any]:
     """Controls of prompts, each given by the name of its kind, by its configuration, or as it is.
 
-    In whatever order they are given, they act in that of `CONTROLS`, and those that are not there after them: what is
-    merged should be merged before weights are given to it.
+    In whatever order they are given, they act in that of `CONTROLS`, and those that are not there after them: states
+    are replaced before they are merged, and what is merged should be merged before weights are given to it.
 
     `settings` are those of controls that are given by name, a mapping (`Settings`, say) for each kind. Raises
     ValueError for a name that there is not or that stands twice, and for settings of a control that is not among them.

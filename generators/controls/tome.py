@@ -349,7 +349,8 @@ class SemanticMerge:
         run = MergeRun(config, [merged_groups(prompt, config.binds) for prompt in scene.prompts])
         if config.strength == 0 or not any(run.groups):
             return run
-        states, gone = texts.states.clone(), torch.zeros_like(texts.mask)
+        states = texts.states.clone()
+        gone = torch.zeros_like(texts.mask) if texts.gone is None else texts.gone.clone()
         for row, groups in enumerate(run.groups):
             columns = [one.group for one in groups]
             merged = merge(states[row], columns, noun=config.noun, modifier=config.modifier, norm=config.norm)

@@ -81,7 +81,7 @@ def test_entities_are_given_to_a_command(folder, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["controls=tom"], "controls: given 'tom', must be one of tome, frap"),
+        (["controls=tom"], "controls: given 'tom', must be one of uncontextualised, tome, frap"),
         (["controls=tome", "control_settings.frap.updates=1"], "control_settings.frap: there is no such control"),
         (["controls=frap", "control_settings.frap.low=2"], "low, high: given 2.0 and 1.4; weights start at 1"),
         (["controls=frap", "control_settings.frap.lo=2"], "control_settings.frap has no field 'lo'"),

@@ -421,7 +421,7 @@ def test_what_cannot_be(sd, given, message):
 
 
 def test_controls_that_cannot_be(sd):
-    with pytest.raises(ValueError, match="controls: given 'tom', must be one of tome, frap"):
+    with pytest.raises(ValueError, match="controls: given 'tom', must be one of uncontextualised, tome, frap"):
         draw(sd, PROMPT, controls=["tom"])
     with pytest.raises(ValueError, match="controls: SemanticMerge stands there twice"):
         draw(sd, PROMPT, controls=["tome", "tome"])

@@ -14,6 +14,7 @@ from imgtok.generators.conditioning import ClassSlot, ConditionalGenerator, Text
 from imgtok.generators.controls import own
 from imgtok.generators.controls.frap import AdaptiveWeights, AdaptiveWeightsConfig, Words
 from imgtok.generators.controls.tome import SemanticMerge, SemanticMergeConfig
+from imgtok.generators.controls.uncontextualised import UncontextualisedConfig
 from imgtok.generators.entities import Cells
 from imgtok.generators.gpt import GPT, GPTConfig
 from imgtok.generators.xar import XAR, FlowSampling, XARConfig
@@ -103,7 +104,7 @@ def drawn(model, controls, prompts=PROMPTS, **options):
 def test_controls_that_are_off_change_no_bit(build):
     model, captions = build(), Captions.cat(encode(PROMPTS))
     expected = plainly(model.generate(captions, seed=0, indices=range(3)))
-    zero = [SemanticMergeConfig(strength=0), AdaptiveWeightsConfig(strength=0)]
+    zero = [UncontextualisedConfig(strength=0), SemanticMergeConfig(strength=0), AdaptiveWeightsConfig(strength=0)]
     for controls in ([], zero):
         found, seen = drawn(model, controls)
         assert torch.equal(found, expected)
