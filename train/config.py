@@ -98,7 +98,8 @@ class TrainingConfig:
     patience: PositiveInt | None = None
     """End the run after so many validations in which `best`, or else the loss, was no better; null does all steps."""
     save_every: PositiveInt = 1000
-    """Steps between checkpoints; the last step is always saved, and so is the one at which a signal ends the run."""
+    """Steps between checkpoints; the last step is always saved, and so are the one at which a signal ends the run and
+    those whose model goes into best/."""
     save_minutes: PositiveFloat | None = None
     """Minutes after which a checkpoint is written whatever `save_every` says; null leaves it at that."""
     keep: PositiveInt = 2

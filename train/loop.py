@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from imgtok import announce, signals
 from imgtok.randomness import step_generator
-from imgtok.runs import BEST, Progress
+from imgtok.runs import BEST, Progress, step_of
 from imgtok.signals import Requests
 from imgtok.tokenizers.base import Losses
 from imgtok.train.best import Record, best_of
@@ -164,7 +164,8 @@ class Trainer:
         if config.validate_every is not None:
             self.validation = Validation(job.held_out(), config, accelerator, job)
         self.start = self.resume()
-        self.reached = self.start.step
+        self.reached = self.saved = self.start.step
+        self.logged = 0
         self.log = Log(accelerator, config, out, resolved, self.start)
         self.agreement = Agreement(accelerator)
         self.saved_at = time.monotonic()
@@ -197,8 +198,9 @@ class Trainer:
         if begin == 0 or self.shows(begin):
             self.preview(begin, requests, again=begin == 0)
             self.stop(self.agreement.now(requests.number), begin)
-        if self.validates(begin) and not self.log.has_validation(begin):  # a signal may have come before the last one
-            self.validate(begin)
+        if self.validates(begin) and not self.log.has_validation(begin):  # the run may have ended before or in it
+            self.stop(self.validate(begin, requests), begin)
+        self.mend_best(begin)
         if self.gives_up(begin):
             return
         batches = self.stream(begin)
@@ -209,31 +211,26 @@ class Trainer:
             stop, due = self.agreement.after(done, requests.number, self.save_is_due())
             logs = bool(last or stop or done % config.log_every == 0)
             saves = bool(last or stop or due or done % config.save_every == 0)
-            if self.on_cpu or logs or saves or step == 0:
+            waits = logs or saves or self.validates(done) or self.shows(done)
+            if self.on_cpu or waits or step == 0:
                 self.stop_if_broken()
             if step == 0:
                 self.log.write(0, 1, rate_at(0, config))
             if logs:
                 self.write_log(done)
             self.log.bar.update()
-            if self.validates(done) and not stop:  # before the checkpoint: a run that goes on from there has the line
-                self.validate(done)
-                last = last or self.gives_up(done)
-                saves = saves or last
-                if last and not logs:
-                    self.write_log(done)
-            if saves:  # before the picture, whose failure then costs no step
+            if saves:  # before all that can take minutes, so that whatever ends the run in there costs no step
                 self.save(done)
+            if self.validates(done) and not stop:
+                stop = self.validate(done, requests)
+                last = last or (not stop and self.gives_up(done))
             self.reached = done
-            self.stop(stop, done)  # and if a signal has come, before the picture, which can take minutes
+            if stop or last:
+                self.settle(stop, done)
             if last or self.shows(done):
                 self.preview(done, requests)
                 if stop := self.agreement.now(requests.number):
-                    if not logs:
-                        self.write_log(done)
-                    if not saves:
-                        self.save(done)
-                    self.stop(stop, done)
+                    self.settle(stop, done)
             if last:
                 return
 
@@ -247,31 +244,68 @@ class Trainer:
         every = self.config.validate_every
         return every is not None and (done == self.config.steps or done % every == 0)
 
-    def validate(self, done: int) -> None:
-        """The loss of the held-out images with the averaged weights, into the log."""
+    def validate(self, done: int, requests: Requests) -> int:
+        """The loss of the held-out images with the averaged weights, into the log, and if it is the best, the model
+        into best/. Returns the signal that is to end the run, or 0. One that came while images were looked at has ended
+        that; then nothing is written, and the run that goes on does it again.
+        """
         assert self.validation is not None, "`validates` has asked for it"
         with self.log.paused(), self.averaged() as model:
-            self.log.validation(done, self.validation.measure(model))
-            best = self.record()
-            if self.config.best is not None and best is not None and best.step == done:
-                self.write_model(model, BEST, done)
+            found = self.validation.measure(model, requests, self.agreement)
+        if found is not None:
+            best = best_of(self.log.validations | {done: found}, self.figure)
+            is_best = self.config.best is not None and best is not None and best.step == done
+            if is_best:  # first the checkpoint: a run cannot go on from before the model that best/ has
+                self.save(done)
+            self.log.validation(done, found)
+            if is_best:
+                self.keep_best(done)
+        return self.agreement.now(requests.number)
+
+    @property
+    def figure(self) -> str:
+        """Which figure of a validation says how good the model is."""
+        return self.config.best or "loss"
 
     def record(self) -> Record | None:
-        """The best validation so far, by `training.best` or else by the loss."""
-        return best_of(self.log.validations, self.config.best or "loss")
+        """The best validation so far; None before the first, or where the newest is from before its figure was asked
+        for.
+        """
+        newest = [*self.log.validations.values()][-1:]
+        return best_of(self.log.validations, self.figure) if any(self.figure in one for one in newest) else None
+
+    def keep_best(self, done: int) -> None:
+        """Write the model into best/."""
+        with self.log.paused(), self.averaged() as model:
+            self.write_model(model, BEST, done)
+
+    def mend_best(self, begin: int) -> None:
+        """Where a run goes on, best/ is compared with the validations: it may have ended between the two, or
+        `training.best` is another than so far.
+        """
+        best = None if self.config.best is None else self.record()
+        held = step_of(self.out / BEST)
+        if best is None or best.step == held:
+            return
+        if best.step == begin:
+            self.keep_best(begin)
+        elif self.accelerator.is_main_process:
+            there = "is missing" if held is None else f"is that of step {held}"
+            logger.warning(
+                "training.best: %s was best after step %d (%.4g), and the model of then was not kept; until it is "
+                "better, best/ %s",
+                self.figure, best.step, best.value, there,
+            )  # fmt: skip
 
     def gives_up(self, done: int) -> bool:
         """Whether `patience` is at its end after so many steps."""
-        newest = [*self.log.validations.values()][-1:]
-        if self.config.patience is None or not any((self.config.best or "loss") in figures for figures in newest):
-            return False  # before the first validation, or one from before this figure was asked for
-        best = self.record()
-        if best is None or best.since < self.config.patience:
+        best = None if self.config.patience is None else self.record()
+        if self.config.patience is None or best is None or best.since < self.config.patience:
             return False
         if self.accelerator.is_main_process:
             logger.info(
                 "training.patience: ended after step %d of %d: %s was no better in %d validations than %.4g after "
-                "step %d", done, self.config.steps, self.config.best or "loss", best.since, best.value, best.step,
+                "step %d", done, self.config.steps, self.figure, best.since, best.value, best.step,
             )  # fmt: skip
         return True
 
@@ -283,9 +317,20 @@ class Trainer:
         return time.monotonic() - self.saved_at >= 60 * minutes
 
     def write_log(self, done: int) -> None:
-        """The log line after so many steps; the next one begins a new mean."""
+        """The log line after so many steps, unless it is there; the next one begins a new mean."""
+        if self.logged == done:
+            return
         self.log.write(done, done, rate_at(done - 1, self.config))
         self.log.window.reset()
+        self.logged = done
+
+    def settle(self, signal: int, done: int) -> None:
+        """Before the run ends after so many steps: its log line and its checkpoint; raises `Stopped` if there is a
+        signal.
+        """
+        self.write_log(done)
+        self.save(done)
+        self.stop(signal, done)
 
     def stop(self, signal: int, done: int) -> None:
         """Raise `Stopped` if there is a signal; what is to be saved is saved."""
@@ -378,10 +423,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save(self, done: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, unless that of this step is there."""
+        if self.saved == done:
+            return
         with self.log.paused():
             self.checkpoints.save(self.progress(done), self.resolved, self.job.identity)
-        self.saved_at = time.monotonic()
+        self.saved, self.saved_at = done, time.monotonic()
 
     def progress(self, done: int) -> Progress:
         """What `state.json` says after `done` steps."""

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from imgtok.randomness import spread, step_generator
+from imgtok.signals import Requests, Stopped
 from imgtok.tokenizers.base import Losses
 from imgtok.train.config import TrainingConfig
+from imgtok.train.stopping import Agreement
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,9 +86,10 @@ class Validation:
             which = f"{len(chosen)} of {held_out.count}" if len(chosen) < held_out.count else f"all {len(chosen)}"
             logger.info("validation on %s %s every %d steps", which, held_out.words, config.validate_every)
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module, requests: Requests, agreement: Agreement) -> dict[str, float] | None:
         """The means over all images of the loss and of its parts, and how many images and seconds that took; `model` is
-        the bare one, with the weights to be judged, in eval mode. Every process gets the same figures.
+        the bare one, with the weights to be judged, in eval mode. Every process gets the same figures, or None if a
+        signal came in one of them: it is looked for before each batch, and interrupts the scores.
         """
         from accelerate.utils import broadcast_object_list, gather_object
 
@@ -95,6 +98,8 @@ class Validation:
         # losses may look at gradients (an adaptive weight); none reaches a parameter, since nothing goes backward
         with untouched_randomness(self.accelerator.device, self.config.validation_seed), torch.enable_grad():
             for number, counts in self._mine():
+                if agreement.now(requests.number):
+                    return None
                 batch = self.held_out.batch(self.batches[number], self.config.validation_seed)
                 if images := len(self.job.names(batch)):
                     generator = step_generator(self.config.validation_seed, number, purpose="validation")
@@ -110,12 +115,15 @@ class Validation:
         means = {name: value / count for name, (value, count) in total.items() if count}
         images = max(count for _, count in total.values())
         if self.config.validation_scores:
-            scores: list[Any] = [{}]
+            scores: list[Any] = [None]
             if self.scores is not None:
-                with untouched_randomness(self.accelerator.device, self.config.validation_seed):
+                untouched = untouched_randomness(self.accelerator.device, self.config.validation_seed)
+                with contextlib.suppress(Stopped), untouched, requests.interrupting():
                     scores = [dict(self.scores(model))]
             if self.accelerator.num_processes > 1:
                 broadcast_object_list(scores)
+            if scores[0] is None:
+                return None
             means |= scores[0]
         return means | {"images": images, "seconds": round(time.perf_counter() - begun, 3)}
 

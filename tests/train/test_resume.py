@@ -97,6 +97,9 @@ def test_two_processes_resume_exactly_and_stop_together(tmp_path):
     facts = [json.loads((tmp_path / f"facts_{rank}.json").read_text()) for rank in range(2)]
     assert same(final(tmp_path / "resumed"), final(tmp_path / "whole"))
     assert same(final(tmp_path / "stopped"), final(tmp_path / "whole"))
+    assert same(final(tmp_path / "validated"), final(tmp_path / "whole"))
+    lines = [json.loads(line) for line in (tmp_path / "validated/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [0, 3, 6]
     assert complete_steps(tmp_path / "minutes/checkpoints") == [6, 5, 4, 3, 2, 1]
     train(
         tmp_path / "alone", steps=1, validate_every=4
@@ -114,6 +117,9 @@ def test_two_processes_resume_exactly_and_stop_together(tmp_path):
         assert facts[rank]["seen_after_resume"] == 2
         assert facts[rank]["stopped"].startswith("SIGTERM: stopped after step 4 of 6; the checkpoint is")
         assert facts[rank]["seen_after_stop"] == 2
+        message, seen = facts[rank]["stopped_in_validation"]
+        assert message.startswith("SIGTERM: stopped after step 3 of 6; the checkpoint is")
+        assert seen == 2 + 3 + 1  # and not the second batch
         assert "step 3: the loss or its gradient is not finite" in facts[rank]["error"]
     assert "image_1_3_0.png" in facts[1]["error"]
     assert (tmp_path / "broken/failure/step_0000003_process_1/batch_0.safetensors").is_file()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
-from collections.abc import Sequence
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from toy_job import ToyBatch, ToyConfig, ToyJob, ToyModel, final, same, toy_config, train
 
@@ -22,10 +26,11 @@ from imgtok.config import ConfigError
 from imgtok.data.images import DataError, ShapesImages
 from imgtok.data.overlap import refuse_shared
 from imgtok.randomness import step_generator
-from imgtok.runs import step_of
+from imgtok.runs import BEST, complete_steps, step_of
 from imgtok.shapes.world import ShapesConfig
+from imgtok.signals import Stopped
 from imgtok.train.best import Record, best_of
-from imgtok.train.loop import Job, fit
+from imgtok.train.loop import Job, Trainer, fit
 
 
 def validations(out: Path) -> dict[int, dict[str, float]]:
@@ -194,6 +199,204 @@ def test_the_best_of_losses_is_the_smallest_and_of_scores_the_largest():
     assert best_of({}, "loss") is None
     with pytest.raises(ValueError, match=r"training.best: 'psnr' is no figure .* have: loss, psnr@4; scores"):
         best_of(seen, "psnr")
+
+
+# ---------------------------------------------------------------------------------------------------- cut short
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers() -> Iterator[None]:
+    """Those of a program in a terminal; pytest itself may have been started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def cut_short(out: Path, act: Callable[[], object], *, batch: int, **changes: Any) -> ToyJob:
+    """A run in which `act` is called within the so-manieth batch that is validated on, from 1 on."""
+    config = toy_config(**changes)
+
+    class CutShort(ToyJob):
+        validated = 0
+
+        def loss(self, model, batch_, generator):
+            if not model.training:
+                self.validated += 1
+                if self.validated == batch:
+                    act()
+            return super().loss(model, batch_, generator)
+
+    job = CutShort(config)
+    with pytest.raises((Stopped, OSError)) as caught:
+        fit(job, config.training, out, config)
+    job.message = str(caught.value)
+    return job
+
+
+def lost() -> None:
+    raise OSError("the machine is gone")
+
+
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def logged(out: Path) -> list[tuple[int, bool]]:
+    """The steps of all lines of the log, and which are validations."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], "validation/loss" in line) for line in lines]
+
+
+def test_a_crash_in_a_validation_costs_no_step(tmp_path):
+    train(tmp_path / "whole", validate_every=2)
+    cut_short(tmp_path / "cut", lost, batch=8, validate_every=2)  # the second of three, after step 4
+    assert complete_steps(tmp_path / "cut/checkpoints") == [4, 2]
+    assert list(losses(tmp_path / "cut")) == [0, 2]
+    resumed = train(tmp_path / "cut", validate_every=2)
+    assert sum(names[0].startswith("image") for names in resumed.seen) == 2
+    assert same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [2, 3, 6])
+def test_a_signal_ends_a_validation_and_the_run_that_goes_on_makes_up_for_it(tmp_path, step):
+    given = {"validate_every": 1, "save_every": 2}
+    train(tmp_path / "whole", **given)
+    job = cut_short(tmp_path / "cut", terminated, batch=3 * step + 1, **given)  # the first of three
+    assert f"SIGTERM: stopped after step {step} of 6; the checkpoint is" in job.message
+    assert job.validated == 3 * step + 1
+    assert complete_steps(tmp_path / "cut/checkpoints")[0] == step
+    assert list(losses(tmp_path / "cut")) == list(range(step))
+    resumed = train(tmp_path / "cut", **given)
+    assert sum(names[0].startswith("image") for names in resumed.seen) == 6 - step
+    assert same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert [step for step, is_one in logged(tmp_path / "cut") if is_one] == list(range(7))
+
+
+def test_a_signal_ends_the_first_validation(tmp_path):
+    job = cut_short(tmp_path, terminated, batch=1, validate_every=2)
+    assert "SIGTERM: stopped after step 0 of 6; nothing is lost" in job.message
+    assert job.seen == [tuple(f"held_out_{place}.png" for place in range(4))]
+
+
+def test_a_signal_ends_the_measuring_of_scores(tmp_path):
+    class Slow(Scripted):
+        def scores(self, wanted, held_out, num):
+            measure = super().scores(wanted, held_out, num)
+
+            def slowly(model: nn.Module) -> dict[str, float]:
+                found = measure(model)
+                if found["oracle"] == 0.4:
+                    terminated()
+                    raise AssertionError("the signal was waited for")
+                return found
+
+            return slowly
+
+    config = toy_config(**SCORED)
+    with pytest.raises(Stopped, match="stopped after step 3 of 6"):
+        fit(Slow(config, [0.1, 0.2, 0.3, 0.4]), config.training, tmp_path / "cut", config)
+    assert step_of(tmp_path / "cut/best") == 2
+    fit(Scripted(config, [0.4, 0.2, 0.2, 0.2]), config.training, tmp_path / "cut", config)
+    assert [line["validation/oracle"] for line in validations(tmp_path / "cut").values()] == [
+        *(0.1, 0.2, 0.3, 0.4, 0.2, 0.2, 0.2)
+    ]
+    assert step_of(tmp_path / "cut/best") == 3
+    train(tmp_path / "plain")
+    assert same(final(tmp_path / "cut"), final(tmp_path / "plain"))
+
+
+def best_in_log(out: Path) -> int | None:
+    return max(validations(out).values(), key=lambda line: line["validation/oracle"])["step"]
+
+
+def test_a_run_goes_on_from_the_model_in_best_or_later(tmp_path):
+    """The second time it is measured a little worse, as on GPUs, so that the record of an earlier step would stand."""
+    given = SCORED | {"save_every": 100, "patience": 3}
+
+    class Interrupted(Scripted):
+        def loss(self, model, batch, generator):
+            if model.training and not self.values:
+                raise OSError("the machine is gone")
+            return super().loss(model, batch, generator)
+
+    config = toy_config(**given)
+    with pytest.raises(OSError, match="gone"):
+        fit(Interrupted(config, [0.1, 0.3, 0.2, 0.5, 0.3]), config.training, tmp_path, config)
+    assert step_of(tmp_path / BEST) == 3
+    fit(Scripted(config, [0.29, 0.28, 0.27]), config.training, tmp_path, config)
+    assert [line["validation/oracle"] for line in validations(tmp_path).values()] == [
+        *(0.1, 0.3, 0.2, 0.5, 0.29, 0.28, 0.27)
+    ]
+    assert best_in_log(tmp_path) == step_of(tmp_path / BEST) == 3
+    assert step_of(tmp_path / "final") == 6
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before it is there", "after it is there"])
+def test_a_run_that_ends_while_best_is_written_has_it_when_it_goes_on(tmp_path, monkeypatch, caplog, after):
+    config = toy_config(**SCORED, patience=3)
+    values = [0.1, 0.2, 0.3, 0.5, 0.4, 0.4, 0.4]
+    fit(Scripted(config, values), config.training, tmp_path / "whole", config)
+    write = Trainer.write_model
+
+    def dying(self: Trainer, model: nn.Module, name: str, done: int) -> Path:
+        if done < 3 or after:
+            write(self, model, name, done)
+        if done == 3:
+            raise OSError("the machine is gone")
+        return self.out / name
+
+    monkeypatch.setattr(Trainer, "write_model", dying)
+    with pytest.raises(OSError, match="gone"):
+        fit(Scripted(config, values), config.training, tmp_path / "cut", config)
+    assert (step_of(tmp_path / "cut" / BEST), best_in_log(tmp_path / "cut")) == (3 if after else 2, 3)
+    monkeypatch.undo()
+    fit(Scripted(config, values[4:]), config.training, tmp_path / "cut", config)
+    weights = [load_file(tmp_path / run / BEST / "model.safetensors") for run in ("whole", "cut")]
+    assert same(*weights)
+    assert logged(tmp_path / "cut")[-1] == logged(tmp_path / "whole")[-1]
+    assert [step_of(tmp_path / "cut" / name) for name in (BEST, "final")] == [3, 6]
+    assert "was not kept" not in caplog.text
+
+
+def test_patience_counts_as_if_the_run_had_not_ended(tmp_path):
+    given = SCORED | {"save_every": 4, "patience": 3, "steps": 9}
+    values = [0.1, 0.5, 0.2, 0.2]
+    config = toy_config(**given)
+    fit(Scripted(config, [*values, 0.2]), config.training, tmp_path / "whole", config)
+    with pytest.raises(IndexError):  # within the validation that would be the last
+        fit(Scripted(config, values), config.training, tmp_path / "cut", config)
+    fit(Scripted(config, [0.2, 0.2]), config.training, tmp_path / "cut", config)
+    assert [step_of(tmp_path / run / "final") for run in ("whole", "cut")] == [4, 4]
+    assert list(validations(tmp_path / "cut")) == list(validations(tmp_path / "whole")) == [0, 1, 2, 3, 4]
+
+
+def test_a_best_model_that_was_not_kept_is_named(tmp_path, caplog):
+    early = toy_config(**{**SCORED, "best": None}, steps=3)
+    fit(Scripted(early, [0.1, 0.5, 0.2, 0.3]), early.training, tmp_path, early)
+    config = toy_config(**SCORED)
+    fit(Scripted(config, [0.4, 0.6, 0.2]), config.training, tmp_path, config)
+    assert (
+        "training.best: oracle was best after step 1 (0.5), and the model of then was not kept; until it is better, "
+        "best/ is missing"
+    ) in caplog.text
+    assert step_of(tmp_path / BEST) == 5
+
+
+def test_a_best_model_of_steps_that_are_lost_is_named(tmp_path, caplog):
+    config = toy_config(**SCORED, keep=9)
+    fit(Scripted(config, [0.1, 0.3, 0.2, 0.2, 0.5, 0.2, 0.2]), config.training, tmp_path, config)
+    shutil.rmtree(tmp_path / "final")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoints/step_{step:07d}")
+    fit(Scripted(config, [0.2, 0.2, 0.4, 0.2]), config.training, tmp_path, config)
+    assert (
+        "best after step 1 (0.3), and the model of then was not kept; until it is better, best/ is that of step 4"
+        in (caplog.text)
+    )
+    assert step_of(tmp_path / BEST) == best_in_log(tmp_path) == 5
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes

@@ -207,6 +207,23 @@ def two_processes(out: Path) -> None:
     except Stopped as stop:
         facts["stopped"] = str(stop)
     facts["seen_after_stop"] = len(train(out / "stopped").seen)
+
+    class ValidatedJob(ToyJob):
+        """SIGTERM to the second process alone, in the first of the two batches of the validation after three steps."""
+
+        def loss(self, model: nn.Module, batch: ToyBatch, generator: torch.Generator) -> Losses:
+            losses = super().loss(model, batch, generator)
+            if rank == 1 and len(self.seen) == 2 + 3 + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return losses
+
+    config = toy_config(save_every=100, validate_every=3)
+    validated = ValidatedJob(config)
+    try:
+        fit(validated, config.training, out / "validated", config)
+    except Stopped as stop:
+        facts["stopped_in_validation"] = [str(stop), len(validated.seen)]
+    train(out / "validated", validate_every=3)
     train(out / "minutes", save_every=100, save_minutes=1e-9, keep=9, validate_every=4)
     lines = [json.loads(line) for line in (out / "minutes/log.jsonl").read_text().splitlines()]
     facts["validations"] = [line for line in lines if "validation/loss" in line]
