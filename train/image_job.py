@@ -130,7 +130,6 @@ def held_out_images(source: ImageSource, shown: ImageSource, config: Divides) ->
 
     Raises DataError where none are held out, and for what `validation` names and cannot be used.
     """
-    check: Callable[[Sequence[int]], None] = lambda places: None  # noqa: E731 - one of two
     if config.validation is not None:
         try:
             chosen = named_for_validation(config.validation, source.size)
@@ -140,13 +139,12 @@ def held_out_images(source: ImageSource, shown: ImageSource, config: Divides) ->
     else:
         chosen, words = shown, f"held-out images of {in_words(config.data)}"
         apart = not isinstance(config.data, ShapesConfig) and parts_of(config.data).held_out is not None
-        if apart:
-            check = refuse(source, chosen, "data")
-        elif not config.held_out:
+        if not apart and not config.held_out:
             raise DataError(
                 "training.validate_every: no images are held out (held_out=0): keep a share of them with held_out=0.1, "
                 "or name others, such as validation.kind=folder validation.path=FOLDER"
             )
+        check = refuse(source, chosen, "data" if apart else "held_out")  # a share may hold copies of what is trained on
     return HeldOut(len(chosen), lambda places, _: chosen.batch(places), words, check)
 
 

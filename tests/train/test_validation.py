@@ -476,6 +476,21 @@ def test_data_that_cannot_be_validated_on_are_named(tmp_path, folders, capsys, w
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
+def test_copies_within_one_data_set_are_named(tmp_path, folders, capsys):
+    """Of eight images and a copy of each two are held out, and their copies are trained on."""
+    where = tmp_path / "images"
+    where.mkdir()
+    for number in range(16):
+        (where / f"{number:02d}.png").write_bytes((folders / f"a/{number % 8}.png").read_bytes())
+    data = f"data={{kind: folder, path: {where}}}"
+    assert autoencoder(tmp_path / "out", folders, data, "held_out=0.1", "training.validate_every=1") == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(
+        r"held_out: 2 of 2 held-out images are trained on, too: \S*/(\d\d).png \(it is \S*/(\d\d).png\), .*; name", said
+    )
+    assert autoencoder(tmp_path / "out", folders, data, "held_out=0.1") == 0  # nothing is validated on
+
+
 def test_an_autoencoder_validates_on_other_images(tmp_path, folders):
     words = (f"validation={{kind: folder, path: {folders / 'b'}}}", "held_out=0", "training.validate_every=1")
     assert autoencoder(tmp_path, folders, *words, "training.validation_scores=psnr", "training.best=psnr") == 0
