@@ -30,7 +30,6 @@ from imgtok.files import file_sha256, name_after, replacing
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import Pipeline, Precision, batches_of, pipeline
 from imgtok.hub import Found, controls_of, resolve
-from imgtok.metrics.saved_images import SavedImages
 from imgtok.runtime import Blocks, cpu_threads, process_state
 from imgtok.sample.benchmark import page
 from imgtok.sample.benchmark.items import METADATA, Item, folders_in, items_in, items_of, profile_of
@@ -356,10 +355,14 @@ class Reading:
                 f"images: an odd number of captions, {len(self.items['swap'])}, is taken of {self.folders['swap']}, "
                 "and those of split swap come in pairs; give an even num=... and both images of each pair"
             )
-        sizes = {SavedImages(folder).size for folder in self.folders.values()}
-        if len(sizes) > 1 or any(height != width for height, width in sizes):
-            raise ValueError(f"images: {config.images} holds images of {sorted(sizes)} pixels; they must be squares")
-        (self.size, _) = next(iter(sizes))
+        paths = [item.path for items in self.items.values() for item in items if item.path is not None]
+        sizes = {pictures.decode_image(path.read_bytes(), str(path)).size for path in paths}
+        if len(sizes) > 1 or any(width != height for width, height in sizes):
+            found = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+            raise ValueError(
+                f"images: {config.images} holds images of {found} pixels; they must be squares, all of one size"
+            )
+        ((self.size, _),) = sizes
         self.in_words = {"images": str(config.images)}
         digests = {
             split: [file_sha256(item.path)[:16] for item in items if item.path is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,30 @@ def test_folders_that_cannot_be_judged(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a red circle"}\n')
     with pytest.raises(FileNotFoundError, match="b.png: has a caption, and is not there"):
         main(Config(images=tmp_path))
+
+
+def test_a_list_of_captions_is_read_and_nothing_else_is_said_of_it(tmp_path, caplog):
+    for name in ("a", "b", "no caption"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    lines = [json.dumps({"file_name": f"{name}.png", "text": "a red circle"}) for name in ("a", "b")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with caplog.at_level(logging.INFO):
+        reading = job.Reading(Config(images=tmp_path))
+    assert [item.text for item in reading.items["images"]] == ["a red circle"] * 2
+    assert reading.size == 32
+    assert caplog.text == ""  # and not that captions in metadata.jsonl are not read, as they are not in training
+
+
+@pytest.mark.parametrize(("size", "found"), [((32, 16), "32x16, 32x32"), ((64, 64), "32x32, 64x64")])
+def test_images_of_several_sizes_are_refused(tmp_path, size, found):
+    for name, own in (("a", (32, 32)), ("b", size)):
+        Image.new("RGB", own).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a red circle")
+    with pytest.raises(ValueError, match=f"holds images of {found} pixels; they must be squares, all of one size"):
+        job.Reading(Config(images=tmp_path))
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"b\.png.*not an image"):
+        job.Reading(Config(images=tmp_path))
 
 
 @pytest.mark.parametrize("words", [["benchmark=shapes"], ["--benchmark", "shapes"], ["--benchmark=shapes"], ["shapes"]])
