@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -433,23 +434,24 @@ class Drawing:
         """Before a call of the pipeline: gives it latents that moved for this call alone, and where a control looks at
         the call, the conditional half of it, with gradients.
         """
-        if self.asking or not given:
+        if self.asking:
             return None
+        named = {**dict(zip(ARGUMENTS, given, strict=False)), **options}
         if self.moved is not None:
-            given, self.moved = (self.moved, *given[1:]), None
-        coming, rows = self.coming, len(given[0])
+            named["sample"], self.moved = self.moved, None
+        coming, rows = self.coming, len(named["sample"])
         if coming is None:
-            return given, options
+            return (), named
         if self.guided:
             self.watch.bias = None
-            negative = part_of((given, options), slice(rows // 2), rows)
-            coming.negative = self._ask(*negative[0], **negative[1])
-            given, options = part_of((given, options), slice(rows // 2, rows), rows)
+            coming.negative = self._ask(**part_of(named, slice(rows // 2), rows))
+            named = part_of(named, slice(rows // 2, rows), rows)
         if not self.pipe.unet.is_gradient_checkpointing:  # what the layers after the last one do is not looked at
             self.watch.complete = functools.partial(torch.set_grad_enabled, False)
         torch.set_grad_enabled(True)
-        self.watch.bias, self.watch.maps = coming.texts.bias, []
-        return given, {**options, "encoder_hidden_states": coming.texts.seen.to(self.dtype)}
+        texts = coming.weighted(self.texts)
+        self.watch.bias, self.watch.maps = texts.bias, []
+        return (), {**named, "encoder_hidden_states": texts.seen.to(self.dtype)}
 
     def _after_call(self, unet: Any, given: tuple[Any, ...], output: Any) -> Any:
         """After a call of the pipeline that a control looks at: its noise, of both halves again, without gradients."""
@@ -461,7 +463,8 @@ class Drawing:
         self.watch.maps = self.watch.complete = None
         torch.set_grad_enabled(False)  # as pipelines have it
         noise = output[0].detach()
-        return (noise if coming.negative is None else torch.cat([coming.negative, noise]),)
+        whole = noise if coming.negative is None else torch.cat([coming.negative, noise])
+        return (whole,) if isinstance(output, tuple) else type(output)(whole)
 
     def _ask(self, *given: Any, **options: Any) -> Tensor:
         """The U-Net's noise in a call that is none of the pipeline's."""
@@ -490,9 +493,9 @@ class Drawing:
         self.watch.complete = None
         return self._seen_maps()
 
-    def coming_maps(self, texts: Texts, told: Callable[[Tensor], None]) -> None:
+    def coming_maps(self, weighted: Callable[[Texts], Texts], told: Callable[[Tensor], None]) -> None:
         """See `Scene`."""
-        self.coming = Coming(texts, told)
+        self.coming = Coming(weighted, told)
 
     def _seen_maps(self) -> Tensor:
         """The mean (N, Q, T) of the maps that a call left."""
@@ -560,8 +563,8 @@ class Drawing:
 class Coming:
     """A call of the pipeline that a control looks at."""
 
-    texts: Texts
-    """For which it draws, all rows of the batch."""
+    weighted: Callable[[Texts], Texts]
+    """Gives the texts that it draws for, of those that there are when it is made."""
     told: Callable[[Tensor], None]
     """Is given the maps (B, Q, T)."""
     negative: Tensor | None = None
@@ -571,6 +574,10 @@ class Coming:
 def stop() -> None:
     """Ends a call of the U-Net. Raises Enough."""
     raise Enough
+
+
+ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
+"""Of a call of a U-Net, in their order: a pipeline may give any of them by place, or by name."""
 
 
 def part_of(given: Any, rows: slice, count: int) -> Any:

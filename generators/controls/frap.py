@@ -322,11 +322,14 @@ class WeightsRun:
         rows = torch.tensor(chosen, device=self.alpha.device)
         with torch.enable_grad():
             alpha = self.alpha.detach().requires_grad_()
-            texts = self.weighted(scene.texts, alpha)
             if later:  # the weights before the update draw this step, so its call can be looked at [summary]
-                scene.coming_maps(texts, lambda maps: self.update(scene, words, rows, alpha, maps[rows]))
+                scene.coming_maps(
+                    lambda texts: self.weighted(texts, alpha),
+                    lambda maps: self.update(scene, words, rows, alpha, maps[rows]),
+                )
                 return
-            maps = scene.maps(texts[rows], rows, None if scene.latents is None else scene.latents[rows])
+            texts = self.weighted(scene.texts, alpha)[rows]
+            maps = scene.maps(texts, rows, None if scene.latents is None else scene.latents[rows])
             self.update(scene, words, rows, alpha, maps)
         scene.texts = self.weighted(scene.texts, self.alpha)
 

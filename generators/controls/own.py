@@ -142,8 +142,9 @@ class OwnScene:
         chosen = [self.images[row] for row in rows.tolist()]
         return self.look.maps(self.captions_of(texts), self.content[rows], record, self.seed, chosen)
 
-    def coming_maps(self, texts: Texts, told: Callable[[Tensor], None]) -> None:
+    def coming_maps(self, weighted: Callable[[Texts], Texts], told: Callable[[Tensor], None]) -> None:
         """See `Scene`; no call draws all of an image, so this is a pass of its own."""
+        texts = weighted(self.texts)
         told(self.maps(texts, torch.arange(len(texts), device=texts.states.device)))
 
     def redraw(self) -> None:

@@ -134,9 +134,9 @@ class Scene(Protocol):
         """
         ...
 
-    def coming_maps(self, texts: Texts, told: Callable[[Tensor], None]) -> None:
-        """`maps` (B, Q, T) of the very call that draws the coming step, which is made for `texts`, of all prompts:
-        `told` is given them when that call is made, with gradients.
+    def coming_maps(self, weighted: Callable[[Texts], Texts], told: Callable[[Tensor], None]) -> None:
+        """`maps` (B, Q, T) of the very call that draws the coming step, which is made for the texts as all controls
+        have left them by then, `weighted`: `told` is given them when that call is made, with gradients.
         """
         ...
 

@@ -173,8 +173,9 @@ def test_weights_lower_their_objective(sd):
     assert losses[2] < losses[1] < losses[0]
 
 
-def looked_at_alone(drawing: adapter.Drawing, texts, told) -> None:
+def looked_at_alone(drawing: adapter.Drawing, weighted, told) -> None:
     """`coming_maps` by a pass of its own."""
+    texts = weighted(drawing.texts)
     told(drawing.maps(texts, torch.arange(len(texts)), drawing.latents))
 
 
@@ -226,6 +227,63 @@ def test_one_call_draws_a_step_and_is_looked_at(monkeypatch, way, changes):
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(torch.tensor(one["loss"]), torch.tensor(other["loss"]), atol=1e-5, rtol=1e-5)
         assert one["weights"] == [pytest.approx(weights, abs=1e-3) for weights in other["weights"]]
+
+
+class Louder:
+    """A control, and its run, that makes the states of all texts larger before every step."""
+
+    config = None
+
+    def start(self, scene):
+        return self
+
+    def act(self, scene):
+        scene.texts = dataclasses.replace(scene.texts, states=1.5 * scene.texts.states)
+
+
+@pytest.mark.parametrize("way", ["interpolate", "logit"])
+def test_what_a_later_control_changes_is_drawn_in_the_same_step(sd, way):
+    """The call that FRAP looks at is made for the texts of all controls; one that hub does not list acts after it."""
+    frap, found, notes = AdaptiveWeights(AdaptiveWeightsConfig(way=way)), [], []
+    prompt = Prompt(adapter.parse(PROMPT), adapter.spans_of(sd.tokenizer, PROMPT))
+    for controls in ([frap, Louder()], [Louder(), frap]):
+        drawing = adapter.Drawing(sd, [prompt], [], options())
+        found.append(drawing.draw(controls, PROMPT, 1).images)
+        notes.append(drawing.notes)
+    assert torch.equal(*found)
+    assert notes[0] == notes[1]
+    assert not torch.equal(found[0], controlled(sd, [frap]))
+
+
+def by_place(unet, monkeypatch):
+    """From now on the pipeline's calls give the first three arguments by place, and take what is not a tuple."""
+    call = type(unet).__call__
+
+    def called(self, sample, timestep, encoder_hidden_states, *, return_dict=True, **options):
+        found = call(self, sample, timestep, encoder_hidden_states, **options)
+        return found if return_dict else (found.sample,)
+
+    monkeypatch.setattr(type(unet), "__call__", called)
+
+
+def by_name(unet, monkeypatch):
+    """From now on the pipeline's calls give every argument by its name."""
+    call = type(unet).__call__
+
+    def called(self, sample, timestep, **options):
+        return call(self, sample=sample, timestep=timestep, **options)
+
+    monkeypatch.setattr(type(unet), "__call__", called)
+
+
+@pytest.mark.parametrize("calls", [by_place, by_name])
+def test_a_network_may_be_called_by_place_or_by_name(monkeypatch, calls):
+    pipe = tiny_diffusion.sdxl()
+    once = SemanticMergeConfig(binding_steps=0, entropy_steps=1, entropy_passes=1, latent="once", step=300.0)
+    controls = [once, AdaptiveWeightsConfig(change=0.4)]
+    expected = controlled(pipe, controls)
+    calls(pipe.unet, monkeypatch)
+    assert torch.equal(controlled(pipe, controls), expected)
 
 
 def test_a_pass_ends_at_the_last_layer_that_is_looked_at(sd, monkeypatch):
