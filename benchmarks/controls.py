@@ -3,9 +3,9 @@
     python benchmarks/controls.py [--rounds 3] [--steps 50] [--only sdxl,gpt,xar]
 
 Three generators of random weights, an image a call: a tiny SDXL of diffusers (8 x 8 latents), a GPT with
-cross-attention (64 tokens, width 256) and an xAR with text (16 x 16 latents, width 256). Plain, ToMe, FRAP and both, by
-default and by the cheaper settings below, take turns, in the other order every second round; ratios are of the CPU
-seconds of one round, and their median is printed.
+cross-attention (64 tokens, width 256) and an xAR with text (16 x 16 latents, width 256). Plain, each control and ToMe
+with FRAP, by default and by the cheaper settings below, take turns, in the other order every second round; ratios are
+of the CPU seconds of one round, and their median is printed.
 Calls count evaluations of a row, so that a guided step is two; a pass with gradients costs about three. The peak is
 what the process has more during a call than before it, on Linux. Prompts have two objects with a colour each; ToMe's
 passes that stop early cost less with trained weights.
@@ -44,7 +44,8 @@ Controls = list[Any]
 TOME = SemanticMergeConfig(binding_updates=1, entropy_passes=1, look=0.25)
 FRAP = AdaptiveWeightsConfig(updates=3, look=0.25)
 VARIANTS: dict[str, Controls] = {
-    "plain": [], "tome": ["tome"], "frap": ["frap"], "tome,frap": ["tome", "frap"],
+    "plain": [], "uncontextualised": ["uncontextualised"],
+    "tome": ["tome"], "frap": ["frap"], "tome,frap": ["tome", "frap"],
     "tome, cheaper": [TOME], "frap, cheaper": [FRAP], "tome,frap, cheaper": [TOME, FRAP],
 }  # fmt: skip
 WIDTH = 64
