@@ -56,6 +56,7 @@ class FromClass:
 
     text_length: ClassVar[int] = 0
     text_encoder: ClassVar[str | None] = None
+    controls: ClassVar[tuple[str, ...]] = ()
     """It reads no text."""
 
     def __post_init__(self) -> None:
@@ -81,6 +82,9 @@ class FromText:
     empty_length: Annotated[PositiveInt, FROM_DATA] = 1
     """Features of the empty caption, by which the text encoder is known again; training fills it in from the text
     cache."""
+    controls: Annotated[tuple[str, ...], FROM_DATA] = ()
+    """Controls of prompts, by kind, that act on every prompt, as they did on the captions of training; training fills
+    it in from the text cache."""
     context_layers: NonNegativeInt = 0
     """Blocks in which a caption's features see each other before the network reads them, trained with the generator; 0
     for an encoder that has done so. 2 for encoder=words, which knows each word alone."""

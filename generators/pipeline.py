@@ -147,7 +147,8 @@ def pipeline(
     text_encoder: folder, Hub name or minilm, for a generator that reads text; without one, that which the generator
         names.
     exact, threads: see `Pipeline`.
-    controls: what is done to prompts while images are drawn, by kind (`imgtok.hub.CONTROLS`) or as configurations.
+    controls: what is done to prompts while images are drawn, by kind (`imgtok.hub.CONTROLS`) or as configurations;
+        those that the captions of its training had come by themselves.
 
     Raises FileNotFoundError for what is not there, ValueError for a model that is no generator, or for a decoder that
     cannot decode what it draws.
@@ -202,7 +203,7 @@ class Pipeline:
         none or that this generator does not take.
         """
         generator.check_decoder(decoder)
-        self.controls: list[PromptControl] = controls_of(controls)
+        self.controls: list[PromptControl] = controls_of(controls, always=generator.config.condition.controls)
         if self.controls:
             from imgtok.generators.controls import own  # which knows generators: imported where they are controlled
 

@@ -36,11 +36,19 @@ def open_captions(folder: Path | None, images: TokenDataset | Latents) -> Captio
 
 
 def check_same_encoder(given: CaptionCacheInfo, wanted: CaptionCacheInfo) -> None:
-    """Raises DataError for text features to validate on that come from another encoder than those of training."""
+    """Raises DataError for text features to validate on that come from another encoder than those of training, or that
+    other controls acted on.
+    """
     if (given.fingerprint, given.width) != (wanted.fingerprint, wanted.width):
         raise DataError(
             f"validation_text: features of {given.encoder} ({given.fingerprint}), and text has those of "
             f"{wanted.encoder} ({wanted.fingerprint}); make them with `imgtok cache text encoder={wanted.encoder}`"
+        )
+    if given.controls != wanted.controls:
+        mine, theirs = (", ".join(one.controls) or "none" for one in (given, wanted))
+        raise DataError(
+            f"validation_text: features with controls of prompts {mine}, and text has those with {theirs}; make them "
+            f"with `imgtok cache text controls={','.join(wanted.controls) or '[]'}`"
         )
 
 
@@ -61,6 +69,7 @@ def condition_facts(
         "condition.text_length": captions.info.max_length,
         "condition.empty_length": len(captions.empty),
         "condition.text_encoder": captions.info.encoder,
+        "condition.controls": captions.info.controls,
     }
 
 

@@ -44,6 +44,8 @@ class CaptionCacheInfo(CacheInfo):
     """Most features of a caption; longer texts were cut off."""
     dtype: str
     """How features are stored."""
+    controls: tuple[str, ...] = ()
+    """Controls of prompts that acted on the features, by kind."""
     format: int = 2
     """Version of this layout."""
 

@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from imgtok.config import defaults, to_dict
 from imgtok.data.sources import NOT_TOLD, DataError, differing
 
+SINCE = {"class_names", "controls"}
+"""Fields, all of them tuples, that older caches do not have; where they are empty, digests are those of such caches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheInfo:
@@ -45,9 +48,7 @@ class CacheInfo:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with the model, the data set or any other field."""
-        told = asdict(self)
-        if not told.get("class_names", True):
-            del told["class_names"]  # as the digest of caches was that knew of none
+        told = {name: value for name, value in asdict(self).items() if name not in SINCE or value}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -78,12 +79,10 @@ class CacheInfo:
         except (SafetensorError, KeyError, ValueError) as error:
             raise cls.damaged(path, error) from error
         known = {field.name for field in fields(cls)}
-        if data.get("format") != cls.FORMAT or set(data) - known or known - set(data) - {"class_names"}:
+        if data.get("format") != cls.FORMAT or set(data) - known or known - set(data) - SINCE:
             version = f"{cls.PREFIX} cache of format {data.get('format')}, this version reads format {cls.FORMAT}"
             raise DataError(f"{path}: {version}")
-        if "class_names" in data:
-            data["class_names"] = tuple(data["class_names"])
-        return cls(**data)
+        return cls(**data | {name: tuple(data[name]) for name in SINCE & set(data)})
 
     @classmethod
     def damaged(cls, path: Path, error: Exception) -> DataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from imgtok.data.captions import CaptionDataset
 from imgtok.data.loaders import token_loader
 from imgtok.data.sources import DataError
 from imgtok.data.tokens import TokenDataset
+from imgtok.generators.controls.uncontextualised import UncontextualisedConfig
 from imgtok.generators.pipeline import Pipeline
 from imgtok.metrics.saved_images import SavedImages
 from imgtok.shapes.captions import VOCABULARY, caption
@@ -36,6 +38,7 @@ from imgtok.text.words import build
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
 from imgtok.train import cache_text
+from imgtok.train.captions import check_same_encoder
 from imgtok.train.failure import tensors_of
 
 CPU = torch.device("cpu")
@@ -281,6 +284,55 @@ def test_captions_may_stand_before_the_tokens(trained, t5, tmp_path):
     card = (tmp_path / "run/final/README.md").read_text()
     assert f'imgtok.pipeline("{tmp_path / "run/final"}")' in card
     assert "pipeline_tag: text-to-image" in card
+
+
+def test_controls_act_on_what_is_trained_on_and_on_what_is_drawn(trained, t5, tmp_path):
+    """The captions of training are those that the generator reads when it draws, without anybody naming a control."""
+    data = ("data.kind=shapes", "data.mode=text", "data.num_images=12")
+    run("cache", "text", t5, f"out={tmp_path / 'text'}", "max_length=24", "controls=uncontextualised", *data)
+    text, plain = CaptionDataset(tmp_path / "text"), CaptionDataset(trained / "text")
+    assert text.info.digest != plain.info.digest
+    run(
+        "train", "generator", f"init={trained / 'run/final'}", f"out={tmp_path / 'run'}",
+        f"tokens={trained / 'tokens'}", f"text={tmp_path / 'text'}", f"tokenizer={trained / 'tokenizer'}",
+        "training.steps=2", "training.batch_size=4", "training.learning_rate=1e-2",
+        "training.trackers=[]", "training.preview_every=0",
+    )  # fmt: skip
+    pipe = imgtok.pipeline(tmp_path / "run/final", device="cpu")
+    assert [control.config for control in pipe.controls] == [UncontextualisedConfig()]
+    off = imgtok.pipeline(tmp_path / "run/final", device="cpu", controls=[UncontextualisedConfig(strength=0)])
+    assert [control.config.strength for control in off.controls] == [0], "what is said by name counts"
+    read, generate = [], pipe.generator.generate
+    pipe.generator.generate = lambda captions, **how: read.append(captions) or generate(captions, **how)
+    texts = scene_texts(12)
+    number = next(i for i, said in enumerate(texts) if " and " in said and len(said.split()) < 20)
+    pipe(texts[number])
+    trained_on = text.features(number).float()
+    assert not torch.allclose(trained_on, plain.features(number).float(), atol=1e-2)
+    torch.testing.assert_close(read[-1].features[0, : len(trained_on)], trained_on, atol=2e-3, rtol=2e-3)
+    run("sample", tmp_path / "run/final", f"prompts={texts[number]}", "num=1", "grid=0", f"out={tmp_path / 'one'}")
+
+
+def test_captions_that_are_cut_off_stay_as_they_are(t5, tmp_path, caplog):
+    kinds = {"with": ("uncontextualised",), "without": ()}
+    short, plain = (cache(t5, tmp_path / name, max_length=6, controls=those) for name, those in kinds.items())
+    told = [message for message in caplog.messages if "captions stay as they are" in message]
+    assert told
+    assert all("the prompt is too long" in message for message in told)
+    number = next(i for i, said in enumerate(scene_texts(40)) if len(said.split()) > 20)
+    assert torch.equal(short.features(number), plain.features(number))
+
+
+def test_controls_that_cannot_act_on_captions(t5, tmp_path):
+    for kind, message in (("frap", "controls: frap looks at images"), ("grap", "controls: given 'grap', must be one")):
+        with pytest.raises(ValueError, match=message):
+            cache(t5, tmp_path / kind, controls=(kind,))
+
+
+def test_validation_has_the_controls_of_training(text):
+    other = dataclasses.replace(text.info, controls=("uncontextualised",))
+    with pytest.raises(DataError, match=r"controls of prompts none, and text has those with uncontextualised"):
+        check_same_encoder(text.info, other)
 
 
 @pytest.mark.skipif(importlib.util.find_spec(MINILM_PACKAGE) is None, reason="pip install 'imgtok[judges]'")
