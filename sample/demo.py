@@ -8,6 +8,7 @@ What the page shows is computed by the two classes below; gradio only lays it ou
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -198,6 +199,7 @@ def laid_out(gr: Any, found: Found, rebuilding: Rebuilding, drawing: Drawing | N
     def told(call: Callable[..., Any]) -> Callable[..., Any]:
         """A user's mistake as a message on the page."""
 
+        @functools.wraps(call)  # programs that use the page know a function by its name
         def safe(*given: Any) -> Any:
             try:
                 return call(*given)

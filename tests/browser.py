@@ -62,8 +62,8 @@ class Page:
             raise RuntimeError(found["exceptionDetails"])
         return found["result"].get("value")
 
-    def wait(self, code: str, seconds: float = 60) -> Any:
-        """The first value of an expression that is true."""
+    def wait(self, code: str, seconds: float = 300) -> Any:
+        """The first value of an expression that is true; a page on a busy machine takes minutes to open."""
         return until(lambda: self.value(code), f"{code} on the page", seconds)
 
     def upload(self, selector: str, path: Path) -> None:

@@ -1,16 +1,16 @@
-"""`imgtok demo`: what its page shows, and the page itself in a browser where gradio and Chromium are there."""
+"""`imgtok demo`: what its page shows, and the page itself as a program uses it, and in Chromium where that is there."""
 
 from __future__ import annotations
 
-import ast
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import browser
 import kinds
 import pytest
-import torch
 from PIL import Image
 
 from imgtok.cli import main
@@ -64,27 +64,6 @@ def test_new_images_at_each_number_of_tokens(tokenizer):
     assert drawing.at(None, 0, 5) == (None, "")
 
 
-def test_an_exported_generator_is_a_space_and_a_pipeline_of_diffusers(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = kinds.GPT | {"vocab_size": tokenizer.vocab_size, "num_tokens": 8}
-    gpt = kinds.build(kinds.Line(config=kinds.GPTConfig(**config), step=kinds.gpt_step))
-    pipe = Pipeline(gpt, tokenizer, device="cpu")
-    pipe.save_pretrained("model")
-    assert main(["export", "model", "layout=imgtok", "out=space"]) == 0
-    assert Path("space/requirements.txt").read_text() == "imgtok[demo]\n"
-    ast.parse(Path("space/app.py").read_text())
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import dynamic_modules_utils
-
-    modules = tmp_path / "modules"  # the variable of the same name was read when diffusers was imported
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(modules))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    theirs = DiffusionPipeline.from_pretrained("space", trust_remote_code=True).to("cpu")
-    images = theirs(classes=[2, 4], generator=torch.Generator().manual_seed(1)).images
-    assert [image.tobytes() for image in images] == [image.tobytes() for image in pipe(classes=[2, 4], seed=1)]
-    assert list(modules.rglob("pipeline.py"))
-
-
 def test_mistakes_are_named(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tokenizer.save_pretrained("model")
@@ -95,28 +74,59 @@ def test_mistakes_are_named(tokenizer, tmp_path, monkeypatch, capsys):
     assert "port" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def there(tokenizer, picture, tmp_path_factory) -> Path:
+    """A folder with a picture, and with the model whose page is `served`."""
+    folder = tmp_path_factory.mktemp("demo")
+    tokenizer.save_pretrained(folder / "model")
+    picture.save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(there) -> Iterator[str]:
+    """The address of the page, which the command serves."""
+    words = [sys.executable, "-m", "imgtok", "demo", str(there / "model"), "port=0", "device=cpu"]
+    quiet = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
+    try:
+        assert program.stdout is not None
+        said = next(line for line in program.stdout if "Running on local URL" in line)
+        yield said.split()[-1]
+    finally:
+        program.kill()
+        program.wait()
+
+
+@pytest.mark.slow
+def test_a_program_uses_the_page(tokenizer, picture, there, tmp_path, served):
+    """As a browser does: an image is uploaded, and another place of the slider shows another picture of it."""
+    from gradio_client import Client, handle_file
+
+    showing = demo.Rebuilding(tokenizer)
+    encoded = showing.encode(picture)
+    client = Client(served, verbose=False, download_files=tmp_path)
+    client.predict(handle_file(there / "picture.png"), api_name="/encode")
+    for place in (3, 0):
+        shown, cost = client.predict(place, api_name="/at")
+        expected, said = showing.at(encoded, place)
+        assert cost == said
+        with Image.open(shown) as image:
+            assert image.tobytes() == expected.tobytes()
+    assert showing.at(encoded, 0)[0].tobytes() != showing.at(encoded, 3)[0].tobytes()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
-def test_in_a_browser(tokenizer, picture, tmp_path):
+def test_in_a_browser(there, served):
     """An image is uploaded, and other tokens show another picture of it."""
-    pytest.importorskip("gradio")
-    tokenizer.save_pretrained(tmp_path / "model")
-    picture.save(tmp_path / "picture.png")
-    words = [sys.executable, "-m", "imgtok", "demo", str(tmp_path / "model"), "port=17860", "device=cpu"]
-    served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert served.stdout is not None
-        assert any("Running on local URL" in line for line in served.stdout)
-        with browser.chromium() as page:
-            page.open("http://127.0.0.1:17860")
-            page.wait("!!document.querySelector('#given input[type=file]')")
-            page.upload("#given input[type=file]", tmp_path / "picture.png")
-            shown = "(document.querySelector('#rebuilt img') || {}).src"
-            first = page.wait(shown)
-            assert "8 tokens" in page.wait("document.querySelector('#cost').innerText")
-            page.slide("#rate input[type=range]", 0)
-            page.wait(f"{shown} && {shown} !== {first!r}")
-            assert "1 token," in page.wait("document.querySelector('#cost').innerText")
-    finally:
-        served.kill()
-        served.wait()
+    with browser.chromium() as page:
+        page.open(served)
+        page.wait("!!document.querySelector('#given input[type=file]')")
+        page.upload("#given input[type=file]", there / "picture.png")
+        shown = "(document.querySelector('#rebuilt img') || {}).src"
+        first = page.wait(shown)
+        assert "8 tokens" in page.wait("document.querySelector('#cost').innerText")
+        page.slide("#rate input[type=range]", 0)
+        page.wait(f"{shown} && {shown} !== {first!r}")
+        assert "1 token," in page.wait("document.querySelector('#cost').innerText")
