@@ -31,6 +31,8 @@ from imgtok.tokenizers.base import Autoencoder, Tokenizer
 logger = logging.getLogger(__name__)
 
 POSITIONAL = "model"
+DRAW = "draw"
+"""The stage of new tokens or latents."""
 TOKENS = 8
 """Tokens that a generator of tokens draws, where it can draw fewer than all."""
 SIDE = 32
@@ -127,7 +129,7 @@ def subjects(config: Config, found: Found) -> Iterator[tuple[str, nn.Module, lis
     def draw(model: Any) -> Any:
         return model.generate(condition.to(model.device), seed=config.seed, indices=numbers, **options)
 
-    stages = [Stage("pass", train, draws=1), Stage("draw", draw, draws=1, whole=True)]
+    stages = [Stage("pass", train, draws=1), Stage(DRAW, draw, draws=1, whole=True)]
     if config.weights and not pipe.draws_tokens:  # latents stay in float32 where they are trained on, under autocast
         stages = stages[1:]
     yield "", pipe.generator, stages
@@ -226,6 +228,12 @@ def verdict(row: Row | None, precision: str) -> str:
     """Where they part, in words."""
     if row is None:
         return f"\nNo part is further from the CPU than {precision} explains."
+    if row.stage == DRAW:
+        why = f"it cannot be computed ({row.failed})" if row.failed else f"earlier than {precision} explains"
+        return (
+            f"\nThey part in {DRAW}, {why}. What is listed before it agrees: look at the key/value cache and at the "
+            "numbers that are drawn with."
+        )
     if not row.part:
         return (
             f"\nThey part in {row.stage}, though each module of it agrees on the same inputs: look at what is computed "
