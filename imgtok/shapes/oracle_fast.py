@@ -36,31 +36,53 @@ components of validation scenes (64 pixels clean, with noise of .1 and softened,
 with a share of .004 at most, while of those that were read rightly at 64 pixels 2 % had less than .008."""
 _CLEAR = 0.2
 """The most that may stay unexplained of a component that is surely read."""
-_AT_ONCE = 32  # components: what is computed of them stays in the processor's cache
+_IMAGES, _AT_ONCE = 16, 64  # images and components: what is computed of them stays in the processor's cache
+_WAITING = 256  # images whose doubtful components are searched together
 
 
 @torch.no_grad()
 def read(images: Tensor, *, scale: float = 1.0) -> list[list[Detection]]:
     """Objects in each image, as `oracle.read` finds them; images are (B, 3, S, S) in [0, 1], S at least 16."""
     oracle._check_images(images)
+    found: list[list[Detection]] = []
+    for start in range(0, len(images), _WAITING):
+        found += _read(images[start : start + _WAITING].detach().cpu().float().clamp(0.0, 1.0), scale)
+    return found
+
+
+def _read(images: Tensor, scale: float) -> list[list[Detection]]:
+    """Reads a few images at a time; what is doubtful in any of them is searched at the end, all at once."""
     found: list[list[Detection]] = [[] for _ in range(len(images))]
-    for start in range(0, len(images), 128):
-        parts = oracle._find(images[start : start + 128].detach().cpu().float().clamp(0.0, 1.0))
-        detections, doubtful = _explained(parts, scale)
-        for row in sorted(range(len(detections)), key=lambda row: doubtful[row]):  # of equal areas, those surely read
-            found[start + int(parts.image[row])].append(detections[row])
+    doubtful = []
+    for start in range(0, len(images), _IMAGES):
+        parts = oracle._find(images[start : start + _IMAGES])
+        parts = parts._replace(image=parts.image + start)
+        detections, sure = _quick(parts, scale)
+        for row in sure.nonzero()[:, 0].tolist():
+            found[int(parts.image[row])].append(detections[row])
+        doubtful.append(_rows(parts, ~sure))
+    rest = oracle._Parts(*(torch.cat(field) for field in zip(*doubtful, strict=True)))
+    for image, detection in zip(rest.image.tolist(), oracle._explained(rest, scale), strict=True):
+        found[image].append(detection)
+    # Of equal areas, those surely read come first.
     return [sorted(detections, key=lambda d: -d.area) for detections in found]
 
 
-def _explained(parts: oracle._Parts, scale: float, solid: bool = False) -> tuple[list[Detection], list[bool]]:
-    """What each component is, and of which the plain search said so; with `solid` only that texture is thought of."""
-    quick = [_explain(_rows(parts, rows), scale, solid) for rows in torch.arange(len(parts.image)).split(_AT_ONCE)]
-    found = [one for detections, _ in quick for one in detections]
-    doubtful = torch.cat([~sure for _, sure in quick])
-    rest = doubtful.nonzero()[:, 0]
+def _explained(parts: oracle._Parts, scale: float, solid: bool = False) -> list[Detection]:
+    """What each component is; with `solid` only that texture is thought of."""
+    found, sure = _quick(parts, scale, solid)
+    rest = (~sure).nonzero()[:, 0]
     for row, detection in zip(rest.tolist(), oracle._explained(_rows(parts, rest), scale, solid), strict=True):
         found[row] = detection
-    return found, doubtful.tolist()
+    return found
+
+
+def _quick(parts: oracle._Parts, scale: float, solid: bool = False) -> tuple[list[Detection], Tensor]:
+    """Readings of n components by the short search, and which of them are sure (n,)."""
+    starts = range(0, len(parts.image), _AT_ONCE)
+    each = [_explain(parts.rows(slice(start, start + _AT_ONCE)), scale, solid) for start in starts]
+    sure = [torch.empty(0, dtype=torch.bool), *(sure for _, sure in each)]
+    return [one for detections, _ in each for one in detections], torch.cat(sure)
 
 
 def _rows(parts: oracle._Parts, rows: Tensor) -> oracle._Parts:
@@ -72,12 +94,14 @@ class _Templates(NamedTuple):
 
     pictures: Tensor
     """(S, (1 + T) * B, G * G): the outline, then the shaded outlines."""
+    by_picture: Tensor
+    """(G * G, (1 + T) * B * S): the same of all shapes, to multiply patches by."""
     outline_outline: Tensor
-    """(S, B)"""
+    """(1, B, S)"""
     outline_shaded: Tensor
-    """(S, T, B)"""
+    """(T, B, S)"""
     shaded_shaded: Tensor
-    """(S, T, B)"""
+    """(T, B, S)"""
 
 
 @cache
@@ -100,9 +124,8 @@ def _templates() -> _Templates:
     outline, shaded = stack[:, :1], stack[:, 1:]
     return _Templates(
         stack.flatten(1, 2),
-        outline.square().sum(-1)[:, 0],
-        (outline * shaded).sum(-1),
-        shaded.square().sum(-1),
+        stack.flatten(1, 2).movedim(0, 1).flatten(0, 1).T,
+        *(each.sum(-1).movedim(0, -1).contiguous() for each in (outline.square(), outline * shaded, shaded.square())),
     )
 
 
@@ -116,8 +139,8 @@ def _shifts() -> Tensor:
     return torch.tensor([_shift(shape) for shape in range(len(SHAPES))])
 
 
-def _sample(difference: Tensor, rows: Tensor | None, centre: Tensor, radius: Tensor) -> Tensor:
-    """Patches (n, P, 3, G * G) of `difference`[rows], at P poses each: centre (n, P, 2) and radius (n, P) in pixels."""
+def _sample(difference: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
+    """Patches (n, 3, P, G * G) of `difference` at P poses each: centre (n, P, 2) and radius (n, P) in pixels."""
     axis = (torch.arange(_GRID) - (_GRID - 1) / 2.0) * (2.0 * _REACH / _GRID)
     n, poses = radius.shape
     places = centre[..., None] + radius[:, :, None, None] * axis  # (n, P, 2, G)
@@ -125,35 +148,30 @@ def _sample(difference: Tensor, rows: Tensor | None, centre: Tensor, radius: Ten
     shape = (n, poses, _GRID, _GRID)
     grid = torch.stack([places[:, :, 0, None, :].expand(shape), places[:, :, 1, :, None].expand(shape)], -1)
     mode = "bicubic" if difference.shape[-1] < oracle._PATCHES_SUFFICE else "bilinear"
-    source = difference if rows is None else difference[rows]
-    patches = F.grid_sample(source, grid.flatten(1, 2), mode=mode, padding_mode="zeros", align_corners=False)
-    return patches.view(n, 3, poses, _GRID**2).transpose(1, 2)
+    patches = F.grid_sample(difference, grid.flatten(1, 2), mode=mode, padding_mode="zeros", align_corners=False)
+    return patches.view(n, 3, poses, _GRID**2)
 
 
 def _costs(products: Tensor, background: Tensor, shape: Tensor | None) -> Tensor:
-    """What hypotheses cost beside the energy, (n, P, [S,] T, C), least over blur, in cells of the grid.
+    """What hypotheses cost beside the energy, (n, C, P, T, S), least over blur, in cells of the grid.
 
-    `products` are (n, P, 3, [S,] (1 + T) * B): patches times pictures; of one `shape` (n,) each, or of all.
+    `products` are (n, 3, P, (1 + T) * B * S): patches times pictures; of one `shape` (n,) each, S being 1, or of all.
     """
     t, palette = _templates(), torch.tensor(PALETTE)
-    blurs, textures = len(_BLURS), len(TEXTURES)
-    each = products.unflatten(-1, (1 + textures, blurs))  # (n, P, 3, [S,] 1 + T, B)
     weights = torch.cat([background[:, None], -palette.expand(len(background), -1, -1)], 1)  # (n, 1 + C, 3)
-    flat = each.flatten(3).transpose(1, 2).flatten(2)  # (n, 3, P * ...)
-    mixed = torch.bmm(weights, flat).view(len(background), len(COLOURS) + 1, *each.shape[1:2], *each.shape[3:])
-    with_outline, with_shaded = mixed[:, :1, ..., :1, :], mixed[:, 1:, ..., 1:, :]  # (n, C, P, [S,] T, B)
-    oo, os, ss = t.outline_outline, t.outline_shaded, t.shaded_shaded
-    if shape is not None:
-        oo, os, ss = oo[shape], os[shape], ss[shape]  # (n, B), (n, T, B)
-        oo, os, ss = oo[:, None, None, None], os[:, None, None], ss[:, None, None]
-    else:
-        oo, os, ss = oo[None, None, None, :, None], os[None, None, None], ss[None, None, None]
-    extra = (1,) * (oo.ndim - 2)
-    fixed = background.square().sum(1).view(-1, 1, *extra)
-    cross = (background @ palette.T).view(len(background), -1, *extra)
-    own = palette.square().sum(1).view(1, -1, *extra)
-    change = 2.0 * (with_outline + with_shaded) + (fixed * oo - 2.0 * cross * os + own * ss)
-    return change.amin(-1).movedim(1, -1)  # (n, P, [S,] T, C)
+    mixed = torch.bmm(2.0 * weights, products.flatten(2))
+    mixed = mixed.view(len(background), 1 + len(COLOURS), products.shape[2], 1 + len(TEXTURES), len(_BLURS), -1)
+    oo, os, ss = (
+        each if shape is None else each[..., shape].movedim(-1, 0)[:, None, ..., None]  # (n, 1, T, B, 1)
+        for each in (t.outline_outline, t.outline_shaded, t.shaded_shaded)
+    )
+    fixed = background.square().sum(1).view(-1, 1, 1, 1, 1)
+    cross = (background @ palette.T).view(len(background), -1, 1, 1, 1)
+    own = palette.square().sum(1).view(1, -1, 1, 1, 1)
+    model = fixed * oo - 2.0 * cross * os + own * ss  # (n, C, T, B, S)
+    change = mixed[:, :1, :, :1] + mixed[:, 1:, :, 1:]  # (n, C, P, T, B, S)
+    change += model[:, :, None]
+    return change.amin(4)
 
 
 def _explain(parts: oracle._Parts, scale: float, solid: bool = False) -> tuple[list[Detection], Tensor]:
@@ -165,15 +183,16 @@ def _explain(parts: oracle._Parts, scale: float, solid: bool = False) -> tuple[l
     table, centre, radius = _coarse(parts, low, high)
     if solid:
         table[:, :, 1:] = torch.inf
-    likely = table.flatten(2).amin(2).topk(_REFINED, dim=1, largest=False).indices
-    rows, shape = torch.arange(n).repeat_interleave(_REFINED), likely.flatten()
-    middle, extent = centre.repeat_interleave(_REFINED, 0), radius[rows, shape]
+    rows = torch.arange(n)[:, None]
+    shape = table.flatten(2).amin(2).topk(_REFINED, dim=1, largest=False).indices  # (n, K)
+    middle, extent = centre[:, None], radius[rows, shape]
     for round_, (step, factor) in enumerate(_ROUNDS):
-        costs, middle, extent = _refine(parts, rows, shape, middle, extent, step, factor, low, high)
-        table[rows, shape] = torch.minimum(table[rows, shape], costs)
+        errors, middle, extent = _refine(parts, shape, middle, extent, step, factor, low, high)
+        table[rows, shape] = torch.minimum(table[rows, shape], errors)
         if not round_:  # the better of them is refined further
-            best = costs.flatten(1).amin(1).view(n, _REFINED).argmin(1) + torch.arange(n) * _REFINED
-            rows, shape, middle, extent = rows[best], shape[best], middle[best], extent[best]
+            best = errors.flatten(2).amin(2).argmin(1, keepdim=True)
+            shape, middle, extent = shape[rows, best], middle[rows, best], extent[rows, best]
+    shape, middle, extent = shape[:, 0], middle[:, 0], extent[:, 0]
     if solid:
         table[:, :, 1:] = torch.inf
     flat = table.flatten(1)
@@ -211,24 +230,22 @@ def _coarse(parts: oracle._Parts, low: float, high: float) -> tuple[Tensor, Tens
     """Errors (n, S, T, C) over a ladder of radii about the centroids, these (n, 2), and the best radius (n, S)."""
     t = _templates()
     ladder = (parts.extent[:, None] * torch.tensor(_LADDER)).clamp(low, high)
-    centre = parts.centre[:, None].expand(-1, len(_LADDER), -1)
-    patches = _sample(parts.difference, None, centre, ladder)
-    products = (patches @ t.pictures.flatten(0, 1).T).unflatten(-1, (len(SHAPES), -1))
-    errors = _scaled(_costs(products, parts.background, None), parts.energy, ladder, parts.difference.shape[-1])
-    by_radius = errors.flatten(3).amin(3).argmin(1)  # (n, S)
-    return errors.amin(1), parts.centre, ladder.gather(1, by_radius)
+    patches = _sample(parts.difference, parts.centre[:, None].expand(-1, len(_LADDER), -1), ladder)
+    products = (patches.transpose(1, 2) @ t.by_picture).transpose(1, 2)
+    costs = _costs(products, parts.background, None)
+    errors = _scaled(costs, parts.energy, ladder, parts.difference.shape[-1])  # (n, C, P, T, S)
+    by_radius = errors.amin(3).amin(1).argmin(1)  # (n, S)
+    return errors.amin(2).transpose(1, 3).contiguous(), parts.centre, ladder.gather(1, by_radius)
 
 
 def _scaled(costs: Tensor, energy: Tensor, radius: Tensor, size: int) -> Tensor:
-    """Costs in units of the canvas area, with the energy that no hypothesis has yet explained."""
+    """Costs (n, C, P, T, S) in units of the canvas area, with the energy that no hypothesis has yet explained."""
     cell = (2.0 * _REACH / _GRID * radius / size) ** 2
-    extra = (1,) * (costs.ndim - 2)
-    return energy.view(-1, 1, *extra) + cell.view(*cell.shape, *extra) * costs
+    return energy.view(-1, 1, 1, 1, 1) + cell[:, None, :, None, None] * costs
 
 
 def _refine(
     parts: oracle._Parts,
-    rows: Tensor,
     shape: Tensor,
     centre: Tensor,
     radius: Tensor,
@@ -237,25 +254,27 @@ def _refine(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors (m, T, C) of the hypotheses (rows, shape), least over seven poses, and poses moved to where parabolas
-    through the least errors along x, y and the radius have their ends.
+    """Errors (n, K, T, C) of K shapes (n, K) of each component, least over seven poses, and poses moved to where
+    parabolas through the least errors along x, y and the radius have their ends.
     """
+    n, tried = shape.shape
     moves = torch.tensor(
         [(0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)], dtype=torch.float32
     )
-    centres = centre[:, None] + radius[:, None, None] * (step * moves[:, :2])
-    radii = (radius[:, None] * (1.0 + factor * moves[:, 2])).clamp(low, high)
-    patches = _sample(parts.difference, rows, centres, radii)
-    pictures = _templates().pictures[shape]  # (m, pictures, G * G)
-    products = torch.bmm(patches.flatten(1, 2), pictures.mT).unflatten(1, patches.shape[1:3])
-    errors = _scaled(
-        _costs(products, parts.background[rows], shape), parts.energy[rows], radii, parts.difference.shape[-1]
-    )
-    least = errors.flatten(2).amin(2)  # (m, 7)
-    here, more, less = least[:, :1], least[:, 1::2], least[:, 2::2]
+    centres = centre[:, :, None] + radius[:, :, None, None] * (step * moves[:, :2])
+    radii = (radius[:, :, None] * (1.0 + factor * moves[:, 2])).clamp(low, high)  # (n, K, 7)
+    patches = _sample(parts.difference, centres.flatten(1, 2), radii.flatten(1))
+    patches = patches.unflatten(2, (tried, -1)).transpose(1, 2).flatten(0, 1)  # (n * K, 3, 7, G * G)
+    products = torch.bmm(patches.flatten(1, 2), _templates().pictures[shape.flatten()].mT)
+    background, energy = parts.background.repeat_interleave(tried, 0), parts.energy.repeat_interleave(tried, 0)
+    costs = _costs(products.unflatten(1, (3, -1)), background, shape.flatten())
+    errors = _scaled(costs, energy, radii.flatten(0, 1), parts.difference.shape[-1])[..., 0]  # (n * K, C, 7, T)
+    least = errors.amin(3).amin(1).unflatten(0, (n, tried))  # (n, K, 7)
+    here, more, less = least[..., :1], least[..., 1::2], least[..., 2::2]
     bend = (more + less - 2.0 * here).clamp(min=1e-9)
-    best = (0.5 * (less - more) / bend).clamp(-1.0, 1.0)  # (m, 3), in steps
+    best = (0.5 * (less - more) / bend).clamp(-1.0, 1.0)  # (n, K, 3), in steps
     # One that lies outside three equal errors is no end of a parabola: stay.
     best = torch.where(bend > 1e-8, best, torch.zeros_like(best))
-    moved = centre + radius[:, None] * step * best[:, :2]
-    return errors.amin(1), moved, (radius * (1.0 + factor * best[:, 2])).clamp(low, high)
+    moved = centre + radius[..., None] * step * best[..., :2]
+    least_of_poses = errors.amin(2).mT.unflatten(0, (n, tried))
+    return least_of_poses, moved, (radius * (1.0 + factor * best[..., 2])).clamp(low, high)

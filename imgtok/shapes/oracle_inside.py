@@ -39,7 +39,7 @@ def read(images: Tensor, *, scale: float = 1.0, plain: bool = False) -> list[lis
     Images are (B, 3, S, S) in [0, 1]; below 64 pixels what is held is hardly seen.
     """
     oracle._check_images(images)
-    explained = oracle._explained if plain else _fast
+    explained = oracle._explained if plain else oracle_fast._explained
     found: list[list[Detection]] = [[] for _ in range(len(images))]
     for start in range(0, len(images), 128):
         seen = oracle._look(images[start : start + 128].detach().cpu().float().clamp(0.0, 1.0))
@@ -47,11 +47,6 @@ def read(images: Tensor, *, scale: float = 1.0, plain: bool = False) -> list[lis
         for image, detection in zip(parts.image.tolist(), _read(seen, parts, own, scale, explained), strict=True):
             found[start + image].append(detection)
     return [sorted(detections, key=lambda d: -d.area) for detections in found]
-
-
-def _fast(parts: oracle._Parts, scale: float, solid: bool) -> list[Detection]:
-    detections, _ = oracle_fast._explained(parts, scale, solid)
-    return detections
 
 
 def _read(seen: oracle._Seen, parts: oracle._Parts, own: Tensor, scale: float, explained: Explained) -> list[Detection]:

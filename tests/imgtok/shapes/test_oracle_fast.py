@@ -43,12 +43,25 @@ def test_readings_are_those_of_the_plain_search(size, count):
 def test_most_of_a_clear_picture_is_read_without_the_plain_search(monkeypatch):
     asked = []
     explain = oracle._explain
-    monkeypatch.setattr(
-        oracle, "_explain", lambda parts, scale: asked.append(len(parts.image)) or explain(parts, scale)
-    )
+
+    def counted(parts, scale, solid):
+        asked.append(len(parts.image))
+        return explain(parts, scale, solid)
+
+    monkeypatch.setattr(oracle, "_explain", counted)
     images = pictures(64, 16, start=40)
     found = oracle_fast.read(images)
     assert sum(asked) < 0.15 * sum(map(len, found))
+
+
+def test_readings_do_not_depend_on_which_images_are_read_together(monkeypatch):
+    images = damaged(pictures(32, 7, start=60))
+    alone = [names(one) for image in images for one in oracle_fast.read(image[None])[0]]
+    monkeypatch.setattr(oracle_fast, "_IMAGES", 2)
+    monkeypatch.setattr(oracle_fast, "_WAITING", 5)
+    together = oracle_fast.read(images)
+    assert len(together) == len(images)
+    assert [names(one) for detections in together for one in detections] == alone
 
 
 def test_nothing_and_noise():
@@ -58,6 +71,14 @@ def test_nothing_and_noise():
     assert nothing == []
     assert not any(one.known for one in unknown)
     assert oracle_fast.read(torch.zeros(0, 3, 32, 32)) == []
+
+
+def test_the_noise_is_measured_at_the_median():
+    noisy = 0.5 + 0.1 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noisy[1] = 0.5 + (noisy[1] - 0.5) / 2
+    assert oracle._noise(noisy).tolist() == pytest.approx([0.1, 0.05], rel=0.03)
+    noisy[:, :, 20:24, 20:24] += torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))  # few pixels, large
+    assert oracle._noise(noisy).tolist() == pytest.approx([0.1, 0.05], rel=0.03)
 
 
 def test_the_largest_around_is_that_of_a_pool():
