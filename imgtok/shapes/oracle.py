@@ -290,9 +290,9 @@ def _components(mask: Tensor) -> Tensor:
     """
     there = mask.numpy()
     places = np.flatnonzero(there)
-    number = np.zeros(there.size, np.int64)
-    number[places] = np.arange(len(places))
-    number = number.reshape(there.shape)
+    numbers = np.zeros(there.size, np.int64)
+    numbers[places] = np.arange(len(places))
+    number = numbers.reshape(there.shape)
     right = there[:, :, :-1] & there[:, :, 1:]
     below = there[:, :-1] & there[:, 1:]
     # Neighbours across a corner that a pixel beside both joins need no pair of their own.
