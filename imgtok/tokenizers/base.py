@@ -116,6 +116,8 @@ class Graph(NamedTuple):
     """Its arguments by name in their order, for two images; those with two rows take any number of them."""
     output: str
     """What it gives."""
+    sides: int = 0
+    """Where not 0, rows and columns (the last two dimensions of its inputs) are free too: any multiples of this."""
 
 
 OnBlock = Callable[[int, Tensor], None]
@@ -373,10 +375,12 @@ pictures = imgtok.to_pil(model.decode(latents))
 
     def graphs(self, image_size: int | None = None) -> dict[str, Graph]:
         """`encoder`, from images (B, 3, H, W) to the scaled means of their latents, and `decoder`, from latents to
-        images, not clamped; for images of `image_size` pixels a side, by default the fewest that it may be used at.
+        images, not clamped; for images of `image_size` pixels a side, by default of any height and width that are
+        multiples of its factor.
         """
         factor: int = self.config.factor
         side = image_size or max(32, 4 * factor)
+        pixels, cells = (0, 0) if image_size else (factor, 1)
         images = torch.zeros(2, 3, side, side, device=self.device)
         latents = torch.zeros(2, self.config.latent_channels, side // factor, side // factor, device=self.device)
 
@@ -384,8 +388,8 @@ pictures = imgtok.to_pil(model.decode(latents))
             return latents_of_moments(self.moments(images), None, self.config.scaling_factor)
 
         return {
-            "encoder": Graph(encoder, {"images": images}, "latents"),
-            "decoder": Graph(lambda latents: self.decode(latents), {"latents": latents}, "images"),
+            "encoder": Graph(encoder, {"images": images}, "latents", pixels),
+            "decoder": Graph(lambda latents: self.decode(latents), {"latents": latents}, "images", cells),
         }
 
     def decode(

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import kinds
 import pytest
+import torch
 
+import imgtok
 from imgtok.cli import main
 from imgtok.sample import onnx_files
 
-WRITTEN = ["vae", "flextok-vae"]
-"""What is exported in the slow tests, besides the codebook tokenizer of the fast one."""
+WRITTEN = ["flextok-vae", "karl", "tokenbridge_tokenizer"]
+"""What is exported besides a codebook tokenizer and lone autoencoders."""
+SIDE = replace(kinds.DCAE_SIDE, blocks=("ResBlock", "EfficientViTBlock"), kernels=(0, 5))
+ATTENTION = replace(kinds.LINES["dcae"], config=replace(kinds.SMALL_DCAE, encoder=SIDE, decoder=SIDE))
+"""A DC-AE with its attention, which divides by sums that can be 0."""
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +27,8 @@ def there(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def export(name: str) -> dict[str, dict]:
-    kinds.build(kinds.LINES[name]).save_pretrained("model")
+def export(line: kinds.Line) -> dict[str, dict]:
+    kinds.build(line).save_pretrained("model")
     assert main(["export", "model", "layout=onnx", "out=files"]) == 0
     parts = json.loads(Path("files/onnx.json").read_text())["parts"]
     assert {part["file"] for part in parts.values()} == {path.name for path in Path("files").glob("*.onnx")}
@@ -33,7 +39,7 @@ def export(name: str) -> dict[str, dict]:
 def test_a_codebook_tokenizer(caplog):
     pytest.importorskip("onnxruntime")
     caplog.set_level(logging.INFO)
-    parts = export("vq")
+    parts = export(kinds.LINES["vq"])
     assert parts["encoder"]["inputs"] == {"images": ["batch", 3, 16, 16]}
     assert parts["encoder"]["relative"] == 0.0  # ids
     assert parts["decoder"]["largest"] < 1e-5
@@ -42,11 +48,30 @@ def test_a_codebook_tokenizer(caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_flow_and_an_autoencoder(name):
+@pytest.mark.parametrize("line", [kinds.LINES["vae"], ATTENTION, kinds.LINES["maskgit_vqgan"]])
+def test_a_lone_autoencoder_takes_images_of_any_size(line):
+    """It was compared with torch at another size than it was made with; here it computes a third one."""
     pytest.importorskip("onnxruntime")
-    parts = export(name)
-    assert parts
+    parts = export(line)
+    assert parts["encoder"]["inputs"] == {"images": ["batch", 3, "2 rows", "2 columns"]}
+    assert parts["decoder"]["inputs"] == {"latents": ["batch", 4, "rows", "columns"]}
+    assert max(part["largest"] for part in parts.values()) < 1e-4
+    model, images = imgtok.load("model"), kinds.random(1, 3, 22, 48).clamp(-1, 1)
+    with torch.no_grad():
+        latents = model.encode(images)
+        expected = {"encoder": latents, "decoder": model.decode(latents)}
+    for part, given in (("encoder", {"images": images}), ("decoder", {"latents": latents})):
+        assert torch.allclose(onnx_files.computed(Path(f"files/{part}.onnx"), given), expected[part], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITTEN)
+def test_tokenizers_that_stand_on_an_autoencoder(name):
+    pytest.importorskip("onnxruntime")
+    parts = export(kinds.LINES[name])
+    own = {"encoder", "decoder_step"} if name == "flextok-vae" else set()
+    assert parts.keys() == own | {"autoencoder_encoder", "autoencoder_decoder"}
+    assert parts["autoencoder_encoder"]["inputs"] == {"images": ["batch", 3, 16, 16]}
     for name, part in parts.items():
         assert part["largest"] < (0.02 if part["output"] == "ids" else 1e-4), name
 
