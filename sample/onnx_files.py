@@ -176,7 +176,9 @@ def some(graph: Graph) -> dict[str, Tensor]:
 def computed(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
     """What onnxruntime gives."""
     runtime: Any = importlib.import_module("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # not of every constant that it leaves where it is
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     given = {name: tensor.numpy() for name, tensor in inputs.items()}
     return torch.from_numpy(session.run(None, given)[0])
 
