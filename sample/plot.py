@@ -29,6 +29,8 @@ POSITIONAL = "runs"
 LOG, VALIDATION = "log.jsonl", "validation/"
 ACROSS = 3
 """Diagrams in a row."""
+LINE, LETTER = 0.6, 0.08
+"""Inches of the legend that the line of an entry takes, and a letter of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ def draw(runs: Sequence[Run], figures: Sequence[str], against: Literal["steps", 
 
     columns = min(ACROSS, len(figures))
     rows = -(-len(figures) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained", dpi=120)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, figures, strict=False):
         draw_figure(axis, runs, name, against)
@@ -178,7 +180,11 @@ def draw(runs: Sequence[Run], figures: Sequence[str], against: Literal["steps", 
     for axis in axes:  # lines of training are faint in the first diagram, beside those of held-out images
         for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, line)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    width, height = figure.get_size_inches()
+    fitting = max(1, int(width / (LINE + LETTER * max(map(len, handles), default=1))))
+    across = min(fitting, len(handles) or 1)
+    figure.set_size_inches(width, height + 0.25 + 0.2 * -(-len(handles) // across))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False, fontsize=9)
     return figure
 
 

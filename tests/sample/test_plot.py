@@ -71,6 +71,17 @@ def test_what_is_drawn(runs):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x, training", "x, held out", "y, training"]
 
 
+@pytest.mark.parametrize("name", ["a", "fine-tuned from a model", "a run whose name is long enough for a line"])
+@pytest.mark.parametrize("figures", [["loss"], ["loss", "lr"]])
+def test_the_legend_is_no_wider_than_the_picture(runs, name, figures):
+    both = [read_run(run, f"{name} {number}") for number, run in enumerate(runs)]
+    figure = draw(both, figures, "steps")
+    figure.canvas.draw()
+    legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+    assert whole.y0 <= legend.y0 < legend.y1 < whole.y1 / 2
+
+
 def test_what_is_no_run_is_named(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"runs: \S*empty: no log.jsonl: this is not the folder of a training"):
