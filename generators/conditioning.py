@@ -83,7 +83,7 @@ class FromText:
     """Features of the empty caption, by which the text encoder is known again; training fills it in from the text
     cache."""
     controls: Annotated[tuple[str, ...], FROM_DATA] = ()
-    """Controls of prompts, by kind, that act on every prompt, as they did on the captions of training; training fills
+    """Controls of prompts, by kind, that act on every prompt as they did on the captions of training; training fills
     it in from the text cache."""
     context_layers: NonNegativeInt = 0
     """Blocks in which a caption's features see each other before the network reads them, trained with the generator; 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import logging
 import tempfile
 import time
@@ -148,7 +149,7 @@ def pipeline(
         names.
     exact, threads: see `Pipeline`.
     controls: what is done to prompts while images are drawn, by kind (`imgtok.hub.CONTROLS`) or as configurations;
-        those that the captions of its training had come by themselves.
+        those that acted on the captions of its training act by themselves.
 
     Raises FileNotFoundError for what is not there, ValueError for a model that is no generator, or for a decoder that
     cannot decode what it draws.
@@ -203,7 +204,11 @@ class Pipeline:
         none or that this generator does not take.
         """
         generator.check_decoder(decoder)
-        self.controls: list[PromptControl] = controls_of(controls, always=generator.config.condition.controls)
+        self.controls: list[PromptControl] = controls_of(controls)
+        named = {control.config.kind for control in self.controls}
+        trained_with = [kind for kind in generator.config.condition.controls if kind not in named]
+        self.controls_of_training: list[PromptControl] = controls_of(trained_with)
+        """Controls that act on every prompt as they did on the captions of training, where they can."""
         if self.controls:
             from imgtok.generators.controls import own  # which knows generators: imported where they are controlled
 
@@ -636,6 +641,11 @@ class Pipeline:
         for prompt, caption in captions.items():
             if rest := cut_off(prompt, caption, encoder.max_length):
                 logger.warning("prompts: %r is too long for %s: %r is not read", prompt, encoder.name, rest)
+        if self.controls_of_training:
+            from imgtok.generators.controls.captions import all_controlled
+
+            encode = functools.cache(lambda text: encoder.encode([text])[0])
+            captions = all_controlled(self.controls_of_training, captions, encode)
         return Captions.cat([captions[prompt] for prompt in prompts])
 
     # ------------------------------------------------ in blocks

@@ -236,11 +236,8 @@ def config_class(kind: str) -> type[Any]:
     return found
 
 
-def controls_of(
-    controls: str | Sequence[Any], settings: Mapping[str, Any] | None = None, *, always: Sequence[str] = ()
-) -> list[Any]:
-    """Controls of prompts, each given by the name of its kind, by its configuration, or as it is; and the kinds in
-    `always`, as they are by default, where none of the given ones is of that kind.
+def controls_of(controls: str | Sequence[Any], settings: Mapping[str, Any] | None = None) -> list[Any]:
+    """Controls of prompts, each given by the name of its kind, by its configuration, or as it is.
 
     In whatever order they are given, they act in that of `CONTROLS`, and those that are not there after them: states
     are replaced before they are merged, and what is merged should be merged before weights are given to it.
@@ -249,9 +246,7 @@ def controls_of(
     ValueError for a name that there is not or that stands twice, and for settings of a control that is not among them.
     """
     found, settings = [], dict(settings or {})
-    given = [controls] if isinstance(controls, str) else list(controls)
-    there = {one if isinstance(one, str) else getattr(one, "kind", None) or _kind_of(one) for one in given}
-    for one in [*(kind for kind in always if kind not in there), *given]:
+    for one in [controls] if isinstance(controls, str) else controls:
         kind = one if isinstance(one, str) else getattr(one, "kind", None)
         if kind is None:
             found.append(one)

@@ -229,9 +229,9 @@ def verdict(row: Row | None, precision: str) -> str:
     if row is None:
         return f"\nNo part is further from the CPU than {precision} explains."
     if row.stage == DRAW:
-        why = f"it cannot be computed ({row.failed})" if row.failed else f"earlier than {precision} explains"
+        why = f"earlier than {precision} explains" if row.error.of_ids and not row.failed else reason(row, precision)
         return (
-            f"\nThey part in {DRAW}, {why}. What is listed before it agrees: look at the key/value cache and at the "
+            f"\nThey part in {DRAW}: {why}. What is listed before it agrees: look at the key/value cache and at the "
             "numbers that are drawn with."
         )
     if not row.part:
@@ -240,12 +240,15 @@ def verdict(row: Row | None, precision: str) -> str:
             f"between them{': ' + row.failed if row.failed else ''}."
         )
     inside = f", in {row.place}" if row.place and row.place != row.part else ""
-    why = (
-        f"it cannot be computed ({row.failed})"
-        if row.failed
-        else (f"relative error {row.error.relative:.1e}, of which {precision} explains {row.explained.relative:.1e}")
-    )
+    why = reason(row, precision)
     return f"\nThey part first in {row.stage}, in {row.part}{inside}: {why}. What is listed before it agrees."
+
+
+def reason(row: Row, precision: str) -> str:
+    """What is wrong with a part."""
+    if row.failed:
+        return f"it cannot be computed ({row.failed})"
+    return f"relative error {row.error.relative:.1e}, of which {precision} explains {row.explained.relative:.1e}"
 
 
 def write(config: Config, found: Found, rows: Sequence[Row]) -> None:

@@ -61,7 +61,7 @@ torchvision>=0.26
 tqdm>=4.66
 transformers>=4.56
 """
-"""What imgtok and its extras `demo` and `text` need, as pyproject.toml has it, which an installed imgtok has not."""
+"""What imgtok and its extras `demo` and `text` need. It stands in pyproject.toml, too, which is not installed."""
 REQUIREMENTS = f"""# What imgtok needs. imgtok itself is not on PyPI: run `python -m build --wheel` in its repository
 # and copy dist/imgtok-*.whl into this folder, where app.py finds it. A Space also needs Python 3.11
 # or newer: write python_version: "3.11" into the header of its README.md.
@@ -93,13 +93,15 @@ class ImgtokPipeline(DiffusionPipeline):
         """The pipeline of imgtok."""
         return self.tokenizer.opened
 
-    def to(self, device=None, dtype=None):
+    def to(self, device=None, dtype=None, **_):
         """Where to compute, and in which arithmetic; weights stay in float32."""
         self.opened.to(device, dtype)
         return self
 
-    def save_pretrained(self, save_directory):
-        """Writes the models and these files into another folder."""
+    def save_pretrained(self, save_directory, *, variant=None, **_):
+        """Writes the models, as safetensors, and these files into another folder."""
+        if variant is not None:
+            raise ValueError(f"variant: given {variant!r}; the files of imgtok have no variants, leave it out")
         self.opened.save_pretrained(save_directory)
         write_files(Path(save_directory), draws=True)
 

@@ -24,7 +24,8 @@ ROUNDINGS = 4.0
 DRAWS = 3
 """How often they are; the largest error counts."""
 IN_DOUBT = 8
-"""How often they are of new tokens that seem to differ, since a single one that differs changes all after it."""
+"""How often weights and inputs are moved where drawn tokens seem to differ, since one that differs changes all after
+it."""
 
 
 @dataclass(frozen=True)

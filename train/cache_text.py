@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,8 +19,7 @@ from imgtok.data.captions import DTYPES, CaptionCacheInfo, CaptionShardWriter
 from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, Opened, in_words
 from imgtok.data.shards import as_begun
 from imgtok.data.sources import DataError
-from imgtok.generators.controls.captions import controlled
-from imgtok.generators.controls.scene import PromptControl
+from imgtok.generators.controls.captions import all_controlled, check_before_images
 from imgtok.hub import controls_of
 from imgtok.runtime import process_state
 from imgtok.text import words
@@ -56,9 +55,9 @@ class Config:
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that tokenizer training kept apart: the same as for `imgtok cache`."""
     controls: tuple[str, ...] = ()
-    """Controls of prompts that act on every caption, such as uncontextualised; a generator that is trained on these
-    features has them in all that it draws. Only those that look at no image can be named here; a caption that the
-    parser is not sure of stays as it is."""
+    """Controls of prompts that act on every caption, of those that docs/controls.md lists; a generator that is trained
+    on these features has them in all that it draws. Only those that look at no image can be named here; a caption that
+    the parser is not sure of stays as it is."""
     max_length: PositiveInt = 120
     """Most features of a caption; longer texts are cut off. An encoder with fewer positions (CLIP: 77) has its own
     limit."""
@@ -79,7 +78,7 @@ def main(config: Config) -> None:
     """Encodes the shards that are still missing; under several processes each writes its own."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    controls_of(config.controls)  # as is a control
+    check_before_images(controls_of(config.controls))
     if not _of_words(config):
         find_encoder(config.encoder)  # a mistyped name is said before the data are opened
     state = process_state()
@@ -102,7 +101,7 @@ def main(config: Config) -> None:
         width=encoder.width,
         max_length=encoder.max_length,
         dtype=config.dtype,
-        controls=config.controls,
+        controls=tuple(control.config.kind for control in controls_of(config.controls)),
     )
     part = "to train on" if config.split == "train" else "held out"
     share = "" if opened.has_held_out else f" (held_out={config.held_out:g})"
@@ -158,18 +157,6 @@ def encode_rows(
             "lengths": torch.tensor([one.features.shape[1] for one in found]),
             "indices": torch.tensor(chunk),
         }
-
-
-def all_controlled(
-    controls: Sequence[PromptControl], of: Mapping[str, Captions], encode: Callable[[str], Captions]
-) -> dict[str, Captions]:
-    """Captions by their text after controls acted on them; those on which they cannot act stay as they are."""
-    found = {text: controlled(controls, text, one, encode) for text, one in of.items()}
-    left = {text: why for text, why in found.items() if isinstance(why, str)}
-    if left:
-        why = next(iter(left.values()))
-        logger.warning("controls: %d of %d captions stay as they are: %s", len(left), len(of), why)
-    return {text: of[text] if isinstance(one, str) else one for text, one in found.items()}
 
 
 def write_shard(writer: CaptionShardWriter, shard: int, rows: Rows) -> None:

@@ -292,7 +292,7 @@ class Trainer:
         elif self.accelerator.is_main_process:
             there = "is missing" if held is None else f"is that of step {held}"
             logger.warning(
-                "training.best: %s was best after step %d (%.4g), and the model of then was not kept; until it is "
+                "training.best: %s was best after step %d (%.4g), and the model of that step was not kept; until it is "
                 "better, best/ %s",
                 self.figure, best.step, best.value, there,
             )  # fmt: skip

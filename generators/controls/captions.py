@@ -6,7 +6,8 @@ act here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,32 +17,50 @@ from imgtok.generators.controls.scene import Anchor, Prompt, PromptControl, Text
 from imgtok.text.captions import Captions
 from imgtok.text.parsing import parse
 
+logger = logging.getLogger(__name__)
+
+
+def check_before_images(controls: Sequence[PromptControl]) -> None:
+    """Raises ValueError for a control that does anything after it has started."""
+    for control in controls:
+        if not control.done_at_start:
+            raise ValueError(
+                f"controls: {control.config.kind} acts while images are drawn, and captions have none; name it in "
+                "`imgtok sample` or `imgtok evaluate shapes`"
+            )
+
+
+def all_controlled(
+    controls: Sequence[PromptControl], captions: Mapping[str, Captions], encode: Callable[[str], Captions]
+) -> dict[str, Captions]:
+    """Captions by their text after controls acted on them. Those on which they cannot act stay as they are, of which a
+    warning says how many: the parser is not sure of them, or they were cut off.
+
+    `encode` is that of the text encoder.
+    """
+    found, left = dict(captions), []
+    for text, one in captions.items():
+        try:
+            found[text] = controlled(controls, text, one, encode)
+        except ValueError as error:
+            left.append(error)
+    if left:
+        logger.warning("controls: %d of %d captions stay as they are: %s", len(left), len(captions), left[0])
+    return found
+
 
 def controlled(
     controls: Sequence[PromptControl], text: str, captions: Captions, encode: Callable[[str], Captions]
-) -> Captions | str:
-    """The features of one caption (1, T, W) after controls acted on them, or why they cannot: the parser is not sure of
-    it, or it was cut off.
+) -> Captions:
+    """The features of one caption (1, T, W) after controls acted on them; an empty one stays as it is.
 
-    `encode` is that of the text encoder. Raises ValueError for a control that looks at images, hides words or weighs
-    them.
+    Raises ValueError where they cannot act.
     """
     if not text.strip():
         return captions
-    try:
-        scene = CaptionScene(text, captions, encode)
-        runs = [control.start(scene) for control in controls]
-    except ValueError as error:
-        return str(error)
-    if looking := [run.config.kind for run in runs if run.looks(scene) > 0]:
-        raise ValueError(
-            f"controls: {looking[0]} looks at images, and captions have none; name it when images are drawn"
-        )
-    if scene.texts.bias is not None or scene.texts.weights is not None:
-        raise ValueError(
-            "controls: words are hidden or weighed, which a cache of features cannot tell; name such controls when "
-            "images are drawn"
-        )
+    scene = CaptionScene(text, captions, encode)
+    for control in controls:
+        control.start(scene)
     return Captions(scene.texts.states.to(captions.features.dtype), captions.mask, spans=captions.spans)
 
 

@@ -210,6 +210,7 @@ class AdaptiveWeights:
     """FRAP as a control of prompts; see the head of this file."""
 
     config_class: ClassVar[type] = AdaptiveWeightsConfig
+    done_at_start: ClassVar[bool] = False
 
     def __init__(self, config: AdaptiveWeightsConfig | None = None) -> None:
         self.config = config or AdaptiveWeightsConfig()

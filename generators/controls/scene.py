@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,8 @@ class PromptControl(Protocol):
     """A control of prompts. `hub.CONTROLS` lists them by kind."""
 
     config: Any
+    done_at_start: ClassVar[bool]
+    """Whether all that it does is done when it has started."""
 
     def start(self, scene: Scene) -> ControlRun:
         """Changes the texts before anything is drawn. Raises ValueError for prompts that it cannot act on."""

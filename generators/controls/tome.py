@@ -339,6 +339,7 @@ class SemanticMerge:
     """ToMe as a control of prompts; see the head of this file."""
 
     config_class: ClassVar[type] = SemanticMergeConfig
+    done_at_start: ClassVar[bool] = False
 
     def __init__(self, config: SemanticMergeConfig | None = None) -> None:
         self.config = config or SemanticMergeConfig()

@@ -48,25 +48,30 @@ class Uncontextualised:
     """Objects that are encoded alone, as a control of prompts; see the head of this file."""
 
     config_class: ClassVar[type] = UncontextualisedConfig
+    done_at_start: ClassVar[bool] = True
 
     def __init__(self, config: UncontextualisedConfig | None = None) -> None:
         self.config = config or UncontextualisedConfig()
 
     def start(self, scene: Scene) -> ControlRun:
-        """Replaces the states of all objects. Raises ValueError where the parser was not sure, and for a word that the
-        text encoder cut off.
+        """Replaces the states of all objects. Raises ValueError where the parser was not sure, for a word that the text
+        encoder cut off, and for a phrase that it reads in other pieces alone.
         """
         config, texts = self.config, scene.texts
         places = [(row, one) for row, prompt in enumerate(scene.prompts) for one in phrases_of(prompt)]
         if config.strength == 0 or not places:
             return Done(config)
         different = list(dict.fromkeys(phrase.text for _, phrase in places))
-        encoded = scene.encode(different).states
+        encoded = scene.encode(different)
         states, hidden = texts.states.clone(), torch.zeros_like(texts.mask)
         for row, phrase in places:
             columns = list(phrase.columns)
-            first = min(scene.prompts[row].words)  # what an encoder puts before the words, it puts before any phrase
-            alone = encoded[different.index(phrase.text), first : first + len(columns)]
+            words, number = scene.prompts[row].words, different.index(phrase.text)
+            if not texts.mask[row].all():  # encoders that fill up to one length do not say how many columns are words
+                marks = int(texts.mask[row].sum()) - len(words)
+                check_pieces(phrase, int(encoded.mask[number].sum()) - marks)
+            first = min(words)  # what an encoder puts before the words, it puts before any phrase
+            alone = encoded.states[number, first : first + len(columns)]
             states[row, columns] = replaced(states[row, columns], alone, config.strength, config.length)
             if config.keep == "head":
                 hidden[row, list(phrase.others)] = True
@@ -120,11 +125,20 @@ def phrases_of(prompt: Prompt) -> Iterator[Phrase]:
             together = all(start <= word.start and word.stop <= stop for word in words)
             if together and prompt.parse.parser != "given":
                 text, spans = prompt.parse.prompt[start:stop], prompt.spans.tolist()
-                columns = [column for column in prompt.words if start <= spans[column][0] and spans[column][1] <= stop]
+                columns = [column for column in prompt.words if spans[column][0] < stop and spans[column][1] > start]
             else:  # words that stand apart, as in "a circle and a square, both red", and those that a caller named
                 text = " ".join(word.text for word in words)
             head = set(prompt.columns([one.head]))
             yield Phrase(text, columns, [column for column in columns if column not in head])
+
+
+def check_pieces(phrase: Phrase, alone: int) -> None:
+    """Raises ValueError if the text encoder cuts a phrase into another number of pieces than in its prompt."""
+    if alone != len(phrase.columns):
+        raise ValueError(
+            f"prompt: the text encoder reads {phrase.text!r} in {alone} pieces alone, and in {len(phrase.columns)} "
+            "within the prompt, where its states have no place; leave the control uncontextualised out"
+        )
 
 
 def replaced(states: Tensor, alone: Tensor, strength: float, length: Literal["kept", "alone"]) -> Tensor:

@@ -225,7 +225,7 @@ def _cut(seen: _Seen, least_area: float) -> tuple[_Parts, Tensor]:
     """The components of at least some share of the canvas, and the pixels (n, S, S) that belong to each."""
     images, noise, background, mask = seen.images, seen.noise, seen.background, seen.mask
     size = images.shape[-1]
-    labels = _components(mask)[mask].long()
+    labels = _components(mask)[mask]
     names = labels[labels == mask.flatten().nonzero()[:, 0]]  # in rising order
     component = torch.searchsorted(names, labels)
     _, y, x = mask.nonzero(as_tuple=True)
@@ -309,8 +309,8 @@ def _components(mask: Tensor) -> Tensor:
         one, other = points_to[small], points_to[large]
         apart = one != other
         small, large = np.minimum(one, other)[apart], np.maximum(one, other)[apart]
-    labels = np.zeros(there.size, np.float32)
-    labels[places] = places[points_to]  # exact below 2**24
+    labels = np.zeros(there.size, np.int64)
+    labels[places] = places[points_to]
     return torch.from_numpy(labels).view_as(mask)
 
 

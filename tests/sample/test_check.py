@@ -126,7 +126,7 @@ def test_an_id_that_differs_early_is_explained_where_moved_weights_draw_another_
     assert row.explained.relative == 7 / 8
     assert row.parts is parts
     if parts:
-        expected = "They part in draw, earlier than bf16 explains. What is listed before it agrees"
+        expected = "They part in draw: earlier than bf16 explains. What is listed before it agrees"
         assert expected in job.verdict(row, "bf16")
 
 

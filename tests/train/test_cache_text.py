@@ -299,9 +299,9 @@ def test_controls_act_on_what_is_trained_on_and_on_what_is_drawn(trained, t5, tm
         "training.trackers=[]", "training.preview_every=0",
     )  # fmt: skip
     pipe = imgtok.pipeline(tmp_path / "run/final", device="cpu")
-    assert [control.config for control in pipe.controls] == [UncontextualisedConfig()]
+    assert [control.config for control in pipe.controls_of_training] == [UncontextualisedConfig()]
     off = imgtok.pipeline(tmp_path / "run/final", device="cpu", controls=[UncontextualisedConfig(strength=0)])
-    assert [control.config.strength for control in off.controls] == [0], "what is said by name counts"
+    assert not off.controls_of_training, "what is named is not done twice"
     read, generate = [], pipe.generator.generate
     pipe.generator.generate = lambda captions, **how: read.append(captions) or generate(captions, **how)
     texts = scene_texts(12)
@@ -311,6 +311,9 @@ def test_controls_act_on_what_is_trained_on_and_on_what_is_drawn(trained, t5, tm
     assert not torch.allclose(trained_on, plain.features(number).float(), atol=1e-2)
     torch.testing.assert_close(read[-1].features[0, : len(trained_on)], trained_on, atol=2e-3, rtol=2e-3)
     run("sample", tmp_path / "run/final", f"prompts={texts[number]}", "num=1", "grid=0", f"out={tmp_path / 'one'}")
+    for left_alone in ("", " ".join(["a red circle and"] * 9), "red red"):  # nobody named a control that could refuse
+        assert len(pipe(left_alone)) == 1
+        assert torch.equal(read[-1].features, pipe.encoder().encode([left_alone])[0].features)
 
 
 def test_captions_that_are_cut_off_stay_as_they_are(t5, tmp_path, caplog):
@@ -324,7 +327,10 @@ def test_captions_that_are_cut_off_stay_as_they_are(t5, tmp_path, caplog):
 
 
 def test_controls_that_cannot_act_on_captions(t5, tmp_path):
-    for kind, message in (("frap", "controls: frap looks at images"), ("grap", "controls: given 'grap', must be one")):
+    for kind, message in (
+        ("frap", "controls: frap acts while images are drawn"),
+        ("grap", "controls: given 'grap', must be one"),
+    ):
         with pytest.raises(ValueError, match=message):
             cache(t5, tmp_path / kind, controls=(kind,))
 

@@ -213,7 +213,7 @@ def usual_handlers() -> Iterator[None]:
 
 
 def cut_short(out: Path, act: Callable[[], object], *, batch: int, **changes: Any) -> ToyJob:
-    """A run in which `act` is called within the so-manieth batch that is validated on, from 1 on."""
+    """A run in which `act` is called within one of the batches that are validated on, counted from 1."""
     config = toy_config(**changes)
 
     class CutShort(ToyJob):
@@ -379,8 +379,8 @@ def test_a_best_model_that_was_not_kept_is_named(tmp_path, caplog):
     config = toy_config(**SCORED)
     fit(Scripted(config, [0.4, 0.6, 0.2]), config.training, tmp_path, config)
     assert (
-        "training.best: oracle was best after step 1 (0.5), and the model of then was not kept; until it is better, "
-        "best/ is missing"
+        "training.best: oracle was best after step 1 (0.5), and the model of that step was not kept; until it is "
+        "better, best/ is missing"
     ) in caplog.text
     assert step_of(tmp_path / BEST) == 5
 
@@ -393,7 +393,7 @@ def test_a_best_model_of_steps_that_are_lost_is_named(tmp_path, caplog):
         shutil.rmtree(tmp_path / f"checkpoints/step_{step:07d}")
     fit(Scripted(config, [0.2, 0.2, 0.4, 0.2]), config.training, tmp_path, config)
     assert (
-        "best after step 1 (0.3), and the model of then was not kept; until it is better, best/ is that of step 4"
+        "best after step 1 (0.3), and the model of that step was not kept; until it is better, best/ is that of step 4"
         in (caplog.text)
     )
     assert step_of(tmp_path / BEST) == best_in_log(tmp_path) == 5

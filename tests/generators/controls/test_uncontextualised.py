@@ -143,6 +143,17 @@ def test_in_a_pipeline_of_diffusers():
     assert torch.equal(images([UncontextualisedConfig(strength=0)]), images([]))
 
 
+def test_a_phrase_that_is_cut_otherwise_alone(model):
+    """As by an encoder whose pieces depend on what stands before them."""
+
+    def otherwise(prompts):
+        return encode([f"{prompt} !" if prompt == "a blue star" else prompt for prompt in prompts])
+
+    scene = OwnScene(model, [parse(PROMPT)], Captions.cat(encode([PROMPT])), otherwise, seed=0, indices=[0])
+    with pytest.raises(ValueError, match="'a blue star' in 4 pieces alone, and in 3 within the prompt"):
+        Uncontextualised().start(scene)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [("a red circle and " + "a " * 11 + "star", "'star'.*too long"), ("", "no words")],
