@@ -86,9 +86,7 @@ def there(tokenizer, picture, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(there) -> Iterator[str]:
     """The address of the page, which the command serves."""
-    pytest.importorskip(
-        "gradio", reason="gradio needs an older Pillow than other tests: docs/deploy.md"
-    )
+    pytest.importorskip("gradio", reason="gradio needs an older Pillow than other tests: docs/deploy.md")
     words = [sys.executable, "-m", "imgtok", "demo", str(there / "model"), "port=0", "device=cpu"]
     quiet = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
     program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
