@@ -2,6 +2,7 @@
 
     git clone https://github.com/FoundationVision/LlamaGen PATH
     python benchmarks/gpt.py --peer PATH
+    python benchmarks/gpt.py --peers transformers
 
 Each implementation is a process of its own and builds the same model from the same drawn weights. Before a case is
 timed, both sides take the most likely token of each step of one image, guided, and must find the same ids. Then they
@@ -80,7 +81,7 @@ def run(size: str, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, 
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__, "FoundationVision/LlamaGen")
+    parser = make_parser(__doc__, "FoundationVision/LlamaGen", needs_checkout=False)
     add = parser.add_argument
     add("--sizes", nargs="+", default=["B"], metavar="SIZE", help="B, L, XL, XXL, 3B, or width x depth as 128x2 (B)")
     add("--peers", nargs="+", choices=[*PEERS], default=[*PEERS], help="what to compare with (both)")
@@ -89,7 +90,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance", type=float, default=2.0, metavar="G", help="scale; 1 is none (2)")
     add("--peer-dtype", choices=("fp32", "bf16"), help="precision of the peer (that of ours)")
     arguments = parser.parse_args(argv)
-    arguments.peer = arguments.peer.resolve()
+    if arguments.peer is not None:
+        arguments.peer = arguments.peer.resolve()
     arguments.peer_dtype = arguments.peer_dtype or arguments.dtype
     for size in arguments.sizes:
         try:
@@ -100,13 +102,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 "width x depth such as 128x2, and tokens a square number"
             )
     arguments.sizes = [f"{size}:{arguments.tokens}" for size in arguments.sizes]
-    if "llamagen" in arguments.peers and not (arguments.peer / "autoregressive/models/generate.py").exists():
-        parser.exit(2, f"{arguments.peer} is no checkout of LlamaGen. It comes from:\n{needs(arguments)}\n")
+    if "llamagen" in arguments.peers:
+        if arguments.peer is None:
+            parser.exit(2, f"--peer names no checkout of LlamaGen. It comes from:\n{needs(arguments)}\n")
+        if not (arguments.peer / "autoregressive/models/generate.py").exists():
+            parser.exit(2, f"{arguments.peer} is no checkout of LlamaGen. It comes from:\n{needs(arguments)}\n")
     return arguments
 
 
 def needs(arguments: argparse.Namespace) -> str:
-    return NEEDS.format(path=arguments.peer, python=arguments.python)
+    return NEEDS.format(path=arguments.peer or "PATH", python=arguments.python)
 
 
 def main() -> None:

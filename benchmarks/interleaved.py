@@ -74,7 +74,8 @@ def both(name: str, arguments: argparse.Namespace, peer_name: str | None = None)
     """Ours and the peer's process, `workers/<name>_ours.py` and `_peer.py` (or `<peer_name>.py`), closed at the end."""
     peer_file = f"{peer_name or f'{name}_peer'}.py"
     ours = Worker("ours", [sys.executable, str(HERE / "workers" / f"{name}_ours.py")], [HERE.parent, *SHARED])
-    peer = Worker("the peer", [arguments.python, str(HERE / "workers" / peer_file)], [arguments.peer, *SHARED])
+    checkout = [arguments.peer] if arguments.peer else []
+    peer = Worker("the peer", [arguments.python, str(HERE / "workers" / peer_file)], [*checkout, *SHARED])
     try:
         yield ours, peer
     finally:
@@ -210,14 +211,14 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------- the program
 
 
-def make_parser(description: str | None, repository: str) -> argparse.ArgumentParser:
-    """What every benchmark of this kind is told."""
+def make_parser(description: str | None, repository: str, *, needs_checkout: bool = True) -> argparse.ArgumentParser:
+    """What every benchmark of this kind is told; without `needs_checkout` it says itself when `--peer` is missing."""
     first, _, rest = (description or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--peer", type=Path, required=True, metavar="PATH", help=f"a checkout of github.com/{repository}")
+    add("--peer", type=Path, required=needs_checkout, metavar="PATH", help=f"a checkout of github.com/{repository}")
     add("--python", default=sys.executable, metavar="FILE", help="interpreter with the peer's requirements (ours)")
     add("--rounds", type=int, default=5, help="timed pairs of calls for each row (5)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")

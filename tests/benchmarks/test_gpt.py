@@ -88,6 +88,16 @@ def test_every_peer_and_batch_has_a_row(program, tmp_path):
     assert rows[0].what == "256 tokens, guidance 2, against transformers"
 
 
+def test_transformers_needs_no_checkout(program, capsys):
+    assert program["parse"](["--peers", "transformers"]).peer is None
+    with pytest.raises(SystemExit) as error:
+        program["parse"]([])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert "--peer names no checkout of LlamaGen" in said
+    assert "git clone https://github.com/FoundationVision/LlamaGen PATH" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
