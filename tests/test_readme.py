@@ -56,6 +56,14 @@ def test_the_configurations_that_it_names_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_ci_runs_what_the_readme_says():
+    called = re.search(r"^make (.*)$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert called is not None
+    assert f"CI runs `{called[0]}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(called[1].split()) <= set(targets)
+
+
 # ---------------------------------------------------------------- Python
 
 

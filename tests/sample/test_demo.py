@@ -86,20 +86,23 @@ def there(tokenizer, picture, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(there) -> Iterator[str]:
     """The address of the page, which the command serves."""
-    pytest.importorskip("gradio", reason="gradio needs an older Pillow than other tests: docs/deploy.md")
     words = [sys.executable, "-m", "imgtok", "demo", str(there / "model"), "port=0", "device=cpu"]
     quiet = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
     program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
     try:
         assert program.stdout is not None
-        said = next(line for line in program.stdout if "Running on local URL" in line)
+        said = ""
+        while "Running on local URL" not in said:
+            line = program.stdout.readline()
+            assert line, f"the command ended before the page was there:\n{said}"
+            said += line
         yield said.split()[-1]
     finally:
         program.kill()
         program.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_a_program_uses_the_page(tokenizer, picture, there, tmp_path, served):
     """As a browser does: an image is uploaded, and another place of the slider shows another picture of it."""
     from gradio_client import Client, handle_file
@@ -117,8 +120,8 @@ def test_a_program_uses_the_page(tokenizer, picture, there, tmp_path, served):
     assert showing.at(encoded, 0)[0].tobytes() != showing.at(encoded, 3)[0].tobytes()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.page
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_in_a_browser(there, served):
     """An image is uploaded, and other tokens show another picture of it."""
     with browser.chromium() as page:
