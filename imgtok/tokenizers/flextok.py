@@ -393,7 +393,8 @@ class FlexTok(Tokenizer):
         """NesTok's losses, summed and one by one: the error with all tokens and with the prefix that was drawn, and how
         far apart their features are in the decoder. Both lengths have rows of their own, so neither sees the other.
         """
-        count, batch, seen = self.num_tokens, len(latents), list[Tensor]()
+        count, batch = self.num_tokens, len(latents)
+        seen: list[Tensor] = []
 
         def first_half(block: int, patches: Tensor) -> None:
             assert on_block is not None

@@ -58,6 +58,15 @@ def test_the_joint_pass_is_two_separate_ones(prediction):
     assert torch.equal(joint.codes, whole.codes)
 
 
+def test_two_lengths_compile_without_a_break():
+    plain, compiled = build(BOTH), build(BOTH)
+    draws = drawn(plain)
+    torch.compiler.reset()
+    traced = torch.compile(compiled.forward_drawn, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(IMAGES, draws).total, plain.forward_drawn(IMAGES, draws).total)
+    torch.compiler.reset()
+
+
 def test_a_prefix_of_all_tokens_is_twice_the_plain_loss():
     draws = drawn(both := build(BOTH), [8] * 4)
     found, plain = both.forward_drawn(IMAGES, draws), build(PLAIN).forward_drawn(IMAGES, draws)
