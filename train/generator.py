@@ -25,7 +25,7 @@ from imgtok.data.captions import CaptionDataset
 from imgtok.data.content import CONTENTS, Content
 from imgtok.data.images import DataError
 from imgtok.data.latents import LatentBatch
-from imgtok.data.overlap import refuse_shared_rows
+from imgtok.data.overlap import refuse_copies, refuse_shared_rows
 from imgtok.data.tokens import TokenBatch
 from imgtok.generators.conditioning import ConditionalGenerator
 from imgtok.generators.pipeline import ROWS, write_cards
@@ -289,8 +289,13 @@ class GeneratorJob(Job):
                     "training.validate_every: no images are held out: held_out=0.1 keeps a tenth of the cache's from "
                     f"training, or validation=FOLDER names another cache, of `{content.COMMAND} split=held_out`"
                 )
-            folder = config.tokens or config.latents
-            return self.rows_of(content, self.kept, self.captions, f"rows of {folder} that are held out")
+            trained, kept, folder = self.rows, self.kept, config.tokens or config.latents
+            held_out = self.rows_of(content, kept, self.captions, f"rows of {folder} that are held out")
+
+            def check(places: Sequence[int]) -> None:
+                refuse_copies(content.cache, trained, kept, [kept[place] for place in places])
+
+            return replace(held_out, check=check)
         other = content.beside(config.validation)
         content.check_like(other, "validation")
         refuse_shared_rows(content.cache, other.cache, "validation")

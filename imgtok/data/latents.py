@@ -32,6 +32,9 @@ from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder, latents_of_moments
 from imgtok.weights import write_tensors
 
+READ_AT_ONCE = 256
+"""Rows of which the moments are in memory together, where all are read."""
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -173,6 +176,13 @@ class Latents(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def known_by(self, rows: Sequence[int]) -> Iterator[bytes]:
+        """What each of the rows is known by: two are equal if their stored moments are."""
+        for start in range(0, len(rows), READ_AT_ONCE):
+            part = rows[start : start + READ_AT_ONCE]
+            for moments in self.moments(part, [False] * len(part)):
+                yield hashlib.sha256(moments.numpy().tobytes()).digest()
 
     def batch(self, rows: Sequence[int]) -> LatentBatch:
         """Posterior means of the given rows, not mirrored: the same on every call."""

@@ -1,4 +1,5 @@
-"""Which images of one source are in another as well, such as held-out images that are trained on.
+"""Which images of one source are in another as well, such as held-out images that are trained on; and which rows of a
+cache are there a second time.
 
 An image is known by its bytes, wherever it lies and whatever it is called. Sizes are compared first, so that of a
 folder or of tars only a few files are read. Parquet and Arrow files do not tell sizes: of a large set a part is looked
@@ -30,6 +31,10 @@ RUN = 256
 """Images that are read one after the other, where sizes are not known."""
 RUNS = 64
 """Such runs, at most."""
+TELLING_BITS = 64
+"""Tokens of fewer bits do not tell images apart for certain. With this many less than 1 % are equal by chance to one of
+40 million others, even if codes are used so unevenly that only half of the bits count.
+"""
 
 
 def refuse_shared(trained: ImageSource, held_out: ImageSource, chosen: Sequence[int], field: str) -> None:
@@ -38,12 +43,16 @@ def refuse_shared(trained: ImageSource, held_out: ImageSource, chosen: Sequence[
     """
     shared = list(shared_images(trained, held_out, chosen))
     if shared:
-        listed = ", ".join(held if held == name else f"{held} (it is {name})" for held, name in shared[:3])
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        message = f"{field}: {len(shared)} of {len(chosen)} held-out images are trained on, too: {listed}{more}"
+        message = f"{field}: {len(shared)} of {len(chosen)} held-out images are trained on, too: {_listed(shared)}"
         if 100 * len(shared) >= len(chosen):
             raise DataError(f"{message}; name images that are not, or leave them out of the training")
         logger.warning("%s", message)
+
+
+def _listed(shared: Sequence[tuple[str, str]], verb: str = "it is") -> str:
+    """The first of them: names of held-out images, and of those that are trained on."""
+    listed = ", ".join(held if held == name else f"{held} ({verb} {name})" for held, name in shared[:3])
+    return listed + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
 
 
 def shared_images(trained: ImageSource, held_out: ImageSource, chosen: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -71,9 +80,14 @@ def to_look_at(trained: FileImages, held_out: FileImages, chosen: Sequence[int])
         alike = np.isin(sizes[trained.places], of_chosen[held_out.places[list(chosen)]])
         yield from trained.places[alike].tolist()
         return
-    runs = -(-len(trained) // RUN)
+    yield from _from_all_over(trained.places.tolist())
+
+
+def _from_all_over(places: Sequence[int]) -> Iterator[int]:
+    """All places, or `RUNS` runs of them where there are more."""
+    runs = -(-len(places) // RUN)
     for run in spread(min(runs, RUNS), runs).tolist():
-        yield from trained.places[run * RUN : (run + 1) * RUN].tolist()
+        yield from places[run * RUN : (run + 1) * RUN]
 
 
 def digest_of(records: Records, place: int) -> bytes | None:
@@ -118,6 +132,45 @@ def refuse_shared_rows(trained: TokenDataset | Latents, held_out: TokenDataset |
             f"{field}: {len(shared)} of its images are trained on, too: {named}{', ...' * (len(shared) > 3)}; "
             f"`{one.COMMAND} split=held_out` makes a cache of others, or leave validation out and give held_out=0.1"
         )
+
+
+def refuse_copies(
+    cache: TokenDataset | Latents, trained: Sequence[int], held_out: Sequence[int], chosen: Sequence[int]
+) -> None:
+    """Raise DataError, with their names, if rows that are `held_out` from a cache are copies of rows that are `trained`
+    on, bit for bit; for less than 1 % this is a warning. Tokens of few bits count for the warning alone, since
+    different images can have the same.
+
+    Of latents, which are read from the disk, a part of a large cache is looked at: the `chosen` of the held-out rows,
+    and rows from all over those that are trained on.
+    """
+    if isinstance(cache, Latents) and len(cache) > RUN * RUNS:
+        trained, held_out = list(_from_all_over(trained)), chosen
+    known: dict[bytes, list[int]] = {}
+    for row, content in zip(held_out, cache.known_by(held_out), strict=True):
+        known.setdefault(content, []).append(row)
+    pairs: dict[int, int] = {}  # held-out row -> the first row with the same content that is trained on
+    for row, content in zip(trained, cache.known_by(trained), strict=True):
+        if content in known:
+            pairs.update(dict.fromkeys(known.pop(content), row))
+    if not pairs:
+        return
+    shared = [(cache.name(held), cache.name(pairs[held])) for held in sorted(pairs)]
+    what = "latents" if isinstance(cache, Latents) else "tokens"
+    message = (
+        f"held_out: {len(pairs)} of {len(held_out)} held-out rows have the {what} of rows that are trained on: "
+        f"{_listed(shared, 'as')}; remove copies from the data and make the cache again, or validate on a cache of "
+        "other images: validation=FOLDER"
+    )
+    few = [] if isinstance(cache, Latents) else [bits for row in pairs if (bits := cache.bits(row)) < TELLING_BITS]
+    if few:
+        message += (
+            f". Different images may have the same tokens where these say little: {len(few)} of the held-out rows have "
+            f"at most {max(few):.0f} bits"
+        )
+    if 100 * (len(pairs) - len(few)) >= len(held_out):
+        raise DataError(message)
+    logger.warning("%s", message)
 
 
 def _of_the_same(one: CacheInfo, two: CacheInfo) -> bool:

@@ -7,6 +7,7 @@ indices (n,) of the images, and views (n,): which crop of its image a row is. Ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,20 @@ class TokenDataset:
         )
         assert ids is not None, "a cache has ids"
         return Tokens.unpacked(ids, self._lengths[chosen], slots, columns=columns or self.info.num_tokens)
+
+    def name(self, row: int) -> str:
+        """Which image a row is, for messages."""
+        return f"{self.info.split}[{int(self.indices[row])}]"
+
+    def known_by(self, rows: Sequence[int]) -> Iterator[bytes]:
+        """What each of the rows is known by: two are equal if their tokens are."""
+        for row in rows:
+            span = slice(self._starts[row], self._starts[row + 1])
+            yield self._ids[span].tobytes() + (b"" if self._slots is None else self._slots[span].tobytes())
+
+    def bits(self, row: int) -> float:
+        """The most that the ids of a row can say."""
+        return float(self._lengths[row] * math.log2(self.info.vocab_size))
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """The given rows of the cache with their labels, in a multiple of `COLUMNS` columns that has room for the

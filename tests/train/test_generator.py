@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import imgtok
 from imgtok import hub
@@ -103,6 +105,21 @@ def test_a_share_of_the_cache_is_held_out_and_not_trained_on(made, tmp_path):
     assert len(seen) == 12
     assert len(seen | set(batch.names)) == 16
     assert torch.equal(batch.content, trained.held_out().batch(range(4), 0).content)
+
+
+def test_copies_of_what_is_trained_on_are_named(made, tmp_path):
+    (path,) = (made / "latents").glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["moments"][:] = tensors["moments"][0]
+    (tmp_path / "latents").mkdir()
+    save_file(tensors, tmp_path / "latents" / path.name, about)
+    of_copies = {"latents": tmp_path / "latents", "held_out": 0.25, "num_preview": 0}
+    with pytest.raises(
+        DataError, match=r"held_out: 4 of 4 held-out rows have the latents of rows .*: train\[\d+\] \(as"
+    ):
+        main(job(made, tmp_path / "run", training=LOOKING, **of_copies))
+    main(job(made, tmp_path / "run", training=replace(LOOKING, validate_every=None), **of_copies))
 
 
 def test_another_cache_is_validated_on_and_must_be_of_other_images(made, tmp_path):
