@@ -36,6 +36,7 @@ from imgtok.hub import OURS, RUN, Found, controls_of, load, resolve
 from imgtok.pictures import preprocess, to_pil, to_uint8
 from imgtok.runtime import Blocks
 from imgtok.sections import Settings
+from imgtok.sizes import Size, in_pixels, square
 from imgtok.text import words
 from imgtok.text.captions import Captions
 from imgtok.text.encoder import TextEncoder, load_encoder
@@ -241,7 +242,7 @@ class Pipeline:
 
     def __repr__(self) -> str:
         models = f"{type(self.generator).__name__} -> {type(self.decoder).__name__}"
-        place = f"{self.image_size} pixels, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        place = f"{in_pixels(self.image_size)} pixels, {self.device}, {str(self.dtype).removeprefix('torch.')}"
         return f"Pipeline({models}, {place}, sampling={self.sampling}, decoding={self.decoding})"
 
     # ------------------------------------------------ what the models say of themselves
@@ -292,10 +293,10 @@ class Pipeline:
         return class_numbers(classes, self.num_classes, self.class_names)
 
     @property
-    def image_size(self) -> int:
-        """Pixels a side."""
+    def image_size(self) -> Size:
+        """Pixels a side, or (height, width)."""
         config: Any = self.generator.config
-        size: int = self.decoder.image_size if self.draws_tokens else config.grid * self.decoder.config.factor
+        size: Size = self.decoder.image_size if self.draws_tokens else config.grid * self.decoder.config.factor
         return size
 
     @property
@@ -415,7 +416,7 @@ class Pipeline:
         """
         self._check_keeps()
         config: Any = self.generator.config
-        size = self.image_size
+        size = square(self.image_size, "known: a part is kept of squares alone")
         mask = kept(keep, config.grid, size)
         latents = self._latents(pictures, size)
         if len(latents) == 1 and mask.ndim == 3:

@@ -44,12 +44,17 @@ class Range:
     low: float | None = None
     high: float | None = None
     exclusive_low: bool = False
+    note: str = ""
+    """What is said after the numbers."""
 
     def __contains__(self, number: float) -> bool:
         above = self.low is None or (number > self.low if self.exclusive_low else number >= self.low)
         return above and (self.high is None or number <= self.high)
 
     def __str__(self) -> str:
+        return self._limits() + self.note
+
+    def _limits(self) -> str:
         low = "" if self.low is None else f"above {self.low}" if self.exclusive_low else f"of at least {self.low}"
         high = "" if self.high is None else f"of at most {self.high}"
         if low and high and not self.exclusive_low:

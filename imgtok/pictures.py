@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from imgtok.files import replacing
+from imgtok.sizes import Size, sides
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,11 @@ Picture = Image.Image | np.ndarray | str | Path
 _IN_WORDS = "Pillow images, uint8 arrays and paths"
 
 
-def preprocess(pictures: Picture | Sequence[Picture], size: int) -> Tensor:
-    """One picture or a list of N -> float32 images (1 or N, 3, size, size) in [-1, 1]: what a tokenizer encodes.
+def preprocess(pictures: Picture | Sequence[Picture], size: Size) -> Tensor:
+    """One picture or a list of N -> float32 images (1 or N, 3, H, W) in [-1, 1]: what a tokenizer encodes.
 
-    The shorter side is scaled to `size` pixels and the central square kept, as everywhere in the suite
+    `size` is the side of a square or (height, width), such as `tokenizer.image_size`. A picture is scaled until it
+    covers that (a square: until its shorter side is as long) and the centre is kept, as everywhere in the suite
     (`center_crop_adm`). Pictures are turned upright as their EXIF data says, grey becomes RGB, transparent parts white.
     An array (N, H, W, C) is a list of N. Raises ValueError for what is no picture and for an array of another type or
     shape, FileNotFoundError or UnreadableImage for a file.
@@ -120,10 +122,13 @@ def preprocess(pictures: Picture | Sequence[Picture], size: int) -> Tensor:
         raise ValueError(f"preprocess takes {_IN_WORDS}, one or a list of them, not a {type(pictures).__name__}")
     if not listed:
         raise ValueError("preprocess: there are no pictures in the list")
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size: given {size!r}, must be a whole number of pixels a side, at least 1")
-    squares = [np.array(center_crop_adm(_as_rgb(picture), size)) for picture in listed]
-    return from_uint8(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous())
+    pair = size if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+        raise ValueError(
+            f"size: given {size!r}, must be a whole number of pixels a side, at least 1, or two, (height, width)"
+        )
+    crops = [np.array(center_crop_adm(_as_rgb(picture), (pair[0], pair[1]))) for picture in listed]
+    return from_uint8(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous())
 
 
 def _as_rgb(picture: Picture) -> Image.Image:
@@ -224,70 +229,79 @@ def _to_8_bit(picture: Image.Image) -> Image.Image:
 # Crops
 
 
-def center_crop_adm(picture: Image.Image, size: int) -> Image.Image:
-    """The central size x size square after scaling the shorter side to size, as in the ADM evaluation
-    suite.
+def center_crop_adm(picture: Image.Image, size: Size) -> Image.Image:
+    """The centre of `size` after scaling the picture until it just covers that: of a square, the shorter side to size,
+    as in the ADM evaluation suite.
 
     Every published ImageNet FID uses this crop: box-filter halvings down to less than twice the size, then
     bicubic.
     """
-    return _scaled_square(picture, size, size, (0.5, 0.5))
+    return _scaled_crop(picture, sides(size), sides(size), (0.5, 0.5))
 
 
-def random_crop(picture: Image.Image, size: int, draws: Sequence[float], zoom: float = 1.25) -> Image.Image:
-    """A size x size square at a random scale and place.
+def random_crop(picture: Image.Image, size: Size, draws: Sequence[float], zoom: float = 1.25) -> Image.Image:
+    """A crop of `size` at a random scale and place.
 
-    draws: three numbers in [0, 1) for the scale (shorter side between size and zoom * size), left edge and
+    draws: three numbers in [0, 1) for the scale (the picture covers between size and zoom * size), left edge and
     top edge.
     """
-    side = size + int(draws[0] * (round(zoom * size) - size + 1))
-    return _scaled_square(picture, side, size, draws[1:3], ends=1)
+    height, width = (side + int(draws[0] * (round(zoom * side) - side + 1)) for side in sides(size))
+    return _scaled_crop(picture, (height, width), sides(size), draws[1:3], ends=1)
 
 
-def corner_crops(picture: Image.Image, size: int, zoom: float = 1.1) -> list[Image.Image]:
-    """Five size x size squares: the four corners and the middle of the central square of side zoom * size.
+def corner_crops(picture: Image.Image, size: Size, zoom: float = 1.1) -> list[Image.Image]:
+    """Five crops of `size`: the four corners and the middle of the centre of zoom * size.
 
     With their mirror images, LlamaGen's "ten-crop" (arXiv 2406.06525).
     """
-    side = round(zoom * size)
-    square, far, middle = center_crop_adm(picture, side), side - size, (side - size) // 2
-    places = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
-    return [square.crop((left, top, left + size, top + size)) for left, top in places]
+    height, width = sides(size)
+    outer = (round(zoom * height), round(zoom * width))
+    centre, down, right = center_crop_adm(picture, outer), outer[0] - height, outer[1] - width
+    places = [(0, 0), (right, 0), (0, down), (right, down), (right // 2, down // 2)]
+    return [centre.crop((left, top, left + width, top + height)) for left, top in places]
 
 
-def _scaled_square(picture: Image.Image, side: int, size: int, place: Sequence[float], ends: int = 0) -> Image.Image:
-    """A size x size square of the picture whose shorter side is scaled to `side`.
+def _scaled_crop(
+    picture: Image.Image, cover: tuple[int, int], size: tuple[int, int], place: Sequence[float], ends: int = 0
+) -> Image.Image:
+    """A crop of `size` (height, width) of the picture, which is scaled until it just covers `cover`.
 
     place: left and top edge, as shares of the pixels that are left over, plus `ends`.
     """
-    if side < 1:
-        raise ValueError(f"image size is {side}; it must be 1 or more")
-    while min(picture.size) >= 2 * side:
+    if min(cover) < 1:
+        raise ValueError(f"image size is {min(cover)}; it must be 1 or more")
+    least, crop = cover[::-1], size[::-1]  # a picture's size is (width, height)
+    while all(length >= 2 * side for length, side in zip(picture.size, least, strict=True)):
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
-    scale = side / min(picture.size)
-    width, height = (max(side, round(length * scale)) for length in picture.size)
-    left, top = (int(share * (length - size + ends)) for share, length in zip(place, (width, height), strict=True))
-    if max(width, height) <= _LONG * side:
+    scale = max(side / length for length, side in zip(picture.size, least, strict=True))
+    width, height = (max(side, round(length * scale)) for length, side in zip(picture.size, least, strict=True))
+    left, top = (
+        int(share * (length - side + ends)) for share, length, side in zip(place, (width, height), crop, strict=True)
+    )
+    if max(width, height) <= _LONG * max(least):
         scaled = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return scaled.crop((left, top, left + size, top + size))
-    return _part_of_scaled(picture, (width, height), (left, top), size)
+        return scaled.crop((left, top, left + crop[0], top + crop[1]))
+    return _part_of_scaled(picture, (width, height), (left, top), crop)
 
 
-def _part_of_scaled(picture: Image.Image, scaled: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
-    """A square of a long picture as if it had been scaled whole, which would take gigabytes of 1 x 8000 pixels.
+def _part_of_scaled(
+    picture: Image.Image, scaled: tuple[int, int], corner: tuple[int, int], crop: tuple[int, int]
+) -> Image.Image:
+    """A part, of the width and height `crop`, of a long picture as if it had been scaled whole, which would take
+    gigabytes of 1 x 8000 pixels.
 
     The pixels lie on the same grid, whose corners Pillow keeps in single precision: a value may come out one higher or
     lower. Pillow scales rows first, and so does this: values are cut off at 0 and 255 in between.
     """
     (left, right), (top, bottom) = (
-        (edge * length / whole, (edge + size) * length / whole)
-        for edge, length, whole in zip(corner, picture.size, scaled, strict=True)
+        (edge * length / whole, (edge + side) * length / whole)
+        for edge, side, length, whole in zip(corner, crop, picture.size, scaled, strict=True)
     )
     reach = 3 * max(1.0, picture.height / scaled[1])  # the bicubic kernel looks two pixels far, of the coarser grid
     first, last = max(0, int(top - reach)), min(picture.height, int(bottom + reach) + 1)
-    rows = picture.resize((size, last - first), Image.Resampling.BICUBIC, box=(left, first, right, last))
-    return rows.resize((size, size), Image.Resampling.BICUBIC, box=(0, top - first, size, bottom - first))
+    rows = picture.resize((crop[0], last - first), Image.Resampling.BICUBIC, box=(left, first, right, last))
+    return rows.resize(crop, Image.Resampling.BICUBIC, box=(0, top - first, crop[0], bottom - first))
 
 
 # Files and grids

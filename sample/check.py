@@ -25,6 +25,7 @@ from imgtok.hub import Found, load, resolve
 from imgtok.sample.parting import Comparison, Row, Stage
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import Size, sides
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
 
@@ -146,14 +147,16 @@ def stages_of(model: Any, images: Tensor, config: Config) -> list[Stage]:
     ]
 
 
-def pictures(size: int, config: Config) -> Tensor:
-    """Images (num, 3, size, size) of the built-in shapes."""
+def pictures(size: Size, config: Config) -> Tensor:
+    """Images (num, 3, H, W) of the built-in shapes, which are squares: of another size, their upper left part."""
     last = (config.seed + 1) * config.num
-    return ShapesDataset(ShapesConfig(num_images=last), size).batch(range(last - config.num, last))[0]
+    height, width = sides(size)
+    drawn = ShapesDataset(ShapesConfig(num_images=last), max(height, width)).batch(range(last - config.num, last))[0]
+    return drawn[:, :, :height, :width].contiguous()
 
 
-def size_of(model: Tokenizer | Autoencoder) -> int:
-    """Pixels a side that a model takes."""
+def size_of(model: Tokenizer | Autoencoder) -> Size:
+    """The size that a model takes."""
     if isinstance(model, Tokenizer):
         return model.image_size
     factor: int = model.config.factor

@@ -28,6 +28,7 @@ from imgtok.generators.pipeline import DTYPES, Drawn, Pipeline, Precision, pipel
 from imgtok.hub import Found, load, resolve
 from imgtok.pictures import preprocess, to_pil
 from imgtok.sample.check import open_device
+from imgtok.sizes import Size
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer, powers_of_two
 from imgtok.tokenizers.tokens import Tokens
 
@@ -112,12 +113,12 @@ class Rebuilding:
         self.model = model.eval()
         self.dtype = DTYPES[precision]
         self.rates: list[Rate] = model.rates() if isinstance(model, Tokenizer) else []
-        self.size = (
+        self.size: Size = (
             model.image_size if isinstance(model, Tokenizer) else LONE // model.config.factor * model.config.factor
         )
 
     def encode(self, picture: Image.Image | None) -> list[Any]:
-        """What the picture is encoded to at each rate, the centre of it in a square; nothing for None."""
+        """What the picture is encoded to at each rate, the centre of it; nothing for None."""
         if picture is None:
             return []
         images = preprocess([picture], self.size).to(self.model.device)

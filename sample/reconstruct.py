@@ -30,6 +30,7 @@ from imgtok.metrics.reconstruction import PixelScores
 from imgtok.metrics.scorers import CodeScorer, ReconstructionScorer, ScoredBatch, Scorer
 from imgtok.runtime import Blocks, process_state
 from imgtok.sections import Settings
+from imgtok.sizes import ImageSize, Size, in_pixels, sides
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
@@ -57,8 +58,9 @@ class Config:
     request, or of another model, are not replaced."""
     data: DataConfig | None = None
     """Images; null takes those that the model was trained on."""
-    image_size: PositiveInt | None = None
-    """Pixels a side of the images; null takes the tokenizer's, or those that the autoencoder was trained at."""
+    image_size: ImageSize | None = None
+    """Pixels a side of the images, or [height, width]; null takes the tokenizer's, or those that the autoencoder was
+    trained at."""
     held_out: Annotated[float, Range(0.0, 1.0)] | None = None
     """Share of `data` that training kept apart: the part that is used. 1 takes all of it. Null takes what the model's
     training kept apart of its own images, and all of others. A part of its own that `data` has (`val/`, `val_path`) is
@@ -146,19 +148,20 @@ def open_model(found: Found) -> Tokenizer | Autoencoder:
     return model
 
 
-def size_for(model: Tokenizer | Autoencoder, asked: int | None, found: Found) -> int:
-    """Pixels a side of the images that a model is given: for None the tokenizer's, or those that the autoencoder was
-    trained at, by its record. Raises ValueError for a size that it does not take.
+def size_for(model: Tokenizer | Autoencoder, asked: Size | None, found: Found) -> Size:
+    """The size of the images that a model is given: for None the tokenizer's, or that which the autoencoder was trained
+    at, by its record. Raises ValueError for a size that it does not take.
     """
     if isinstance(model, Tokenizer):
-        if asked not in (None, model.image_size):
-            raise ValueError(f"image_size: this tokenizer takes images of {model.image_size} pixels, given {asked}")
+        if asked is not None and sides(asked) != sides(model.image_size):
+            own = in_pixels(model.image_size)
+            raise ValueError(f"image_size: this tokenizer takes images of {own} pixels, given {in_pixels(asked)}")
         return model.image_size
     factor: int = model.config.factor
     if asked is None and (training := Training.of(found)) is not None:
         asked = training.image_size
-    if asked is None or asked % factor:
-        given = f"none is given, nor in a record of {found.name}" if asked is None else f"given {asked}"
+    if asked is None or any(side % factor for side in sides(asked)):
+        given = f"none is given, nor in a record of {found.name}" if asked is None else f"given {in_pixels(asked)}"
         raise ValueError(f"image_size: an autoencoder takes images of any multiple of its {factor} pixels, {given}")
     return asked
 

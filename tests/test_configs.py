@@ -131,7 +131,7 @@ def test_the_published_models_have_the_published_parameter_counts(size):
         model = FlexTok(config.model.over(facts={"vae": PUBLISHED_VAES[config.vae]}))
     counts = tuple(sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder))
     assert counts == PUBLISHED_SIZES[size]
-    assert (model.config.grid, model.vocab_size, model.num_tokens) == (16, 64_000, 256)
+    assert (model.config.grid, model.vocab_size, model.num_tokens) == ((16, 16), 64_000, 256)
     training = config.training
     assert training.batch_size * training.accumulate * 8 == 2048, "the header promises it"
     assert training.steps == round(200e9 / 512 / 2048)

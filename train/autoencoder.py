@@ -23,11 +23,12 @@ from torch import nn
 
 from imgtok import announce, hub, pictures
 from imgtok.cli import run_job
-from imgtok.config import REMEDY, NonNegativeInt, PositiveInt, Range, check
+from imgtok.config import REMEDY, NonNegativeInt, Range, check
 from imgtok.data.images import HOW_TO_NAME, DataConfig, ImageSource, open_split
 from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossConfig
 from imgtok.runs import ENCODES_AS
 from imgtok.sections import ByKind, Section
+from imgtok.sizes import SquareSize
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.config import TrainingConfig
 from imgtok.train.frozen import check_decoder_only, encodes_as, freeze, train_decoder_only
@@ -57,7 +58,7 @@ class Config:
     validation: DataConfig | None = None
     """Images for training.validate_every, such as data of another folder; null takes the held-out images. Of built-in
     shapes those are taken that no training sees."""
-    image_size: PositiveInt
+    image_size: SquareSize
     """Pixels a side of the training images; the finished model takes any multiple of its `factor`."""
     model: Annotated[Section, ByKind(hub.AUTOENCODERS)] | None = None
     """The autoencoder. With `init`, null or a field left out is as there."""

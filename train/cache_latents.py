@@ -23,6 +23,7 @@ from imgtok.data.trained_on import Named
 from imgtok.hub import load, resolve
 from imgtok.runtime import process_state
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import SquareSize
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.train.shards import Rows, say_what_is_there, write_missing
 
@@ -46,7 +47,7 @@ class Config:
     """Folder of the shards."""
     data: DataConfig | None = None
     """Images to encode; null takes those that the autoencoder was trained on."""
-    image_size: PositiveInt
+    image_size: SquareSize
     """Pixels a side, a multiple of the autoencoder's factor; each image is cropped in the centre."""
     split: Literal["train", "held_out"] = "train"
     """Which part of the data."""

@@ -52,11 +52,11 @@ class Config:
     else 0.1."""
     crops: Literal["center", "five", "random"] = "center"
     """The centre; the four corners and the centre of the image at `zoom` (LlamaGen's ten-crop, if mirrored); or
-    `num_crops` random squares (ten, mirrored, in arXiv 2502.13967). Each crop is a training sample; not for shapes."""
+    `num_crops` random ones (ten, mirrored, in arXiv 2502.13967). Each crop is a training sample; not for shapes."""
     num_crops: PositiveInt = 1
     """Random crops of each image, for crops=random."""
     zoom: Annotated[float, Range(1.0, 4.0)] = 1.1
-    """The image's shorter side before cropping over the tokenizer's size: at most (random), exactly (five)."""
+    """What the image covers before cropping, over the tokenizer's size: at most (random), exactly (five)."""
     mirrored: bool = False
     """Tokenize each crop a second time, mirrored; not for shapes."""
     crop_seed: NonNegativeInt = 0
@@ -88,7 +88,7 @@ class Config:
 
     @property
     def views(self) -> Views:
-        """Which squares of each image; what plays no part is left at its default, so that it cannot differ."""
+        """Which crops of each image; what plays no part is left at its default, so that it cannot differ."""
         return Views(
             crops=self.crops,
             num_crops=self.num_crops,

@@ -23,6 +23,7 @@ from imgtok.groups import ParameterGroup, each
 from imgtok.losses.reconstruction import Perceptual, PerceptualNetwork, ReconstructionLoss, ReconstructionLossConfig
 from imgtok.randomness import spread
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import Size
 from imgtok.tokenizers.base import Autoencoder, CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.train.config import TrainingConfig
 from imgtok.train.loop import Job
@@ -153,7 +154,7 @@ def refuse(source: ImageSource, chosen: ImageSource, field: str) -> Callable[[Se
     return lambda places: refuse_shared(source, chosen, places, field)
 
 
-def named_for_validation(config: DataConfig, size: int) -> ImageSource:
+def named_for_validation(config: DataConfig, size: Size) -> ImageSource:
     """All images of a data set, or of the part that it keeps apart itself."""
     opened = Opened(config)
     if opened.has_held_out or (isinstance(config, ShapesConfig) and config.split == "train"):

@@ -17,6 +17,7 @@ from imgtok.metrics.reference import FeatureSums, Reference
 from imgtok.metrics.scorers import OracleScorer, ScoredBatch
 from imgtok.pictures import to_uint8
 from imgtok.shapes.world import CLASS_NAMES, NUM_CLASSES
+from imgtok.sizes import Size, in_pixels, sides, square
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
 from imgtok.vision import lite0
 from imgtok.vision.lite0 import Lite0Extractor
@@ -77,7 +78,7 @@ class DrawnScores:
         self,
         wanted: Sequence[str],
         num: int,
-        size: int,
+        size: Size,
         class_names: Sequence[str],
         draw: Callable[[nn.Module, range], Tensor],
         real: Callable[[], Iterable[Tensor]],
@@ -91,8 +92,11 @@ class DrawnScores:
                 f"{FIELD}: the oracle reads the {NUM_CLASSES} classes of the built-in shapes, and these images have "
                 f"other classes or captions; fd_lite0 can be measured of any"
             )
-        if "fd_lite0" in wanted and size < lite0.SMALLEST:
-            raise ValueError(f"{FIELD}: fd_lite0 needs images of at least {lite0.SMALLEST} pixels a side, got {size}")
+        if "oracle" in wanted:
+            square(size, f"{FIELD}: the oracle reads squares: leave it out")
+        if "fd_lite0" in wanted and min(sides(size)) < lite0.SMALLEST:
+            given = in_pixels(size)
+            raise ValueError(f"{FIELD}: fd_lite0 needs images of at least {lite0.SMALLEST} pixels a side, got {given}")
         self.wanted, self.num, self.draw, self.real = wanted, num, draw, real
         self.weights = lite0.find_weights(f"{FIELD}=fd_lite0", None) if "fd_lite0" in wanted else None
         self._extractor: Lite0Extractor | None = None

@@ -21,6 +21,7 @@ from imgtok.losses.reconstruction import PerceptualNetwork, ReconstructionLossCo
 from imgtok.losses.repa import Aligned, REPAConfig, Teacher, load_teacher
 from imgtok.runs import ENCODES_AS
 from imgtok.sections import ByKind, Section
+from imgtok.sizes import sides
 from imgtok.tokenizers.base import Autoencoder, Losses, Tokenizer
 from imgtok.train.config import TrainingConfig
 from imgtok.train.frozen import check_decoder_only, encodes_as, freeze, train_decoder_only
@@ -44,7 +45,7 @@ class Config:
     flip: bool = False
     """Mirror each training image with probability one half; not for shapes."""
     crop: Literal["center", "random"] = "center"
-    """Which square of a training image is used; the held-out images and shapes are always cropped in the centre."""
+    """Which part of a training image is used; the held-out images and shapes are always cropped in the centre."""
     held_out: Annotated[float, Range(0.0, 0.9)] = 0.1
     """Share of the images that is kept from training and shown in previews; 0 shows training images."""
     validation: DataConfig | None = None
@@ -112,8 +113,9 @@ def main(config: Config) -> None:
     perceptual = None
     if trained is not model:
         loss = config.loss or ReconstructionLossConfig()
-        loss.check_size(size)
-        perceptual = loss.load_perceptual(size)
+        smallest = min(sides(size))
+        loss.check_size(smallest)
+        perceptual = loss.load_perceptual(smallest)
     teacher = load_teacher(config.repa) if config.repa is not None else None  # before the data: it may be missing
     source, shown, images = open_split(config.data, size, flip=config.flip, crop=config.crop, held_out=config.held_out)
     job: TokenizerJob

@@ -21,6 +21,7 @@ from imgtok.data.latents import LatentBatch, Latents, open_latents
 from imgtok.data.loaders import latent_loader, latent_rows, token_loader, token_rows
 from imgtok.data.tokens import TokenBatch, TokenDataset
 from imgtok.hub import Found, load
+from imgtok.sizes import Size
 from imgtok.tokenizers.base import Autoencoder, Tokenizer
 
 
@@ -93,8 +94,8 @@ class Content(ABC):
 
     @property
     @abstractmethod
-    def image_size(self) -> int:
-        """Pixels a side of the decoder's images."""
+    def image_size(self) -> Size:
+        """Pixels a side of the decoder's images, or (height, width)."""
 
     @property
     def indices(self) -> Tensor:
@@ -139,7 +140,7 @@ class TokenContent(Content):
         return TokenContent(folder, self.found, self.decoder)
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> Size:
         return self.decoder.image_size
 
     @property

@@ -32,6 +32,7 @@ from imgtok.pictures import UnreadableImage, center_crop_adm, corner_crops, deco
 from imgtok.randomness import permutation, uniform
 from imgtok.shapes.dataset import ShapesDataset
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import Size, in_pixels, sides, square
 
 __all__ = [
     "HOW_TO_NAME",
@@ -117,7 +118,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Views:
-    """Which squares of an image stand for it where it is read once and kept, as in a token cache.
+    """Which crops of an image stand for it where it is read once and kept, as in a token cache.
 
     View v of an image depends on these fields, the image's index and v alone.
     """
@@ -127,7 +128,7 @@ class Views:
     num_crops: int = 1
     """Random crops of an image; the others have 1 and 5."""
     zoom: float = 1.1
-    """The shorter side before cropping, over the size: at most (random), exactly (five)."""
+    """What the image covers before cropping, over the size: at most (random), exactly (five)."""
     mirrored: bool = False
     """Whether each crop is there a second time, mirrored."""
     seed: int = 0
@@ -139,23 +140,23 @@ class Views:
         crops = {"center": 1, "five": 5, "random": self.num_crops}[self.crops]
         return 2 * crops if self.mirrored else crops
 
-    def of(self, picture: Image.Image, size: int, index: int) -> Tensor:
-        """(count, 3, size, size) uint8: the crops, then their mirror images."""
+    def of(self, picture: Image.Image, size: Size, index: int) -> Tensor:
+        """(count, 3, H, W) uint8: the crops, then their mirror images."""
         if self.crops == "center":
-            squares = [center_crop_adm(picture, size)]
+            parts = [center_crop_adm(picture, size)]
         elif self.crops == "five":
-            squares = corner_crops(picture, size, self.zoom)
+            parts = corner_crops(picture, size, self.zoom)
         else:
             draws = uniform(self.seed, [index], (self.num_crops, 3), "crops")[0].tolist()
-            squares = [random_crop(picture, size, row, self.zoom) for row in draws]
-        crops = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares])
+            parts = [random_crop(picture, size, row, self.zoom) for row in draws]
+        crops = torch.stack([torch.from_numpy(np.array(part)).permute(2, 0, 1) for part in parts])
         return torch.cat([crops, crops.flip(-1)]) if self.mirrored else crops
 
 
 class ImageSource(Protocol):
     """Images with random access. `num_classes` is 0 for data without labels."""
 
-    size: int
+    size: Size
     num_classes: int
     class_names: tuple[str, ...]
     labels_missing: str
@@ -227,14 +228,14 @@ Crop = Literal["center", "random"]
 
 def open_images(
     config: DataConfig,
-    size: int,
+    size: Size,
     *,
     flip: bool = False,
     crop: Crop = "center",
     split: Split = "train",
     held_out_fraction: float = 0.1,
 ) -> ImageSource:
-    """Open a data set at size x size pixels.
+    """Open a data set at a size in pixels, a side of squares or (height, width).
 
     flip and crop: augmentation of `training_batch`; "random" zooms by up to 1.25 and shifts.
     split: every image belongs to one of "train" and "held_out". A data set may have a part of its own for the latter
@@ -242,8 +243,8 @@ def open_images(
     instead: "held_out" is their split `val`, which shares no scene with `train`.
     Raises DataError or FileNotFoundError for data that cannot be used, ValueError for augmented shapes.
     """
-    if size < 1:
-        raise ValueError(f"size is {size}; images need at least 1 pixel a side")
+    if min(sides(size)) < 1:
+        raise ValueError(f"size is {in_pixels(size)}; images need at least 1 pixel a side")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out is {held_out_fraction}; it must be at least 0 and below 1")
     return Opened(config).images(size, split, held_out_fraction, flip=flip, crop=crop)
@@ -260,7 +261,7 @@ class Divided(NamedTuple):
     """Which they are, and how many."""
 
 
-def open_split(config: DataConfig, size: int, *, flip: bool, crop: Crop, held_out: float) -> Divided:
+def open_split(config: DataConfig, size: Size, *, flip: bool, crop: Crop, held_out: float) -> Divided:
     """Images to train on, and those that are held out, to show: a share of them, or a part of the data set's own.
 
     Without a share (0) and a part of its own, training images are shown. Raises as `open_images`.
@@ -317,13 +318,14 @@ class Opened:
         return number | {"own_held_out": self.has_held_out}
 
     def images(
-        self, size: int, split: Split, held_out_fraction: float, *, flip: bool = False, crop: Crop = "center"
+        self, size: Size, split: Split, held_out_fraction: float, *, flip: bool = False, crop: Crop = "center"
     ) -> ImageSource:
         """One part, at a size."""
         config = self.config
         if isinstance(config, ShapesConfig):
             _refuse_augmentation(flip, crop)
-            return ShapesImages(_shapes_split(config, split, held_out_fraction), size, config)
+            side = square(size, "image_size: data.kind=shapes draws squares: take others, such as data.kind=folder")
+            return ShapesImages(_shapes_split(config, split, held_out_fraction), side, config)
         records, labels = self._train, self._train.labels
         own = self._parts.held_out
         if own is not None and split == "held_out":
@@ -359,7 +361,7 @@ def size_in_words(source: ImageSource, which: str) -> str:
     """`36 images to train on, 3 classes, 64 px`, where `which` is "{} to train on"."""
     count, number = len(source), source.num_classes
     classes = f"{number} class{'es'[: 2 * (number != 1)]}" if number else "unlabelled"
-    return f"{which.format(f'{count} image' + 's'[: count != 1])}, {classes}, {source.size} px"
+    return f"{which.format(f'{count} image' + 's'[: count != 1])}, {classes}, {in_pixels(source.size)} px"
 
 
 def _say_what_it_is(config: FileConfig, records: Records) -> None:
@@ -434,7 +436,7 @@ class FileImages:
         self,
         records: Records,
         indices: np.ndarray,
-        size: int,
+        size: Size,
         augmentation: Augmentation,
         *,
         labels: Labels | None = None,
@@ -503,11 +505,11 @@ class FileImages:
         for index in indices:
             try:
                 record = self._record(index)
-                squares = views.of(decode_image(record.data, record.name), self.size, index)
+                crops = views.of(decode_image(record.data, record.name), self.size, index)
             except UnreadableImage as error:
                 unreadable.append(str(error))
             else:
-                loaded += [(index, square, record) for square in squares]
+                loaded += [(index, crop, record) for crop in crops]
         return _collate(loaded, unreadable, self.size)
 
     def blocks(self) -> Blocks | None:
@@ -543,21 +545,22 @@ class FileImages:
         raise too_many_unreadable(unreadable, len(self))
 
     def _load(self, index: int, draws: Sequence[float] | None = None) -> tuple[Tensor, Record]:
-        """The image as uint8 (3, size, size), cropped at random if there are draws and it is wanted."""
+        """The image as uint8 (3, H, W), cropped at random if there are draws and it is wanted."""
         record = self._record(index)
+        height, width = sides(self.size)
         at_random = draws is not None and self._augmentation.crop == "random"
         # published crops are of the whole picture; one at random, of up to 1.25 times the size, may be of a reduced one
-        picture = decode_image(record.data, record.name, at_least=3 * self.size if at_random else None)
+        picture = decode_image(record.data, record.name, at_least=3 * max(height, width) if at_random else None)
         if draws is not None and at_random:
             picture = random_crop(picture, self.size, draws[1:])
-        elif picture.size != (self.size, self.size):
+        elif picture.size != (width, height):
             picture = center_crop_adm(picture, self.size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), record
 
 
-def _collate(loaded: Sequence[tuple[int, Tensor, Record]], unreadable: Sequence[str], size: int) -> Batch:
+def _collate(loaded: Sequence[tuple[int, Tensor, Record]], unreadable: Sequence[str], size: Size) -> Batch:
     indices, pixels, records = zip(*loaded, strict=True) if loaded else ((), (), ())
-    images = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    images = torch.stack(pixels) if pixels else torch.empty(0, 3, *sides(size), dtype=torch.uint8)
     return Batch(
         from_uint8(images),
         torch.tensor([record.label for record in records], dtype=torch.int64),
@@ -592,7 +595,7 @@ class ShapesImages:
 
     def __init__(self, config: ShapesConfig, size: int, whole: ShapesConfig | None = None) -> None:
         """`whole` is the configuration that this split was made from."""
-        self.size = size
+        self.size: Size = size
         self.config = config
         self._identity = json.dumps((whole or config).identity, sort_keys=True)
         self._shapes = ShapesDataset(config, size)

@@ -82,7 +82,10 @@ class CacheInfo:
         if data.get("format") != cls.FORMAT or set(data) - known or known - set(data) - SINCE:
             version = f"{cls.PREFIX} cache of format {data.get('format')}, this version reads format {cls.FORMAT}"
             raise DataError(f"{path}: {version}")
-        return cls(**data | {name: tuple(data[name]) for name in SINCE & set(data)})
+        told: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**told)
 
     @classmethod
     def damaged(cls, path: Path, error: Exception) -> DataError:

@@ -22,6 +22,7 @@ from torch import Tensor
 from imgtok.data.shards import CacheInfo, PendingShards, open_cache
 from imgtok.data.sources import DataError
 from imgtok.files import replacing
+from imgtok.sizes import Size
 from imgtok.text.captions import Captions
 from imgtok.tokenizers.tokens import Tokens
 
@@ -34,8 +35,8 @@ class TokenCacheInfo(CacheInfo):
     COMMAND: ClassVar[str] = "imgtok cache"
     FORMAT: ClassVar[int] = 3
 
-    image_size: int
-    """Pixels a side."""
+    image_size: Size
+    """Pixels a side, or (height, width)."""
     vocab_size: int
     """Token ids lie in [0, vocab_size)."""
     num_tokens: int
@@ -51,11 +52,11 @@ class TokenCacheInfo(CacheInfo):
     class_names: tuple[str, ...] = ()
     """Names of the classes in order, where they have any."""
     crops: str = "center"
-    """Which squares of an image are there; this and the next three are the fields of `imgtok.data.images.Views`."""
+    """Which crops of an image are there; this and the next three are the fields of `imgtok.data.images.Views`."""
     num_crops: int = 1
     """Random crops of an image."""
     zoom: float = 1.0
-    """The shorter side before cropping, over the size."""
+    """What the image covers before cropping, over the size."""
     mirrored: bool = False
     """Whether each crop is there a second time, mirrored."""
     crop_seed: int = 0

@@ -20,6 +20,7 @@ from imgtok.data.parts import parts_of
 from imgtok.data.sources import NOT_TOLD, differing
 from imgtok.hub import Found
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import Size
 
 SHARE = 0.1
 """The share that is held out where nothing says another one."""
@@ -148,7 +149,7 @@ class Named:
             )
         return named
 
-    def to_show(self, size: int, held_out: float | None = None) -> Chosen:
+    def to_show(self, size: Size, held_out: float | None = None) -> Chosen:
         """The images that the model is shown or scored on.
 
         A part of its own that a data set has for this is taken whole. Otherwise `held_out` is the share that is taken,
@@ -165,7 +166,7 @@ class Named:
             raise DataError(self._none_held_out(share))
         return self._chosen(self.opened.images(size, "held_out", share), share, f"{{}} held out (held_out={share:g})")
 
-    def to_encode(self, size: int, split: Split, held_out: float | None = None) -> Chosen:
+    def to_encode(self, size: Size, split: Split, held_out: float | None = None) -> Chosen:
         """One part of the images, for a cache. For None they are divided as the model's training divided them, or with
         the share `SHARE` where they are others.
         """

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from imgtok.config import NonNegativeFloat, NonNegativeInt, PositiveInt, check
 from imgtok.layers.mup import note_width
 from imgtok.layers.norms import layer_norm
+from imgtok.sizes import Size, sides
 from imgtok.tokenizers.base import CodedLosses, Losses, Tokenizer, rebuilt
 from imgtok.vision import dino, lite0
 
@@ -50,9 +51,9 @@ class REPAConfig:
     model.safetensors; null is timm's repository of that name, downloaded unless a cache of this machine has it. For
     lite0 a copy of the published file; null is that of the installed package."""
     image_size: PositiveInt | None = None
-    """Pixels a side at which the teacher sees images. A transformer's patches make the grid to which the block's map is
-    interpolated (518 / 14 = 37); lite0's map, a thirty-second of this a side, is interpolated to the block's grid.
-    Null is 518, or 128 for lite0."""
+    """Pixels a side at which the teacher sees images, those that are not square squeezed. A transformer's patches make
+    the grid to which the block's map is interpolated (518 / 14 = 37); lite0's map, a thirty-second of this a side, is
+    interpolated to the block's grid. Null is 518, or 128 for lite0."""
     tap: NonNegativeInt = 1
     """Block whose output is aligned, counted from 0 among those that the tokenizer shows."""
     hidden_multiple: PositiveInt = 4
@@ -179,19 +180,26 @@ class Projection(nn.Module):
         return x
 
 
-def alignment_loss(projected: Tensor, targets: Tensor, grid: Literal["teacher", "block"] = "teacher") -> Tensor:
+def alignment_loss(
+    projected: Tensor,
+    targets: Tensor,
+    grid: Literal["teacher", "block"] = "teacher",
+    size: Size = 1,
+) -> Tensor:
     """Minus the cosine similarity, averaged over positions: -1 is perfect.
 
-    Of `projected` (B, N, C), a square grid of patches row by row, and `targets` (B, C, H, W), one is interpolated to
-    the `grid` of the other.
+    Of `projected` (B, N, C), the square patches of images of `size` row by row, and `targets` (B, C, H, W), one is
+    interpolated to the `grid` of the other. The teacher sees an image that is not square squeezed into one, so that
+    both maps show the same places.
     """
-    side = math.isqrt(projected.shape[1])
-    maps = projected.float().transpose(1, 2).unflatten(2, (side, side))  # (B, C, side, side)
+    height, width = sides(size)
+    rows = math.isqrt(projected.shape[1] * height // width)
+    maps = projected.float().transpose(1, 2).unflatten(2, (rows, -1))  # (B, C, rows, columns)
     if maps.shape[-2:] != targets.shape[-2:]:
         if grid == "teacher":
             maps = F.interpolate(maps, targets.shape[-2:], mode="bilinear", antialias=True)
         else:
-            targets = F.interpolate(targets, (side, side), mode="bilinear", antialias=True)
+            targets = F.interpolate(targets, maps.shape[-2:], mode="bilinear", antialias=True)
     return -F.cosine_similarity(maps, targets, dim=1).mean()
 
 
@@ -219,5 +227,6 @@ class Aligned(nn.Module):
                 tapped.append(patches)
 
         own = self.tokenizer(images, generator=generator, on_block=keep_tapped)
-        alignment = alignment_loss(self.projection(tapped[0]), targets, self.config.grid)
+        height, width = images.shape[-2:]
+        alignment = alignment_loss(self.projection(tapped[0]), targets, self.config.grid, (height, width))
         return rebuilt(own.total + self.config.weight * alignment, {**own.parts, "repa": alignment}, own)

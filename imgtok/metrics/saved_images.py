@@ -36,6 +36,7 @@ from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.files import is_pattern
 from imgtok.metrics.arrays import ArrayImages, Values, open_npy, open_npz, read_array
 from imgtok.pictures import UnreadableImage, center_crop_adm, decode_image
+from imgtok.sizes import Size, as_given, sides, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ _PROBES = 16  # images whose size is looked at before any is scored
 class SavedImages:
     """Images with random access, all of one size; `labels` is None where none were saved, or no classes drawn."""
 
-    def __init__(self, path: Path, *, resize: int | None = None, values: Values | None = None) -> None:
-        """With `resize`, the images come as squares of so many pixels a side (`pictures.center_crop_adm`). `values`
+    def __init__(self, path: Path, *, resize: Size | None = None, values: Values | None = None) -> None:
+        """With `resize`, the images come at that size (`pictures.center_crop_adm`). `values`
         says what the floats of an array are. Raises FileNotFoundError or ValueError for a path that holds no images,
         or only a part of them, or images of several sizes.
         """
@@ -59,7 +60,7 @@ class SavedImages:
         self.labels_missing: str = self._images.labels_missing
         if len(self) == 0:
             raise ValueError(f"{path}: holds no images")
-        self.size: tuple[int, int] = (resize, resize) if resize else self._first_size()
+        self.size: tuple[int, int] = sides(resize) if resize else self._first_size()
         if not resize:
             self._check_some_sizes()
 
@@ -138,11 +139,14 @@ class SavedImages:
         return np.array(center_crop_adm(Image.fromarray(image), self._resize))
 
 
-def resize_remedy(size: int) -> str:
+def resize_remedy(size: Size) -> str:
     """What to do about images of several sizes."""
+    height, width = sides(size)
+    how = "the shorter side is scaled, then the central square taken, as in the ADM suite"
+    if height != width:
+        how = "each is scaled until it covers that, then its centre taken"
     return (
-        f"resize={size} brings all of them to {size}x{size}, images, originals and real ones alike (the shorter side "
-        "is scaled, then the central square taken, as in the ADM suite)"
+        f"resize={as_given(size)} brings all of them to {width}x{height}, images, originals and real ones alike ({how})"
     )
 
 
@@ -371,7 +375,7 @@ def partners(images: SavedImages, originals: SavedImages, chosen: Sequence[int])
         given, wanted = (f"{width}x{height}" for height, width in (images.size, originals.size))
         raise ValueError(
             f"{images.path}: images of {given}, but the originals in {originals.path} are {wanted}; "
-            f"{resize_remedy(min(images.size))}"
+            f"{resize_remedy(size_of(*images.size))}"
         )
     places: dict[str, int] = {}
     for index in range(len(originals)):

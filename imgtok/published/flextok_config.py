@@ -12,6 +12,7 @@ from imgtok import hub
 from imgtok.config import ConfigError
 from imgtok.published.diffusers import diffusers_config
 from imgtok.published.flextok_template import fill_in
+from imgtok.sizes import in_pixels
 from imgtok.tokenizers.flextok import FlexTokConfig, FlexTokDecoding, TrunkConfig
 from imgtok.tokenizers.vae import VAEConfig
 
@@ -119,13 +120,16 @@ def write_config(config: FlexTokConfig) -> dict[str, Any]:
         raise ConfigError("vae: a published FlexTok works on the latents of an autoencoder; this one has none")
     if config.short_runs.prediction != "velocity":
         raise ConfigError("short_runs.prediction: a published decoder predicts the velocity; this one predicts data")
+    if config.grid[0] != config.grid[1]:
+        size = in_pixels(config.image_size)
+        raise ConfigError(f"image_size: a published FlexTok is for squares; this one is for {size}: layout=imgtok")
     standard = replace(config.vae, **{name: getattr(PUBLISHED_VAE, name) for name in VAE_SHAPE}) == config.vae
     numbers = {
         **{name: getattr(config, name) for name in SAME},
         **{f"{part}.{name}": getattr(getattr(config, part), name) for part in ("encoder", "decoder") for name in TRUNK},
         "levels": list(config.levels),
         "channels": config.latent_channels,
-        "grid": config.grid,
+        "grid": config.grid[0],
         "fewest_registers": config.num_registers,
         "digits": len(config.levels),
         "logit_normal": config.times != "mode",

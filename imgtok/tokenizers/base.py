@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from imgtok.config import check
 from imgtok.flow import OnStep
 from imgtok.hub import Pretrained
+from imgtok.sizes import Size, sides
 from imgtok.tokenizers.checks import check_images
 from imgtok.tokenizers.tokens import Tokens
 
@@ -121,7 +122,7 @@ class Graph(NamedTuple):
 
 
 OnBlock = Callable[[int, Tensor], None]
-"""Sees the number of a block, counted from 0, and the patches (B, N, D) after it, a square grid row by row."""
+"""Sees the number of a block, counted from 0, and the patches (B, N, D) after it, a grid row by row."""
 
 
 class ImageModel(nn.Module, Pretrained):
@@ -211,8 +212,8 @@ pictures = imgtok.to_pil(model.decode(tokens, seed=0))
         raise ValueError(f"checkpoint_activations: {type(self).__name__} keeps its activations; leave it out")
 
     @property
-    def image_size(self) -> int:
-        """Pixels a side of the images that it was made for."""
+    def image_size(self) -> Size:
+        """Pixels a side of the images that it was made for, or (height, width)."""
         raise NotImplementedError
 
     @property
@@ -373,16 +374,16 @@ pictures = imgtok.to_pil(model.decode(latents))
         check_images(images, f"{8 * self.config.factor}")
         return latents_of_moments(self.moments(images), noise, self.config.scaling_factor)
 
-    def graphs(self, image_size: int | None = None) -> dict[str, Graph]:
+    def graphs(self, image_size: Size | None = None) -> dict[str, Graph]:
         """`encoder`, from images (B, 3, H, W) to the scaled means of their latents, and `decoder`, from latents to
-        images, not clamped; for images of `image_size` pixels a side, by default of any height and width that are
-        multiples of its factor.
+        images, not clamped; for images of `image_size`, by default of any height and width that are multiples of its
+        factor.
         """
         factor: int = self.config.factor
-        side = image_size or max(32, 4 * factor)
+        height, width = sides(image_size or max(32, 4 * factor))
         pixels, cells = (0, 0) if image_size else (factor, 1)
-        images = torch.zeros(2, 3, side, side, device=self.device)
-        latents = torch.zeros(2, self.config.latent_channels, side // factor, side // factor, device=self.device)
+        images = torch.zeros(2, 3, height, width, device=self.device)
+        latents = torch.zeros(2, self.config.latent_channels, height // factor, width // factor, device=self.device)
 
         def encoder(images: Tensor) -> Tensor:
             return latents_of_moments(self.moments(images), None, self.config.scaling_factor)

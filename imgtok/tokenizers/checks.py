@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from imgtok.sizes import Size
 from imgtok.tokenizers.tokens import Tokens
 
 
@@ -104,10 +105,10 @@ OVERSHOOT = 1.5
 """Pixels up to here, and down to its negative, are taken: resizing and decoders overshoot the ends of [-1, 1]."""
 
 
-def check_images(images: object, size: int | str = "SIZE", rows: Sequence[int] | None = None) -> None:
+def check_images(images: object, size: Size | str = "SIZE", rows: Sequence[int] | None = None) -> None:
     """Raises ValueError, with the remedy, unless `images` are float images (B, 3, H, W) in [-1, 1].
 
-    `size` is the pixels a side that the model wants, for the message; `rows` are their numbers, by default 0, 1, ...
+    `size` is the one that the model wants, for the message; `rows` are their numbers, by default 0, 1, ...
     A batch without any dark pixel may be one in [0, 1]: with a pixel of nearly 0, which no picture of 8 bits has in
     [-1, 1], that is certain and refused, else a warning says so.
     """

@@ -32,6 +32,7 @@ from imgtok.layers.positions import sincos_2d, time_features
 from imgtok.layers.recompute import call_block
 from imgtok.losses import two_lengths
 from imgtok.quantizers.fsq import FSQ
+from imgtok.sizes import Size, sides
 from imgtok.tokenizers import flextok_fast, flextok_start
 from imgtok.tokenizers.base import (
     CodedLosses,
@@ -93,8 +94,13 @@ class Encoder(nn.Module):
 
 
 def add_positions(module: nn.Module, config: FlexTokConfig, width: int) -> None:
-    """Gives a module `positions` (rows, columns, D): the fixed table, not saved, or a parameter."""
-    table = sincos_2d(width, config.grid, config.grid)
+    """Gives a module `positions` (rows, columns, D): the fixed table, not saved, or a parameter.
+
+    The fixed table of a grid that is not square is the corner of a square one, since only those are well behaved.
+    """
+    rows, columns = config.grid
+    side = max(rows, columns)
+    table = sincos_2d(width, side, side)[:rows, :columns]
     if config.short_runs.positions == "sincos":
         module.register_buffer("positions", table, persistent=False)
     else:
@@ -278,8 +284,9 @@ class FlexTok(Tokenizer):
         flextok_start.note_widths(self)
 
     @property
-    def image_size(self) -> int:
-        return self.config.image_size
+    def image_size(self) -> Size:
+        size: Size = self.config.image_size
+        return size
 
     @property
     def num_tokens(self) -> int:
@@ -318,17 +325,18 @@ class FlexTok(Tokenizer):
         here, there = self.config.grid, start.grid
         if here == there:
             return {}
-        sides = f"{there} x {there} patches there, {here} x {here} here"
+        grids = "{} x {} patches there, {} x {} here".format(*there, *here)
         if self.config.short_runs.positions == "sincos":
-            how = "the same table cropped" if here < there else "the same table, continued beyond where it was trained"
-            return {"positions": f"positions: {sides}: {how}"}
+            fits = here[0] <= there[0] and here[1] <= there[1]
+            how = "the same table cropped" if fits else "the same table, continued beyond where it was trained"
+            return {"positions": f"positions: {grids}: {how}"}
         said = dict[str, str]()
         for name in ("encoder.positions", "decoder.positions"):
-            if name in stored and stored[name].shape[:2] == (there, there):
+            if name in stored and stored[name].shape[:2] == there:
                 table = stored[name].permute(2, 0, 1)[None].float()
-                resized = F.interpolate(table, size=(here, here), mode="bicubic", align_corners=False)
+                resized = F.interpolate(table, size=here, mode="bicubic", align_corners=False)
                 stored[name] = resized[0].permute(1, 2, 0).to(stored[name].dtype)
-                said[name] = f"positions: {sides}: interpolated"
+                said[name] = f"positions: {grids}: interpolated"
         return said
 
     def recompute_activations(self) -> None:
@@ -355,8 +363,8 @@ class FlexTok(Tokenizer):
         keep = self.draw_keep_counts(batch, generator)
         null = torch.rand(batch, generator=generator, device=generator.device) < self.config.null_dropout
         times = self.draw_times(batch, generator)
-        sides = (side // self.config.factor for side in images.shape[-2:])
-        shape = (batch, self.config.latent_channels, *sides)
+        cells = (side // self.config.factor for side in images.shape[-2:])
+        shape = (batch, self.config.latent_channels, *cells)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return Draws(posterior, keep.to(device), null.to(device), times.to(device), noise.to(device))
 
@@ -522,8 +530,7 @@ class FlexTok(Tokenizer):
         time (1,) from 1 (noise) to 0, given ids (B, K), of which each image keeps its first `lengths` (B,), and `null`
         (B,): whether it is to be that of the null condition, as guidance needs it.
         """
-        side, size = self.config.image_size // self.config.factor, self.config.image_size
-        images, noised = torch.zeros(2, 3, size, size), torch.zeros(2, self.config.latent_channels, side, side)
+        images, noised = torch.zeros(2, 3, *sides(self.image_size)), torch.zeros(2, *self._latent_shape(None))
         ids, lengths = torch.zeros(2, self.num_tokens, dtype=torch.long), torch.full((2,), self.num_tokens)
         step = {"noised": noised, "time": torch.full((1,), 0.5), "ids": ids, "lengths": lengths}
         step["null"] = torch.zeros(2, dtype=torch.bool)
@@ -555,7 +562,7 @@ class FlexTok(Tokenizer):
         """Images (B, 3, H, W) in [-1, 1] -> their first tokens: as many as `rate` says, or `num_tokens`, a number each
         or one for all; all by default.
 
-        A sequence of (3, H, W) images may hold several sizes, up to `image_size` a side. With `posterior_seed` the
+        A sequence of (3, H, W) images may hold several sizes, up to that of `image_size`. With `posterior_seed` the
         autoencoder's posterior is sampled, image b with the noise of (seed, b), instead of its mean taken. Raises
         ValueError for pixels that are not finite, a size that does not divide into patches or is larger than the
         position table, and a number of tokens outside 1..K.
@@ -588,8 +595,8 @@ class FlexTok(Tokenizer):
         check_images(images, self.image_size, rows)
         if self.config.vae is None or seed is None:
             return self.to_latents(images)
-        sides = (side // self.config.factor for side in images.shape[-2:])
-        noise = randomness.normal(seed, rows, (self.config.latent_channels, *sides), "posterior")
+        cells = (side // self.config.factor for side in images.shape[-2:])
+        noise = randomness.normal(seed, rows, (self.config.latent_channels, *cells), "posterior")
         return self.to_latents(images, noise.to(images.device))
 
     @torch.no_grad()
@@ -691,11 +698,11 @@ class FlexTok(Tokenizer):
 
     def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image of `size` pixels."""
-        height, width = size or (self.image_size, self.image_size)
-        cell = self.config.cell
-        for name, side in (("height", height), ("width", width)):
-            if side < 1 or side % cell or side > self.image_size:
+        most, cell = sides(self.image_size), self.config.cell
+        height, width = size or most
+        for name, side, longest in zip(("height", "width"), (height, width), most, strict=True):
+            if side < 1 or side % cell or side > longest:
                 raise ValueError(
-                    f"size: a {name} of {side} pixels; this model decodes multiples of {cell} up to {self.image_size}"
+                    f"size: a {name} of {side} pixels; this model decodes multiples of {cell} up to {longest}"
                 )
         return (self.config.latent_channels, height // self.config.factor, width // self.config.factor)

@@ -16,6 +16,7 @@ from imgtok.config import (
     Range,
     check,
 )
+from imgtok.sizes import ImageSize, check_multiple, sides
 from imgtok.tokenizers.vae import VAEConfig
 
 
@@ -97,8 +98,10 @@ class FlexTokConfig:
     """Where fields are now that runs of earlier versions have elsewhere."""
 
     kind: Literal["flextok"] = "flextok"
-    image_size: PositiveInt = 256
-    """Pixels a side of the training images."""
+    image_size: ImageSize = 256
+    """Pixels a side of the training images, or [height, width], such as [96, 128], for images that are not square:
+    each is scaled until it covers that and its centre is kept. Both sides are multiples of the pixels of a patch, those
+    of a latent cell times `patch_size`."""
     vae: Annotated[VAEConfig | None, FROM_DATA] = None
     """The frozen autoencoder below; null works in pixels. Training fills this in from its own `vae` field."""
     patch_size: PositiveInt = 2
@@ -138,10 +141,7 @@ class FlexTokConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.image_size % self.cell:
-            raise ValueError(
-                f"image_size: {self.image_size} is not a multiple of {self.cell}, the pixels a side of one patch"
-            )
+        check_multiple(self.image_size, self.cell, "the pixels a side of one patch")
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels: every FSQ dimension needs at least 2 levels, given {self.levels}")
         if self.align_weight and not self.cross_length:
@@ -158,9 +158,10 @@ class FlexTokConfig:
         return self.vae.latent_channels if self.vae else 3
 
     @property
-    def grid(self) -> int:
-        """Patches a side."""
-        return self.image_size // self.cell
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = sides(self.image_size)
+        return height // self.cell, width // self.cell
 
     @property
     def factor(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def align(model: FlexTok, modulations: Sequence[nn.Linear]) -> None:
     From the published start all tokens are alike and reach no patch until the gates have grown. Here register r has
     the position of patch r * N / K, and queries equal keys, so that like looks at like.
     """
-    patches = model.config.grid**2
+    patches = math.prod(model.config.grid)
     facing = torch.arange(model.num_tokens) * patches // model.num_tokens
     for part, registers in (
         (model.encoder, model.encoder.registers),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from imgtok.config import FROM_DATA, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check
+from imgtok.sizes import SquareSize
 from imgtok.tokenizers.base import NoDecoding
 from imgtok.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from imgtok.tokenizers.vae import VAEConfig
@@ -80,7 +81,7 @@ class KARLConfig:
     """A KARL; the defaults are the published "small" one with quantized tokens."""
 
     kind: Literal["karl"] = "karl"
-    image_size: PositiveInt = 256
+    image_size: SquareSize = 256
     """Pixels a side of the images."""
     base: Annotated[VAEConfig | MaskGITVQGANConfig | None, FROM_DATA] = None
     """The autoencoder that it stands on; training fills this in from its own `vae` field."""

@@ -19,11 +19,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from imgtok.config import FROM_DATA, NonNegativeInt, PositiveInt, check
+from imgtok.config import FROM_DATA, NonNegativeInt, check
 from imgtok.flow import OnStep
 from imgtok.hub import model_class
 from imgtok.quantizers.channels import low_frequency_shares
 from imgtok.quantizers.normal import NormalConfig, NormalQuantizer, check_channels
+from imgtok.sizes import SquareSize
 from imgtok.tokenizers.base import Autoencoder, Losses, NoDecoding, Rate, Tokenizer, latents_of_moments
 from imgtok.tokenizers.checks import check_side, check_whole
 from imgtok.tokenizers.dcae import DCAEConfig
@@ -43,7 +44,7 @@ class TokenBridgeTokenizerConfig:
     """Symbols of an autoencoder's latents; the defaults are those of the published TokenBridge."""
 
     kind: Literal["tokenbridge_tokenizer"] = "tokenbridge_tokenizer"
-    image_size: PositiveInt = 256
+    image_size: SquareSize = 256
     """Pixels a side of the images."""
     vae: Annotated[Continuous | None, FROM_DATA] = None
     """The autoencoder; training fills this in from its own `vae` field."""

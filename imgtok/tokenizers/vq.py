@@ -32,6 +32,7 @@ from imgtok.flow import OnStep
 from imgtok.layers.convolution import channels_first, channels_last, norm_silu_conv, speed_up, through
 from imgtok.quantizers.binary import BinaryConfig, BinaryQuantizer
 from imgtok.quantizers.vq import TableConfig, VectorQuantizer
+from imgtok.sizes import SquareSize
 from imgtok.tokenizers.base import CodedLosses, Graph, NoDecoding, Rate, Reconstruction, Tokenizer
 from imgtok.tokenizers.checks import check_images, check_side, check_whole, check_widths
 from imgtok.tokenizers.tokens import Tokens
@@ -42,7 +43,7 @@ class VQConfig:
     """Shape of the tokenizer, and its quantizer; the defaults are the published `vq_ds16`."""
 
     kind: Literal["vq"] = "vq"
-    image_size: PositiveInt = 256
+    image_size: SquareSize = 256
     """Pixels a side of the images; a multiple of the pixels a side of a cell. No weight depends on it."""
     quantizer: TableConfig | BinaryConfig = TableConfig()
     """From the numbers of a cell to its id: the nearest row of a `table` (LlamaGen), or their signs as bits, `binary`

@@ -54,6 +54,7 @@ from imgtok.sections import Settings
 from imgtok.shapes.oracle import Score
 from imgtok.shapes.render import render
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import SquareSize, square
 from imgtok.text.parsing import Parse, Parser
 from imgtok.tokenizers.base import Rate
 
@@ -97,7 +98,7 @@ class Config:
     data: ShapesConfig | None = None
     """Textures, sizes, scale and most objects of the scenes; null takes those that the tokenizer was trained on, or the
     whole world at its own scale. Splits that need more objects have more."""
-    image_size: PositiveInt | None = None
+    image_size: SquareSize | None = None
     """Pixels a side of what an autoencoder reconstructs; null takes those that it was trained at."""
     rates: tuple[int | str, ...] = ()
     """Numbers of tokens at which a tokenizer reconstructs; empty takes those that it lists."""
@@ -239,7 +240,7 @@ class Drawing:
                 f"model: {config.model} draws classes, and captions are asked for; see `imgtok evaluate model=...`"
             )
         self.pipe.encoder()  # a missing one is said before anything is drawn
-        self.size = self.pipe.image_size
+        self.size = square(self.pipe.image_size, "model: the scenes of the benchmark are squares")
         self.sampling = config.sampling.over(self.pipe.sampling, "sampling")
         self.decoding = config.decoding.over(self.pipe.decoding, "decoding")
         self.in_words = {"model": found.in_words, "decoder": inside.in_words}
@@ -306,7 +307,8 @@ class Reconstructing:
         self.step, self.models = found.step, {"tokenizer": found}
         self.data = data_of(config.data, found)
         self.model = open_model(found).to(device)
-        self.size = size_for(self.model, config.image_size, found)
+        size = size_for(self.model, config.image_size, found)
+        self.size = square(size, "tokenizer: the scenes of the benchmark are squares")
         self.rates = rates_of(self.model, config.rates)
         self.decoding = config.decoding.over(self.model.config.decoding, "decoding")
         self.blocks = Blocks(device, config.exact, config.threads)

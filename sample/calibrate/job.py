@@ -48,6 +48,7 @@ from imgtok.sample.calibrate.results import Decoded, Found, Wishes, measure
 from imgtok.sample.page import write_html
 from imgtok.sample.reconstruct import size_for
 from imgtok.sample.requests import places_of, protect
+from imgtok.sizes import SquareSize, sides
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.vision import lite0
 
@@ -85,7 +86,7 @@ class Config:
     request, model or data are not replaced."""
     data: DataConfig | None = None
     """Images; null takes those that the autoencoder was trained on."""
-    image_size: PositiveInt | None = None
+    image_size: SquareSize | None = None
     """Pixels a side of the images; null takes those that the autoencoder was trained at."""
     held_out: Annotated[float, Range(0.0, 1.0)] | None = None
     """Share of `data` that training kept apart: the part that is used. 1 takes all of it. Null takes what the model's
@@ -144,7 +145,7 @@ def main(config: Config) -> None:
     judges = open_judges(config.metrics, device)
     chosen = Named.of(config.data, named).to_show(size_for(vae, config.image_size, named), config.held_out)
     places = places_of(chosen.source, min(config.num, len(chosen.source)))
-    check_metrics(config.metrics, judges, chosen.source.size, min(config.num_decoded, len(places)))
+    check_metrics(config.metrics, judges, min(sides(chosen.source.size)), min(config.num_decoded, len(places)))
     out = config.result(named.step)
     made_of = {
         "model": named.about(),

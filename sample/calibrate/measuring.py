@@ -22,6 +22,7 @@ from imgtok.pictures import to_uint8
 from imgtok.quantizers.channels import low_frequency_shares
 from imgtok.quantizers.normal import NormalConfig, NormalQuantizer, check_finite
 from imgtok.runtime import Blocks
+from imgtok.sizes import sides
 from imgtok.tokenizers.base import Autoencoder
 
 LOOKED_AT = 1 << 20
@@ -48,8 +49,8 @@ def encode(
     """The moments of the images at `places` of the source whose numbers there are in `share`, a row (2 C h w) an image.
     Rows of others, and of images that cannot be read, stay empty.
     """
-    grid = source.size // vae.config.factor
-    found = Rows(len(places), 2 * vae.config.latent_channels * grid**2, torch.float32)
+    cells = math.prod(side // vae.config.factor for side in sides(source.size))
+    found = Rows(len(places), 2 * vae.config.latent_channels * cells, torch.float32)
     number = {places[index]: index for index in share}
     for batch in eval_loader(source, batch_size, indices=list(number), unreadable=unreadable):
         with blocks.computing():

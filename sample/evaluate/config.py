@@ -18,6 +18,7 @@ from imgtok.metrics.reference import SUFFIXES as STATISTICS
 from imgtok.metrics.scorers import FAMILIES, INCEPTION_SCORE_PARTS, LITE0
 from imgtok.sections import Settings
 from imgtok.shapes.world import ShapesConfig
+from imgtok.sizes import ImageSize
 from imgtok.tokenizers.base import Rate
 from imgtok.vision import lite0
 from imgtok.vision.dino import DINOV2_LARGE
@@ -62,10 +63,10 @@ class Config:
     originals: Path | None = None
     """What `images` are reconstructions of: a folder or tars with files of the same names, or arrays or Parquet files
     in the same order."""
-    resize: PositiveInt | None = None
+    resize: ImageSize | None = None
     """Pixels a side to which files of images are brought, `images`, `originals` and `reference` alike: shorter side to
-    it (halved by box filter while twice as large, then bicubic), central square, as in ADM's suite; null takes them as
-    they are, all of one size."""
+    it (halved by box filter while twice as large, then bicubic), central square, as in ADM's suite; or [height, width],
+    which each covers likewise. Null takes them as they are, all of one size."""
     array_values: Values | None = None
     """What 0 and 100 % of a colour are in .npz and .npy files of floats; null takes uint8 alone."""
     model: str | None = None
@@ -108,9 +109,9 @@ class Config:
     rates: tuple[int | str, ...] = ()
     """Numbers of tokens such as 16 or, for a tokenizer that chooses the number by the error, 256@0.05, each of which is
     scored; empty takes those that the tokenizer lists (the powers of two up to all, say), all tokens for a model."""
-    image_size: PositiveInt | None = None
-    """Pixels a side of what is reconstructed; null takes the tokenizer's, or those that the autoencoder was trained
-    at."""
+    image_size: ImageSize | None = None
+    """Pixels a side of what is reconstructed, or [height, width]; null takes the tokenizer's, or those that the
+    autoencoder was trained at."""
     decoding: Settings = Settings()
     """Settings of the decoder, likewise."""
     held_out: Annotated[float, Range(0.0, 1.0)] | None = None

@@ -20,6 +20,7 @@ from imgtok.metrics.scorers import FAMILIES, Family, features_to_keep, short
 from imgtok.randomness import spread
 from imgtok.sample.evaluate.config import FEWEST, Config
 from imgtok.sample.evaluate.sources import check_num, image_batches
+from imgtok.sizes import size_of
 from imgtok.vision.features import FeatureExtractor
 
 if TYPE_CHECKING:
@@ -141,13 +142,15 @@ def _images(config: Config, file: RealFile | None, size: tuple[int, int]) -> tup
     """The images, where they are, and what they are called in the names of scores."""
     if file is None:
         assert config.data is not None
-        images = open_images(config.data, min(size), split="train", held_out_fraction=0.0)
+        images = open_images(config.data, size_of(*size), split="train", held_out_fraction=0.0)
         return images, f"data ({config.data.kind})", f"{config.data.kind}-train"
     saved = file.images
     assert saved is not None
     if saved.size != size:
         theirs, ours = (f"{width}x{height}" for height, width in (saved.size, size))
-        raise ValueError(f"{file.path}: images of {theirs}, but those to score are {ours}; {resize_remedy(min(size))}")
+        raise ValueError(
+            f"{file.path}: images of {theirs}, but those to score are {ours}; {resize_remedy(size_of(*size))}"
+        )
     return saved, str(file.path), file.path.stem
 
 

@@ -61,6 +61,7 @@ from imgtok.sample.evaluate.sources import (
 from imgtok.sample.reconstruct import open_model, rates_of, size_for
 from imgtok.shapes import classifier
 from imgtok.shapes.world import CLASS_NAMES, NUM_CLASSES, ShapesConfig
+from imgtok.sizes import as_given, in_pixels, sides, size_of, square
 from imgtok.tokenizers.base import Autoencoder, Rate
 from imgtok.tokenizers.calls import Totals, together
 from imgtok.vision import dino, lite0
@@ -213,12 +214,14 @@ def _share(num: int, accelerator: Accelerator) -> range:
 def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -> None:
     """Raises ValueError for a score that these images cannot have, before any of them is drawn."""
     metrics = config.chosen_metrics
-    if config.resize is not None and source.size != (config.resize, config.resize):
+    if config.resize is not None and source.size != sides(config.resize):
+        size = size_of(*source.size)
         raise ValueError(
-            f"resize: {config.resize} for files, and what is compared with them has {source.size[0]} pixels a side: "
-            f"resize={source.size[0]}"
+            f"resize: {as_given(config.resize)} for files, and what is compared with them has {in_pixels(size)} pixels "
+            f"a side: resize={as_given(size)}"
         )
     if "oracle" in metrics:
+        square(size_of(*source.size), "metrics: the oracle reads squares: leave it out")
         source.check_classes("the oracle", NUM_CLASSES, CLASS_NAMES)
     if "top1_lite0" in metrics:
         source.check_classes("top1_lite0", lite0.NUM_CLASSES)
@@ -308,7 +311,7 @@ def _open_probe(
     if "top1_probe" not in config.chosen_metrics:
         return None
     data, share = config.probe_images
-    size = min(source.size)
+    size = size_of(*source.size)
     training = open_images(data, size, split="train", held_out_fraction=share)
     held_out = open_images(data, size, split="held_out", held_out_fraction=share)
     probes.check_classes(training)

@@ -29,6 +29,7 @@ from imgtok.randomness import spread
 from imgtok.runtime import Blocks
 from imgtok.sample.labels import labels_in_turn, num_labels
 from imgtok.sample.reconstruct import reconstruct
+from imgtok.sizes import Size, as_given, sides
 from imgtok.tokenizers.base import Autoencoder, Rate, Tokenizer
 from imgtok.tokenizers.tokens import Tokens
 
@@ -37,7 +38,14 @@ logger = logging.getLogger(__name__)
 Versions = Mapping[Rate | None, ScoredBatch]
 
 CROP = "shorter side to the size (halved by box filter while twice as large, then bicubic), central square (ADM)"
+COVER = "scaled until it covers the size (halved by box filter while twice as large, then bicubic), centre"
 NO_CROP = "none: rendered at this size"
+
+
+def crop_in_words(size: Size) -> str:
+    """How an image is brought to a size."""
+    height, width = sides(size)
+    return CROP if height == width else COVER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,7 @@ class FileSource:
         labels: Literal["recorded", "balanced"],
         originals: Path | None = None,
         *,
-        resize: int | None = None,
+        resize: Size | None = None,
         values: Values | None = None,
     ) -> None:
         """`resize` and `values` are those of `SavedImages`."""
@@ -113,7 +121,7 @@ class FileSource:
         self._partners = partners(self._images, self._originals, self._places) if self._originals else []
         alike = "the files of the same names" if self._images.named else "the images at the same places"
         beside = f"{alike} in {originals}" if originals is not None else None
-        crop = f"resize={resize}: {CROP}" if resize else None
+        crop = f"resize={as_given(resize)}: {crop_in_words(resize)}" if resize else None
         self.procedure = Procedure(images=f"files of {path}{how}", originals=beside, crop=crop)
 
     def _choose(self) -> tuple[Sequence[int], str]:
@@ -192,7 +200,7 @@ class GeneratorSource:
         self._pipe, self._seed, self._sampling, self._decoding = pipe, seed, sampling, decoding
         self._num_classes = num_labels(pipe)
         self._labels = labels_in_turn(classes, num, self._num_classes)
-        self.num, self.size = num, (pipe.image_size,) * 2
+        self.num, self.size = num, sides(pipe.image_size)
         for rate in rates:
             if rate.tolerance is not None:
                 raise ValueError(f"rates: a generator draws numbers of tokens and has no tolerance, given {rate}")
@@ -265,7 +273,7 @@ class ReconstructionSource:
         """`what` is the images in words, for the record. `rendered` ones need no crop and are all classes in turn."""
         self._model, self._images, self._seed, self._decoding = model, images, seed, decoding
         self._blocks = blocks
-        self.num, self.size = check_num(num, len(images), "the data source"), (images.size,) * 2
+        self.num, self.size = check_num(num, len(images), "the data source"), sides(images.size)
         self._places = range(self.num) if rendered else spread(self.num, len(images)).tolist()
         self.rates: tuple[Rate | None, ...] = tuple(rates)
         self.tokenizer = model if isinstance(model, Tokenizer) else None
@@ -275,7 +283,7 @@ class ReconstructionSource:
             images=f"reconstructions of {what}{part}",
             originals="the same images, cropped",
             tokens=_rates_in_words([rate for rate in rates if rate is not None]),
-            crop=NO_CROP if rendered else CROP,
+            crop=NO_CROP if rendered else crop_in_words(images.size),
             decoding=decoding,
             tokenizer=model.config,
         )

@@ -345,7 +345,7 @@ def test_what_is_no_picture_is_refused(given, message):
 def test_arrays_of_several_pictures_and_sizes_that_are_none():
     batch = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
     assert torch.equal(preprocess(batch, 8), preprocess([*batch], 8))
-    for size in (0, 8.0, "8", (8, 8), None):
+    for size in (0, 8.0, "8", (8, 8, 8), None):
         with pytest.raises(ValueError, match="size: given .*, must be a whole number of pixels a side"):
             preprocess(batch, size)
 

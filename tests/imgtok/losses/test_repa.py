@@ -222,16 +222,16 @@ def test_the_map_of_a_coarse_teacher_comes_to_the_grid_of_the_block():
 def test_training_aligns_at_the_grid_of_the_block(pip_teacher, monkeypatch):
     used = []
 
-    def watched(projected, targets, grid):
-        used.append((projected.shape[1], tuple(targets.shape[2:]), grid))
-        return alignment_loss(projected, targets, grid)
+    def watched(projected, targets, grid, size):
+        used.append((projected.shape[1], tuple(targets.shape[2:]), grid, size))
+        return alignment_loss(projected, targets, grid, size)
 
     monkeypatch.setattr(repa, "alignment_loss", watched)
     torch.manual_seed(0)
     model = Aligned(FlexTok(TINY), REPAConfig(encoder="lite0", image_size=64), pip_teacher.width)
     batch = images(2)
     model(batch, pip_teacher.maps(batch), generator=generator()).parts["repa"].backward()
-    assert used == [(16, (2, 2), "block")]
+    assert used == [(16, (2, 2), "block", (8, 8))]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.projection.parameters())
 
 

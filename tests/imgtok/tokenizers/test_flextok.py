@@ -98,7 +98,7 @@ def test_published_sizes_have_the_published_parameter_counts():
     trunks = [sum(p.numel() for p in part.blocks.parameters()) for part in (model.encoder, model.decoder)]
     assert trunks == [84_934_656, 169_979_904]
     assert sum(p.numel() for p in model.vae.parameters()) == pytest.approx(83.82e6, rel=1e-3)
-    assert model.config.grid == 16
+    assert model.config.grid == (16, 16)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (1152, 3072), (1792, 4778), (128, 341)])
@@ -766,7 +766,7 @@ def test_recomputed_activations_change_nothing_but_the_work():
 
 def test_the_autoencoder_stays_as_it_is():
     model = build(vae=TINY_VAE).train()
-    assert model.config.grid == 2
+    assert model.config.grid == (2, 2)
     assert not any(p.requires_grad for p in model.vae.parameters())
     before = {name: value.clone() for name, value in model.vae.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
