@@ -142,6 +142,30 @@ def test_another_resolution_crops_the_fixed_positions_and_interpolates_learned_o
     assert (pooled - found.there["encoder.positions"]).norm() < 0.6 * (mean - found.there["encoder.positions"]).norm()
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "how"),
+    [(16, (8, 16), "cropped"), (16, (8, 24), "continued"), ((8, 24), 8, "cropped"), ((8, 24), (24, 8), "continued")],
+)
+def test_another_aspect_ratio_keeps_all_weights_and_fits_the_positions(start, there, here, how):
+    config = FlexTokConfig(**kinds.FLEXTOK | {"image_size": there}, patch_size=4)
+    other = replace(config, image_size=here)
+    found = start(config, other)
+    assert not found.new
+    assert all(found.kept(key) for key in found.there)
+    grids = "{} x {} patches there, {} x {} here".format(*config.grid, *other.grid)
+    assert f"positions: {grids}: the same table" in found.said
+    assert how in found.said
+    learned = ShortRuns(positions="learned")
+    found = start(replace(config, short_runs=learned), replace(other, short_runs=learned))
+    assert f"positions: {grids}: interpolated" in found.said
+    assert found.new == {"encoder.positions", "decoder.positions"}
+    before, after = (table["decoder.positions"].permute(2, 0, 1)[None] for table in (found.there, found.here))
+    assert after.shape[2:] == other.grid
+    wanted = torch.nn.functional.interpolate(before, other.grid, mode="bicubic")
+    assert torch.allclose(after, wanted, atol=1e-6)
+    assert after.std() > 0
+
+
 def test_other_shapes_are_refused_with_every_tensor_named(start):
     with pytest.raises(ValueError, match="do not fit the model to train") as error:
         start(PLAIN, replace(PLAIN, width=48, num_tokens=12))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,22 @@ def test_the_cache_holds_crops_of_that_size(generator):
     info = TokenDataset(generator / "tokens").info
     assert info.image_size == (32, 48)
     assert len(TokenDataset(generator / "tokens")) == 4 * info.num_images
+
+
+def test_a_run_and_a_cache_go_on_where_they_stopped(trained, photos, tmp_path, capsys):
+    """What was written of the size, a list in YAML and JSON, is the size that is given."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    data = ["data.kind=folder", f"data.path={photos}"]
+    words = [*QUIET, "model.image_size=[32, 48]", "num_preview=2", "held_out=0.25", "training.preview_every=2"]
+    given = read_yaml(run / "config.yaml")["init"]
+    assert main(["train", "tokenizer", f"init={given}", *data, f"out={run}", *words, "training.steps=3"]) == 0
+    assert imgtok.load(run / "final").image_size == (32, 48)
+    cache = ["cache", str(run / "final"), *data, f"out={tmp_path / 'tokens'}", "shard_size=2"]
+    assert main(cache) == 0
+    sorted((tmp_path / "tokens").glob("*.safetensors"))[1].unlink()
+    assert main(cache) == 0
+    assert len(TokenDataset(tmp_path / "tokens")) == 6
 
 
 def test_a_generator_draws_images_of_that_size(generator, tmp_path):
