@@ -196,6 +196,19 @@ def test_mistakes_name_the_field_and_the_remedy(square, photos, tmp_path, capsys
     assert message in said
 
 
+def test_the_oracle_and_the_benchmark_of_shapes_read_squares(generator, trained, photos, tmp_path, capsys):
+    out = f"out={tmp_path / 'scores.json'}"
+    drawn = [f"model={generator / 'gpt/final'}", "data.kind=folder", f"data.path={photos}", "num=2", "metrics=oracle"]
+    for words, field in (
+        (["evaluate", *drawn, out], "metrics: the oracle reads squares: leave it out"),
+        (["evaluate", "shapes", f"tokenizer={trained / 'final'}", out], "tokenizer: the scenes of the benchmark"),
+    ):
+        assert main(words) != 0
+        said = capsys.readouterr().err
+        assert field in said
+        assert "32 x 48 pixels (height x width)" in said
+
+
 def test_a_cache_of_latents_and_an_autoencoder_are_of_squares(photos, tmp_path, capsys):
     data = ["data.kind=folder", f"data.path={photos}", f"out={tmp_path}", "image_size=[32,48]"]
     for words in (["cache", "latents", "vae=shapes32"], ["train", "autoencoder", "init=shapes32", *QUIET]):
