@@ -62,7 +62,7 @@ class TrainingConfig:
     """Begin with a smaller decay, min(ema, (1 + s) / (10 + s)) after step s, so that short runs do not keep their first
     weights in the average; false has the decay `ema` from the first step, as published recipes do."""
     freeze: tuple[str, ...] = ()
-    """Patterns (such as encoder.*) of the parameters that stand still, by their names in the model: they get no
+    """Patterns (such as encoder.*) of the parameters that are frozen, by their names in the model: they get no
     gradient, no moments of the optimizer, and stay as they are in the averaged weights too."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters of a generator, and what starts afresh, in place of its weights, such as lora={}; the

@@ -1,6 +1,6 @@
-"""What stands still while a model is trained: what `training.freeze` names, and with `decoder_only` all that encodes.
+"""What is frozen while a model is trained: what `training.freeze` names, and with `decoder_only` all that encodes.
 
-A parameter that stands still needs no gradient. So it has none, AdamW keeps no moments for it, and the averaged weights
+A frozen parameter needs no gradient. So it has none, AdamW keeps no moments for it, and the averaged weights
 have it as it is (`imgtok.groups`, `imgtok.train.ema`).
 
 With `decoder_only` the tokens (or latents) of every image stay what they were, to the bit. Which parameters only decode
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 def freeze(model: nn.Module, training: TrainingConfig, loss: ReconstructionLossConfig | None = None) -> None:
-    """Let the parameters stand still that fit a pattern of `training.freeze`, and say how many do.
+    """Freeze the parameters that fit a pattern of `training.freeze`, and say how many these are.
 
     Raises ValueError for a pattern that fits no parameter, where nothing is left to train, and where `loss` measures
-    gradients at a layer that stands still.
+    gradients at a frozen layer.
     """
     if not training.freeze:
         return
@@ -54,7 +54,7 @@ def freeze(model: nn.Module, training: TrainingConfig, loss: ReconstructionLossC
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(
             f"training.freeze: {', '.join(training.freeze)} leaves nothing to train: all {len(parameters)} tensors of "
-            "the model would stand still; name fewer of them"
+            "the model would be frozen; name fewer of them"
         )
     measured = loss is not None and loss.adversarial and loss.adaptive == "last_layer"
     if measured and not getattr(_last_layer(model), "requires_grad", True):
@@ -73,14 +73,14 @@ def _last_layer(model: nn.Module) -> Any:
 
 
 def say_what_trains(model: nn.Module, setting: str) -> None:
-    """One line in the log: how many parameters a setting lets train, and how many stand still."""
+    """One line in the log: how many parameters a setting lets train, and how many are frozen."""
     counts = {True: [0, 0], False: [0, 0]}
     for parameter in model.parameters():
         counts[parameter.requires_grad][0] += parameter.numel()
         counts[parameter.requires_grad][1] += 1
     (trains, tensors), (still, others) = counts[True], counts[False]
     logger.info(
-        "%s: %s parameters train (%s tensors), %s stand still (%s tensors)",
+        "%s: %s parameters train (%s tensors), %s are frozen (%s tensors)",
         setting, f"{trains:,}", f"{tensors:,}", f"{still:,}", f"{others:,}",
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def check_decoder_only(config: Any) -> None:
 
 
 def train_decoder_only(model: ImageModel, init: Init | None, fresh: Iterable[str]) -> None:
-    """Let all of a model stand still but what only decodes.
+    """Freeze all of a model but what only decodes.
 
     `fresh` are the names of the tensors that do not come from `init`. Raises ValueError for a model in which nothing
     only decodes, and for what would change its tokens: another configuration than that of `init`, a fresh tensor.

@@ -1,6 +1,6 @@
 """Low-rank adapters of a generator (LoRA, arXiv 2106.09685), by `peft`.
 
-While a model is trained, its linear layers that `training.lora.targets` names are wrapped: the weight W stands still,
+While a model is trained, its linear layers that `training.lora.targets` names are wrapped: the weight W is frozen,
 and (alpha / rank) B A is added to what it does, with thin matrices A and B that are trained. Everything else stands
 still, but for what starts afresh because `init` does not have it. Checkpoints hold the wrapped model; previews, the
 finished model, and a checkpoint that is read as a model (`imgtok.checkpoints`) have W + (alpha / rank) B A, and are
@@ -53,7 +53,7 @@ def trained_whole(init: Init | None, fresh: Sequence[str], out: Path) -> list[st
 
 
 def add_adapters(model: nn.Module, config: LoRAConfig, fresh: Iterable[str]) -> None:
-    """Wrap the chosen linear layers of `model`, and let all else stand still but the parameters named in `fresh`.
+    """Wrap the chosen linear layers of `model`, and freeze all else but the parameters named in `fresh`.
 
     Adapters change nothing at first. Raises ValueError for a pattern that fits no linear layer, and without peft.
     """

@@ -126,7 +126,7 @@ class TrainableKARL(nn.Module):
 
     @property
     def keeps_table(self) -> bool:
-        """Whether the rows of the quantizer stand still, so that no new ones may be written either."""
+        """Whether the rows of the quantizer are frozen, so that no new ones may be written either."""
         quantizer = self.model.quantizer
         return quantizer is not None and not quantizer.table.requires_grad
 

@@ -1,4 +1,4 @@
-"""What stands still: patterns of `training.freeze`, and with `decoder_only` all that encodes, to the bit."""
+"""What is frozen: patterns of `training.freeze`, and with `decoder_only` all that encodes, to the bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_fits_a_pattern_stands_still_and_has_no_moments(made, tmp_path, cap
     still = [p for name, p in model.named_parameters() if name.startswith(("encoder.", "decoder.blocks."))]
     train = [p for name, p in model.named_parameters() if not name.startswith(("encoder.", "decoder.blocks."))]
     said = f"{sum(p.numel() for p in train):,} parameters train ({len(train)} tensors), "
-    assert said + f"{sum(p.numel() for p in still):,} stand still ({len(still)} tensors)" in caplog.text
+    assert said + f"{sum(p.numel() for p in still):,} are frozen ({len(still)} tensors)" in caplog.text
     checkpoint = tmp_path / "checkpoints/step_0000001"
     moments = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
     assert len(moments) == len(train)
@@ -82,7 +82,7 @@ def test_what_fits_a_pattern_stands_still_and_has_no_moments(made, tmp_path, cap
     [
         ("encodr.*", r"training.freeze: 'encodr.\*' fits no parameter of the model; did you mean 'encoder.\*'\?"),
         ("encoder", r"'encoder' fits no parameter of the model; did you mean .* Its parts are encoder.\*, decoder.\*"),
-        ("*", r"training.freeze: \* leaves nothing to train: all \d+ tensors of the model would stand still"),
+        ("*", r"training.freeze: \* leaves nothing to train: all \d+ tensors of the model would be frozen"),
     ],
 )
 def test_patterns_that_do_nothing_or_too_much_are_refused(made, tmp_path, pattern, message):
