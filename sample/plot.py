@@ -53,7 +53,7 @@ class Config:
     against: Literal["steps", "hours"] = "steps"
     """What the curves are drawn over."""
     out: Path | None = None
-    """Both files, without an ending; null is `curves` in the folder of the run, or in this one for several runs."""
+    """Both files, without an ending; null is `curves` in the folder of the run, and outputs/curves for several runs."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     announce.begins("plot", data=f"{len(config.runs)} run{'s'[: len(config.runs) != 1]}, {', '.join(names)}")
     runs = [read_run(folder, name) for folder, name in zip(config.runs, names, strict=True)]
     figures = chosen_figures(runs, config.figures)
-    out = config.out or (folder_of(config.runs[0]) / "curves" if len(runs) == 1 else Path("curves"))
+    out = config.out or (folder_of(config.runs[0]) / "curves" if len(runs) == 1 else Path("outputs/curves"))
     figure = draw(runs, figures, config.against)
     picture = out.with_name(f"{out.name}.png")
     with replacing(picture) as temporary:

@@ -52,10 +52,23 @@ def test_one_run_gets_its_picture_beside_it(runs, capsys):
 def test_several_runs_are_told_apart(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plot", str(runs[0]), str(runs[1] / "log.jsonl"), "figures=loss,lr", "against=hours"]) == 0
-    page = (tmp_path / "curves.html").read_text()
+    page = (tmp_path / "outputs/curves.html").read_text()
     assert "a/gpt" in page
     assert "b/gpt" in page
     assert called(runs) == ["a/gpt", "b/gpt"]
+
+
+@pytest.mark.parametrize(("more", "out"), [([], "outputs/curves"), (["out=here/both"], "here/both")])
+def test_several_runs_are_drawn_below_outputs_unless_a_place_is_named(runs, tmp_path, monkeypatch, caplog, more, out):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "imgtok")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert main(["plot", *map(str, runs), *more]) == 0
+    assert caplog.messages[-1] == f"written to {out}.png, {out}.html"
+    assert {path.name for path in tmp_path.iterdir()} == before | {out.split("/")[0]}
+    assert {path.name for path in (tmp_path / out).parent.iterdir()} == {
+        Path(f"{out}.{end}").name for end in ("png", "html")
+    }
 
 
 def test_what_is_drawn(runs):
