@@ -43,8 +43,8 @@ def in_pixels(size: Size) -> str:
 
 
 def as_given(size: Size) -> str:
-    """As it is written on a command line: `64`, or `[96,128]`."""
-    return str(size) if isinstance(size, int) else "[{},{}]".format(*size)
+    """As it is written on a command line: `64`, or `96,128`."""
+    return str(size) if isinstance(size, int) else "{},{}".format(*size)
 
 
 def check_multiple(size: Size, cell: int, of: str) -> None:

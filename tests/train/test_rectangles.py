@@ -126,7 +126,7 @@ def test_reconstructions_are_scored_on_what_the_tokenizer_sees(trained, photos, 
 
 def test_another_size_than_the_tokenizers_is_refused(trained, photos, tmp_path, capsys):
     data = ["data.kind=folder", f"data.path={photos}", f"out={tmp_path}"]
-    assert main(["reconstruct", str(trained / "final"), *data, "image_size=[48,32]"]) != 0
+    assert main(["reconstruct", str(trained / "final"), *data, "image_size=48,32"]) != 0
     assert "image_size: this tokenizer takes images of 32 x 48 pixels, given 48 x 32" in capsys.readouterr().err
     assert main(["reconstruct", str(trained / "final"), *data, "image_size=[32,48]", "num=1"]) == 0
 
@@ -174,8 +174,8 @@ def test_samples_are_compared_with_images_cropped_likewise(generator, photos, tm
         Image.open(photos / f"{'cats' if number else 'dogs'}/{number}.png").save(tmp_path / f"theirs/{number}.png")
     files = [f"images={tmp_path / 'ours'}", f"originals={tmp_path / 'theirs'}", "metrics=psnr"]
     out = tmp_path / "scores.json"
-    assert main(["evaluate", *files, "resize=[32,48]", f"out={out}"]) == 0
-    assert "resize=[32,48]: scaled until it covers" in out.read_text()
+    assert main(["evaluate", *files, "resize=32,48", f"out={out}"]) == 0
+    assert "resize=32,48: scaled until it covers" in out.read_text()
 
 
 @pytest.mark.parametrize(
