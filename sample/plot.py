@@ -189,8 +189,9 @@ def draw(runs: Sequence[Run], figures: Sequence[str], against: Literal["steps", 
 
 
 def draw_figure(axis: Axes, runs: Sequence[Run], name: str, against: Literal["steps", "hours"]) -> None:
-    """One figure of all runs."""
+    """One figure of all runs, and in words which of its values lie outside."""
     shown: list[float] = []
+    drawn: list[Curve] = []
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         prefix = f"{run.name}, " if len(runs) > 1 else ""
         held_out = run.validation.get(name)
@@ -205,10 +206,12 @@ def draw_figure(axis: Axes, runs: Sequence[Run], name: str, against: Literal["st
                 label=f"{prefix}training",
             )
             shown += after_the_start(trained)
+            drawn.append(trained)
         if held_out is not None:
             places = getattr(held_out, against)
             axis.plot(places, held_out.values, color=colour, linewidth=1.6, marker=".", label=f"{prefix}held out")
             shown += after_the_start(held_out)
+            drawn.append(held_out)
             if (best := best_of(held_out, name)) is not None:
                 axis.plot(places[best], held_out.values[best], "o", color=colour, markerfacecolor="none", markersize=9)
     axis.set_title(name, fontsize=10)
@@ -218,7 +221,27 @@ def draw_figure(axis: Axes, runs: Sequence[Run], name: str, against: Literal["st
     axis.spines[["top", "right"]].set_visible(False)
     if shown and max(shown) > min(shown):
         room = 0.06 * (max(shown) - min(shown))
-        axis.set_ylim(min(shown) - room, max(shown) + room)
+        low, high = min(shown) - room, max(shown) + room
+        axis.set_ylim(low, high)
+        points = [point for curve in drawn for point in zip(curve.values, curve.steps, strict=True)]
+        say_outside(axis, [point for point in points if point[0] > high], above=True)
+        say_outside(axis, [point for point in points if point[0] < low], above=False)
+
+
+def say_outside(axis: Axes, points: Sequence[tuple[float, int]], *, above: bool) -> None:
+    """A line at the edge of a diagram about values that its limits leave out, each with its step, such as `1 value
+    above: 17.36 at step 0`.
+    """
+    if not points:
+        return
+    side, to, place, aligned = ("above", "up to ", 0.99, "top") if above else ("below", "down to ", 0.01, "bottom")
+    value, step = (max if above else min)(points)
+    count = f"{len(points)} values {side}, {to}" if len(points) > 1 else f"1 value {side}: "
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    axis.text(
+        0.99, place, f"{count}{value:.4g} at step {step}",
+        transform=axis.transAxes, fontsize=7, horizontalalignment="right", verticalalignment=aligned, bbox=box,
+    )  # fmt: skip
 
 
 def colours(count: int) -> list[str]:

@@ -84,6 +84,30 @@ def test_what_is_drawn(runs):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x, training", "x, held out", "y, training"]
 
 
+def test_values_that_the_limits_leave_out_are_told(tmp_path, capsys):
+    losses = [17.0, 9.0, 3.0, 2.5, *[2.0 + 0.1 * (step % 2) for step in range(36)]]
+    held_out = {
+        step: {"loss": 17.361 if step == 0 else 2.2, "psnr": 3.0 if step == 0 else 20.0 + step}
+        for step in range(0, 40, 5)
+    }
+    folder = run(tmp_path / "run", losses, held_out)
+    figure = draw([read_run(folder, "run")], ["loss", "psnr", "lr"], "hours")
+    loss, psnr, rate = ([text.get_text() for text in axis.texts] for axis in figure.axes)
+    assert loss == ["4 values above, up to 17.36 at step 0"]
+    assert psnr == ["1 value below: 3 at step 0"]
+    assert rate == []
+    for axis, name in zip(
+        figure.axes, ("loss", "psnr"), strict=False
+    ):  # as many as the lines that are drawn have there
+        low, high = axis.get_ylim()
+        values = [value for line in axis.get_lines() for value in line.get_ydata()]
+        assert sum(not low <= value <= high for value in values) == {"loss": 4, "psnr": 1}[name]
+    assert main(["plot", str(folder)]) == 0
+    page = (folder / "curves.html").read_text()
+    assert "4 values above, up to 17.36 at step 0" in page
+    assert "1 value below: 3 at step 0" in page
+
+
 @pytest.mark.parametrize("name", ["a", "fine-tuned from a model", "a run whose name is long enough for a line"])
 @pytest.mark.parametrize("figures", [["loss"], ["loss", "lr"]])
 def test_the_legend_is_no_wider_than_the_picture(runs, name, figures):
