@@ -272,8 +272,15 @@ VALIDATION = "validation/"
 
 
 def scores_in(found: dict[str, float]) -> dict[str, float]:
-    """The figures of a validation that are no losses."""
-    return {name: v for name, v in found.items() if not name.startswith("loss") and name not in ("images", "seconds")}
+    """The figures of a validation that are no losses, each once: that of the last rate (`psnr@16`) is left out where it
+    is that of the whole (`psnr`).
+    """
+    scores = {name: v for name, v in found.items() if not name.startswith("loss") and name not in ("images", "seconds")}
+    for name in list(scores):
+        rates = [other for other in scores if other.startswith(f"{name}@")]
+        if rates and scores[rates[-1]] == scores[name]:
+            del scores[rates[-1]]
+    return scores
 
 
 def read_validations(path: Path) -> dict[int, dict[str, float]]:

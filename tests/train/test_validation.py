@@ -152,6 +152,24 @@ class Scripted(ToyJob):
         return measure
 
 
+def test_the_progress_line_says_each_score_once(tmp_path, caplog):
+    measured = [
+        {"psnr": 8.696, "psnr@4": 7.5, "psnr@16": 8.696},
+        {"psnr": 9.25, "psnr@4": 9.25, "psnr@16": 9.25},  # rates that are worth the same
+    ]
+
+    class Reconstructing(ToyJob):
+        def scores(self, wanted, held_out, num):
+            return lambda model: measured.pop(0)
+
+    config = toy_config(steps=1, validate_every=1, validation_scores=("psnr",))
+    with caplog.at_level(logging.INFO):
+        fit(Reconstructing(config), config.training, tmp_path, config)
+    said = [re.findall(r"  (psnr\S* \S+)", line) for line in caplog.messages if "held out: loss" in line]
+    assert said == [["psnr 8.696", "psnr@4 7.5"], ["psnr 9.25", "psnr@4 9.25"]]
+    assert validations(tmp_path)[0]["validation/psnr@16"] == 8.696  # the log has them all
+
+
 SCORED: dict[str, Any] = {"validate_every": 1, "validation_scores": ("oracle",), "num_scored": 3, "best": "oracle"}
 
 
