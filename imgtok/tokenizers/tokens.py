@@ -21,7 +21,7 @@ from imgtok.files import replacing
 from imgtok.tokenizers.calls import Calls
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokens:
     """`ids` (B, K) int64, of which the first `lengths[b]` of row b are meant; the rest is padding.
 
@@ -63,6 +63,14 @@ class Tokens:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def __repr__(self) -> str:
+        """`Tokens(3 images, 1 to 6 tokens each, slots, cpu)`: numbers stand in `ids` and `lengths`."""
+        few, most = (int(self.lengths.min()), int(self.lengths.max())) if len(self) else (0, 0)
+        each = f"{few} to {most}" if few < most else f"{most}"
+        beside = [name for name in ("slots", "vectors", "calls") if getattr(self, name) is not None]
+        images, tokens = f"{len(self)} image{'s'[: len(self) != 1]}", f"{each} token{'s'[: most != 1]} each"
+        return f"Tokens({', '.join([images, tokens, *beside, str(self.device)])})"
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tokens:
         """Some of the rows, in the given order; a number gives that row, as a batch of one. Truth values choose rows.

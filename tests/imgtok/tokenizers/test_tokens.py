@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from imgtok.tokenizers.calls import Calls
 from imgtok.tokenizers.tokens import Tokens
 
 
@@ -26,6 +27,15 @@ def test_truncate_to_one_number_or_one_each():
         tokens.truncate([1, 2])
     with pytest.raises(ValueError, match="at least 1 token"):
         tokens.truncate([1, 2, 0, 1])
+
+
+def test_printed_they_are_one_short_line():
+    assert repr(some()) == "Tokens(4 images, 1 to 6 tokens each, cpu)"
+    assert repr(some()[:1]) == "Tokens(1 image, 6 tokens each, cpu)"
+    assert repr(some()[:0]) == "Tokens(0 images, 0 tokens each, cpu)"
+    one = Tokens.full(torch.zeros(2, 1, dtype=torch.long))
+    counted = Tokens(one.ids, one.lengths, one.ids, calls=Calls.one_each(one.lengths))
+    assert repr(counted) == "Tokens(2 images, 1 token each, slots, calls, cpu)"
 
 
 def test_padding_is_zero():
