@@ -43,13 +43,16 @@ def check_there(path: str | Path, field: str) -> None:
     """Raise FileNotFoundError for a path that leads nowhere, with the name there that is most like it; `field` gave it.
     A pattern is not looked at.
     """
+    if not (Path(path).expanduser().exists() or is_pattern(path)):
+        raise FileNotFoundError(f"{field}: {path}: no such file or folder{instead_of(path)}")
+
+
+def instead_of(path: str | Path) -> str:
+    """What to say of a path that leads nowhere: the name there that is most like it, or that it is no local one."""
     place = Path(path).expanduser()
-    if place.exists() or is_pattern(path):
-        return
     names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
-    hint = f"; did you mean {place.parent / near[0]}?" if near else ""
-    raise FileNotFoundError(f"{field}: {path}: no such file or folder{hint or not_local(str(path))}")
+    return f"; did you mean {place.parent / near[0]}?" if near else not_local(str(path))
 
 
 def not_local(path: str) -> str:

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from imgtok.files import replacing
+from imgtok.files import instead_of, replacing
 from imgtok.sizes import Size, sides
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,11 @@ def preprocess(pictures: Picture | Sequence[Picture], size: Size) -> Tensor:
 
 def _as_rgb(picture: Picture) -> Image.Image:
     if isinstance(picture, str | Path):
-        return decode_image(Path(picture).expanduser().read_bytes(), str(picture))
+        place = Path(picture).expanduser()
+        if place.is_dir() or not place.exists():
+            what = "is a folder" if place.is_dir() else f"no such file{instead_of(picture)}"
+            raise FileNotFoundError(f"preprocess: {picture}: {what}; it takes {_IN_WORDS}, one or a list of them")
+        return decode_image(place.read_bytes(), str(picture))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] > (4,) or not picture.size:
             given = f"{picture.dtype} {picture.shape}"

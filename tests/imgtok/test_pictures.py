@@ -351,9 +351,18 @@ def test_arrays_of_several_pictures_and_sizes_that_are_none():
 
 
 def test_a_file_that_is_not_there_or_no_picture_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.png"):
+    takes = "it takes Pillow images, uint8 arrays and paths, one or a list of them"
+    with pytest.raises(FileNotFoundError, match=rf"^preprocess: {tmp_path}/nothing.png: no such file; {takes}$"):
         preprocess(tmp_path / "nothing.png", 8)
+    with pytest.raises(FileNotFoundError, match=rf"^preprocess: {tmp_path}: is a folder; {takes}$"):
+        preprocess([tmp_path], 8)
     (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(
+        FileNotFoundError, match=rf"texts.png: no such file; did you mean {tmp_path}/text.png\?; {takes}"
+    ):
+        preprocess(tmp_path / "texts.png", 8)
+    with pytest.raises(FileNotFoundError, match=r"https://.*: no such file \(only local files are read: download it\)"):
+        preprocess("https://example.org/photo.jpg", 8)
     with pytest.raises(UnreadableImage, match="text.png"):
         preprocess(tmp_path / "text.png", 8)
 
