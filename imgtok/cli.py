@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -175,6 +176,7 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
     list. Dashes in names stand for underscores. Raises ConfigError for an unknown name (with the known ones) or a value
     that does not fit, FileNotFoundError for a file that is not there.
     """
+    _refuse_spaces(argv)
     # which options are flags; a description imports all that a union holds, so only where it is needed
     known = {line.name: line for line in describe(config_class)} if any(w.startswith("--") for w in argv) else {}
     _check_help(argv, known)
@@ -261,6 +263,7 @@ def refuse_absent_models(command: str, argv: Sequence[str]) -> None:
     named, files = MODELS.get(command, ()), FILES.get(command, ())
     if not (named or files) or {*HELP} & {*argv}:
         return
+    _refuse_spaces(argv)
     given = _given(argv, command.replace(" ", "-"), named[0] if command in LONE_MODEL else None)
     for field in (*named, *files):
         if _is_name(value := given.get(field)):
@@ -484,6 +487,16 @@ def _stray(word: str, config_class: Any) -> ConfigError:
     if "data" in field_types(config_class) and (kind := _kind_of_data(Path(word))) is not None:
         hint = f"; for the images in it write data.kind={kind} data.path={word}"
     return ConfigError(f"command line: {word!r} is neither a .yaml file nor key=value nor --key value{hint}")
+
+
+def _refuse_spaces(argv: Sequence[str]) -> None:
+    """Raise ConfigError for `key = value`, which a shell hands over as three words, and `key =value`."""
+    for place, (name, word) in enumerate(itertools.pairwise(argv), 2):
+        alone = word == "="  # after --key, `=value` may be meant
+        if (word.startswith("=") and re.fullmatch(r"[A-Za-z_][\w.-]*", name)) or (alone and name.startswith("--")):
+            value = "".join(argv[place : place + 1]) if alone else word[1:]
+            meant = f"{name}={value or 'VALUE'}"
+            raise ConfigError(f"command line: {f'{name} {word}'!r}: there are no spaces around =; write {meant}")
 
 
 def _kind_of_data(path: Path) -> str | None:

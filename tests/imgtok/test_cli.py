@@ -130,6 +130,10 @@ def test_a_second_file_is_laid_over_the_first(tmp_path: Path) -> None:
         (["--per-class", "--flip"], "--per-class needs a value, an integer"),
         (["--per-class", "x"], "per_class: given 'x', must be an integer"),
         (["--flip", "model=a", "job=other"], "job: given 'other', must be 'train-toy'"),
+        (["net.width", "=", "3"], "'net.width =': there are no spaces around =; write net.width=3"),
+        (["--per-class", "=", "3"], "'--per-class =': there are no spaces around =; write --per-class=3"),
+        (["runs/a", "flip", "=true"], "'flip =true': there are no spaces around =; write flip=true"),
+        (["flip", "="], "'flip =': there are no spaces around =; write flip=VALUE"),
         (["runs/a", "runs/b"], "'runs/b' is neither a .yaml file nor key=value nor --key value"),
     ],
 )
@@ -138,6 +142,11 @@ def test_mistakes_in_arguments(words: list[str], message: str) -> None:
         cli.parse(Config, words, "model")
     assert str(caught.value).startswith("command line: ")
     assert message in str(caught.value)
+
+
+def test_spaces_around_the_equals_sign_are_seen_before_a_model_is_looked_for() -> None:
+    with pytest.raises(ConfigError, match=r"^command line: 'out =': there are no spaces around =; write out=x$"):
+        cli.refuse_absent_models("sample", ["out", "=", "x"])
 
 
 @pytest.mark.parametrize(("name", "kind"), [("photos", "folder"), ("a.parquet", "parquet"), ("a.tar", "webdataset")])
