@@ -25,7 +25,18 @@ from typing import Any, TypeGuard, get_origin
 
 import imgtok
 from imgtok import places, shipped, signals
-from imgtok.config import ConfigError, FieldHelp, default_of, describe, field_types, load, read_yaml, to_yaml
+from imgtok.config import (
+    ConfigError,
+    FieldHelp,
+    default_of,
+    describe,
+    field_types,
+    kind_name,
+    load,
+    read_yaml,
+    sections_in,
+    to_yaml,
+)
 from imgtok.files import check_there
 from imgtok.sections import completed
 from imgtok.usage import HELP, ModelSettings, Page, group_help, overview, settings_in_full, suggest
@@ -203,6 +214,8 @@ def parse(config_class: type, argv: Sequence[str], positional: str | None = None
             raise _stray(word, config_class)
     if lone:
         overrides.append(f"{positional}={','.join(lone)}")
+    for override in overrides:
+        _refuse_path_for_images(override, config_class)
     return load(config_class, paths, overrides)
 
 
@@ -484,9 +497,24 @@ def _stray(word: str, config_class: Any) -> ConfigError:
         job = str(read_yaml(other).get("job")).replace("-", " ")
         return ConfigError(f"command line: {word!r} is a configuration of `imgtok {job}`")
     hint = f"; did you mean the configuration {near!r}?" if (near := shipped.like(word)) else ""
-    if "data" in field_types(config_class) and (kind := _kind_of_data(Path(word))) is not None:
-        hint = f"; for the images in it write data.kind={kind} data.path={word}"
+    if "data" in field_types(config_class):
+        hint = _as_section("data", word) or hint
     return ConfigError(f"command line: {word!r} is neither a .yaml file nor key=value nor --key value{hint}")
+
+
+def _refuse_path_for_images(override: str, config_class: Any) -> None:
+    """Raise ConfigError for `data=photos`, where a section is needed and its value is a path that is there."""
+    name, _, value = override.partition("=")
+    sections = sections_in(field_types(config_class).get(name))
+    if _kind_of_data(Path(value)) in [kind_name(section) for section in sections]:
+        what = f"given {value!r}, must be a section{_as_section(name, value)}"
+        raise ConfigError(f"command line: {name}: {what}")
+
+
+def _as_section(name: str, path: str) -> str:
+    """How the section `name` says that images are in a path, for a message; "" for a path that holds none."""
+    kind = _kind_of_data(Path(path))
+    return f"; for the images in it write {name}.kind={kind} {name}.path={path}" if kind is not None else ""
 
 
 def _refuse_spaces(argv: Sequence[str]) -> None:
@@ -501,6 +529,7 @@ def _refuse_spaces(argv: Sequence[str]) -> None:
 
 def _kind_of_data(path: Path) -> str | None:
     """Which kind of data a path that exists could be, from its name."""
+    path = path.expanduser()
     if path.is_dir():
         return "folder"
     return {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix) if path.is_file() else None

@@ -46,11 +46,23 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pictures:
+    kind: Literal["folder"] = "folder"
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    kind: Literal["parquet"] = "parquet"
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class WithData:
     """Pretend to look at images."""
 
     model: Path = Path("none")
-    data: Section = Section()
+    data: Pictures | Tables | None = None
 
 
 @pytest.fixture
@@ -157,6 +169,23 @@ def test_a_second_word_that_names_images(name: str, kind: str, tmp_path: Path) -
         cli.parse(WithData, ["runs/a", str(path)], "model")
     with pytest.raises(ConfigError, match="neither a .yaml file nor key=value nor --key value$"):
         cli.parse(Config, ["runs/a", str(path)], "model")
+
+
+@pytest.mark.parametrize("form", ["data={}", "--data={}"])
+def test_a_path_in_the_place_of_a_section_of_images(form: str, tmp_path: Path) -> None:
+    table = tmp_path / "a.parquet"
+    table.touch()
+    for path, kind in ((tmp_path, "folder"), (table, "parquet")):
+        remedy = f"must be a section; for the images in it write data.kind={kind} data.path={path}"
+        with pytest.raises(ConfigError, match=f"^command line: data: given '{path}', {remedy}$"):
+            cli.parse(WithData, [form.format(path)])
+        chosen = cli.parse(WithData, [f"data.kind={kind}", f"data.path={path}"]).data
+        assert (chosen.kind, chosen.path) == (kind, path)
+    for path in (tmp_path / "gone", tmp_path / "a.tar"):  # of a kind that these images do not have
+        (tmp_path / "a.tar").touch()
+        with pytest.raises(ConfigError, match="must be a section with kind one of 'folder', 'parquet' or null"):
+            cli.parse(WithData, [form.format(path)])
+    assert cli.parse(WithData, [f"model={tmp_path}"]).model == tmp_path
 
 
 # ------------------------------------------------------------------------------------------ commands
