@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import inspect
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -28,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from imgtok.config import did_you_mean
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
 from imgtok.generators.controls.scene import PromptControl
@@ -510,14 +512,7 @@ class Pipeline:
         if isinstance(decoding, str):
             given, decoding = {**given, "decoding": decoding}, None
         own, decoders = names_of(self.sampling), names_of(self.decoding)
-        for name in given:
-            if name not in (*own, *decoders):
-                close = difflib.get_close_matches(name, [*own, *decoders], n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
-                raise ValueError(
-                    f"{name}: no setting of these models{hint} sampling has: {', '.join(own) or 'none'}; "
-                    f"decoding has: {', '.join(decoders) or 'none'}"
-                )
+        check_names(given, self.__call__, "these models", sampling=own, decoding=decoders)
         sampling = Settings(**{name: value for name, value in given.items() if name in own})
         rest = {name: value for name, value in given.items() if name not in own} | dict(decoding or {})
         return sampling.over(self.sampling, "sampling"), Settings(**rest).over(self.decoding, "decoding")
@@ -710,6 +705,7 @@ class Pipeline:
         subjects, indices = self._subjects(classes, prompts, num_per_condition, indices)
         parses = self._parses(subjects, num_per_condition, entities, parser)
         self.notes = []
+        check_names(settings, self._parts, "the generator", sampling=names_of(self.sampling))
         sampling = Settings(**settings).over(self.sampling, "sampling")
         self.check_counts((num_tokens,))
         there = self._known(known, keep, len(subjects), num_per_condition)
@@ -918,6 +914,20 @@ def are_words(given: Any) -> bool:
 def names_of(settings: Any) -> list[str]:
     """The names of the fields of a dataclass."""
     return [field.name for field in fields(settings)]
+
+
+def check_names(given: Iterable[str], call: Callable[..., Any], whose: str, **settings: Sequence[str]) -> None:
+    """Raises ValueError for a name that is none of the `settings`, by section, with that which is most like it, of them
+    or of the arguments of the `call` that it was given to.
+    """
+    known = [name for names in settings.values() for name in names]
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        arguments = inspect.signature(call).parameters.values()
+        options = [one.name for one in arguments if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        hint = did_you_mean(unknown, [*options, *known]) or "."
+        has = "; ".join(f"{section} has: {', '.join(names) or 'none'}" for section, names in settings.items())
+        raise ValueError(f"{unknown}: no setting of {whose}{hint} {has}")
 
 
 def check_indices(indices: Sequence[int] | None, count: int) -> Sequence[int]:

@@ -606,7 +606,9 @@ def show(value: Any) -> str:
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    known = list(known)
+    begun = [one for one in known if one.startswith(f"{name}_")]
+    close = difflib.get_close_matches(str(name), known, n=1) or begun
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,9 @@ def test_settings_go_to_the_model_that_has_them(pipeline):
             {"temperatur": 1},
             "temperatur: no setting .*; did you mean 'temperature'. sampling has: temperature",
         ),
-        ({"flow": 1}, "flow: no setting of these models.* decoding has: steps, guidance"),
+        ({"flow": 1}, r"flow: no setting of these models\. sampling has: .*; decoding has: steps, guidance"),
+        ({"num": 4}, "num: no setting of these models; did you mean 'num_per_condition'. sampling has: "),
+        ({"batchsize": 4}, "batchsize: no setting of these models; did you mean 'batch_size'. sampling has: "),
         ({"top_p": 0}, "sampling.top_p: given 0, must be a number above 0"),
         ({"decoding": {"steps": 0}}, "decoding.steps: given 0"),
         ({"decoding": {"top_p": 0.5}}, "decoding has no field 'top_p'"),
@@ -195,6 +198,11 @@ def test_one_may_stop_before_decoding_and_go_on(pipeline):
     first = pipeline(classes=[1, 2, 3], seed=5, temperature=0.8, steps=2, num_tokens=2)
     assert np.array_equal(arrays(pipeline.decode(tokens.truncate(2), seed=5, steps=2)), arrays(first))
     assert pipeline.tokens(classes=[1], num_tokens=3).ids.shape == (1, 3)
+    for name, hint in (("num", "; did you mean 'num_per_condition'?"), ("flow", ".")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{name}: no setting of the generator{hint} sampling has: temp")
+        ):
+            pipeline.tokens(classes=[1], **{name: 4})
     with pytest.raises(ValueError, match=r"draws tokens and not latents: call pipe\.tokens"):
         pipeline.latents(classes=[1])
 
