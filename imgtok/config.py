@@ -364,6 +364,10 @@ def build(kind: type, data: Any, place: Place, default: Any) -> Any:
         if field.name in data:
             values[field.name] = convert(hints[field.name], data[field.name], place.child(field.name), fallback)
         elif fallback is dataclasses.MISSING:
+            inner = _required(hints[field.name], place.child(field.name).path)
+            if inner and REMEDY not in field.metadata:
+                names = " and ".join(part for part in (", ".join(inner[:-1]), inner[-1]) if part)
+                raise Place(place.source).error(f"{names} {'are' if inner[1:] else 'is'} required")
             remedy = field.metadata.get(REMEDY) or f"must be {expected(hints[field.name])}"
             raise place.child(field.name).error(f"is required, {remedy}")
         else:
@@ -376,6 +380,19 @@ def build(kind: type, data: Any, place: Place, default: Any) -> Any:
         raise place.error(str(error)) from error
     except ValueError as error:
         raise place.error(str(error)) from error
+
+
+def _required(annotation: Any, path: str) -> list[str]:
+    """Dotted names of the fields without a default in a section that may be of one kind alone, and in those in it."""
+    sections = sections_in(annotation)
+    if len(_options(annotation)) != 1 or len(sections) != 1:
+        return []
+    found = []
+    for field in dataclasses.fields(sections[0]):
+        if default_of(field) is dataclasses.MISSING:
+            name = f"{path}.{field.name}"
+            found += _required(field_types(sections[0])[field.name], name) or [name]
+    return found
 
 
 def convert(annotation: Any, value: Any, place: Place, default: Any) -> Any:

@@ -204,6 +204,43 @@ def test_a_required_field_is_named() -> None:
         config.load(Job, None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    rate: PositiveFloat
+    warmup: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demanding:
+    steps: NonNegativeInt
+    pace: Pace
+    title: str = ""
+    size: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    training: Demanding | None = None
+    first: Demanding
+    pace: Pace
+    choice: Circle | Box
+
+
+def test_of_a_section_that_is_missing_the_fields_without_a_default_are_named() -> None:
+    given = {"steps": 1, "pace": {"rate": 1}, "size": 2}
+    for data, message in (
+        ({}, "job: first.steps, first.pace.rate and first.size are required"),
+        ({"first": {"steps": 1}}, "job: first.pace.rate is required"),
+        ({"first": given}, "job: pace.rate is required"),
+        (
+            {"first": given, "pace": {"rate": 1}},
+            "job: choice: is required, must be a section with kind one of 'circle'",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            config.from_dict(Runs, data, "job")
+
+
 def test_messages_say_which_source_is_wrong(tmp_path: Path) -> None:
     path = write(tmp_path / "job.yaml", "out: a\nshape: {width: -4}\n")
     with pytest.raises(ConfigError) as caught:
