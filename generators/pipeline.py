@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from imgtok import runs
 from imgtok.config import did_you_mean
 from imgtok.files import replacing
 from imgtok.generators.conditioning import Condition, ConditionalGenerator, Control
@@ -177,7 +178,36 @@ def pipeline(
         controls=controls,
     )
     pipe.found = found, inside
+    if tokenizer is not None and encodes_otherwise(found, inside, decoder):
+        logger.warning(
+            "tokenizer: %s is another one than %s was trained after: its %s mean something else, and images will show "
+            "it; leave tokenizer out, or name one that was trained from the generator's own with decoder_only",
+            inside.name,
+            found.name,
+            "token ids" if pipe.draws_tokens else "latents",
+        )
     return pipe
+
+
+def encodes_otherwise(generator: Found, named: Found, decoder: Tokenizer | Autoencoder) -> bool:
+    """Whether a tokenizer or an autoencoder that is `named`, and loaded, gives images other tokens or latents than that
+    after which a generator was trained; False where that is not known.
+    """
+    own: Found | None = None
+    with contextlib.suppress(OSError, ValueError):
+        own = generator.part()
+    if own is not None and own.path == named.path:
+        return False
+    record = {} if generator.path.is_file() else runs.identity_in(runs.identity_path(generator.path))
+    recorded = record.get("tokenizer")
+    if (own is None and recorded is None) or recorded in (named.fingerprint(), *named.encodes_as):
+        return False
+    if own is None:  # what an autoencoder encodes as is told by other fingerprints than the record's
+        return isinstance(decoder, Tokenizer)
+    before = load(own)
+    if isinstance(decoder, Tokenizer) and isinstance(before, Tokenizer):
+        before.resize(decoder.num_tokens)
+    return not decoder.encodes_like(before)
 
 
 class Pipeline:

@@ -387,7 +387,7 @@ def _required(annotation: Any, path: str) -> list[str]:
     sections = sections_in(annotation)
     if len(_options(annotation)) != 1 or len(sections) != 1:
         return []
-    found = []
+    found: list[str] = []
     for field in dataclasses.fields(sections[0]):
         if default_of(field) is dataclasses.MISSING:
             name = f"{path}.{field.name}"

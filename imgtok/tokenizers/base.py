@@ -6,6 +6,8 @@ in place of tokens. Training, caching, sampling and evaluation take any class th
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imgtok.config import check
+from imgtok.config import check, to_dict
 from imgtok.flow import OnStep
 from imgtok.hub import Pretrained
 from imgtok.sizes import Size, sides
@@ -143,6 +145,22 @@ class ImageModel(nn.Module, Pretrained):
     decodes_by: ClassVar[tuple[str, ...]] = ()
     """Fields and sections of the configuration, besides `decoding`, that have no part in encoding: with `decoder_only`
     they may differ from those of the model that the training starts from."""
+
+    def encodes_like(self, other: nn.Module) -> bool:
+        """Whether another model gives images the same tokens, or latents: one of the same class that differs at most in
+        what only decodes. Weights that float16 holds alike count as the same.
+        """
+        if (
+            not isinstance(other, ImageModel)
+            or type(other) is not type(self)
+            or _encodes_by(self) != _encodes_by(other)
+        ):
+            return False
+        mine, others = self.state_dict(), other.state_dict()
+        encode = [name for name in mine if not any(fnmatch.fnmatchcase(name, one) for one in self.only_decodes)]
+        return mine.keys() == others.keys() and all(
+            torch.equal(mine[name].cpu().half(), others[name].cpu().half()) for name in encode
+        )
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -425,6 +443,16 @@ pictures = imgtok.to_pil(model.decode(latents))
     ) -> Tensor:
         """What is left of images (B, 3, H, W) after encoding and decoding them, clamped to [-1, 1]."""
         return self.decode(self.encode(images), seed=seed, indices=indices, decoding=decoding).clamp(-1, 1)
+
+
+def _encodes_by(model: ImageModel) -> dict[str, Any]:
+    """The configuration without what has no part in encoding."""
+    config = to_dict(model.config)
+    for name in ("decoding", *model.decodes_by):
+        *outer, last = name.split(".")
+        section: Any = functools.reduce(lambda found, key: found.get(key) or {}, outer, config)
+        section.pop(last, None)
+    return config
 
 
 def latents_of_moments(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from kinds import ENCODING
 from safetensors.torch import load_file
 
 import imgtok
+from imgtok.cli import main
 from imgtok.config import load
 from imgtok.data.content import LatentContent, TokenContent
 from imgtok.data.sources import DataError
@@ -20,7 +23,7 @@ from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.base import Autoencoder
 from imgtok.tokenizers.flextok import FlexTok, FlexTokConfig, TrunkConfig
 from imgtok.tokenizers.vae import VAE, VAEConfig
-from imgtok.train import autoencoder, cache_latents, cache_tokens, tokenizer
+from imgtok.train import autoencoder, cache_latents, cache_tokens, generator, tokenizer
 from imgtok.train.frozen import train_decoder_only
 from imgtok.train.image_job import to_train
 
@@ -113,7 +116,7 @@ def test_a_trained_decoder_leaves_every_image_its_tokens_to_the_bit(name):
         with pytest.raises(ValueError, match=r"decoder_only: .* no decoder of its own .*; train that of its autoenc"):
             train_decoder_only(model, None, ())
         return
-    images, short = kinds.images(model, 4), LINES[name].short
+    images, short, start = kinds.images(model, 4), LINES[name].short, kinds.build(LINES[name])
 
     def said(model) -> list[torch.Tensor]:
         encoded = model.encode(images)
@@ -133,6 +136,15 @@ def test_a_trained_decoder_leaves_every_image_its_tokens_to_the_bit(name):
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(before, said(again), strict=True))
         assert not torch.equal(kinds.decode(again, range(2), **short), decoded)
+    assert again.encodes_like(start)
+    for name, tensor in again.state_dict().items():  # all that encodes counts
+        if tensor.is_floating_point() and not any(fnmatch.fnmatch(name, one) for one in model.only_decodes):
+            with torch.no_grad():
+                tensor.add_(1.0)
+            assert not again.encodes_like(start), name
+            with torch.no_grad():
+                tensor.copy_(start.state_dict()[name])
+    assert again.encodes_like(start)
 
 
 def test_tokens_that_were_cached_before_are_still_accepted(made, tmp_path):
@@ -151,6 +163,43 @@ def test_tokens_that_were_cached_before_are_still_accepted(made, tmp_path):
     whole = go_on(made, tmp_path / "whole", f"init={once}")
     with pytest.raises(DataError, match=r"tokens of tokenizer \w+, but tokenizer \w+ is asked for"):
         TokenContent(made / "tokens", imgtok.hub.resolve(whole))
+
+
+def warned(caplog, name: Path, tokenizer: Path | None) -> bool:
+    """Whether it is said of a generator with a tokenizer, in one line, that this one's ids mean something else."""
+    caplog.clear()
+    pipe = imgtok.pipeline(name, tokenizer=tokenizer, device="cpu")
+    assert pipe(classes=[0])[0].size == (16, 16)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    told = f"tokenizer: {tokenizer} is another one than {name} was trained after: its token ids mean something else"
+    assert said == [] or (len(said) == 1 and said[0].startswith(told)), said
+    return bool(said)
+
+
+def test_a_generator_says_that_a_tokenizer_gives_other_tokens_than_its_own(made, tmp_path, caplog):
+    words = [f"tokens={made / 'tokens'}", f"tokenizer={made / 'tokenizer'}", ONE_STEP, "num_preview=0", *QUIET[:2]]
+    run, model = tmp_path / "gpt", "model={kind: gpt, width: 16, depth: 1, num_heads: 2}"
+    generator.main(load(generator.Config, None, [f"out={run}", model, *words]))
+    tuned = go_on(made, tmp_path / "tuned", "decoder_only=true", "model.decoding.steps=3")
+    other, bare, halves = (tmp_path / name for name in ("other", "bare", "halves"))
+    model = kinds.build(kinds.Line(config=SMALL, step=kinds.flextok_step))
+    model.half().float().save_pretrained(halves)
+    FlexTok(SMALL).save_pretrained(other)
+    shutil.copytree(tuned, bare)
+    (bare / "identity.json").unlink()  # which tells that only its decoder was trained
+
+    for name in (run / "final", run / "checkpoints/step_0000001"):
+        assert not any(warned(caplog, name, same) for same in (None, made / "tokenizer", tuned, bare, halves))
+        assert warned(caplog, name, other)
+    assert main(["sample", str(run / "final"), f"tokenizer={other}", f"out={tmp_path / 'drawn'}", "num=1"]) == 0
+    assert "its token ids mean something else" in caplog.text
+
+    shutil.rmtree(run / "final/tokenizer")  # then the record tells
+    assert not any(warned(caplog, run / "final", same) for same in (made / "tokenizer", tuned))
+    assert warned(caplog, run / "final", other)
+    (run / "final/identity.json").unlink()
+    (run / "identity.json").unlink(missing_ok=True)
+    assert not warned(caplog, run / "final", other), "nothing is known"
 
 
 def test_latents_that_were_cached_before_are_still_accepted(made, tmp_path):
