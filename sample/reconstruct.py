@@ -20,9 +20,8 @@ from tqdm import tqdm
 from imgtok import announce, pictures
 from imgtok.cli import run_job
 from imgtok.config import NonNegativeInt, PositiveInt, Range, check, to_dict
-from imgtok.data.images import DataConfig
+from imgtok.data.images import DataConfig, all_over
 from imgtok.data.loaders import eval_loader
-from imgtok.data.sources import places_all_over
 from imgtok.data.trained_on import Named, Training
 from imgtok.files import name_after, replacing
 from imgtok.hub import Found, load, resolve
@@ -106,8 +105,7 @@ def main(config: Config) -> None:
     chosen = Named.of(config.data, named).to_show(size, config.held_out)
     source = chosen.source
     blocks = Blocks(state.device, config.exact, config.threads)
-    num = min(config.num, len(source))
-    places: list[int] = places_all_over(len(source), num, source.labels if source.num_classes else None).tolist()
+    places = all_over(source, min(config.num, len(source)))
     number = {place: number for number, place in enumerate(places)}
     fewer = len(places) if len(places) < len(source) else None
     data = {**to_dict(chosen.data), "held_out": chosen.held_out, "image_size": source.size, "num": len(places)}

@@ -9,17 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgtok.data.images import ImageSource
-from imgtok.data.sources import places_all_over
+from imgtok.data.images import ImageSource, all_over
 
 
 def places_of(source: ImageSource, num: int | None) -> list[int]:
     """Places of the images that are measured. Raises ValueError for more than there are."""
     if num is not None and num > len(source):
         raise ValueError(f"num: {num} is more than the {len(source)} images that there are; leave it out for all")
-    labels = source.labels if source.num_classes else None
-    places: list[int] = places_all_over(len(source), num or len(source), labels).tolist()
-    return places
+    return all_over(source, num or len(source))
 
 
 def protect(out: Path, files: Sequence[Path], record: str, made_of: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ class Config:
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
     """What its reconstructions are judged by; the model's own loss (a KL divergence) is added."""
     num_preview: NonNegativeInt = 12
-    """Held-out images shown in a preview."""
+    """Held-out images shown in a preview, from all over them."""
     half: bool = False
     """Save the finished weights in float16: half the size; they are read back as float32."""
     training: TrainingConfig
@@ -160,7 +160,7 @@ class AutoencoderJob(ImageJob):
         if not self.config.num_preview:
             return
         device = next(model.parameters()).device
-        originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
+        originals = self.preview_images(self.config.num_preview).to(device)
         decoded = self.autoencoder.reconstruct(originals)
         rows = {"original": originals, "decoded": decoded}
         grid = pictures.grid_with_titles(torch.cat(list(rows.values())), columns=len(originals), row_titles=list(rows))

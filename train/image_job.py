@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from imgtok.data.images import DataConfig, DataError, ImageSource, Opened, in_words
+from imgtok.data.images import DataConfig, DataError, ImageSource, Opened, all_over, in_words
 from imgtok.data.loaders import Batch, eval_loader, train_loader
 from imgtok.data.overlap import refuse_shared
 from imgtok.data.parts import parts_of
@@ -85,6 +85,12 @@ class ImageJob(Job):
         own: Any = getattr(self.model, "resumed", None)
         if own is not None:
             own(step * self.training.accumulate)
+
+    def preview_images(self, num: int) -> Tensor:
+        """Images (B, 3, H, W) to show in previews, always the same ones: `num` from all over those that are shown, of
+        each class its share, or all where there are fewer. Those that cannot be read are left out.
+        """
+        return self.shown.batch(all_over(self.shown, min(num, len(self.shown)))).images
 
     def calibrate(self, model: Tokenizer | Autoencoder) -> None:
         """Let a model that is finished measure what it measures on held-out images."""

@@ -77,7 +77,7 @@ class Config:
     checkpoint_activations: bool = False
     """Compute blocks again in the backward pass instead of keeping their activations: memory for time."""
     num_preview: NonNegativeInt = 12
-    """Held-out images shown in a preview."""
+    """Held-out images shown in a preview, from all over them."""
     half: bool = False
     """Save the finished weights in float16: half the size; they are read back as float32."""
     training: TrainingConfig
@@ -208,7 +208,7 @@ class TokenizerJob(ImageJob):
         if not self.config.num_preview:
             return
         device = next(model.parameters()).device
-        originals = self.shown.batch(range(min(self.config.num_preview, len(self.shown)))).images.to(device)
+        originals = self.preview_images(self.config.num_preview).to(device)
         rates = self.tokenizer.rates()
         tokens = dict(zip(map(str, rates), self.tokenizer.encode_at(originals, rates), strict=True))
         rows = {"original": originals}

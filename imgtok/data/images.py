@@ -49,6 +49,7 @@ __all__ = [
     "ShapesConfig",
     "TarConfig",
     "Views",
+    "all_over",
     "in_words",
     "open_images",
     "open_split",
@@ -362,6 +363,15 @@ def size_in_words(source: ImageSource, which: str) -> str:
     count, number = len(source), source.num_classes
     classes = f"{number} class{'es'[: 2 * (number != 1)]}" if number else "unlabelled"
     return f"{which.format(f'{count} image' + 's'[: count != 1])}, {classes}, {in_pixels(source.size)} px"
+
+
+def all_over(source: ImageSource, num: int) -> list[int]:
+    """Places of `num` images that stand for all, ascending and always the same: of each class its share.
+
+    Raises ValueError for more than there are.
+    """
+    places: list[int] = places_all_over(len(source), num, source.labels if source.num_classes else None).tolist()
+    return places
 
 
 def _say_what_it_is(config: FileConfig, records: Records) -> None:

@@ -13,12 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import imgtok
+from imgtok import pictures
 from imgtok.cli import main
 from imgtok.config import ConfigError, load
 from imgtok.data.images import open_images
+from imgtok.pictures import save_png
 from imgtok.shapes.world import ShapesConfig
 from imgtok.tokenizers.flextok import FlexTok
-from imgtok.train import cache_tokens, generator, tokenizer
+from imgtok.train import autoencoder, cache_tokens, generator, tokenizer
 from imgtok.train.ema import EMA
 from imgtok.train.state import complete_steps
 
@@ -242,9 +244,33 @@ def test_previews_can_be_left_out_and_nothing_held_out(tmp_path):
     assert not list((tmp_path / "none/samples").glob("*"))
 
 
-def test_nothing_held_out_of_a_folder(tmp_path):
-    from imgtok.pictures import save_png
+@pytest.mark.parametrize(("job", "name"), [(tokenizer, "flextok"), (autoencoder, "vae")])
+def test_previews_show_the_same_images_of_all_classes(tmp_path, monkeypatch, job, name):
+    for folder, count in {"a": 20, "b": 10, "c": 10}.items():
+        for index in range(count):
+            grey = 6 * index + {"a": 0, "b": 120, "c": 190}[folder]  # another for each image
+            save_png(torch.full((3, 16, 16), grey, dtype=torch.uint8), tmp_path / f"images/{folder}/{index:02d}.png")
+    seen = []
+    grid = pictures.grid_with_titles
 
+    def watched(images, columns, row_titles):
+        seen.append(images[:columns])
+        return grid(images, columns=columns, row_titles=row_titles)
+
+    monkeypatch.setattr(pictures, "grid_with_titles", watched)
+    data = f"data={{kind: folder, path: {tmp_path / 'images'}}}"
+    train(job, name, tmp_path / "out", data, "held_out=0.5", "num_preview=8", "training.steps=1")
+    first, last = seen  # before the first step and after the last one
+    assert torch.equal(first, last)
+    train(job, name, tmp_path / "more", data, "held_out=0.5", "num_preview=99", "training.steps=0")
+    whole = [round(grey) for grey in pictures.to_uint8(seen[2]).float().mean((1, 2, 3)).tolist()]
+    assert len(whole) == 20  # all that are held out, class by class
+    assert pictures.to_uint8(first).float().mean((1, 2, 3)).tolist() == [whole[place * 20 // 8] for place in range(8)]
+    assert sum(grey >= 120 for grey in whole[:8]) == 0  # of the first ones none would be of another class
+    assert sum(grey >= 190 for grey in pictures.to_uint8(first)[:, 0, 0, 0].tolist()) > 0
+
+
+def test_nothing_held_out_of_a_folder(tmp_path):
     for index in range(6):
         save_png(torch.full((3, 20, 24), 40 * index, dtype=torch.uint8), tmp_path / f"images/{index}.png")
     (tmp_path / "images/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
