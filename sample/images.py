@@ -159,7 +159,7 @@ def main(config: Config) -> None:
     mine = range(state.process_index, len(labels), state.num_processes)
     there = numbered_images(folder)
     missing = [i for i in mine if there.get(i) != image_path(folder, i)]
-    logger.info("%d images to draw in this process, one of %d", len(missing), state.num_processes)
+    announce.share(len(missing), "image", "draw", state.num_processes)
     try:
         draw_images(config, pipe, plan, missing, folder, show_progress=state.is_main_process)
     except KeyboardInterrupt as stop:  # of SIGINT itself, or `Stopped` of the other signals

@@ -124,6 +124,12 @@ def test_every_job_says_what_it_works_on_and_where_it_put_it(made, capsys):
         assert "out: " in first[0]
         last = [line for line in said[job] if line.startswith("written to ")]
         assert [line.startswith(f"written to {folder}/{ends}") for line in last] == ([True] if ends else [])
+    for job, to_do in (
+        ("cache", "1 shard to write"),
+        ("cache latents", "1 shard to write"),
+        ("sample", "3 images to draw"),
+    ):
+        assert to_do in said[job]  # and no word of processes where there is one
     assert start_of_record(folder / "shown/rates.json") == (str(folder / "train"), 0.2, 4)
     assert json.loads((folder / "scores.json").read_text())["config"]["data"]["path"] == str(folder / "train")
 

@@ -6,7 +6,6 @@ in `.parts/`, and so is what it has when a signal ends the job: the next start g
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,6 @@ from imgtok.weights import write_tensors
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-logger = logging.getLogger(__name__)
 PARTS = ".parts"
 PIECE_SECONDS = 60.0
 
@@ -63,7 +61,7 @@ def write_missing(
     end the job after the batch at work, by `imgtok.signals.Stopped`; nothing that was encoded is lost.
     """
     shards = list(writer.pending())
-    logger.info("%d shards to write in this process, one of %d", len(shards), state.num_processes)
+    announce.share(len(shards), "shard", "write", state.num_processes)
     pieces = [Pieces(writer.folder, writer.info, shard) for shard in shards]
     total = sum(len(writer.info.shard_indices(shard)) for shard in shards)
     with (
