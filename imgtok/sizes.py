@@ -32,7 +32,7 @@ def square(size: Size, what: str) -> int:
     """The side of a square. Raises ValueError for another size; `what` is the field, and what takes squares alone."""
     height, width = sides(size)
     if height != width:
-        raise ValueError(f"{what}, and these are images of {in_pixels(size)} pixels (height x width)")
+        raise ValueError(f"{what}; these are images of {in_pixels(size)} pixels (height x width)")
     return height
 
 

@@ -112,7 +112,7 @@ def subjects(config: Config, found: Found) -> Iterator[tuple[str, nn.Module, lis
         if config.tokenizer is not None:
             raise ValueError(f"tokenizer: {found.name} is no generator and has none; leave tokenizer out")
         model = load(found)
-        yield "", model, stages_of(model, pictures(size_of(model), config), config)
+        yield "", model, stages_of(model, pictures(size_taken(model), config), config)
         return
     pipe = pipeline(found, tokenizer=config.tokenizer, device="cpu")
     images = pictures(pipe.image_size, config)
@@ -155,7 +155,7 @@ def pictures(size: Size, config: Config) -> Tensor:
     return drawn[:, :, :height, :width].contiguous()
 
 
-def size_of(model: Tokenizer | Autoencoder) -> Size:
+def size_taken(model: Tokenizer | Autoencoder) -> Size:
     """The size that a model takes."""
     if isinstance(model, Tokenizer):
         return model.image_size

@@ -1,8 +1,8 @@
 """Low-rank adapters of a generator (LoRA, arXiv 2106.09685), by `peft`.
 
 While a model is trained, its linear layers that `training.lora.targets` names are wrapped: the weight W is frozen,
-and (alpha / rank) B A is added to what it does, with thin matrices A and B that are trained. Everything else stands
-still, but for what starts afresh because `init` does not have it. Checkpoints hold the wrapped model; previews, the
+and (alpha / rank) B A is added to what it does, with thin matrices A and B that are trained. Everything else is
+frozen, but for what starts afresh because `init` does not have it. Checkpoints hold the wrapped model; previews, the
 finished model, and a checkpoint that is read as a model (`imgtok.checkpoints`) have W + (alpha / rank) B A, and are
 ordinary.
 """

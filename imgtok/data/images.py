@@ -325,7 +325,7 @@ class Opened:
         config = self.config
         if isinstance(config, ShapesConfig):
             _refuse_augmentation(flip, crop)
-            side = square(size, "image_size: data.kind=shapes draws squares: take others, such as data.kind=folder")
+            side = square(size, "data: data.kind=shapes draws squares: name others, such as data.kind=folder")
             return ShapesImages(_shapes_split(config, split, held_out_fraction), side, config)
         records, labels = self._train, self._train.labels
         own = self._parts.held_out

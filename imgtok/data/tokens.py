@@ -7,7 +7,7 @@ indices (n,) of the images, and views (n,): which crop of its image a row is. Ev
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,11 +212,8 @@ class TokenDataset:
         """What each of the rows is known by: two are equal if their tokens are."""
         for row in rows:
             span = slice(self._starts[row], self._starts[row + 1])
-            yield self._ids[span].tobytes() + (b"" if self._slots is None else self._slots[span].tobytes())
-
-    def bits(self, row: int) -> float:
-        """The most that the ids of a row can say."""
-        return float(self._lengths[row] * math.log2(self.info.vocab_size))
+            content = self._ids[span].tobytes() + (b"" if self._slots is None else self._slots[span].tobytes())
+            yield hashlib.blake2b(content, digest_size=16).digest()
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """The given rows of the cache with their labels, in a multiple of `COLUMNS` columns that has room for the
@@ -225,7 +222,7 @@ class TokenDataset:
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         longest = int(self._lengths[chosen.numpy()].max(initial=1))
         columns = min(self.info.num_tokens, -(-longest // COLUMNS) * COLUMNS)
-        names = tuple(f"{self.info.split}[{index}]" for index in self.indices[chosen].tolist())
+        names = tuple(self.name(row) for row in chosen.tolist())
         return TokenBatch(self.tokens(rows, columns=columns), self.labels[chosen], names)
 
 

@@ -16,7 +16,7 @@ from imgtok.config import (
     Range,
     check,
 )
-from imgtok.sizes import ImageSize, check_multiple, sides
+from imgtok.sizes import ImageSize, check_multiple, sides, size_of
 from imgtok.tokenizers.vae import VAEConfig
 
 
@@ -141,6 +141,7 @@ class FlexTokConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "image_size", size_of(*sides(self.image_size)))  # [96, 96] is the square 96
         check_multiple(self.image_size, self.cell, "the pixels a side of one patch")
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels: every FSQ dimension needs at least 2 levels, given {self.levels}")

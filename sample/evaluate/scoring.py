@@ -217,8 +217,8 @@ def _check_source(config: Config, source: Source, judges: Sequence[PairJudge]) -
     if config.resize is not None and source.size != sides(config.resize):
         size = size_of(*source.size)
         raise ValueError(
-            f"resize: {as_given(config.resize)} for files, and what is compared with them has {in_pixels(size)} pixels "
-            f"a side: resize={as_given(size)}"
+            f"resize: {as_given(config.resize)} for files, and what is compared with them is {in_pixels(size)} pixels: "
+            f"resize={as_given(size)}"
         )
     if "oracle" in metrics:
         square(size_of(*source.size), "metrics: the oracle reads squares: leave it out")

@@ -337,7 +337,9 @@ def image_batches(
 def check_num(num: int | None, available: int, where: str, field: str = "num") -> int:
     """`num`, or everything for None. Raises ValueError for more than there is."""
     if num is not None and num > available:
-        raise ValueError(f"{field} is {num}, but {where} holds {available} images")
+        raise ValueError(
+            f"{field}: {num} images are asked for, and {where} holds {available}; {field}={available} takes all"
+        )
     return num or available
 
 

@@ -153,7 +153,7 @@ def test_a_source_of_files_gives_that_size(tmp_path: Path, crop):
 
 
 def test_the_built_in_shapes_are_squares():
-    with pytest.raises(ValueError, match=r"image_size: data.kind=shapes draws squares: take others.* 16 x 24 pixels"):
+    with pytest.raises(ValueError, match=r"data: data.kind=shapes draws squares: name others.* 16 x 24 pixels"):
         open_images(ShapesConfig(), (16, 24))
 
 
@@ -228,3 +228,10 @@ def test_a_cache_of_tokens_knows_its_size(tmp_path: Path):
         path = tmp_path / f"{size}.safetensors"
         save_file({"x": torch.zeros(1)}, path, info.header)
         assert TokenCacheInfo.read(path) == info
+
+
+def test_two_equal_sides_are_a_square():
+    """So that neither files nor runs tell the one from the other."""
+    config = from_dict(FlexTokConfig, {"image_size": [32, 32]})
+    assert config.image_size == 32
+    assert config == from_dict(FlexTokConfig, {"image_size": 32})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,8 +88,10 @@ def there(tokenizer, picture, tmp_path_factory) -> Path:
 def served(there) -> Iterator[str]:
     """The address of the page, which the command serves."""
     words = [sys.executable, "-m", "imgtok", "demo", str(there / "model"), "port=0", "device=cpu"]
-    quiet = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    quiet = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "127.0.0.1,localhost"}
     program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
+    deadline = threading.Timer(600, program.kill)
+    deadline.start()
     try:
         assert program.stdout is not None
         said = ""
@@ -98,6 +101,7 @@ def served(there) -> Iterator[str]:
             said += line
         yield said.split()[-1]
     finally:
+        deadline.cancel()
         program.kill()
         program.wait()
 

@@ -166,7 +166,7 @@ def test_npz_gives_the_same_scores_whatever_the_batch(samples, tmp_path):
     assert scores(run(tmp_path, images=path, labels="balanced", **common)) == first
     with pytest.raises(ValueError, match="labels"):
         run(tmp_path, images=path, **common)
-    with pytest.raises(ValueError, match=r"num is 65, but .* holds 64"):
+    with pytest.raises(ValueError, match=r"num: 65 images are asked for, and .* holds 64"):
         run(tmp_path, images=samples, metrics=("oracle",), num=65)
 
 

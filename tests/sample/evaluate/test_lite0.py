@@ -259,7 +259,7 @@ def test_some_of_the_real_images_stand_for_all_and_their_number_in_the_name(tmp_
     everything = run(tmp_path, **common, real=12)
     assert everything["scores"][0]["name"] == "FD-lite0-6[efficientnet-lite0, folder-train]"
     assert values(everything)["fd_lite0"] != pytest.approx(values(record)["fd_lite0"], rel=1e-3)
-    with pytest.raises(ValueError, match="real is 13, but data .folder. holds 12 images"):
+    with pytest.raises(ValueError, match="real: 13 images are asked for, and data .folder. holds 12; real=12"):
         run(tmp_path, **common, real=13)
     with pytest.raises(ValueError, match="precision_recall_lite0 needs at least 4 real images, and there are 3"):
         run(tmp_path, **common, real=3)
