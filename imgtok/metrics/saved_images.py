@@ -36,7 +36,7 @@ from imgtok.data.tar import TarConfig, TarRecords
 from imgtok.files import is_pattern
 from imgtok.metrics.arrays import ArrayImages, Values, open_npy, open_npz, read_array
 from imgtok.pictures import UnreadableImage, center_crop_adm, decode_image
-from imgtok.sizes import Size, as_given, in_pixels, sides, size_of
+from imgtok.sizes import Size, as_given, sides, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def resize_remedy(size: Size) -> str:
     if height != width:
         how = "each is scaled until it covers that, then its centre taken"
     return (
-        f"resize={as_given(size)} brings all of them to {in_pixels(size)} pixels, images, originals and real ones "
+        f"resize={as_given(size)} brings all of them to {height} x {width} pixels, images, originals and real ones "
         f"alike ({how})"
     )
 

@@ -269,7 +269,7 @@ def test_resize_brings_both_sides_to_one_size(tmp_path):
             cut = pixels[: height + index, :width]
             (tmp_path / side / f"{index}.png").write_bytes(png(cut))
     fields = {"images": tmp_path / "a", "reference": tmp_path / "b", "metrics": ("fid",)}
-    with pytest.raises(ValueError, match=r"resize=20 brings all of them to 20x20"):
+    with pytest.raises(ValueError, match=r"resize=20 brings all of them to 20 x 20 pixels"):
         scores("mixed", **fields)
     found = scores("mixed", **fields, resize=20)
     for side in "ab":
