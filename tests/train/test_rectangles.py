@@ -227,7 +227,10 @@ def test_the_check_shows_a_model_pictures_of_its_size():
 
 def test_the_demo_rebuilds_pictures_of_any_shape(trained, photos):
     model = Rebuilding(imgtok.load(trained / "final"))
-    assert model.encode(Image.open(photos / "cats/3.png"))[-1].ids.shape == (1, 4)
+    encoded = model.encode(Image.open(photos / "cats/3.png"))
+    assert encoded[-1].ids.shape == (1, 4)
+    shown, _ = model.at(encoded, len(encoded) - 1)
+    assert 2 * shown.width == 3 * shown.height
 
 
 def test_the_tokenizer_is_trained_from_scratch_too(photos, tmp_path):
