@@ -200,7 +200,10 @@ def encodes_otherwise(generator: Found, named: Found, decoder: Tokenizer | Autoe
         return False
     record = {} if generator.path.is_file() else runs.identity_in(runs.identity_path(generator.path))
     recorded = record.get("tokenizer")
-    if (own is None and recorded is None) or recorded in (named.fingerprint(), *named.encodes_as):
+    if own is None and recorded is None:
+        return False
+    # its fingerprint takes a reading of all weights: where it can tell nothing more, it is left out
+    if recorded is not None and (recorded in named.encodes_as or recorded == named.fingerprint()):
         return False
     if own is None:  # what an autoencoder encodes as is told by other fingerprints than the record's
         return isinstance(decoder, Tokenizer)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from imgtok.config import did_you_mean, to_dict
+from imgtok.config import did_you_mean
 from imgtok.hub import Found, load
 from imgtok.losses.reconstruction import ReconstructionLossConfig
 from imgtok.runs import ENCODES_AS, IDENTITY, identity_in
@@ -112,7 +112,7 @@ def train_decoder_only(model: ImageModel, init: Init | None, fresh: Iterable[str
     only decodes, and for what would change its tokens: another configuration than that of `init`, a fresh tensor.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    decodes = {name for name in parameters if _fits(name, model.only_decodes)}
+    decodes = {name for name in parameters if not model.encodes_with(name)}
     if not decodes:
         below = getattr(model, "stands_on", None)
         remedy = f"; train that of its autoencoder: `imgtok train autoencoder init={below} decoder_only=true`"
@@ -121,7 +121,7 @@ def train_decoder_only(model: ImageModel, init: Init | None, fresh: Iterable[str
         )
     if init is not None and init.weights is not None:  # of a run with checkpoints, `imgtok.train.resume` compares
         _check_same_encoding(model, init.config, init.weights)
-    moved = [name for name in fresh if not _fits(name, model.only_decodes)]
+    moved = [name for name in fresh if model.encodes_with(name)]
     if moved:
         raise ValueError(
             f"decoder_only: {moved[0]} has a part in encoding, and would start afresh; let init_new name what only "
@@ -134,21 +134,13 @@ def train_decoder_only(model: ImageModel, init: Init | None, fresh: Iterable[str
 
 def _check_same_encoding(model: ImageModel, start: Any, found: Found) -> None:
     """Raise ValueError for a field of the configuration that has a part in encoding, and another value than there."""
-    before, now = (dict(flatten(to_dict(config))) for config in (start, model.config))
+    before, now = (dict(flatten(model.encoding_fields(config))) for config in (start, model.config))
     for name in dict.fromkeys([*now, *before]):
-        if before.get(name) != now.get(name) and not _lies_in(name, ("decoding", *model.decodes_by)):
+        if before.get(name) != now.get(name):
             raise ValueError(
                 f"decoder_only: model.{name} has a part in encoding: it is {before.get(name)} in {found.path} and "
                 f"{now.get(name)} here; leave model.{name} out, or decoder_only"
             )
-
-
-def _lies_in(name: str, places: Sequence[str]) -> bool:
-    return any(name == place or name.startswith(f"{place}.") for place in places)
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def encodes_as(init: Init | None, out: Path) -> list[str]:

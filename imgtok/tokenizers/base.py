@@ -146,20 +146,30 @@ class ImageModel(nn.Module, Pretrained):
     """Fields and sections of the configuration, besides `decoding`, that have no part in encoding: with `decoder_only`
     they may differ from those of the model that the training starts from."""
 
-    def encodes_like(self, other: nn.Module) -> bool:
+    def encodes_with(self, name: str) -> bool:
+        """Whether a tensor of the model, by its name, has a part in encoding."""
+        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only_decodes)
+
+    def encoding_fields(self, config: Any) -> dict[str, Any]:
+        """A configuration of such a model without what has no part in encoding."""
+        fields = to_dict(config)
+        for name in ("decoding", *self.decodes_by):
+            *outer, last = name.split(".")
+            section: Any = functools.reduce(lambda found, key: found.get(key) or {}, outer, fields)
+            section.pop(last, None)
+        return fields
+
+    def encodes_like(self, other: ImageModel) -> bool:
         """Whether another model gives images the same tokens, or latents: one of the same class that differs at most in
         what only decodes. Weights that float16 holds alike count as the same.
         """
-        if (
-            not isinstance(other, ImageModel)
-            or type(other) is not type(self)
-            or _encodes_by(self) != _encodes_by(other)
-        ):
+        if type(other) is not type(self):
+            return False
+        if self.encoding_fields(self.config) != self.encoding_fields(other.config):
             return False
         mine, others = self.state_dict(), other.state_dict()
-        encode = [name for name in mine if not any(fnmatch.fnmatchcase(name, one) for one in self.only_decodes)]
         return mine.keys() == others.keys() and all(
-            torch.equal(mine[name].cpu().half(), others[name].cpu().half()) for name in encode
+            torch.equal(mine[name].cpu().half(), others[name].cpu().half()) for name in mine if self.encodes_with(name)
         )
 
     @property
@@ -443,16 +453,6 @@ pictures = imgtok.to_pil(model.decode(latents))
     ) -> Tensor:
         """What is left of images (B, 3, H, W) after encoding and decoding them, clamped to [-1, 1]."""
         return self.decode(self.encode(images), seed=seed, indices=indices, decoding=decoding).clamp(-1, 1)
-
-
-def _encodes_by(model: ImageModel) -> dict[str, Any]:
-    """The configuration without what has no part in encoding."""
-    config = to_dict(model.config)
-    for name in ("decoding", *model.decodes_by):
-        *outer, last = name.split(".")
-        section: Any = functools.reduce(lambda found, key: found.get(key) or {}, outer, config)
-        section.pop(last, None)
-    return config
 
 
 def latents_of_moments(moments: Tensor, noise: Tensor | None, scaling_factor: float) -> Tensor:

@@ -285,8 +285,7 @@ class FlexTok(Tokenizer):
 
     @property
     def image_size(self) -> Size:
-        size: Size = self.config.image_size
-        return size
+        return self.config.image_size
 
     @property
     def num_tokens(self) -> int:
